@@ -1,0 +1,1 @@
+"""Block-diffusion language models: train, score and sample."""

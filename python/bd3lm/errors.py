@@ -1,0 +1,63 @@
+"""Every error a user can meet, each with one sentence that says what to do."""
+
+from __future__ import annotations
+
+
+class Bd3lmError(Exception):
+    """Base of all errors raised by bd3lm; the commands print it and exit with code 2."""
+
+
+class ConfigError(Bd3lmError, ValueError):
+    """A setting is outside what is allowed; the message names field, value and range."""
+
+    def __init__(self, field: str, value: object = None, allowed: str | None = None) -> None:
+        # One argument is a finished sentence (Rust formats its own).
+        super().__init__(field if allowed is None else f"{field} = {value}: {allowed}")
+
+
+class MissingFileError(Bd3lmError, FileNotFoundError):
+    """A named file or directory does not exist."""
+
+
+class ExistsError(Bd3lmError, FileExistsError):
+    """An output that would be overwritten is already there."""
+
+
+class FormatError(Bd3lmError, ValueError):
+    """A text file, or one of its records, cannot be read as its kind."""
+
+
+class EmptyCorpusError(Bd3lmError, ValueError):
+    """The input holds no text."""
+
+
+class TokenizerError(Bd3lmError, ValueError):
+    """A tokenizer cannot be loaded or applied."""
+
+
+class NotADatasetError(Bd3lmError, ValueError):
+    """A directory is not a prepared data set."""
+
+
+class TruncatedError(Bd3lmError, OSError):
+    """A file of a data set is not as long as its manifest says."""
+
+
+class CorruptError(Bd3lmError, OSError):
+    """A file's content does not match its digest or its own structure."""
+
+
+class TokenOutOfRangeError(Bd3lmError, ValueError):
+    """A token id lies outside the vocabulary."""
+
+
+class DiskFullError(Bd3lmError, OSError):
+    """The disk filled up while writing; nothing half-written was kept."""
+
+
+class StorageError(Bd3lmError, OSError):
+    """The operating system refused to read or write a file."""
+
+
+class CheckpointError(Bd3lmError, ValueError):
+    """A checkpoint cannot be loaded, or does not fit what was asked of it."""

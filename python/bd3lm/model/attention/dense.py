@@ -1,0 +1,30 @@
+"""Dense attention over the materialised mask: the oracle that every other backend is tested against."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bd3lm.model.attention.mask import BlockMask
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Softmax attention under ``mask`` by PyTorch's SDPA, O(Tq·Tk).
+
+    Args:
+        q: queries [B, H, Tq, Dh]; any strides.
+        k: keys [B, Hkv, Tk, Dh], H a multiple of Hkv.
+        v: values, shaped as the keys.
+        mask: which keys each query sees.
+
+    Returns:
+        [B, H, Tq, Dh]; zero for queries that see nothing (padding).
+    """
+    allowed = mask.dense(q.device)[:, None]  # [B or 1, 1, Tq, Tk]
+    gqa = q.shape[1] != k.shape[1]
+    if mask.doc_ids is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=gqa)
+    # A row without any key would be NaN: let it see everything, then write its zero.
+    empty = ~allowed.any(dim=-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, enable_gqa=gqa)
+    return out.masked_fill(empty, 0.0)

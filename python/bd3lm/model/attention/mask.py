@@ -1,0 +1,171 @@
+"""Which keys a query may see: MATH §7 as intervals, from which every backend derives its own form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Intervals(NamedTuple):
+    """Keys seen by each query, as half-open ranges of positions; all int32 [B or 1, Tq].
+
+    Query ``q`` sees clean keys ``clean_lo[q] <= j < clean_hi[q]`` and noised keys
+    ``noised_lo[q] <= j < noised_hi[q]``; an empty range has ``lo == hi``. A padding query sees
+    nothing, and its output is zero.
+    """
+
+    clean_lo: Tensor
+    clean_hi: Tensor
+    noised_lo: Tensor
+    noised_hi: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """A block-diffusion attention mask, described and not materialised (MATH §7).
+
+    Keys lie as ``[xt (L) ; x0 (L)]`` when ``noised``, else as ``x0 (L)``. Queries lie as
+    ``[xt ; x0]``, as ``xt`` alone (``clean_queries=False``: scoring, and the last layer, where no
+    one asks what the clean stream thinks), or, without an xt stream, as positions
+    ``first .. L-1`` of x0 (``first > 0``: the earlier keys come from a cache).
+
+    Use the constructors :meth:`training`, :meth:`denoise` and :meth:`clean`.
+
+    Attributes:
+        seq_len: L, the number of positions in each key stream.
+        block_size: S >= 1; need not divide L (the last block is then shorter).
+        noised: whether there is an xt stream.
+        clean_queries: whether x0 positions are queries.
+        first: position of the first query; 0 unless ``noised`` is False.
+        doc_ids: int32 [B, L] or None; attention stays inside a document, and -1 is padding.
+            The positions of a document are contiguous.
+    """
+
+    seq_len: int
+    block_size: int
+    noised: bool
+    clean_queries: bool
+    first: int = 0
+    doc_ids: Tensor | None = None
+
+    @classmethod
+    def training(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
+        """Both streams ask, both answer: Tq = Tk = 2L."""
+        return cls(seq_len, block_size, noised=True, clean_queries=True, doc_ids=doc_ids)
+
+    @classmethod
+    def denoise(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
+        """Only xt asks, both streams answer: Tq = L, Tk = 2L."""
+        return cls(seq_len, block_size, noised=True, clean_queries=False, doc_ids=doc_ids)
+
+    @classmethod
+    def clean(
+        cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None, first: int = 0
+    ) -> BlockMask:
+        """Block-causal attention of one stream: Tq = L - first, Tk = L.
+
+        ``block_size=1`` is causal, ``block_size=seq_len`` is full attention, ``first`` is the
+        number of cached positions while decoding.
+        """
+        return cls(
+            seq_len, block_size, noised=False, clean_queries=True, first=first, doc_ids=doc_ids
+        )
+
+    @property
+    def num_queries(self) -> int:
+        """Tq, the number of query rows."""
+        if self.noised:
+            return self.seq_len * (2 if self.clean_queries else 1)
+        return self.seq_len - self.first
+
+    @property
+    def num_keys(self) -> int:
+        """Tk, the number of key rows."""
+        return self.seq_len * (2 if self.noised else 1)
+
+    def intervals(self, device: torch.device | str = "cpu") -> Intervals:
+        """The keys of every query, as ranges; shared between calls where no documents are given."""
+        shape = (self.seq_len, self.block_size, self.noised, self.clean_queries, self.first)
+        if self.doc_ids is None:
+            return _intervals(*shape, None, str(device))
+        return _intervals.__wrapped__(*shape, self.doc_ids.to(device), str(device))
+
+    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """The mask as booleans [B or 1, Tq, Tk], True where attention is allowed."""
+        if self.doc_ids is None:
+            return _dense(
+                self.seq_len,
+                self.block_size,
+                self.noised,
+                self.clean_queries,
+                self.first,
+                str(device),
+            )
+        return _materialise(self.intervals(device), self.seq_len, self.noised)
+
+
+@lru_cache(maxsize=64)
+def _intervals(
+    seq_len: int,
+    block_size: int,
+    noised: bool,
+    clean_queries: bool,
+    first: int,
+    doc_ids: Tensor | None,
+    device: str,
+) -> Intervals:
+    position = torch.arange(seq_len, dtype=torch.int32, device=device)[None]  # [1, L]
+    start = position // block_size * block_size
+    end = (start + block_size).clamp(max=seq_len)
+    if doc_ids is None:
+        doc_start, doc_end = torch.zeros_like(position), torch.full_like(position, seq_len)
+    else:
+        doc_start, doc_end = _document_bounds(doc_ids, position)
+    own_lo = torch.maximum(start, doc_start)
+    own_hi = torch.minimum(end, doc_end)
+    zero = torch.zeros_like(own_lo)
+    live = torch.ones_like(own_lo) if doc_ids is None else (doc_ids >= 0).int()
+
+    streams: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    if noised:
+        streams.append((doc_start, torch.maximum(start, doc_start), own_lo, own_hi))
+    if clean_queries:
+        streams.append((doc_start, own_hi, zero, zero))
+    columns = [
+        torch.cat([(stream[i] * live)[:, first:] for stream in streams], dim=1).contiguous()
+        for i in range(4)
+    ]
+    return Intervals(*columns)
+
+
+def _document_bounds(doc_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """First position and one past the last of each position's document; int32 [B, L]."""
+    changed = doc_ids[:, 1:] != doc_ids[:, :-1]
+    edge = torch.ones_like(doc_ids[:, :1], dtype=torch.bool)
+    starts = torch.where(torch.cat([edge, changed], dim=1), position, 0)
+    start = starts.cummax(dim=1).values
+    seq_len = doc_ids.shape[1]
+    ends = torch.where(torch.cat([changed, edge], dim=1), position + 1, seq_len)
+    end = ends.flip(1).cummin(dim=1).values.flip(1)
+    return start.int(), end.int()
+
+
+def _materialise(intervals: Intervals, seq_len: int, noised: bool) -> Tensor:
+    key = torch.arange(seq_len, dtype=torch.int32, device=intervals.clean_lo.device)
+    clean_lo, clean_hi, noised_lo, noised_hi = (bound[..., None] for bound in intervals)
+    clean = (key >= clean_lo) & (key < clean_hi)
+    if not noised:
+        return clean
+    return torch.cat([(key >= noised_lo) & (key < noised_hi), clean], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _dense(
+    seq_len: int, block_size: int, noised: bool, clean_queries: bool, first: int, device: str
+) -> Tensor:
+    shape = (seq_len, block_size, noised, clean_queries, first)
+    return _materialise(_intervals(*shape, None, device), seq_len, noised)

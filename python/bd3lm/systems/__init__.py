@@ -1,0 +1,1 @@
+"""How each system trains and scores."""

@@ -1,0 +1,136 @@
+//! The one error type: a variant a cause, each with the sentence its user reads.
+
+use std::path::PathBuf;
+
+/// Result of everything fallible in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong, by cause. Each variant has one Python class in `bd3lm.errors`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A parameter lies outside what is allowed.
+    #[error("{field} = {value}: {allowed}")]
+    Config {
+        /// Name of the parameter as its user knows it.
+        field: &'static str,
+        /// What was given.
+        value: String,
+        /// What is allowed, as a sentence.
+        allowed: String,
+    },
+    /// A file or directory that was named does not exist.
+    #[error("{path}: no such file or directory")]
+    Missing {
+        /// The path that was named.
+        path: PathBuf,
+    },
+    /// An output that would be overwritten.
+    #[error("{path} already exists; choose another output or remove it first")]
+    Exists {
+        /// The path in the way.
+        path: PathBuf,
+    },
+    /// A text file of a kind that is not read, or that does not hold what its name says.
+    #[error("{path}: {reason}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what is allowed.
+        reason: String,
+    },
+    /// A record of a text file that cannot be parsed.
+    #[error("{path}, record {record}: {reason}")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line or row, from 1.
+        record: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Input that holds no token at all.
+    #[error("no text was found in {inputs}: an empty corpus cannot be used")]
+    EmptyCorpus {
+        /// The inputs, joined by commas.
+        inputs: String,
+    },
+    /// A tokenizer definition that cannot be loaded or applied.
+    #[error("tokenizer {name}: {reason}")]
+    Tokenizer {
+        /// Name or path.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A directory that is not a prepared data set.
+    #[error("{path} is not a prepared data set: {reason}")]
+    NotADataset {
+        /// The directory.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A file of a data set that is shorter or longer than its manifest says.
+    #[error("{path} holds {actual} bytes where its manifest says {expected}: the file is truncated or was replaced")]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Bytes expected.
+        expected: u64,
+        /// Bytes found.
+        actual: u64,
+    },
+    /// A file whose content does not match its recorded digest or its own structure.
+    #[error("{path} is corrupt: {reason}")]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Which check failed.
+        reason: String,
+    },
+    /// A token id that the vocabulary does not hold.
+    #[error("token id {id} in {place} is outside the vocabulary of {vocab_size} ids")]
+    TokenOutOfRange {
+        /// The offending id.
+        id: i64,
+        /// Where it was met.
+        place: String,
+        /// Ids allowed are `0..vocab_size`.
+        vocab_size: u64,
+    },
+    /// The disk filled up while writing.
+    #[error("{path}: no space left on the device; nothing was kept")]
+    DiskFull {
+        /// The file being written.
+        path: PathBuf,
+    },
+    /// Any other failure of the operating system, with the path it concerns.
+    #[error("{path}: {source}")]
+    Io {
+        /// The path being read or written.
+        path: PathBuf,
+        /// The system's own error.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// Wraps an I/O error, giving a missing file and a full disk their own variants.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        let path = path.into();
+        match source.kind() {
+            std::io::ErrorKind::NotFound => Error::Missing { path },
+            std::io::ErrorKind::StorageFull => Error::DiskFull { path },
+            _ => Error::Io { path, source },
+        }
+    }
+
+    /// A parameter outside what is allowed.
+    pub fn config(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Self {
+        Error::Config {
+            field,
+            value: value.to_string(),
+            allowed: allowed.into(),
+        }
+    }
+}

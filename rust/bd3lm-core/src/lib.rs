@@ -1,0 +1,30 @@
+//! The part of bd3lm that knows neither Python nor tensors with gradients: text becomes
+//! tokens, tokens become packed rows, rows become noised batches.
+//!
+//! | module | what it owns |
+//! | --- | --- |
+//! | [`schedule`] | mask probability, NELBO weight and inverse of every noise schedule |
+//! | [`noise`] | noise levels, masks and loss weights of a batch |
+//! | [`rng`] | counter-based random streams, a function of (seed, step, row) |
+//! | [`order`] | the keyed permutation behind shuffling and strata |
+//! | [`text`] | txt / jsonl / parquet readers in bounded memory |
+//! | [`tokenize`] | documents to ids, in parallel |
+//! | [`store`] | `.bin`/`.idx` token files and their manifest |
+//! | [`pack`] | rows of `seq_len` tokens as plans over documents |
+//! | [`batch`] | gather and noise rows into the caller's buffers |
+//! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`error`] | one enum, a variant a cause |
+
+pub mod attention;
+pub mod batch;
+pub mod error;
+pub mod noise;
+pub mod order;
+pub mod pack;
+pub mod rng;
+pub mod schedule;
+pub mod store;
+pub mod text;
+pub mod tokenize;
+
+pub use error::{Error, Result};

@@ -1,0 +1,19 @@
+//! Python bindings of `bd3lm-core`: convert, release the GIL, map errors. No algorithm.
+
+mod attention;
+mod errors;
+mod noise;
+mod rows;
+mod store;
+
+use pyo3::prelude::*;
+
+/// The compiled part of bd3lm.
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    noise::register(m)?;
+    store::register(m)?;
+    rows::register(m)?;
+    attention::register(m)?;
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! Schedules, noise specifications and permutations.
+
+use pyo3::prelude::*;
+
+/// Adds this module's classes and functions to `_core`.
+pub fn register(_m: &Bound<'_, PyModule>) -> PyResult<()> {
+    Ok(())
+}
