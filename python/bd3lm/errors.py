@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class Bd3lmError(Exception):
-    """Base of all errors raised by bd3lm; the commands print it and exit with code 2."""
+    """Base of all errors raised by bd3lm; the commands print it and exit with ``exit_code``."""
+
+    exit_code = 2
 
 
 class ConfigError(Bd3lmError, ValueError):

@@ -1,1 +1,7 @@
 """The one Transformer and its attention."""
+
+from bd3lm.model.head import head_cross_entropy
+from bd3lm.model.layers import KVCache
+from bd3lm.model.transformer import Transformer
+
+__all__ = ["KVCache", "Transformer", "head_cross_entropy"]

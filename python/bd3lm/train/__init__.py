@@ -1,1 +1,6 @@
 """The training loop and what it needs."""
+
+from bd3lm.train.run import run_training, saved_config
+from bd3lm.train.trainer import InterruptedRunError, Reporter, Trainer
+
+__all__ = ["InterruptedRunError", "Reporter", "Trainer", "run_training", "saved_config"]

@@ -71,7 +71,9 @@ pub enum Error {
         reason: String,
     },
     /// A file of a data set that is shorter or longer than its manifest says.
-    #[error("{path} holds {actual} bytes where its manifest says {expected}: the file is truncated or was replaced")]
+    #[error(
+        "{path} holds {actual} bytes where its manifest says {expected}: the file is truncated or was replaced"
+    )]
     Truncated {
         /// The file.
         path: PathBuf,

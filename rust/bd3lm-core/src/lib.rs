@@ -4,6 +4,7 @@
 //! | module | what it owns |
 //! | --- | --- |
 //! | [`schedule`] | mask probability, NELBO weight and inverse of every noise schedule |
+//! | [`weighting`] | training-only reweightings of the NELBO |
 //! | [`noise`] | noise levels, masks and loss weights of a batch |
 //! | [`rng`] | counter-based random streams, a function of (seed, step, row) |
 //! | [`order`] | the keyed permutation behind shuffling and strata |
@@ -13,6 +14,7 @@
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`softmax`] | cross-entropy of logits and its gradient, in place |
 //! | [`error`] | one enum, a variant a cause |
 
 pub mod attention;
@@ -23,8 +25,11 @@ pub mod order;
 pub mod pack;
 pub mod rng;
 pub mod schedule;
+mod simd;
+pub mod softmax;
 pub mod store;
 pub mod text;
 pub mod tokenize;
+pub mod weighting;
 
 pub use error::{Error, Result};

@@ -1,1 +1,851 @@
-//! (see lib.rs)
+//! Noise levels, masks and loss weights of a batch (MATH §2 clip, §3, §4, §6), row by row.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use statrs::function::beta::{beta_reg, inv_beta_reg, ln_beta};
+
+use crate::error::{Error, Result};
+use crate::order::Permutation;
+use crate::rng::{Domain, Stream, key_of};
+use crate::schedule::{MIN_LEVEL, Schedule};
+use crate::simd::multiversion;
+use crate::weighting::Weighting;
+
+/// How the masked positions of a block are chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Estimator {
+    /// A level t a block, independent masks of probability p(t), weight w(t): the paper's.
+    Bernoulli {
+        /// Spread the levels over equal strata of the global batch.
+        strata: bool,
+    },
+    /// A masked count k, a uniform subset of that size, weight 1/(k·q(k)).
+    Count {
+        /// q(k) for k = 1..=S; `None` is uniform. A block with fewer noisable tokens uses the
+        /// same numbers restricted to what it has, renormalised.
+        probs: Option<Vec<f64>>,
+        /// `(j, r)`: draw k from the j-th of r equal shares of its distribution.
+        stratum: Option<(u32, u32)>,
+    },
+    /// Every noisable token masked with weight 1 (t ≡ 1).
+    Full,
+}
+
+/// Where a row stands, which is all that its randomness depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct NoiseKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Training step.
+    pub step: u64,
+    /// Index of the row in the global batch.
+    pub row: u64,
+    /// Rows of the global batch.
+    pub rows: u64,
+}
+
+/// Buffers that [`NoiseSpec::noise_row`] reuses from row to row.
+#[derive(Default, Debug)]
+pub struct Scratch {
+    /// A word a token, of the row's mask stream.
+    random: Vec<u32>,
+    /// Two words a block, of the row's level stream: those of all blocks first, then a second one
+    /// for each.
+    levels: Vec<u32>,
+    /// Number of each block's stratum.
+    strata: Vec<u64>,
+    t: Vec<f64>,
+    p: Vec<f64>,
+    w: Vec<f64>,
+    /// Limit of each token's random word.
+    limits: Vec<u32>,
+    choice: Choice,
+}
+
+impl Scratch {
+    fn draw(&mut self, key: &NoiseKey, tokens: usize, blocks: usize) {
+        self.random.resize(tokens, 0);
+        self.levels.resize(2 * blocks, 0);
+        Stream::new(key.seed, Domain::Mask, key.step, key.row).fill(&mut self.random);
+        Stream::new(key.seed, Domain::Level, key.step, key.row).fill(&mut self.levels);
+    }
+}
+
+/// What to draw: immutable, checked when it is made, safe to share between threads.
+#[derive(Clone, Debug)]
+pub struct NoiseSpec {
+    schedule: Schedule,
+    estimator: Estimator,
+    clip: Option<(f64, f64)>,
+    resample: bool,
+    weighting: Weighting,
+    gamma: Option<Arc<[f32]>>,
+    /// Count weights by n, made on demand: entry k−1 is the loss weight of a count k.
+    tables: Arc<Mutex<HashMap<usize, Arc<CountTable>>>>,
+}
+
+#[derive(Debug)]
+struct CountTable {
+    cumulative: Vec<f64>,
+    weight: Vec<f32>,
+}
+
+impl NoiseSpec {
+    /// Checks that the parts go together.
+    ///
+    /// `clip` restricts t to U[a, b], with a = 0 meaning 1e-3 and U[1, 1] meaning
+    /// [`Estimator::Full`]. `resample` also forces each block's masked share into [a, b].
+    /// `gamma` is a factor for each token id (frequency-informed masking).
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the field and what is allowed.
+    pub fn new(
+        schedule: Schedule,
+        mut estimator: Estimator,
+        mut clip: Option<(f64, f64)>,
+        resample: bool,
+        weighting: Weighting,
+        gamma: Option<Arc<[f32]>>,
+    ) -> Result<Self> {
+        if let Some((a, b)) = clip {
+            let shown = format!("[{a}, {b}]");
+            if !(0.0 <= a && a <= b && b <= 1.0 && b > 0.0) {
+                return Err(Error::config(
+                    "clip",
+                    shown,
+                    "needs 0 <= a <= b <= 1 and b > 0",
+                ));
+            }
+            if a == 1.0 {
+                (estimator, clip) = (Estimator::Full, None);
+            } else {
+                let a = a.max(MIN_LEVEL);
+                if a >= b {
+                    return Err(Error::config(
+                        "clip",
+                        shown,
+                        format!(
+                            "needs a < b, and a is at least {MIN_LEVEL}; [1, 1] masks everything"
+                        ),
+                    ));
+                }
+                clip = Some((a, b));
+            }
+        }
+        let bernoulli = matches!(estimator, Estimator::Bernoulli { .. });
+        if resample && (clip.is_none() || !bernoulli) {
+            return Err(Error::config(
+                "resample",
+                true,
+                "goes with the bernoulli estimator and a clip",
+            ));
+        }
+        if gamma.is_some() && (!bernoulli || resample) {
+            return Err(Error::config(
+                "gamma",
+                "given",
+                "frequency-informed masking goes with the bernoulli estimator, without resample",
+            ));
+        }
+        if let Some(gamma) = &gamma
+            && !gamma.iter().all(|g| g.is_finite() && *g > 0.0)
+        {
+            return Err(Error::config(
+                "gamma",
+                "given",
+                "every factor must be greater than 0",
+            ));
+        }
+        if !schedule.is_monotone() && (clip.is_some() || !bernoulli) {
+            return Err(Error::config(
+                "paper_weights",
+                true,
+                "goes with the bernoulli estimator and no clip: its p(t) has no inverse",
+            ));
+        }
+        if let Estimator::Count { probs, stratum } = &estimator {
+            if let Some(q) = probs
+                && (q.is_empty() || !q.iter().all(|x| x.is_finite() && *x > 0.0))
+            {
+                return Err(Error::config(
+                    "count_probs",
+                    "given",
+                    "every q(k) must be greater than 0",
+                ));
+            }
+            if let Some((j, r)) = stratum
+                && j >= r
+            {
+                return Err(Error::config(
+                    "stratum",
+                    format!("({j}, {r})"),
+                    "needs index < number",
+                ));
+            }
+        }
+        Ok(NoiseSpec {
+            schedule,
+            estimator,
+            clip,
+            resample,
+            weighting,
+            gamma,
+            tables: Arc::default(),
+        })
+    }
+
+    /// The schedule.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// The estimator; a clip of [1, 1] has become [`Estimator::Full`].
+    pub fn estimator(&self) -> &Estimator {
+        &self.estimator
+    }
+
+    /// Checks what depends on the rows, once a batch.
+    ///
+    /// # Errors
+    /// A block size that is 0 or does not divide the rows, a clip that no k/S fits, q of another
+    /// length than S, or a factor table that is shorter than the vocabulary.
+    pub fn check(&self, seq_len: usize, block_size: usize) -> Result<()> {
+        if block_size == 0 || !seq_len.is_multiple_of(block_size) {
+            return Err(Error::config(
+                "block_size",
+                block_size,
+                format!("must divide seq_len = {seq_len}"),
+            ));
+        }
+        if self.resample {
+            let (lo, hi) = self.count_bounds(block_size);
+            if lo > hi {
+                let (a, b) = self.clip.unwrap_or((0.0, 1.0));
+                return Err(Error::config(
+                    "clip",
+                    format!("[{a}, {b}]"),
+                    format!("holds no k/{block_size}, so resample can never be met"),
+                ));
+            }
+        }
+        if let Estimator::Count { probs: Some(q), .. } = &self.estimator
+            && q.len() != block_size
+        {
+            return Err(Error::config(
+                "count_probs",
+                format!("{} numbers", q.len()),
+                format!("one for each k = 1..={block_size}"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Noises one row of L tokens in blocks of S.
+    ///
+    /// * `ids`: the clean ids, read for frequency-informed masking alone.
+    /// * `noisable`: 1 where a token may be noised.
+    /// * `mask` [L] receives 1 where a token is masked.
+    /// * `mask_prob` [L/S] receives the level p of each block.
+    /// * `weight` [L/S] receives the loss weight of each block's masked tokens: w(t), or
+    ///   1/(k·q(k)), times the reweighting. A block with nothing to noise gets 0.
+    #[allow(clippy::too_many_arguments)]
+    pub fn noise_row(
+        &self,
+        key: &NoiseKey,
+        ids: &[i64],
+        noisable: &[u8],
+        block_size: usize,
+        mask: &mut [u8],
+        mask_prob: &mut [f32],
+        weight: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        if self.estimator == Estimator::Full {
+            mask.copy_from_slice(noisable);
+            mask_prob.fill(1.0);
+            weight.fill(1.0);
+            return;
+        }
+        let blocks = mask.len() / block_size;
+        scratch.draw(key, mask.len(), blocks);
+        let row = Row {
+            block_size,
+            ids,
+            noisable,
+            mask,
+            mask_prob,
+            weight,
+        };
+        match &self.estimator {
+            Estimator::Bernoulli { strata } => self.bernoulli(key, *strata, row, scratch),
+            Estimator::Count { stratum, .. } => self.count(*stratum, row, scratch),
+            Estimator::Full => unreachable!("returned above"),
+        }
+    }
+
+    /// The level interval of t.
+    fn interval(&self) -> (f64, f64) {
+        self.clip.unwrap_or((MIN_LEVEL, 1.0))
+    }
+
+    fn bernoulli(&self, key: &NoiseKey, strata: bool, row: Row<'_>, scratch: &mut Scratch) {
+        let blocks = row.weight.len();
+        scratch.strata.clear();
+        scratch.strata.resize(blocks, 0);
+        let mut total = 1;
+        if strata {
+            total = key.rows * blocks as u64;
+            let permutation = Permutation::new(total, key_of(key.seed, Domain::Strata, key.step));
+            permutation.fill(key.row * blocks as u64, &mut scratch.strata);
+        }
+        for values in [&mut scratch.t, &mut scratch.p, &mut scratch.w] {
+            values.resize(blocks, 0.0);
+        }
+        place_levels(
+            &scratch.strata,
+            &scratch.levels,
+            total as f64,
+            self.interval(),
+            &mut scratch.t,
+        );
+        self.schedule
+            .fill(&scratch.t, &mut scratch.p, &mut scratch.w);
+        if self.weighting != Weighting::Nelbo {
+            for ((t, p), w) in scratch.t.iter().zip(&scratch.p).zip(&mut scratch.w) {
+                *w *= self.weighting.at(&self.schedule, *t, *p);
+            }
+        }
+        narrow(&scratch.p, row.mask_prob);
+        narrow(&scratch.w, row.weight);
+        if self.resample {
+            self.resample(row, scratch);
+            return;
+        }
+        scratch.limits.resize(row.mask.len(), 0);
+        match &self.gamma {
+            None => limits(&scratch.p, row.block_size, &mut scratch.limits),
+            Some(gamma) => {
+                let blocks = (row.ids.chunks(row.block_size))
+                    .zip(row.noisable.chunks(row.block_size))
+                    .zip(scratch.limits.chunks_mut(row.block_size));
+                for (block, p) in blocks.zip(&scratch.p) {
+                    let ((ids, noisable), limits) = block;
+                    limits_by_frequency(*p, gamma, ids, noisable, limits);
+                }
+            }
+        }
+        compare(&scratch.random, &scratch.limits, row.noisable, row.mask);
+        for (noisable, weight) in row.noisable.chunks(row.block_size).zip(row.weight) {
+            if noisable.iter().all(|n| *n == 0) {
+                *weight = 0.0;
+            }
+        }
+    }
+
+    /// Masks whose number in each block is binomial, truncated to the clip.
+    fn resample(&self, row: Row<'_>, scratch: &mut Scratch) {
+        let blocks = row.weight.len();
+        let s = row.block_size;
+        let full = self.count_bounds(s);
+        let choice = &mut scratch.choice;
+        choice.clear();
+        for (b, noisable) in row.noisable.chunks(s).enumerate() {
+            let n = count(noisable);
+            if n == 0 {
+                row.weight[b] = 0.0;
+            }
+            let (lo, hi) = if n == s { full } else { self.count_bounds(n) };
+            let u = unit(scratch.levels[blocks + b]);
+            // A short block that no k fits falls back to plain Bernoulli, further down.
+            let k = if lo <= hi {
+                truncated_binomial(n, scratch.p[b], lo, hi, u)
+            } else {
+                0
+            };
+            choice.counts.push(k as u32);
+        }
+        choice.run(&scratch.random, row.noisable, s, row.mask);
+        for (b, noisable) in row.noisable.chunks(s).enumerate() {
+            let n = count(noisable);
+            let (lo, hi) = if n == s { full } else { self.count_bounds(n) };
+            if lo > hi {
+                let limit = limit(scratch.p[b]);
+                let words = scratch.random[b * s..].iter().zip(noisable);
+                for (mask, (word, n)) in row.mask[b * s..].iter_mut().zip(words) {
+                    *mask = u8::from(*word <= limit) & n;
+                }
+            }
+        }
+    }
+
+    fn count(&self, stratum: Option<(u32, u32)>, row: Row<'_>, scratch: &mut Scratch) {
+        let blocks = row.weight.len();
+        let s = row.block_size;
+        let choice = &mut scratch.choice;
+        choice.clear();
+        let mut table: Option<(usize, Arc<CountTable>)> = None;
+        for (b, noisable) in row.noisable.chunks(s).enumerate() {
+            let n = count(noisable);
+            if n == 0 {
+                choice.counts.push(0);
+                row.weight[b] = 0.0;
+                continue;
+            }
+            let table = match &table {
+                Some((size, table)) if *size == n => table,
+                _ => &table.insert((n, self.table(n))).1,
+            };
+            let mut u = unit(scratch.levels[b]);
+            if let Some((j, r)) = stratum {
+                u = (f64::from(j) + u) / f64::from(r);
+            }
+            let below = table.cumulative.iter().filter(|c| **c <= u).count();
+            let k = 1 + below.min(n - 1);
+            choice.counts.push(k as u32);
+            row.weight[b] = table.weight[k - 1];
+        }
+        choice.run(&scratch.random, row.noisable, s, row.mask);
+        for (b, noisable) in row.noisable.chunks(s).enumerate() {
+            let k = choice.counts[b] as usize;
+            row.mask_prob[b] = match self.clip {
+                // The k-th smallest of n uniform numbers is Beta(k, n−k+1), whichever they are.
+                None => choice.largest[b],
+                Some(_) if k == 0 => 0.0,
+                Some(clip) => {
+                    let v = unit(scratch.levels[blocks + b]);
+                    self.level_given_count(k, count(noisable), clip, v) as f32
+                }
+            };
+        }
+    }
+
+    /// p given k masked of n: Beta(k, n−k+1), restricted to the clip.
+    fn level_given_count(&self, k: usize, n: usize, (a, b): (f64, f64), v: f64) -> f64 {
+        let (x, y) = (k as f64, (n - k + 1) as f64);
+        let lo = beta_reg(x, y, self.schedule.mask_prob(a));
+        let hi = beta_reg(x, y, self.schedule.mask_prob(b));
+        let v = lo + (hi - lo) * v;
+        if n == 1 { v } else { inv_beta_reg(x, y, v) }
+    }
+
+    fn table(&self, n: usize) -> Arc<CountTable> {
+        let mut tables = self.tables.lock().unwrap_or_else(|e| e.into_inner());
+        tables
+            .entry(n)
+            .or_insert_with(|| Arc::new(self.make_table(n)))
+            .clone()
+    }
+
+    fn make_table(&self, n: usize) -> CountTable {
+        let q: Vec<f64> = match &self.estimator {
+            Estimator::Count {
+                probs: Some(probs), ..
+            } => {
+                let total: f64 = probs[..n].iter().sum();
+                probs[..n].iter().map(|x| x / total).collect()
+            }
+            _ => vec![1.0 / n as f64; n],
+        };
+        let cumulative = q
+            .iter()
+            .scan(0.0, |sum, x| {
+                *sum += x;
+                Some(*sum)
+            })
+            .collect();
+        let weight = (1..=n)
+            .map(|k| (self.count_factor(k, n) / (k as f64 * q[k - 1])) as f32)
+            .collect();
+        CountTable { cumulative, weight }
+    }
+
+    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (MATH §3, §4).
+    fn count_factor(&self, k: usize, n: usize) -> f64 {
+        let (x, y) = (k as f64, (n - k + 1) as f64);
+        let (pa, pb, width) = match self.clip {
+            None => (0.0, 1.0, 1.0),
+            Some((a, b)) => (
+                self.schedule.mask_prob(a),
+                self.schedule.mask_prob(b).min(1.0),
+                b - a,
+            ),
+        };
+        if self.weighting == Weighting::Nelbo {
+            return match self.clip {
+                None => 1.0,
+                Some(_) => (beta_reg(x, y, pb) - beta_reg(x, y, pa)) / width,
+            };
+        }
+        // p = (1 − cos θ)/2 takes the roots at both ends away; the midpoint rule then converges
+        // faster than any power of the step.
+        const NODES: usize = 8192;
+        let (from, to) = ((1.0 - 2.0 * pa).acos(), (1.0 - 2.0 * pb).acos());
+        let step = (to - from) / NODES as f64;
+        let norm = ln_beta(x, y);
+        let sum: f64 = (0..NODES)
+            .map(|i| {
+                let theta = from + (i as f64 + 0.5) * step;
+                let p = 0.5 * (1.0 - theta.cos());
+                let density = ((x - 1.0) * p.ln() + (y - 1.0) * (1.0 - p).ln() - norm).exp();
+                let t = self.schedule.inverse(p).unwrap_or(p);
+                density * self.weighting.at(&self.schedule, t, p) * 0.5 * theta.sin()
+            })
+            .sum();
+        sum * step / width
+    }
+
+    /// Counts k with a ≤ k/n ≤ b; a bound at 1e-3 or 1 does not bind. Empty when lo > hi.
+    fn count_bounds(&self, n: usize) -> (usize, usize) {
+        let (a, b) = self.interval();
+        let slack = 1e-9; // 0.3·10 is 3, whatever the floating-point product says
+        let lo = if a <= MIN_LEVEL {
+            0
+        } else {
+            (a * n as f64 - slack).ceil() as usize
+        };
+        let hi = if b >= 1.0 {
+            n
+        } else {
+            (b * n as f64 + slack).floor() as usize
+        };
+        (lo, hi)
+    }
+}
+
+/// One row: what is noised, and where the noise goes.
+struct Row<'a> {
+    block_size: usize,
+    ids: &'a [i64],
+    noisable: &'a [u8],
+    mask: &'a mut [u8],
+    mask_prob: &'a mut [f32],
+    weight: &'a mut [f32],
+}
+
+#[inline]
+fn count(noisable: &[u8]) -> usize {
+    noisable.iter().map(|x| usize::from(*x)).sum()
+}
+
+/// A number in (0, 1) from 32 bits.
+#[inline(always)]
+fn unit(word: u32) -> f64 {
+    (f64::from(word) + 0.5) * (1.0 / 4_294_967_296.0)
+}
+
+/// Words up to this one occur with probability p, to within 2⁻³².
+#[inline(always)]
+fn limit(p: f64) -> u32 {
+    (p * 4_294_967_296.0 - 0.5) as u32 // saturates at both ends
+}
+
+multiversion! {
+    /// t = b − (b−a)·(stratum + u)/total.
+    fn place_levels(strata: &[u64], words: &[u32], total: f64, interval: (f64, f64), t: &mut [f64]) {
+        let (a, b) = interval;
+        let scale = (b - a) / total;
+        for ((t, stratum), word) in t.iter_mut().zip(strata).zip(words) {
+            *t = (b - scale * (*stratum as f64 + unit(*word))).max(a);
+        }
+    }
+}
+
+multiversion! {
+    fn narrow(from: &[f64], to: &mut [f32]) {
+        for (a, b) in to.iter_mut().zip(from) {
+            *a = *b as f32;
+        }
+    }
+}
+
+multiversion! {
+    /// The limit of each block for each of its tokens.
+    fn limits(p: &[f64], block_size: usize, out: &mut [u32]) {
+        #[inline(always)]
+        fn spread<const S: usize>(p: &[f64], out: &mut [u32]) {
+            for (block, p) in out.as_chunks_mut::<S>().0.iter_mut().zip(p) {
+                *block = [limit(*p); S];
+            }
+        }
+        match block_size {
+            1 => spread::<1>(p, out),
+            2 => spread::<2>(p, out),
+            4 => spread::<4>(p, out),
+            8 => spread::<8>(p, out),
+            16 => spread::<16>(p, out),
+            _ => {
+                for (block, p) in out.chunks_mut(block_size).zip(p) {
+                    block.fill(limit(*p));
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Masks the noisable tokens whose word is within its limit.
+    fn compare(random: &[u32], limits: &[u32], noisable: &[u8], mask: &mut [u8]) {
+        for (((m, r), l), n) in mask.iter_mut().zip(random).zip(limits).zip(noisable) {
+            *m = u8::from(r <= l) & n;
+        }
+    }
+}
+
+/// Limits for masks of probability p^{c·γ}, with c such that their mean over the block's noisable
+/// tokens is p (MATH §6).
+fn limits_by_frequency(p: f64, gamma: &[f32], ids: &[i64], noisable: &[u8], out: &mut [u32]) {
+    let factor = |id: i64| f64::from(gamma.get(id as usize).copied().unwrap_or(1.0));
+    let log_p = p.ln();
+    let n = count(noisable) as f64;
+    let mean = |c: f64| -> f64 {
+        let pairs = ids.iter().zip(noisable).filter(|(_, n)| **n == 1);
+        pairs
+            .map(|(id, _)| (c * factor(*id) * log_p).exp())
+            .sum::<f64>()
+            / n
+    };
+    let c = if p >= 1.0 || n == 0.0 {
+        1.0
+    } else {
+        bisect_decreasing(mean, p)
+    };
+    for (limit_of, id) in out.iter_mut().zip(ids) {
+        *limit_of = limit((c * factor(*id) * log_p).exp());
+    }
+}
+
+/// Uniform subsets of given sizes: in each block the tokens of the k smallest random words.
+#[derive(Default, Debug)]
+struct Choice {
+    /// Size of each block's subset, at most its noisable tokens.
+    counts: Vec<u32>,
+    /// The largest word in it, as a number in (0, 1); 0 for the empty one.
+    largest: Vec<f32>,
+    keys: Vec<u64>,
+}
+
+impl Choice {
+    fn clear(&mut self) {
+        self.counts.clear();
+        self.largest.clear();
+    }
+
+    fn run(&mut self, random: &[u32], noisable: &[u8], block_size: usize, mask: &mut [u8]) {
+        self.largest.resize(self.counts.len(), 0.0);
+        if block_size <= MAX_RANKED {
+            choose_ranked(
+                &self.counts,
+                random,
+                noisable,
+                block_size,
+                mask,
+                &mut self.largest,
+            );
+            return;
+        }
+        let blocks = (random.chunks(block_size))
+            .zip(noisable.chunks(block_size))
+            .zip(mask.chunks_mut(block_size));
+        for (b, ((random, noisable), mask)) in blocks.enumerate() {
+            let k = self.counts[b] as usize;
+            if k == 0 {
+                mask.fill(0);
+                continue;
+            }
+            // The position behind the word makes every key another.
+            self.keys.clear();
+            let words = random.iter().zip(noisable).enumerate();
+            let live = words.filter(|(_, (_, n))| **n == 1);
+            self.keys
+                .extend(live.map(|(i, (r, _))| u64::from(*r) << 32 | i as u64));
+            let (_, largest, _) = self.keys.select_nth_unstable(k - 1);
+            let largest = *largest;
+            self.largest[b] = unit((largest >> 32) as u32) as f32;
+            let words = random.iter().zip(noisable).enumerate();
+            for (m, (i, (r, n))) in mask.iter_mut().zip(words) {
+                *m = u8::from(u64::from(*r) << 32 | i as u64 <= largest) & n;
+            }
+        }
+    }
+}
+
+/// Largest block whose tokens are ranked by comparing each with each: S² comparisons, side by side.
+const MAX_RANKED: usize = 32;
+
+multiversion! {
+    fn choose_ranked(
+        counts: &[u32],
+        random: &[u32],
+        noisable: &[u8],
+        block_size: usize,
+        mask: &mut [u8],
+        largest: &mut [f32],
+    ) {
+        match block_size {
+            4 => ranked::<4>(counts, random, noisable, mask, largest),
+            8 => ranked::<8>(counts, random, noisable, mask, largest),
+            16 => ranked::<16>(counts, random, noisable, mask, largest),
+            32 => ranked::<32>(counts, random, noisable, mask, largest),
+            s => {
+                for (b, mask) in mask.chunks_mut(s).enumerate() {
+                    let at = b * s..(b + 1) * s;
+                    let (mut words, mut live) = ([0; MAX_RANKED], [0; MAX_RANKED]);
+                    words[..s].copy_from_slice(&random[at.clone()]);
+                    live[..s].copy_from_slice(&noisable[at]);
+                    let mut out = [0; MAX_RANKED];
+                    let count = counts[b];
+                    largest[b] = choose_block(count, &words, &live, &mut out);
+                    mask.copy_from_slice(&out[..s]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn ranked<const S: usize>(
+    counts: &[u32],
+    random: &[u32],
+    noisable: &[u8],
+    mask: &mut [u8],
+    largest: &mut [f32],
+) {
+    let blocks = (random.as_chunks::<S>().0.iter())
+        .zip(noisable.as_chunks::<S>().0)
+        .zip(mask.as_chunks_mut::<S>().0)
+        .zip(counts.iter().zip(largest));
+    for (((random, noisable), mask), (count, largest)) in blocks {
+        *largest = choose_block(*count, random, noisable, mask);
+    }
+}
+
+#[inline(always)]
+fn choose_block<const S: usize>(
+    count: u32,
+    random: &[u32; S],
+    noisable: &[u8; S],
+    mask: &mut [u8; S],
+) -> f32 {
+    // 26 random bits over the position, which makes every key another; what may not be noised
+    // comes last.
+    let mut keys = [0u32; S];
+    for i in 0..S {
+        let dead = u32::from(noisable[i] ^ 1) << 31;
+        keys[i] = (random[i] >> 6 << 5) | i as u32 | dead;
+    }
+    let mut ranks = [0u32; S];
+    for key in keys {
+        for i in 0..S {
+            ranks[i] += u32::from(key < keys[i]);
+        }
+    }
+    let mut largest = 0;
+    for i in 0..S {
+        let hit = ranks[i] < count;
+        mask[i] = u8::from(hit);
+        largest = largest.max(if hit { keys[i] >> 5 } else { 0 });
+    }
+    let level = (largest as f32 + 0.5) * (1.0 / 67_108_864.0);
+    if count == 0 { 0.0 } else { level }
+}
+
+/// The c > 0 at which a decreasing function takes the value `goal`.
+fn bisect_decreasing(f: impl Fn(f64) -> f64, goal: f64) -> f64 {
+    let (mut lo, mut hi) = (0.0f64, 1.0f64);
+    while f(hi) > goal && hi < 1e6 {
+        hi *= 2.0;
+    }
+    for _ in 0..60 {
+        let mid = 0.5 * (lo + hi);
+        if f(mid) > goal {
+            lo = mid;
+        } else {
+            hi = mid;
+        }
+    }
+    0.5 * (lo + hi)
+}
+
+/// Largest n whose binomial coefficients are tabulated.
+const MAX_TABLE: usize = 32;
+
+const CHOOSE: [[f64; MAX_TABLE + 1]; MAX_TABLE + 1] = {
+    let mut table = [[0.0; MAX_TABLE + 1]; MAX_TABLE + 1];
+    let mut n = 0;
+    while n <= MAX_TABLE {
+        table[n][0] = 1.0;
+        let mut k = 1;
+        while k <= n {
+            table[n][k] = table[n - 1][k - 1] + table[n - 1][k];
+            k += 1;
+        }
+        n += 1;
+    }
+    table
+};
+
+/// Binomial(n, p) conditioned on lo ≤ k ≤ hi, by inverting its distribution at `u`.
+fn truncated_binomial(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
+    if p >= 1.0 || lo == hi {
+        return hi;
+    }
+    if n > MAX_TABLE {
+        return truncated_binomial_of_many(n, p, lo, hi, u);
+    }
+    // Unnormalised, with the powers counted from the end where they are 1: nothing overflows, and
+    // the sum is at least 1.
+    let mut mass = [0.0; MAX_TABLE + 1];
+    let mass = &mut mass[lo..=hi];
+    let choose = &CHOOSE[n][lo..=hi];
+    let (mut power, mut sum) = (1.0, 0.0);
+    if p <= 0.5 {
+        let ratio = p / (1.0 - p);
+        for (m, c) in mass.iter_mut().zip(choose) {
+            *m = c * power;
+            sum += *m;
+            power *= ratio;
+        }
+    } else {
+        let ratio = (1.0 - p) / p;
+        for (m, c) in mass.iter_mut().zip(choose).rev() {
+            *m = c * power;
+            sum += *m;
+            power *= ratio;
+        }
+    }
+    lo + quantile(mass, u * sum)
+}
+
+fn truncated_binomial_of_many(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
+    // From the most probable count outwards, so that nothing underflows to nothing.
+    let ratio = p / (1.0 - p);
+    let mode = (((n + 1) as f64 * p) as usize).clamp(lo, hi);
+    let up = |k: usize| (n - k) as f64 / (k + 1) as f64 * ratio; // P(k+1)/P(k)
+    let mut mass = vec![0.0; hi - lo + 1];
+    mass[mode - lo] = 1.0;
+    for k in mode..hi {
+        mass[k + 1 - lo] = mass[k - lo] * up(k);
+    }
+    for k in (lo..mode).rev() {
+        mass[k - lo] = mass[k + 1 - lo] / up(k);
+    }
+    let goal = u * mass.iter().sum::<f64>();
+    lo + quantile(&mass, goal)
+}
+
+/// The first place at which the running sum of `mass` passes `goal`, or the last.
+fn quantile(mass: &[f64], goal: f64) -> usize {
+    let mut sum = 0.0;
+    for (i, m) in mass.iter().enumerate() {
+        sum += m;
+        if sum > goal {
+            return i;
+        }
+    }
+    mass.len() - 1
+}
+
+#[cfg(test)]
+#[path = "noise_tests.rs"]
+mod tests;

@@ -4,6 +4,7 @@ mod attention;
 mod errors;
 mod noise;
 mod rows;
+mod softmax;
 mod store;
 
 use pyo3::prelude::*;
@@ -15,5 +16,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     rows::register(m)?;
     attention::register(m)?;
+    softmax::register(m)?;
     Ok(())
 }

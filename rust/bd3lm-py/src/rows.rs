@@ -1,8 +1,178 @@
 //! Packing plans and batches.
 
+use std::sync::Arc;
+
+use bd3lm_core::Error;
+use bd3lm_core::batch::{self, CleanBatch, NoiseBatch, NoisedBatch, Order};
+use bd3lm_core::noise::NoiseKey;
+use bd3lm_core::pack::{Packing, RowPlan};
+use bd3lm_core::store::TokenStore;
+use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
+use crate::errors::to_py;
+use crate::noise::PyNoiseSpec;
+use crate::store::PyTokenStore;
+
 /// Adds this module's classes and functions to `_core`.
-pub fn register(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<PyRowPlan>()?;
+    m.add_function(wrap_pyfunction!(row_order, m)?)
+}
+
+/// Rows of a data set.
+#[pyclass(name = "RowPlan", frozen, module = "bd3lm._core")]
+pub struct PyRowPlan {
+    store: Arc<TokenStore>,
+    plan: RowPlan,
+    block_size: usize,
+    documents: bool,
+}
+
+#[pymethods]
+impl PyRowPlan {
+    #[new]
+    #[pyo3(signature = (store, *, seq_len, block_size, packing, row_eos, stride, keep_last, documents))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        store: &PyTokenStore,
+        seq_len: usize,
+        block_size: usize,
+        packing: &str,
+        row_eos: bool,
+        stride: Option<usize>,
+        keep_last: bool,
+        documents: bool,
+    ) -> PyResult<Self> {
+        if packing != "wrap" && (row_eos || stride.is_some()) {
+            let allowed = "goes with wrap where rows have a stride or an EOS of their own";
+            return Err(to_py(Error::config("packing", packing, allowed)));
+        }
+        let packing = match packing {
+            "wrap" => Packing::Wrap { row_eos, stride },
+            "aligned" => Packing::Aligned,
+            "best_fit" => Packing::BestFit,
+            _ => {
+                let allowed = "must be wrap, aligned or best_fit";
+                return Err(to_py(Error::config("packing", packing, allowed)));
+            }
+        };
+        let store = store.0.clone();
+        let plan = py
+            .detach(|| RowPlan::new(&store, seq_len, block_size, packing, keep_last))
+            .map_err(to_py)?;
+        Ok(PyRowPlan {
+            store,
+            plan,
+            block_size,
+            documents,
+        })
+    }
+
+    fn __len__(&self) -> usize {
+        self.plan.num_rows()
+    }
+
+    #[getter]
+    fn num_stream_tokens(&self) -> u64 {
+        self.plan.num_stream_tokens()
+    }
+
+    /// Writes clean rows; returns whether any holds padding.
+    fn gather(
+        &self,
+        py: Python<'_>,
+        rows: PyReadonlyArray1<'_, u64>,
+        mut x0: PyReadwriteArray1<'_, i64>,
+        mut noisable: PyReadwriteArray1<'_, u8>,
+        mut doc_ids: PyReadwriteArray1<'_, i32>,
+    ) -> PyResult<bool> {
+        let rows = rows.as_slice()?;
+        let out = CleanBatch {
+            x0: x0.as_slice_mut()?,
+            noisable: noisable.as_slice_mut()?,
+            doc_ids: doc_ids.as_slice_mut()?,
+        };
+        py.detach(|| batch::gather(&self.store, &self.plan, rows, self.documents, out))
+            .map_err(to_py)
+    }
+
+    /// Writes rows and their noise; returns (noisable tokens, masked tokens, any padding).
+    #[allow(clippy::too_many_arguments)]
+    fn gather_noised(
+        &self,
+        py: Python<'_>,
+        spec: &PyNoiseSpec,
+        seed: u64,
+        step: u64,
+        first_row: u64,
+        num_rows: u64,
+        rows: PyReadonlyArray1<'_, u64>,
+        mut x0: PyReadwriteArray1<'_, i64>,
+        mut noisable: PyReadwriteArray1<'_, u8>,
+        mut doc_ids: PyReadwriteArray1<'_, i32>,
+        mut xt: PyReadwriteArray1<'_, i64>,
+        mut mask: PyReadwriteArray1<'_, u8>,
+        mut mask_prob: PyReadwriteArray1<'_, f32>,
+        mut weight: PyReadwriteArray1<'_, f32>,
+        mut masked: PyReadwriteArray1<'_, i64>,
+        mut masked_weight: PyReadwriteArray1<'_, f32>,
+    ) -> PyResult<(u64, usize, bool)> {
+        let key = NoiseKey {
+            seed,
+            step,
+            row: first_row,
+            rows: num_rows,
+        };
+        let rows = rows.as_slice()?;
+        let clean = CleanBatch {
+            x0: x0.as_slice_mut()?,
+            noisable: noisable.as_slice_mut()?,
+            doc_ids: doc_ids.as_slice_mut()?,
+        };
+        let out = NoisedBatch {
+            xt: xt.as_slice_mut()?,
+            noise: NoiseBatch {
+                mask: mask.as_slice_mut()?,
+                mask_prob: mask_prob.as_slice_mut()?,
+                weight: weight.as_slice_mut()?,
+            },
+            masked: masked.as_slice_mut()?,
+            masked_weight: masked_weight.as_slice_mut()?,
+        };
+        let filled = py
+            .detach(|| {
+                batch::gather_noised(
+                    &self.store,
+                    &self.plan,
+                    &spec.0,
+                    key,
+                    rows,
+                    self.block_size,
+                    self.documents,
+                    clean,
+                    out,
+                )
+            })
+            .map_err(to_py)?;
+        Ok((filled.noisable, filled.masked, filled.padded))
+    }
+}
+
+/// Rows at places `first..first + count` of the endless sequence of shuffled epochs.
+#[pyfunction]
+fn row_order(
+    py: Python<'_>,
+    seed: u64,
+    num_rows: u64,
+    first: u64,
+    count: usize,
+) -> PyResult<Bound<'_, PyArray1<u64>>> {
+    if num_rows == 0 {
+        return Err(to_py(Error::config("num_rows", 0, "must be at least 1")));
+    }
+    let mut rows = vec![0; count];
+    Order::new(seed, num_rows).fill(first, &mut rows);
+    Ok(PyArray1::from_vec(py, rows))
 }

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 
+from bd3lm.errors import ConfigError
+from bd3lm.model.attention import cuda, flash, flex, rust
 from bd3lm.model.attention.dense import dense_attention
 from bd3lm.model.attention.mask import BlockMask, Intervals
 
-__all__ = ["BlockMask", "Intervals", "attend"]
+__all__ = ["AUTO", "BACKENDS", "Backend", "BlockMask", "Intervals", "attend", "choose"]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+class Backend(NamedTuple):
+    """A way to compute attention; nothing of it is probed or loaded before it is asked."""
+
+    available: Callable[[], bool]
+    """Whether this machine has what it needs."""
+    supports: Callable[[Tensor, Tensor, Tensor, BlockMask], bool]
+    """Whether it takes these inputs."""
+    run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
+    needs: str
+    """What to say where it is not available."""
+    limits: str
+    """What to say where it does not take the inputs."""
+
+
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(cuda.available, cuda.supports, cuda.cuda_attention, cuda.NEEDS, cuda.LIMITS),
+    "flash": Backend(flash.available, flash.supports, flash.attention, flash.NEEDS, flash.LIMITS),
+    "flex": Backend(flex.available, flex.supports, flex.attention, flex.NEEDS, flex.LIMITS),
+    "rust": Backend(lambda: True, rust.supports, rust.rust_attention, "", rust.LIMITS),
+    "dense": Backend(lambda: True, lambda q, k, v, mask: True, dense_attention, "", ""),
+}
+# By kind of device, what "auto" tries, best first; dense takes everything.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda", "flex", "dense"),
+    "cpu": ("rust", "dense"),
+}
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "auto") -> Backend:
+    """The backend of that name, or with ``auto`` the best one for these inputs.
+
+    Raises:
+        ConfigError: there is no such backend, or it cannot run here or on these inputs.
+    """
+    if backend == "auto":
+        for name in AUTO.get(q.device.type, ()):
+            if BACKENDS[name].available() and BACKENDS[name].supports(q, k, v, mask):
+                return BACKENDS[name]
+        return BACKENDS["dense"]
+    if backend not in BACKENDS:
+        raise ConfigError("attention", backend, f"one of auto, {', '.join(BACKENDS)}")
+    found = BACKENDS[backend]
+    if not found.available():
+        raise ConfigError("attention", backend, found.needs)
+    if not found.supports(q, k, v, mask):
+        raise ConfigError("attention", backend, found.limits)
+    return found
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "auto") -> Tensor:
     """Attention of ``q`` over ``k, v`` under a block-diffusion mask.
 
     Args:
@@ -18,8 +72,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         k: keys [B, Hkv, Tk, Dh], ``Tk = mask.num_keys``; H is a multiple of Hkv.
         v: values, shaped as the keys.
         mask: the description of MATH §7 that every backend reads.
+        backend: a name in :data:`BACKENDS`, or ``auto``: what :data:`AUTO` lists for the device.
 
     Returns:
         [B, H, Tq, Dh], in the dtype of ``q``.
+
+    Raises:
+        ConfigError: ``backend`` names none, or one that cannot run here or on these inputs.
     """
-    return dense_attention(q, k, v, mask)
+    return choose(q, k, v, mask, backend).run(q, k, v, mask)

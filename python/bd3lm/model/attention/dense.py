@@ -1,4 +1,4 @@
-"""Dense attention over the materialised mask: the oracle that every other backend is tested against."""
+"""Dense attention over the materialised mask: the oracle of every other backend."""
 
 from __future__ import annotations
 

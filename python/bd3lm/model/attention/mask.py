@@ -1,4 +1,4 @@
-"""Which keys a query may see: MATH §7 as intervals, from which every backend derives its own form."""
+"""Which keys a query may see: MATH §7 as intervals, from which each backend derives its form."""
 
 from __future__ import annotations
 
@@ -109,6 +109,7 @@ class BlockMask:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for later calls, which may want gradients
 def _intervals(
     seq_len: int,
     block_size: int,
@@ -124,7 +125,7 @@ def _intervals(
     if doc_ids is None:
         doc_start, doc_end = torch.zeros_like(position), torch.full_like(position, seq_len)
     else:
-        doc_start, doc_end = _document_bounds(doc_ids, position)
+        doc_start, doc_end = document_bounds(doc_ids, position)
     own_lo = torch.maximum(start, doc_start)
     own_hi = torch.minimum(end, doc_end)
     zero = torch.zeros_like(own_lo)
@@ -142,7 +143,7 @@ def _intervals(
     return Intervals(*columns)
 
 
-def _document_bounds(doc_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def document_bounds(doc_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """First position and one past the last of each position's document; int32 [B, L]."""
     changed = doc_ids[:, 1:] != doc_ids[:, :-1]
     edge = torch.ones_like(doc_ids[:, :1], dtype=torch.bool)
@@ -164,6 +165,7 @@ def _materialise(intervals: Intervals, seq_len: int, noised: bool) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _dense(
     seq_len: int, block_size: int, noised: bool, clean_queries: bool, first: int, device: str
 ) -> Tensor:

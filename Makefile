@@ -1,0 +1,70 @@
+# The two commands a newcomer needs are `make demo` and `make test`. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+RUN := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench check-slow wheel docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+	  | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.extension ## create .venv, install the dependencies, build the extension
+
+$(VENV)/.packages: pyproject.toml
+	@echo "== installing Python packages (PyTorch is about 3 GB)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -r pyproject.toml --extra dev
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.packages $(RUST_SOURCES)
+	@echo "== building the Rust extension"
+	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" \
+	  $(BIN)/maturin develop --release --uv -q
+	@touch $@
+
+demo: setup ## train on the shipped English text, score it exactly, sample from it
+	@rm -rf $(RUN)
+	$(BIN)/bd3lm-train demo --out $(RUN)
+	$(BIN)/bd3lm-sample $(RUN)/checkpoint --num 2 --prompt "The old house"
+
+test: setup ## all tests, Rust and Python, but the slow ones
+	cargo test -q --workspace
+	$(BIN)/pytest -m "not slow"
+
+check-slow: setup ## the checks that take minutes
+	$(BIN)/pytest -m slow
+
+lint: setup ## formatting, lints, types, and the direction of imports
+	cargo fmt --all --check
+	cargo clippy -q --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the sources in the house style
+	cargo fmt --all
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## Rust benches, and the Python ones against their peers
+	cargo bench
+	for bench in benches/python/*.py; do $(BIN)/python $$bench || exit 1; done
+
+wheel: $(VENV)/.packages ## an installable wheel in dist/
+	$(BIN)/maturin build --release -q --out dist
+	@ls dist/*.whl
+
+docs: setup ## Rust API documentation in target/doc
+	RUSTDOCFLAGS="-D warnings" cargo doc -q --no-deps -p bd3lm-core
+	@echo "target/doc/bd3lm_core/index.html"
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) target dist runs python/bd3lm/*.so

@@ -1,0 +1,120 @@
+//! A data set on disk: opening it, and shuffled noised batches out of it; elements are tokens.
+
+use bd3lm_benches::{VOCAB, config, lengths, spec};
+use bd3lm_core::batch::{CleanBatch, NoiseBatch, NoisedBatch, Order, gather_noised};
+use bd3lm_core::noise::NoiseKey;
+use bd3lm_core::pack::{Packing, RowPlan};
+use bd3lm_core::store::{StoreWriter, TokenStore};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+fn batches(c: &mut Criterion) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let target = folder.path().join("set");
+    let mut writer = StoreWriter::create(&target, VOCAB, "{}").expect("a new data set");
+    for (document, length) in lengths(32_000).into_iter().enumerate() {
+        let ids: Vec<u32> = (0..length - 1)
+            .map(|i| ((document as u64 + i) % 50_000) as u32)
+            .collect();
+        writer.push(&ids).expect("ids are in range");
+        writer.end_document(length).expect("room on the disk");
+    }
+    let total = writer.num_tokens();
+    writer.finish(vec![]).expect("room on the disk");
+
+    let mut group = c.benchmark_group("store/open");
+    group.throughput(Throughput::Elements(total));
+    for (name, verify) in [("sizes", false), ("digests", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| TokenStore::open(&target, verify).expect("it was just written"));
+        });
+    }
+    group.finish();
+
+    let store = TokenStore::open(&target, true).expect("it was just written");
+    let mut group = c.benchmark_group("batches");
+    for l in [128, 1024] {
+        let wrap = Packing::Wrap {
+            row_eos: false,
+            stride: None,
+        };
+        let plan = RowPlan::new(&store, l, 16, wrap, false).expect("it fits");
+        let order = Order::new(1, plan.num_rows() as u64);
+        // One batch for the calling thread, one that is shared out.
+        for batch in [(1 << 16) / l, (1 << 18) / l] {
+            let mut buffers = Buffers::new(batch * l, 16);
+            let mut rows = vec![0; batch];
+            group.throughput(Throughput::Elements((batch * l) as u64));
+            for noise in ["unclipped", "count"] {
+                let spec = spec(noise);
+                let mut step = 0;
+                let id = BenchmarkId::new(noise, format!("L={l} S=16 B={batch}"));
+                group.bench_function(id, |b| {
+                    b.iter(|| {
+                        step += 1;
+                        order.fill(step * batch as u64, &mut rows);
+                        let key = NoiseKey {
+                            seed: 1,
+                            step,
+                            row: 0,
+                            rows: batch as u64,
+                        };
+                        let (clean, noised) = buffers.split();
+                        gather_noised(&store, &plan, &spec, key, &rows, 16, false, clean, noised)
+                            .expect("rows exist")
+                    });
+                });
+            }
+        }
+    }
+}
+
+struct Buffers {
+    x0: Vec<i64>,
+    noisable: Vec<u8>,
+    doc_ids: Vec<i32>,
+    xt: Vec<i64>,
+    mask: Vec<u8>,
+    mask_prob: Vec<f32>,
+    weight: Vec<f32>,
+    masked: Vec<i64>,
+    masked_weight: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(tokens: usize, block_size: usize) -> Self {
+        Buffers {
+            x0: vec![0; tokens],
+            noisable: vec![0; tokens],
+            doc_ids: vec![0; tokens],
+            xt: vec![0; tokens],
+            mask: vec![0; tokens],
+            mask_prob: vec![0.0; tokens / block_size],
+            weight: vec![0.0; tokens / block_size],
+            masked: vec![0; tokens],
+            masked_weight: vec![0.0; tokens],
+        }
+    }
+
+    fn split(&mut self) -> (CleanBatch<'_>, NoisedBatch<'_>) {
+        let clean = CleanBatch {
+            x0: &mut self.x0,
+            noisable: &mut self.noisable,
+            doc_ids: &mut self.doc_ids,
+        };
+        let noise = NoiseBatch {
+            mask: &mut self.mask,
+            mask_prob: &mut self.mask_prob,
+            weight: &mut self.weight,
+        };
+        let noised = NoisedBatch {
+            xt: &mut self.xt,
+            noise,
+            masked: &mut self.masked,
+            masked_weight: &mut self.masked_weight,
+        };
+        (clean, noised)
+    }
+}
+
+criterion_group! { name = benches; config = config(); targets = batches }
+criterion_main!(benches);

@@ -1,0 +1,174 @@
+"""The compiled part of bd3lm; `bd3lm.data` and `bd3lm.model.attention` wrap all of it."""
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Schedule:
+    def __new__(
+        cls,
+        name: str,
+        *,
+        eps: float = 1e-3,
+        mu: float | None = None,
+        sigma: float | None = None,
+        mu2: float | None = None,
+        sigma2: float | None = None,
+        mixture: float | None = None,
+        paper_weights: bool = False,
+    ) -> Schedule: ...
+    @property
+    def name(self) -> str: ...
+    def mask_prob(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def loss_weight(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def inverse(self, p: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+class Weighting:
+    def __new__(cls, name: str = "nelbo", *, k: float = 0.0) -> Weighting: ...
+    def at(self, schedule: Schedule, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+class NoiseSpec:
+    def __new__(
+        cls,
+        schedule: Schedule,
+        *,
+        estimator: str = "bernoulli",
+        clip: tuple[float, float] | None = None,
+        resample: bool = False,
+        weighting: Weighting | None = None,
+        gamma: NDArray[np.float32] | None = None,
+        count_probs: list[float] | None = None,
+        stratum: tuple[int, int] | None = None,
+        strata: bool = True,
+    ) -> NoiseSpec: ...
+    def check(self, seq_len: int, block_size: int) -> None: ...
+
+class TokenStore:
+    @staticmethod
+    def open(path: str | PathLike[str], verify: bool) -> TokenStore: ...
+    @staticmethod
+    def from_arrays(
+        ids: NDArray[np.int32],
+        lengths: NDArray[np.uint64],
+        special: tuple[int, int, int, int],
+    ) -> TokenStore: ...
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def special(self) -> tuple[int, int, int, int]: ...
+    @property
+    def manifest(self) -> str | None: ...
+    def document(self, index: int) -> NDArray[np.int64]: ...
+
+class RowPlan:
+    def __new__(
+        cls,
+        store: TokenStore,
+        *,
+        seq_len: int,
+        block_size: int,
+        packing: str,
+        row_eos: bool,
+        stride: int | None,
+        keep_last: bool,
+        documents: bool,
+    ) -> RowPlan: ...
+    def __len__(self) -> int: ...
+    @property
+    def num_stream_tokens(self) -> int: ...
+    def gather(
+        self,
+        rows: NDArray[np.uint64],
+        x0: NDArray[np.int64],
+        noisable: NDArray[np.uint8],
+        doc_ids: NDArray[np.int32],
+    ) -> bool: ...
+    def gather_noised(
+        self,
+        spec: NoiseSpec,
+        seed: int,
+        step: int,
+        first_row: int,
+        num_rows: int,
+        rows: NDArray[np.uint64],
+        x0: NDArray[np.int64],
+        noisable: NDArray[np.uint8],
+        doc_ids: NDArray[np.int32],
+        xt: NDArray[np.int64],
+        mask: NDArray[np.uint8],
+        mask_prob: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        masked: NDArray[np.int64],
+        masked_weight: NDArray[np.float32],
+    ) -> tuple[int, int, bool]: ...
+
+def noise(
+    spec: NoiseSpec,
+    seq_len: int,
+    block_size: int,
+    seed: int,
+    step: int,
+    first_row: int,
+    num_rows: int,
+    x0: NDArray[np.int64],
+    noisable: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    mask_prob: NDArray[np.float32],
+    weight: NDArray[np.float32],
+) -> None: ...
+def row_order(seed: int, num_rows: int, first: int, count: int) -> NDArray[np.uint64]: ...
+def prepare(
+    inputs: list[str],
+    target: str,
+    tokenizer: str,
+    special: tuple[int, int, int, int],
+    *,
+    text_field: str,
+    filter: tuple[str, str] | None,
+    lines: bool,
+    hold_out: tuple[float, bool] | None,
+    threads: int,
+    progress: Callable[[int, int, int], None] | None,
+) -> str: ...
+def for_each_document(
+    path: str,
+    each: Callable[[str], None],
+    *,
+    text_field: str,
+    filter: tuple[str, str] | None,
+    lines: bool,
+) -> None: ...
+
+_Tensor = tuple[int, Sequence[int], Sequence[int], str]
+_Mask = tuple[Sequence[int], int, int]
+_Options = tuple[int, str | None, float]
+
+def attention_forward(
+    q: _Tensor, k: _Tensor, v: _Tensor, mask: _Mask, out: _Tensor, lse: int, options: _Options
+) -> None: ...
+def attention_backward(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    mask: _Mask,
+    out: _Tensor,
+    lse: int,
+    d_out: _Tensor,
+    dq: _Tensor,
+    dk: _Tensor,
+    dv: _Tensor,
+    options: _Options,
+) -> None: ...
+def attention_isas() -> list[str]: ...
+def cross_entropy(
+    logits: NDArray[np.float32] | NDArray[np.int16],
+    target: NDArray[np.int64],
+    weight: NDArray[np.float32] | None,
+    mask_id: int,
+    nll: NDArray[np.float32],
+    threads: int,
+) -> None: ...

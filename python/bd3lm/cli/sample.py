@@ -1,0 +1,98 @@
+"""``bd3lm-sample``: text from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.cli.common import run
+from bd3lm.config import SampleConfig, TrainConfig, check
+from bd3lm.sample import Sampler
+from bd3lm.train.device import autocast, resolve_device
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw text, block by block, one forward of the model a token."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The checkpoint/ directory of a run."""
+    num: int = 4
+    """Number of samples."""
+    length: int | None = None
+    """Largest number of tokens, prompt included. None: the trained length."""
+    prompt: str = ""
+    """Text that every sample begins with."""
+    seed: int = 1
+    """The same seed gives the same samples, whatever the batch."""
+    top_p: float = 0.9
+    """Nucleus: smallest set of tokens with that much probability. 1: all."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    block_size: int | None = None
+    """Sample with blocks of another size than the trained one."""
+    batch_size: int = 16
+    """Rows drawn at once."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forwards; draws are always float64."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object a sample and nothing else."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``bd3lm-sample``."""
+    run(lambda: sample(tyro.cli(SampleArgs, prog="bd3lm-sample", args=argv)))
+
+
+def sample(args: SampleArgs) -> None:
+    """Load, draw, print."""
+    console = Console(stderr=args.json)
+    device = resolve_device(args.device)
+    loaded = load_checkpoint(args.checkpoint, device)
+    tokenizer, trained = loaded.tokenizer, loaded.config
+    length = trained.seq_len if args.length is None else args.length
+    check(args.batch_size >= 1, "batch-size", args.batch_size, "at least 1")
+    cfg = SampleConfig(
+        num=args.num,
+        length=length,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    sampler = Sampler.from_checkpoint(loaded, args.block_size)
+    prompt = tokenizer.encode(args.prompt)
+    precision = TrainConfig(precision=args.precision)
+    with autocast(precision, device), Progress(console=console, transient=True) as progress:
+        task = progress.add_task("sampling", total=args.num * length)
+        for first in range(0, args.num, args.batch_size):
+            rows = min(args.batch_size, args.num - first)
+            samples = sampler.generate(
+                cfg,
+                [prompt] * rows,
+                first=first,
+                progress=lambda done, f=first, n=rows: progress.update(
+                    task, completed=f * length + done * n
+                ),
+            )
+            for index, drawn in enumerate(samples, first):
+                text = tokenizer.decode(drawn.ids)
+                if args.json:
+                    record = {"index": index, "text": text, **dataclasses.asdict(drawn)}
+                    sys.stdout.write(json.dumps(record) + "\n")
+                    continue
+                console.rule(
+                    f"sample {index + 1}: {len(drawn.ids)} tokens, {drawn.nfe} forwards, "
+                    f"ended by {drawn.stop}"
+                )
+                console.print(text, markup=False, highlight=False)

@@ -1,0 +1,79 @@
+"""``bd3lm-train``: text in; a trained, scored and sampled model out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from bd3lm.cli.common import run
+from bd3lm.cli.progress import RichReporter
+from bd3lm.cli.summary import training_summary
+from bd3lm.config import PRESETS, TrainConfig, check, preset
+from bd3lm.report import plot_loss, read_metrics
+from bd3lm.train import run_training, saved_config
+
+DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
+
+usage: bd3lm-train [PRESET] [OPTIONS]
+
+PRESET is one of {", ".join(PRESETS)} (default: demo, which needs minutes on two cores and
+trains on the English text shipped with the package). Every option below overrides the preset."""
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """What the command line adds to a run's settings."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Directory of the run. None: runs/PRESET, or the first free runs/PRESET-N."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --out with its own settings."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``bd3lm-train``."""
+    run(lambda: train(sys.argv[1:] if argv is None else argv))
+
+
+def train(argv: list[str]) -> None:
+    """Parse, build, train, report."""
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else "demo"
+    base = TrainArgs(preset(name))
+    args = tyro.cli(
+        TrainArgs,
+        prog="bd3lm-train",
+        description=DESCRIPTION,
+        default=base,
+        args=argv[1:] if named else argv,
+    )
+    cfg, out = args.config, args.out or _free_directory(name)
+    if args.resume:
+        check(args.out is not None, "out", None, "--resume needs the --out DIR of a run")
+        check(
+            not named and cfg == base.config,
+            "resume",
+            "with other settings",
+            "a resumed run keeps its own settings; give only --out DIR --resume",
+        )
+        cfg = saved_config(out)
+    console = Console()
+    with RichReporter(console, cfg.steps) as reporter:
+        summary = run_training(cfg, out, reporter, resume=args.resume)
+    title = f"{cfg.system}, S={cfg.block_size}, L={cfg.seq_len}"
+    plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
+    training_summary(console, summary, out)
+
+
+def _free_directory(name: str) -> Path:
+    first = Path("runs") / name
+    if not first.exists():
+        return first
+    return next(p for n in count(2) if not (p := Path("runs") / f"{name}-{n}").exists())

@@ -1,0 +1,114 @@
+"""Text files to prepared data sets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from bd3lm import _core
+from bd3lm.data.store import Manifest
+from bd3lm.data.tokenizers import Tokenizer
+from bd3lm.errors import ConfigError, ExistsError
+
+Progress = Callable[[int, int, int], None]
+"""``(bytes read, bytes in all, tokens written)``; may raise to stop."""
+
+
+def prepare(
+    inputs: Sequence[Path | str],
+    tokenizer: Tokenizer,
+    out: Path | str,
+    *,
+    text_field: str = "text",
+    where: tuple[str, str] | None = None,
+    lines: bool = False,
+    valid_fraction: float | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Manifest]:
+    """Tokenize text files into a data set, in parallel and in bounded memory.
+
+    Everything is written beside ``out`` and renamed at the end, so that an interruption leaves
+    nothing half-made.
+
+    Args:
+        inputs: txt, jsonl or parquet files, the first two also as .gz, .xz or .zst.
+        tokenizer: what makes the ids.
+        out: directory to make; must not exist, or be empty.
+        text_field: field of jsonl and parquet records that holds the text.
+        where: ``(field, value)``: only records whose field has that value.
+        lines: txt: a document a line, instead of one a file.
+        valid_fraction: hold out that share of the documents, by a fixed hash of their number:
+            ``out`` then holds ``train/`` and ``valid/``.
+        threads: that tokenize; None: one a core.
+        progress: told how far it is.
+
+    Returns:
+        The manifest, or those of train and valid.
+
+    Raises:
+        ExistsError: ``out`` already holds something.
+        FormatError: a file or record that cannot be read.
+        EmptyCorpusError: no text at all, or none on one side of the split.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExistsError(f"{out} already exists; choose another output or remove it first")
+    if valid_fraction is None:
+        splits: list[tuple[Path, tuple[float, bool] | None]] = [(out, None)]
+    elif 0.0 < valid_fraction < 1.0:
+        splits = [(out / "train", (valid_fraction, False)), (out / "valid", (valid_fraction, True))]
+    else:
+        raise ConfigError("valid-fraction", valid_fraction, "between 0 and 1")
+    fresh = not out.exists()
+    if not fresh:
+        out.rmdir()  # the writer makes it, whole
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    manifests = []
+    try:
+        for target, hold_out in splits:
+            text = _core.prepare(
+                [str(path) for path in inputs],
+                str(target),
+                tokenizer.json,
+                tokenizer.special,
+                text_field=text_field,
+                filter=where,
+                lines=lines,
+                hold_out=hold_out,
+                threads=threads or os.cpu_count() or 1,
+                progress=progress,
+            )
+            manifests.append(Manifest.from_json(text))
+    except BaseException:
+        if len(splits) == 2:
+            shutil.rmtree(out, ignore_errors=True)
+        if not fresh:
+            out.mkdir(exist_ok=True)
+        for parent in new_parents:
+            with suppress(OSError):  # someone else may use it by now
+                parent.rmdir()
+        raise
+    return manifests
+
+
+def read_documents(
+    path: Path | str,
+    *,
+    text_field: str = "text",
+    where: tuple[str, str] | None = None,
+    lines: bool = False,
+) -> list[str]:
+    """Documents of one text file, all in memory; see :func:`prepare` for the arguments.
+
+    Raises:
+        FormatError: a file or record that cannot be read.
+    """
+    documents: list[str] = []
+    _core.for_each_document(
+        str(path), documents.append, text_field=text_field, filter=where, lines=lines
+    )
+    return documents

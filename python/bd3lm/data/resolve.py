@@ -1,0 +1,98 @@
+"""From what a user names (nothing, a prepared directory, text files) to opened data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from bd3lm.data.prepare import prepare
+from bd3lm.data.store import Dataset
+from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
+from bd3lm.errors import ConfigError, MissingFileError
+
+HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation data with one tokenizer."""
+
+    train: Dataset
+    valid: Dataset
+
+
+def open_splits(
+    data: str | None, valid: str | None, tokenizer: str, work: Path, note: Callable[[str], None]
+) -> Splits:
+    """Open the data that is named, tokenizing text into ``work`` where that has not been done.
+
+    Nothing named: the corpus shipped with the package. A directory with ``train/`` and
+    ``valid/``: those. A prepared data set needs ``valid``; a text file without it has a share of
+    its documents held out.
+
+    Args:
+        data: training data, or None.
+        valid: validation data, or None.
+        tokenizer: name or path, for text.
+        work: directory for what has to be tokenized.
+        note: told what is being done.
+
+    Raises:
+        MissingFileError: a path that does not exist.
+        NotADatasetError: a directory that is not a prepared data set.
+        ConfigError: validation data is missing and cannot be made.
+    """
+    if data is None:
+        return _default(tokenizer, work, note)
+    train = Path(data)
+    if not train.exists():
+        raise MissingFileError(f"{train}: no such file or directory")
+    if valid is not None:
+        return Splits(
+            open_data(train, tokenizer, work / "train", note),
+            open_data(Path(valid), tokenizer, work / "valid", note),
+        )
+    if train.is_dir():
+        if (train / "train").is_dir() and (train / "valid").is_dir():
+            return Splits(Dataset(train / "train"), Dataset(train / "valid"))
+        Dataset(train)  # its own error first, if it is no data set at all
+        raise ConfigError(
+            "valid", None, f"a path is needed: {train} holds no train/ and valid/ to choose from"
+        )
+    if not (work / "train").is_dir():
+        note(f"tokenizing {train}, {HELD_OUT:.0%} of its documents held out for validation")
+        prepare([train], load_tokenizer(tokenizer), work, valid_fraction=HELD_OUT)
+    return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+
+
+def open_data(
+    path: Path, tokenizer: str | Tokenizer, work: Path, note: Callable[[str], None]
+) -> Dataset:
+    """Open a prepared directory, or tokenize one text file into ``work`` and open that.
+
+    Raises:
+        MissingFileError: the path does not exist.
+        NotADatasetError: a directory that is not a prepared data set.
+    """
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file or directory")
+    if path.is_dir():
+        return Dataset(path)
+    if not work.is_dir():
+        note(f"tokenizing {path}")
+        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        prepare([path], loaded, work)
+    return Dataset(work)
+
+
+def _default(tokenizer: str, work: Path, note: Callable[[str], None]) -> Splits:
+    missing = [split for split in ("train", "valid") if not (work / split).is_dir()]
+    if missing:
+        note("tokenizing the English text shipped with the package")
+        loaded = load_tokenizer(tokenizer)
+        with as_file(files("bd3lm") / "assets" / "default_corpus.jsonl.xz") as corpus:
+            for split in missing:
+                prepare([corpus], loaded, work / split, where=("split", split))
+    return Splits(Dataset(work / "train"), Dataset(work / "valid"))

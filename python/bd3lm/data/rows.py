@@ -1,0 +1,200 @@
+"""Packed rows and the batches that training and scoring read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3lm import _core
+from bd3lm.data.noise import NoiseSpec, flat
+from bd3lm.data.store import Dataset, TokenArrays
+from bd3lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """Rows as they are.
+
+    Attributes:
+        x0: clean ids, int64 [B, L]; position 0 is BOS.
+        noisable: bool [B, L]: may be noised, and is scored.
+        doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
+    """
+
+    x0: Tensor
+    noisable: Tensor
+    doc_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised rows of one training step, or a part of them.
+
+    Attributes:
+        x0: clean ids, int64 [B, L].
+        xt: noised ids, int64 [B, L].
+        masked: flat positions b*L+i of the masked tokens, int64 [M].
+        weight: loss weight of each of them, float32 [M].
+        mask_prob: noise level p of each block, float32 [B, K].
+        doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
+        num_noisable: tokens that could have been masked: the loss is per such token.
+    """
+
+    x0: Tensor
+    xt: Tensor
+    masked: Tensor
+    weight: Tensor
+    mask_prob: Tensor
+    doc_ids: Tensor | None
+    num_noisable: int
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
+        """The same batch on another device; pinned first where copies may overlap."""
+        if device.type == "cpu":
+            return self
+
+        def move(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            return (value.pin_memory() if non_blocking else value).to(
+                device, non_blocking=non_blocking
+            )
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+class Rows:
+    """Rows of L tokens aligned to blocks of S, as a plan over a data set's documents.
+
+    Args:
+        data: the documents.
+        seq_len: L >= 2.
+        block_size: S, dividing L.
+        plan: ``wrap`` (concatenate and cut), ``aligned`` (documents start on block boundaries,
+            each behind a BOS) or ``best_fit`` (the same, documents whole where they fit).
+        row_eos: wrap: close every row with an EOS of its own, as the paper's code does.
+        stride: wrap: only the last so many tokens of a row are noisable; rows overlap by the
+            rest, so that every token is scored once with more context.
+        keep_last: wrap: keep a last row that is not full, padded; for scoring.
+        documents: attention stays inside documents; None: in every plan but ``wrap``.
+
+    Raises:
+        ConfigError: S does not divide L, a stride or plan that is not allowed, or a data set too
+            short for one row.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | TokenArrays,
+        *,
+        seq_len: int,
+        block_size: int,
+        plan: Literal["wrap", "aligned", "best_fit"] = "wrap",
+        row_eos: bool = False,
+        stride: int | None = None,
+        keep_last: bool = False,
+        documents: bool | None = None,
+    ) -> None:
+        self.seq_len, self.block_size = seq_len, block_size
+        self.documents = plan != "wrap" if documents is None else documents
+        self.core = _core.RowPlan(
+            data.core,
+            seq_len=seq_len,
+            block_size=block_size,
+            packing=plan,
+            row_eos=row_eos,
+            stride=stride,
+            keep_last=keep_last,
+            documents=self.documents,
+        )
+
+    def __len__(self) -> int:
+        return len(self.core)
+
+    @property
+    def num_stream_tokens(self) -> int:
+        """Tokens of the data set, whether or not they fell into a row."""
+        return self.core.num_stream_tokens
+
+    def batch(self, rows: NDArray[np.uint64]) -> CleanBatch:
+        """The given rows.
+
+        Args:
+            rows: row numbers, uint64 [B].
+
+        Raises:
+            ConfigError: a row that does not exist.
+        """
+        shape = (len(rows), self.seq_len)
+        x0 = torch.empty(shape, dtype=torch.int64)
+        noisable = torch.empty(shape, dtype=torch.bool)
+        doc_ids = torch.empty(shape, dtype=torch.int32)
+        padded = self.core.gather(rows, flat(x0), flat(noisable), flat(doc_ids))
+        return CleanBatch(x0, noisable, doc_ids if padded or self.documents else None)
+
+
+class Loader:
+    """Noised batches of a shuffled data set.
+
+    Order and noise are functions of (seed, step, row of the global batch): never of how a batch
+    is cut into parts, nor of threads. There is no state to save; a step number is all it takes.
+
+    Args:
+        rows: what to draw from.
+        batch_size: rows of the global batch.
+        seed: of order and noise.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def batch(self, step: int, spec: NoiseSpec, *, part: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a step, or an equal part of it.
+
+        Args:
+            step: from 0.
+            spec: what noise to draw.
+            part: ``(index, number)``: a micro-batch or a rank's share; the number divides
+                ``batch_size``.
+
+        Raises:
+            ConfigError: a part that does not exist, or noise these rows do not allow.
+        """
+        index, parts = part
+        if not (0 <= index < parts and self.batch_size % parts == 0):
+            allowed = f"index < number, a divisor of batch-size = {self.batch_size}"
+            raise ConfigError("part", part, allowed)
+        size = self.batch_size // parts
+        first = index * size
+        order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
+        shape = (size, self.rows.seq_len)
+        blocks = (size, self.rows.seq_len // self.rows.block_size)
+        x0, xt, masked = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+        noisable, mask = (torch.empty(shape, dtype=torch.bool) for _ in range(2))
+        doc_ids = torch.empty(shape, dtype=torch.int32)
+        masked_weight = torch.empty(shape)
+        mask_prob, weight = torch.empty(blocks), torch.empty(blocks)
+        num_noisable, count, padded = self.rows.core.gather_noised(
+            spec._core,
+            self.seed,
+            step,
+            first,
+            self.batch_size,
+            order,
+            *(flat(x) for x in (x0, noisable, doc_ids, xt, mask)),
+            *(flat(x) for x in (mask_prob, weight, masked, masked_weight)),
+        )
+        return Batch(
+            x0=x0,
+            xt=xt,
+            masked=masked.view(-1)[:count],
+            weight=masked_weight.view(-1)[:count],
+            mask_prob=mask_prob,
+            doc_ids=doc_ids if padded or self.rows.documents else None,
+            num_noisable=num_noisable,
+        )

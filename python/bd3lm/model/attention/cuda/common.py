@@ -1,0 +1,117 @@
+"""What every kernel shares: products and rounding that the interpreter gets right, and tile lists.
+
+A *range* is half-open, ``[lo, hi)``, in positions of one stream. A tile of rows, each with its own
+range, meets the other axis in three kinds of tiles: *empty* (no row has anything there: never
+visited), *full* (every row sees all of it: no mask) and *partial* (masked element by element).
+Each kernel walks the full tiles of both streams in one loop and the partial ones in another, so
+there are two inlined loop bodies whatever the mask; more of them spill.
+"""
+
+# Triton's language is not typed, and may not be installed.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportMissingImports=false
+# ruff: noqa: ANN001, ANN201, N803  (Triton gives arguments their types; capitals are pointers)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRET: tl.constexpr):
+    """``a @ b + acc`` in float32; products of float32 inputs are not rounded to tf32.
+
+    The interpreter multiplies the raw bits of bf16, so there the operands are widened first,
+    which is exact.
+    """
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """``x`` in ``dtype``, rounded to nearest even; the interpreter would truncate to bf16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(base, row, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows [T, DP] of a matrix [*, D], all of them in bounds; columns past D read as zero."""
+    col = tl.arange(0, DP)
+    ptr = base + row[:, None] * stride + col[None, :]
+    if D == DP:
+        return tl.load(ptr)
+    return tl.load(ptr, mask=(col < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows_below(base, row, offset, stop, stride, D: tl.constexpr, DP: tl.constexpr):
+    """As :func:`load_rows` for rows ``offset + row``, but zero where ``row >= stop``."""
+    col = tl.arange(0, DP)
+    ptr = base + (offset + row)[:, None] * stride + col[None, :]
+    inside = (row < stop)[:, None]
+    if D != DP:
+        inside = inside & (col < D)[None, :]
+    return tl.load(ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, row, ok, stride, x, D: tl.constexpr, DP: tl.constexpr):
+    """Write rows [T, DP] where ``ok``, without the columns past D."""
+    col = tl.arange(0, DP)
+    inside = ok[:, None]
+    if D != DP:
+        inside = inside & (col < D)[None, :]
+    tl.store(base + row[:, None] * stride + col[None, :], x, mask=inside)
+
+
+@triton.jit
+def load_ranges(RANGES, batch, stride_batch, rows, index):
+    """The ranges of some rows, from int32 [B or 1, 4, rows]: clean lo, hi and noised lo, hi."""
+    base = RANGES + batch * stride_batch
+    clean_lo = tl.load(base + index)
+    clean_hi = tl.load(base + rows + index)
+    noised_lo = tl.load(base + 2 * rows + index)
+    noised_hi = tl.load(base + 3 * rows + index)
+    return clean_lo, clean_hi, noised_lo, noised_hi
+
+
+@triton.jit
+def tile_span(lo, hi, TILE: tl.constexpr):
+    """Tiles met by rows with ranges ``[lo, hi)``: (first, full_first, full_last, last).
+
+    Partial tiles are [first, full_first) and [full_last, last), full ones
+    [full_first, full_last); all are empty where every range is.
+    """
+    end = tl.max(tl.where(hi > lo, hi, 0), 0)
+    start = tl.minimum(tl.min(tl.where(hi > lo, lo, end), 0), end)
+    first = start // TILE
+    last = (end + TILE - 1) // TILE
+    full_first = (tl.max(lo, 0) + TILE - 1) // TILE
+    full_first = tl.minimum(tl.maximum(full_first, first), last)
+    full_last = tl.minimum(tl.maximum(tl.min(hi, 0) // TILE, full_first), last)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def nth_full(t, clean_first, clean_count, noised_first):
+    """The t-th full tile, clean ones first: (tile, whether it is noised)."""
+    noised = t >= clean_count
+    return tl.where(noised, noised_first + t - clean_count, clean_first + t), noised
+
+
+@triton.jit
+def nth_partial(t, c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last):
+    """The t-th partial tile: clean before and after the full ones, then noised likewise."""
+    noised = t >= c_count
+    t = tl.where(noised, t - c_count, t)
+    head = tl.where(noised, n_head, c_head)
+    first = tl.where(noised, n_first, c_first)
+    after = tl.where(noised, n_full_last, c_full_last) - head
+    return tl.where(t < head, first + t, after + t), noised

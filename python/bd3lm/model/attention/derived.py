@@ -1,0 +1,45 @@
+"""Computed once for a mask, used by every layer: what a backend derives from a BlockMask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from bd3lm.model.attention.mask import BlockMask
+
+T = TypeVar("T")
+
+
+def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], T]:
+    """Cache ``build(mask, device)``: by shape where there are no documents, else with the mask.
+
+    Under ``torch.compile`` nothing is kept, since what is built there are nodes of a graph; the
+    compiler merges the copies of the layers itself.
+    """
+    of_mask: WeakKeyDictionary[BlockMask, dict[str, T]] = WeakKeyDictionary()
+
+    @lru_cache(maxsize=64)
+    def of_shape(
+        seq_len: int, block_size: int, noised: bool, clean_queries: bool, first: int, device: str
+    ) -> T:
+        return build(BlockMask(seq_len, block_size, noised, clean_queries, first), device)
+
+    @wraps(build)
+    def get(mask: BlockMask, device: str) -> T:
+        if torch.compiler.is_compiling():
+            return build(mask, device)
+        # Autograd refuses to save tensors born in inference mode, and these outlive it.
+        with torch.inference_mode(False):
+            if mask.doc_ids is None:
+                shape = (mask.seq_len, mask.block_size, mask.noised, mask.clean_queries)
+                return of_shape(*shape, mask.first, device)
+            known = of_mask.setdefault(mask, {})
+            if device not in known:
+                known[device] = build(mask, device)
+            return known[device]
+
+    return get

@@ -1,0 +1,58 @@
+"""The ``flash-attn`` package (extra ``gpu``), where a mask is one that it knows: causal or full."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bd3lm.model.attention.mask import BlockMask
+
+NEEDS = "needs an NVIDIA GPU and the flash-attn package (pip install bd3lm[gpu])"
+LIMITS = (
+    "takes fp16 or bf16, heads of up to 256 features, no documents, and S = 1, S = L or decoding"
+)
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is a GPU and the package is installed; the package is not imported."""
+    return torch.cuda.is_available() and find_spec("flash_attn") is not None
+
+
+def is_causal(mask: BlockMask) -> bool | None:
+    """True: causal, aligned to the last key. False: every query sees all keys of its stream.
+
+    None: neither, or documents, which take another entry point of the package.
+    """
+    if mask.doc_ids is not None or mask.clean_queries == mask.noised:
+        # Only one stream may ask; of two, xt can be alone with itself (below).
+        return None
+    last_block = (mask.seq_len - 1) // mask.block_size
+    if mask.noised:
+        return False if last_block == 0 else None
+    if mask.first // mask.block_size == last_block:
+        return False
+    return True if mask.block_size == 1 else None
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+    """Whether the package takes these inputs."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] <= 256
+        and is_causal(mask) is not None
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`."""
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    # With S = L an xt query sees xt alone: its block has no clean block before it.
+    keys, values = (x[:, :, : mask.seq_len].transpose(1, 2) for x in (k, v))
+    out = flash_attn_func(q.transpose(1, 2), keys, values, causal=bool(is_causal(mask)))
+    return out.transpose(1, 2)

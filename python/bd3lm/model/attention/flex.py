@@ -1,0 +1,128 @@
+"""PyTorch's FlexAttention, compiled, with its block mask built tile by tile from the intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bd3lm.model.attention.derived import derived
+from bd3lm.model.attention.mask import BlockMask, Intervals
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask as TileMask
+
+TILE = 128
+NEEDS = "needs a PyTorch with torch.nn.attention.flex_attention"
+LIMITS = (
+    "takes heads of 16 features or more, compiles itself and not inside another torch.compile, "
+    "and on a CPU gives no gradient"
+)
+
+
+def available() -> bool:
+    """PyTorch has had FlexAttention since 2.5; this package asks for a newer one."""
+    return True
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+    """Whether FlexAttention takes these inputs.
+
+    Not inside another ``torch.compile``: there the block mask would be built in the graph, and
+    PyTorch 2.15 on the CPU then computes wrong values without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return q.shape[-1] >= 16 and (q.is_cuda or not wants_grad)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`."""
+    block_mask = tile_mask(mask, str(q.device))
+    return _compiled()(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@derived
+def tile_mask(mask: BlockMask, device: str) -> TileMask:
+    """FlexAttention's block mask, without ever holding Tq·Tk booleans."""
+    from torch.nn.attention.flex_attention import BlockMask as TileMask
+
+    intervals = mask.intervals(device)
+    some, every = tile_coverage(mask, intervals)
+    return TileMask.from_kv_blocks(
+        *_listed(some & ~every),
+        *_listed(every),
+        BLOCK_SIZE=TILE,
+        mask_mod=_element_mask(mask, intervals),
+        seq_lengths=(mask.num_queries, mask.num_keys),
+    )
+
+
+def tile_coverage(mask: BlockMask, intervals: Intervals) -> tuple[Tensor, Tensor]:
+    """Tiles of which something may be seen, and those of which all is; bool [B or 1, Tq', Tk'].
+
+    A tile of keys may straddle the two streams; it is then full only if it is so in both.
+    """
+    device = intervals.clean_lo.device
+    first = torch.arange(0, mask.num_keys, TILE, device=device)
+    last = (first + TILE).clamp(max=mask.num_keys)
+    some = torch.zeros(1, 1, len(first), dtype=torch.bool, device=device)
+    every = torch.ones_like(some)
+    streams = [(mask.seq_len if mask.noised else 0, intervals.clean_lo, intervals.clean_hi)]
+    if mask.noised:
+        streams.append((0, intervals.noised_lo, intervals.noised_hi))
+    for offset, lo, hi in streams:
+        begin = (first - offset).clamp(0, mask.seq_len)
+        end = (last - offset).clamp(0, mask.seq_len)
+        seen = hi > lo
+        low = _per_tile(torch.where(seen, lo, mask.seq_len), torch.amin)
+        high = _per_tile(torch.where(seen, hi, 0), torch.amax)
+        some = some | ((low < end) & (high > begin) & (begin < end))
+        covered = (_per_tile(lo, torch.amax) <= begin) & (_per_tile(hi, torch.amin) >= end)
+        every = every & (covered | (begin >= end))
+    return some, every & some
+
+
+def _per_tile(bound: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce a bound [B, Tq] over the queries of each tile: [B, Tq', 1]."""
+    missing = -bound.shape[1] % TILE
+    padded = torch.cat([bound, bound[:, -1:].expand(-1, missing)], dim=1)
+    return reduce(padded.unflatten(1, (-1, TILE)), dim=2)[..., None]
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of keys each tile of queries meets, and which; int32, one head."""
+    count = tiles.sum(dim=-1, dtype=torch.int32)
+    order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+    return count[:, None], order[:, None]
+
+
+def _element_mask(mask: BlockMask, intervals: Intervals) -> Callable[..., Tensor]:
+    shared = mask.doc_ids is None
+    clean_lo, clean_hi, noised_lo, noised_hi = (
+        bound[0] if shared else bound for bound in intervals
+    )
+    offset = mask.seq_len
+
+    def within(at: Any, lo: Tensor, hi: Tensor, key: Tensor) -> Tensor:
+        return (key >= lo[at]) & (key < hi[at])
+
+    def clean_only(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return within(query if shared else (b, query), clean_lo, clean_hi, key)
+
+    def both(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = query if shared else (b, query)
+        return within(at, noised_lo, noised_hi, key) | within(at, clean_lo, clean_hi, key - offset)
+
+    return both if mask.noised else clean_only

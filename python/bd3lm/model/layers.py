@@ -1,0 +1,161 @@
+"""The Transformer's parts: norms, rotations, MLP, and the key/value cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd3lm.config import ModelConfig
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with a weight and no bias."""
+
+    def __init__(self, width: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.kind = kind
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary:
+    """Rotary position embedding, rotating the two halves of each head against each other.
+
+    The tables grow on demand and are kept per device, in float32: bf16 angles lose the
+    position of distant tokens.
+    """
+
+    def __init__(self, head_width: int, theta: float) -> None:
+        self.frequencies = 1.0 / theta ** (torch.arange(0, head_width, 2).double() / head_width)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @torch.inference_mode(False)  # kept for later calls, which may want gradients
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [length, Dh] of positions 0 .. length-1.
+
+        Both halves of a head have the same angles; the sign of the first half's sine is turned,
+        so that a rotation is ``x * cos + swapped(x) * sin``.
+        """
+        known = self._tables.get(device)
+        if known is None or known[0].shape[0] < length:
+            size = max(128, 1 << (length - 1).bit_length())
+            angle = torch.arange(size).double()[:, None] * self.frequencies
+            cos, sin = angle.cos().float(), angle.sin().float()
+            known = (torch.cat([cos, cos], 1).to(device), torch.cat([-sin, sin], 1).to(device))
+            self._tables[device] = known
+        return known[0][:length], known[1][:length]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate heads [B, T, H, Dh] by the angles of their positions (:meth:`Rotary.table`)."""
+    cos, sin = (table[:, None].to(x.dtype) for table in rope)  # [T, 1, Dh]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """max(x, 0)² with a gradient of two passes over memory, where autograd's own takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (upstream[0] * positive).mul_(2)
+
+
+class Mlp(nn.Module):
+    """Position-wise MLP: GELU (tanh), squared ReLU, or SwiGLU with gate and value fused."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.kind = cfg.mlp
+        up = cfg.hidden * (2 if cfg.mlp == "swiglu" else 1)
+        self.up = nn.Linear(cfg.width, up, bias=cfg.mlp_bias)
+        self.down = nn.Linear(cfg.hidden, cfg.width, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        h = self.up(x)
+        if self.kind == "gelu":
+            h = F.gelu(h, approximate="tanh")
+        elif self.kind == "relu2":
+            h = _SquaredRelu.apply(h)
+        else:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        return self.down(h)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of sigma = -log(alpha) through a two-layer MLP."""
+
+    FEATURES = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(self.FEATURES, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Sigma of any shape [...] to [..., width]."""
+        half = self.FEATURES // 2
+        rate = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
+        angle = sigma.float()[..., None] * torch.exp(-math.log(10_000.0) * rate)
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.down(F.silu(self.up(features)))
+
+
+class KVCache:
+    """Rotated keys and values of committed positions, preallocated for ``capacity`` of them.
+
+    Attributes:
+        length: positions that are filled.
+        k: one tensor a layer, [B, Hkv, capacity, Dh].
+        v: as ``k``.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        # Stored [B, capacity, Hkv, Dh] so that a write is contiguous; read as heads first.
+        shape = (batch, capacity, cfg.num_kv_heads, cfg.head_width)
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
+        self.length = 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put [B, T, Hkv, Dh] after the filled positions of one layer (length moves later)."""
+        end = self.length + k.shape[1]
+        self.k[layer][:, self.length : end] = k
+        self.v[layer][:, self.length : end] = v
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` positions of one layer, [B, Hkv, length, Dh]."""
+        return (
+            self.k[layer][:, :length].transpose(1, 2),
+            self.v[layer][:, :length].transpose(1, 2),
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the given rows of the batch, in that order."""
+        self.k = [k.index_select(0, rows) for k in self.k]
+        self.v = [v.index_select(0, rows) for v in self.v]

@@ -1,0 +1,57 @@
+"""Cross-entropy of logits and its gradient in one go, in the logits' own memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bd3lm import _core
+
+
+def cross_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+    """−log p of the targets, the mask token excluded (MATH §5); overwrites the logits.
+
+    On the CPU a Rust kernel keeps each row in the cache, where separate operations would go
+    through memory for each of them.
+
+    Args:
+        logits: [R, V], contiguous; with ``weight``, replaced by weight·(softmax − one-hot).
+        target: true ids, int64 [R], never ``mask_id``.
+        weight: float32 [R], or None where no gradient is wanted.
+        mask_id: the id whose probability is zero.
+
+    Returns:
+        float32 [R], in nats.
+    """
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        return _on_cpu(logits, target, weight, mask_id)
+    return composed_cross_entropy_(logits, target, weight, mask_id)
+
+
+def _on_cpu(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+    nll = torch.empty(logits.shape[0])
+    bits = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
+    _core.cross_entropy(
+        bits.numpy().reshape(-1),
+        target.contiguous().numpy(),
+        None if weight is None else weight.contiguous().numpy(),
+        mask_id,
+        nll.numpy(),
+        torch.get_num_threads(),
+    )
+    return nll
+
+
+def composed_cross_entropy_(
+    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int
+) -> Tensor:
+    """The same by PyTorch's own operations, on any device and in any dtype."""
+    logits[:, mask_id] = -torch.inf
+    goal = target[:, None]
+    log_p = logits.float().log_softmax(dim=-1)
+    nll = -log_p.gather(1, goal).squeeze(1)
+    if weight is not None:
+        error = log_p.exp_().mul_(weight[:, None])
+        error.scatter_add_(1, goal, -weight[:, None])
+        logits.copy_(error)
+    return nll

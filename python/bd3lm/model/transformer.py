@@ -1,0 +1,343 @@
+"""The one Transformer: a denoiser over an xt and an x0 stream, a scorer, and a cached decoder.
+
+Shapes: B batch, T rows of the residual stream, L sequence, S block, D width, H heads,
+Dh head width, M selected positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd3lm.config import ModelConfig
+from bd3lm.model.attention import BlockMask, attend
+from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, rotate
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each modulated by adaLN where there is a conditioning."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.attention = "auto"
+        self.kv_width = cfg.num_kv_heads * cfg.head_width
+        self.norm1 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
+        self.qkv = nn.Linear(cfg.width, cfg.width + 2 * self.kv_width, bias=False)
+        if cfg.qk_norm:
+            self.q_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
+            self.k_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
+        self.out = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.norm2 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
+        self.mlp = Mlp(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        if cfg.cond_width:
+            self.ada = nn.Linear(cfg.cond_width, 6 * cfg.width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Residual branches start closed at their last projection, adaLN gates open."""
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+        if self.cfg.mlp_bias:
+            nn.init.zeros_(self.mlp.down.bias)
+        if self.cfg.cond_width:
+            nn.init.zeros_(self.ada.weight)
+            nn.init.zeros_(self.ada.bias)
+            self.ada.bias.view(6, -1)[[2, 5]] = 1.0  # the two gates
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor], queries: int | None) -> list[Tensor]:
+        """Project to rotated queries [B, Tq, H, Dh] and keys, values [B, T, Hkv, Dh].
+
+        Args:
+            x: normalised residual stream [B, T, D].
+            rope: cosines and signed sines of every row [T, Dh].
+            queries: how many of the first rows ask; None for all.
+        """
+        width = self.cfg.width
+        if queries is None or queries == x.shape[1]:
+            q, k, v = self.qkv(x).split([width, self.kv_width, self.kv_width], dim=-1)
+        else:
+            weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
+            q = F.linear(x[:, :queries], weight_q)
+            k, v = F.linear(x, weight_kv).chunk(2, dim=-1)
+        q, k, v = (z.unflatten(-1, (-1, self.cfg.head_width)) for z in (q, k, v))
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        cos, sin = rope
+        return [rotate(q, (cos[: q.shape[1]], sin[: q.shape[1]])), rotate(k, rope), v]
+
+    def forward(
+        self,
+        h: Tensor,
+        mask: BlockMask,
+        rope: tuple[Tensor, Tensor],
+        cond: Tensor | None,
+        *,
+        queries: int | None = None,
+        select: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            h: residual stream [B, T, D].
+            mask: what each query sees.
+            rope: angles of the rows of ``h``.
+            cond: conditioning [1, 1, C] or [B, T, C]; None without adaLN.
+            queries: only the first Tq rows ask, the rest only answer; None for all. With 0 the
+                layer does no more than write its keys and values to the cache.
+            select: flat indices into the asking rows [M]; the output is then [M, D].
+            cache: keys and values are written at its length, and read up to there plus T.
+            layer: index into the cache.
+            past: keys and values [B, Hkv, Tp, Dh] that stand after those of ``h``.
+
+        Returns:
+            [B, Tq, D], or [M, D] with ``select``.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
+        q, k, v = self.heads(_modulate(self.norm1(h), shift1, scale1), rope, queries)
+        if cache is not None:
+            cache.write(layer, k, v)
+            if queries == 0:
+                return h[:, :0]
+            keys, values = cache.read(layer, cache.length + k.shape[1])
+            q = q.to(keys.dtype)
+        else:
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            keys, values = torch.cat([keys, past[0]], dim=2), torch.cat([values, past[1]], dim=2)
+        attended = attend(q.transpose(1, 2), keys, values, mask, self.attention)
+        attended = attended.transpose(1, 2).flatten(2)
+        h = h[:, :queries]
+        if select is not None:
+            attended, h = attended.flatten(0, 1)[select], h.flatten(0, 1)[select]
+        gate1, shift2, scale2, gate2 = (
+            _pick(m, queries, select) for m in (gate1, shift2, scale2, gate2)
+        )
+        h = h + _gate(self.dropout(self.out(attended)), gate1)
+        x = _modulate(self.norm2(h), shift2, scale2)
+        return h + _gate(self.dropout(self.mlp(x)), gate2)
+
+    def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
+        if cond is None:
+            return (None,) * 6
+        return self.ada(cond).chunk(6, dim=-1)
+
+
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
+def _gate(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate * x
+
+
+def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tensor | None:
+    """Bring a modulation [1, 1, D] or [B, T, D] to the rows that are left after selection."""
+    if m is None:
+        return None
+    if m.shape[1] > 1:
+        m = m[:, :queries]
+        return m if select is None else m.flatten(0, 1)[select]
+    return m if select is None else m[0]
+
+
+class Transformer(nn.Module):
+    """A bidirectional-within-blocks Transformer over token ids.
+
+    Three ways to run it, all with the same weights: :meth:`denoise` (training: noised and clean
+    streams together), :meth:`encode` (one stream, block-causal, optionally through a cache: full
+    attention, prefill and decoding), and :meth:`denoise_cached` (scoring many noised versions of
+    the same clean rows). Each returns normalised features; :meth:`logits` turns those into scores.
+
+    Args:
+        cfg: the shape.
+        vocab_size: V, the mask token included.
+    """
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, cfg.width)
+        self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = Norm(cfg.width, cfg.norm, cfg.norm_eps)
+        if cfg.cond_width:
+            self.ada = nn.Linear(cfg.cond_width, 2 * cfg.width)
+        self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
+        if cfg.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.rotary = Rotary(cfg.head_width, cfg.rope_theta)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from a uniform prediction; the blocks have initialised themselves."""
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if not self.cfg.tied_embeddings:
+            nn.init.zeros_(self.head.weight)
+        if self.cfg.head_bias:
+            nn.init.zeros_(self.head.bias)
+        if self.cfg.cond_width:
+            nn.init.zeros_(self.ada.weight)
+            nn.init.zeros_(self.ada.bias)
+
+    def use_attention(self, backend: str) -> Transformer:
+        """Compute attention by a named backend from now on (``auto``: the best one there is)."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention = backend
+        return self
+
+    def denoise(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        block_size: int,
+        select: Tensor,
+        *,
+        doc_ids: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Features of the selected noised positions, given the clean earlier blocks (MATH §7).
+
+        Args:
+            xt: noised ids [B, L].
+            x0: clean ids [B, L].
+            block_size: S.
+            select: flat indices b*L+i of the positions asked about [M].
+            doc_ids: int32 [B, L]; attention stays inside a document.
+            sigma: -log(alpha) of every block [B, K], for time-conditioned models.
+
+        Returns:
+            Normalised features [M, D].
+        """
+        seq_len = x0.shape[1]
+        cos, sin = self.rotary.table(seq_len, x0.device)
+        rope = (torch.cat([cos, cos]), torch.cat([sin, sin]))
+        cond = self._condition(sigma, block_size, noised=True)
+        h = self.embed(torch.cat([xt, x0], dim=1))
+        mask = BlockMask.training(seq_len, block_size, doc_ids)
+        for block in self.blocks[:-1]:
+            h = block(h, mask, rope, cond)
+        mask = BlockMask.denoise(seq_len, block_size, doc_ids)
+        h = self.blocks[-1](h, mask, rope, cond, queries=seq_len, select=select)
+        return self._finish(h, cond, seq_len, select)
+
+    def encode(
+        self,
+        ids: Tensor,
+        block_size: int,
+        *,
+        select: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        commit: int = 0,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Block-causal features of one stream; with a cache, of the positions after it.
+
+        ``block_size=L`` is full attention, ``block_size=1`` causal. Keys and values of ``ids``
+        stand in the cache during the call; the first ``commit`` of them stay.
+
+        Args:
+            ids: [B, T].
+            block_size: S; with a cache, its length is a multiple of S.
+            select: flat indices b*T+i [M]; None keeps every position; an empty tensor with a
+                cache only fills the cache.
+            doc_ids: int32 [B, T]; attention stays inside a document (not with a cache).
+            cache: keys and values of earlier positions.
+            commit: how many of the T positions to keep in the cache.
+            sigma: -log(alpha) of every block of ``ids``, for time-conditioned models; None
+                means clean (sigma 0).
+
+        Returns:
+            Normalised features [B, T, D], or [M, D] with ``select``.
+        """
+        length = ids.shape[1]
+        first = cache.length if cache is not None else 0
+        cos, sin = self.rotary.table(first + length, ids.device)
+        rope = (cos[first:], sin[first:])
+        mask = BlockMask.clean(first + length, block_size, doc_ids, first=first)
+        cond = self._condition(sigma, block_size, noised=False)
+        fill = cache is not None and select is not None and select.numel() == 0
+        h = self.embed(ids)
+        for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
+            h = block(
+                h,
+                mask,
+                rope,
+                cond,
+                queries=0 if fill and last else None,
+                select=select if last and not fill else None,
+                cache=cache,
+                layer=layer,
+            )
+        if cache is not None:
+            cache.length += commit
+        return h if fill else self._finish(h, cond, None, select)
+
+    def denoise_cached(
+        self,
+        xt: Tensor,
+        clean: KVCache,
+        block_size: int,
+        select: Tensor,
+        *,
+        doc_ids: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`denoise`, with the clean stream's keys and values already known.
+
+        Args:
+            xt: noised ids [B, L].
+            clean: cache filled by :meth:`encode` with all L positions of the clean rows.
+            block_size: S.
+            select: flat indices b*L+i [M].
+            doc_ids: int32 [B, L].
+            sigma: [B, K], for time-conditioned models.
+
+        Returns:
+            Normalised features [M, D].
+        """
+        seq_len = xt.shape[1]
+        rope = self.rotary.table(seq_len, xt.device)
+        mask = BlockMask.denoise(seq_len, block_size, doc_ids)
+        cond = self._condition(sigma, block_size, noised=False)
+        h = self.embed(xt)
+        for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
+            past = clean.read(layer, seq_len)
+            h = block(h, mask, rope, cond, select=select if last else None, past=past)
+        return self._finish(h, cond, None, select)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores [..., V] of features [..., D]."""
+        return self.head(features)
+
+    def _finish(
+        self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None
+    ) -> Tensor:
+        if cond is None:
+            return self.norm(h)
+        shift, scale = (_pick(m, queries, select) for m in self.ada(cond).chunk(2, dim=-1))
+        return _modulate(self.norm(h), shift, scale)
+
+    def _condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
+        """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C]."""
+        if self.time is None:
+            return None
+        if sigma is None or not self.cfg.time_conditioning:
+            zero = torch.zeros(1, 1, device=self.embed.weight.device)
+            return F.silu(self.time(zero))
+        sigma = sigma.repeat_interleave(block_size, dim=1)
+        if noised:  # the clean stream sees sigma = 0
+            sigma = torch.cat([sigma, torch.zeros_like(sigma)], dim=1)
+        return F.silu(self.time(sigma))

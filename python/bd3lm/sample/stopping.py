@@ -1,0 +1,27 @@
+"""When a row ends besides EOS and length (MATH §8)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+DEGENERATE_WINDOW = 256
+DEGENERATE_NATS = 4.0
+
+
+def token_entropy(ids: Sequence[int]) -> float:
+    """Entropy in nats of the empirical distribution of the ids.
+
+    >>> round(token_entropy([1, 1, 2, 2]), 4)
+    0.6931
+    """
+    total = len(ids)
+    return -sum(n / total * math.log(n / total) for n in Counter(ids).values())
+
+
+def is_degenerate(ids: Sequence[int]) -> bool:
+    """Whether the last 256 tokens hold less than 4 nats of entropy; False for shorter rows."""
+    if len(ids) < DEGENERATE_WINDOW:
+        return False
+    return token_entropy(ids[-DEGENERATE_WINDOW:]) < DEGENERATE_NATS

@@ -1,0 +1,57 @@
+"""Which device and which precision a run uses."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from bd3lm.config import TrainConfig, check
+from bd3lm.model.attention import BlockMask, choose
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: a device that PyTorch does not know or that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "auto, cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    check(device.type in ("cpu", "cuda"), "device", name, allowed)
+    check(
+        device.type != "cuda" or torch.cuda.is_available(),
+        "device",
+        name,
+        "this PyTorch sees no CUDA device; use cpu or auto",
+    )
+    return device
+
+
+def check_attention(backend: str, device: torch.device, head_width: int) -> None:
+    """Check that a named attention backend can run before anything else is done.
+
+    Raises:
+        ConfigError: it is not available here, or does not take such heads.
+    """
+    q = torch.empty(1, 1, 2, head_width, device=device)
+    choose(q, q, q, BlockMask.clean(2, 1), backend)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast of a run: bf16, or nothing for fp32."""
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

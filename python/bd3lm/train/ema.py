@@ -1,0 +1,46 @@
+"""The weight average that is evaluated, sampled and saved (MATH §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, kept in float32.
+
+    The decay after n updates is ``min(decay, (1+n)/(10+n))``, so that short runs average over
+    their own length and not over their initialisation.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self._model = model
+        self.weights = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the current parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = [p.detach() for p in self._model.parameters()]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.weights.values()), current, 1.0 - decay
+        )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model hold the average inside the block, its own weights after it."""
+        own: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            own[name] = parameter.data
+            parameter.data = self.weights[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self._model.named_parameters():
+                parameter.data = own[name]

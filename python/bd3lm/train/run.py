@@ -1,0 +1,177 @@
+"""A whole run: data → training → likelihood → samples → ``summary.json``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3lm.checkpoint.native import read_meta
+from bd3lm.config import TrainConfig, from_dict, to_dict
+from bd3lm.data import Dataset
+from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.errors import CheckpointError, ConfigError, ExistsError
+from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
+from bd3lm.evaluate.quality import words
+from bd3lm.files import write_json, write_text
+from bd3lm.sample import Sample, Sampler
+from bd3lm.systems import build_system
+from bd3lm.train.device import check_attention, resolve_device
+from bd3lm.train.trainer import Reporter, Trainer
+
+
+def saved_config(out: Path) -> TrainConfig:
+    """The settings of the run in ``out``, to resume it.
+
+    Raises:
+        CheckpointError: there is no run, or none that got as far as a checkpoint.
+    """
+    if not (out / "config.json").is_file():
+        raise CheckpointError(f"{out} holds no run to resume; start one without --resume")
+    return from_dict(TrainConfig, read_meta(out / "checkpoint")["config"])
+
+
+def run_training(
+    cfg: TrainConfig, out: Path, reporter: Reporter, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train, score the validation split, draw samples; returns what ``summary.json`` holds.
+
+    Args:
+        cfg: the settings; with ``resume``, those of :func:`saved_config`.
+        out: directory of the run. New, unless resuming.
+        reporter: told what happens.
+        resume: continue from ``out/checkpoint``.
+
+    Raises:
+        ExistsError: ``out`` already holds files and ``resume`` is off.
+        Bd3lmError: any bad input, before training starts and with nothing left behind.
+    """
+    _check_early(cfg)
+    with _run_directory(out, resume):
+        splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
+        _check_data(cfg, splits)
+        trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
+        if resume:
+            trainer.resume()
+        else:
+            write_json(out / "config.json", to_dict(cfg))
+    reporter.note(_headline(trainer, splits))
+    trainer.run()
+    result = trainer.validate(quick=False)
+    samples, quality = _sample(trainer, splits)
+    summary = _summary(trainer, result, samples, quality)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def _check_early(cfg: TrainConfig) -> None:
+    """Everything that can be refused before a single file is read."""
+    check_attention(cfg.attention, resolve_device(cfg.device), cfg.model.head_width)
+    build_system(cfg, mask_id=0).noise(0)
+
+
+def _check_data(cfg: TrainConfig, splits: Splits) -> None:
+    if splits.valid.manifest.tokenizer_sha256 != splits.train.manifest.tokenizer_sha256:
+        raise ConfigError(
+            "valid", cfg.valid, "must be prepared with the tokenizer of the training data"
+        )
+
+
+@contextmanager
+def _run_directory(out: Path, resume: bool) -> Iterator[None]:
+    """Make ``out``; take it away again if setting up fails, unless it was there before."""
+    if resume:
+        yield
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held = "already holds a run" if (out / "config.json").exists() else "is not empty"
+        raise ExistsError(f"{out} {held}; choose another --out, or go on with --resume")
+    fresh = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        if not fresh:
+            out.mkdir(exist_ok=True)
+        raise
+
+
+def _headline(trainer: Trainer, splits: Splits) -> str:
+    cfg = trainer.cfg
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return (
+        f"{cfg.system}, S={cfg.block_size}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}"
+    )
+
+
+def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, float]]:
+    """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
+    cfg, tokenizer = trainer.cfg, trainer.tokenizer
+    sampler = Sampler(
+        trainer.model.eval(),
+        block_size=cfg.block_size,
+        window=cfg.seq_len,
+        mask_id=tokenizer.mask_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+    with trainer.ema.applied():
+        samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
+    texts = [tokenizer.decode(sample.ids) for sample in samples]
+    rule = "\n" + "-" * 80 + "\n"
+    write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")
+    valid = _text(splits.valid)
+    size = sum(max(len(words(text)) - 1, 0) for text in texts)
+    return samples, {
+        "sample_known_words": known_word_share(texts, set(words(_text(splits.train)))),
+        "sample_distinct_2": distinct_n(texts),
+        "valid_distinct_2": distinct_n([valid], limit=size),
+    }
+
+
+def _text(data: Dataset) -> str:
+    """Documents of a data set, decoded; at most 32M tokens of it, which bounds memory."""
+    parts, tokens = [], 0
+    for index in range(data.num_documents):
+        ids = data.document(index)
+        parts.append(data.tokenizer.decode(ids.tolist()))
+        tokens += len(ids)
+        if tokens > 1 << 25:
+            break
+    return "\n".join(parts)
+
+
+def _summary(
+    trainer: Trainer, result: Likelihood, samples: list[Sample], quality: dict[str, float]
+) -> dict[str, Any]:
+    cfg = trainer.cfg
+    return {
+        "system": cfg.system,
+        "block_size": cfg.block_size,
+        "seq_len": cfg.seq_len,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": trainer.steps_done,
+        "tokens": trainer.tokens_done,
+        "seconds": trainer.seconds,
+        "tokens_per_second": trainer.tokens_done / trainer.seconds,
+        "device": str(trainer.device),
+        "threads": torch.get_num_threads(),
+        "val_nelbo": result.nelbo,
+        "val_ppl": result.ppl,
+        "val_bpb": result.bpb,
+        "val_tokens": result.tokens,
+        "val_coverage": result.coverage,
+        "val_mc_error": result.mc_error,
+        "val_data_error": result.data_error,
+        "estimator": result.estimator,
+        "nfe": sum(sample.nfe for sample in samples) / len(samples),
+        **quality,
+        "checkpoint": str(trainer.checkpoint),
+    }

@@ -1,0 +1,292 @@
+"""The training loop: loader → system → optimizer, with everything needed to stop and go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
+from bd3lm.config import TrainConfig
+from bd3lm.data import Dataset, Loader, Rows
+from bd3lm.errors import Bd3lmError, CheckpointError
+from bd3lm.evaluate import Likelihood, evaluate_likelihood
+from bd3lm.files import write_text
+from bd3lm.model import Transformer
+from bd3lm.systems import build_system
+from bd3lm.train.device import autocast, resolve_device
+from bd3lm.train.ema import Ema
+from bd3lm.train.optim import Optimizers, lr_factor
+
+
+class Reporter(Protocol):
+    """What a run tells whoever is watching."""
+
+    def step(self, done: int, metrics: dict[str, float]) -> None:
+        """After every optimizer step; ``metrics`` holds the latest logged values."""
+
+    def validation(self, step: int, result: Likelihood) -> None:
+        """After every validation."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """While the last validation runs, in rows."""
+
+    def note(self, message: str) -> None:
+        """Anything else worth a line."""
+
+
+class InterruptedRunError(Bd3lmError):
+    """Ctrl-C was pressed; the run was saved and the message says how to go on."""
+
+    exit_code = 130
+
+
+class DivergedError(Bd3lmError):
+    """The loss is no longer a number; the last checkpoint was kept."""
+
+
+class Trainer:
+    """One run: ``Trainer(cfg, train, valid, out).run()``.
+
+    Args:
+        cfg: the settings.
+        train: prepared training data.
+        valid: prepared validation data, with the same tokenizer.
+        out: directory of the run; ``checkpoint/`` and ``metrics.jsonl`` go there.
+        reporter: told what happens.
+    """
+
+    def __init__(
+        self, cfg: TrainConfig, train: Dataset, valid: Dataset, out: Path, reporter: Reporter
+    ) -> None:
+        self.cfg, self.out, self.reporter = cfg, out, reporter
+        self.valid, self.tokenizer = valid, train.tokenizer
+        self.device = resolve_device(cfg.device)
+        self.system = build_system(cfg, self.tokenizer.mask_id)
+        self.rows = Rows(
+            train,
+            seq_len=cfg.seq_len,
+            block_size=cfg.block_size,
+            plan=cfg.packing,
+            row_eos=cfg.row_eos,
+        )
+        self.loader = Loader(self.rows, cfg.batch_size, cfg.seed)
+        torch.manual_seed(cfg.seed)
+        model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
+        self.model = model.to(self.device)
+        self.optimizers = Optimizers(self.model, cfg.optim)
+        self.ema = Ema(self.model, cfg.optim.ema_decay)
+        self.steps_done = 0
+        self.seconds = 0.0
+        self.last: dict[str, float] = {}
+        self._window = [0.0, 0.0]  # Σ loss and steps since the last logged line
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's checkpoint stands."""
+        return self.out / "checkpoint"
+
+    @property
+    def tokens_done(self) -> int:
+        """Tokens of x0 trained on, each counted once (not once a stream)."""
+        return self.steps_done * self.cfg.batch_size * self.cfg.seq_len
+
+    def run(self) -> None:
+        """Train to the last step, saving on the way.
+
+        Raises:
+            InterruptedRunError: Ctrl-C; a checkpoint was written first.
+            DivergedError: the loss became infinite or NaN.
+        """
+        cfg = self.cfg
+        with _ctrl_c() as pressed:
+            while self.steps_done < cfg.steps:
+                started = time.perf_counter()
+                loss, norm = self.step()
+                self.seconds += time.perf_counter() - started
+                self._log(loss, norm)
+                done = self.steps_done
+                if cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps:
+                    self.validate(quick=True)
+                if pressed or done % cfg.checkpoint_every == 0 or done == cfg.steps:
+                    self.save()
+                if pressed:
+                    raise InterruptedRunError(
+                        f"stopped after step {done} of {cfg.steps}; the run is saved. "
+                        f"Go on with: bd3lm-train --out {self.out} --resume"
+                    )
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns the loss (nats a noisable token) and the gradient norm."""
+        cfg, step = self.cfg, self.steps_done
+        self.model.train()
+        if cfg.model.dropout:
+            torch.manual_seed((cfg.seed << 32) + step)  # a function of the step: resume is exact
+        parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
+        noise = self.system.noise(step)
+        batches = [self.loader.batch(step, noise, part=(i, parts)) for i in range(parts)]
+        noisable = sum(batch.num_noisable for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device, non_blocking=True)
+            with autocast(cfg, self.device):
+                loss = self.system.loss(self.model, batch) / noisable
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), cfg.optim.grad_clip, foreach=True
+        )
+        self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim))
+        self.ema.update()
+        self.steps_done += 1
+        return total, norm
+
+    def validate(self, *, quick: bool) -> Likelihood:
+        """Score the validation split with the averaged weights.
+
+        Args:
+            quick: only ``eval.rows`` rows; otherwise everything.
+        """
+        cfg = self.cfg.eval
+        rows = Rows(
+            self.valid,
+            seq_len=self.cfg.seq_len,
+            block_size=self.cfg.block_size,
+            stride=cfg.stride,
+            keep_last=True,
+        )
+        with self.ema.applied(), autocast(self.cfg, self.device):
+            result = evaluate_likelihood(
+                self.system,
+                self.model,
+                rows,
+                estimator=cfg.resolve(self.cfg.block_size),
+                repeats=cfg.repeats,
+                batch_size=cfg.batch_size,
+                max_rows=cfg.rows if quick else None,
+                num_bytes=self.valid.manifest.num_bytes,
+                progress=None if quick else self.reporter.scoring,
+            )
+        line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
+        self._write_metrics(line | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self.reporter.validation(self.steps_done, result)
+        return result
+
+    # --- logging ----------------------------------------------------------------------------
+
+    def _log(self, loss: Tensor, norm: Tensor) -> None:
+        cfg = self.cfg
+        self._window[0] += loss.item() if self.device.type == "cpu" else 0.0
+        self._window[1] += 1
+        done = self.steps_done
+        # Before every checkpoint too: what is saved was seen to be finite.
+        if done % cfg.log_every == 0 or done % cfg.checkpoint_every == 0 or done == cfg.steps:
+            mean = loss.item()  # the one synchronisation with the device
+            if self.device.type == "cpu":
+                mean = self._window[0] / self._window[1]
+            self._window = [0.0, 0.0]
+            if not math.isfinite(mean):
+                raise DivergedError(
+                    f"the loss is {mean} at step {self.steps_done}; lower optim.lr or "
+                    f"optim.matrix-lr. The last checkpoint is {self.checkpoint}"
+                )
+            self.last = {
+                "loss": mean,
+                "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
+                "grad_norm": norm.item(),
+                "tokens_per_second": self.tokens_done / self.seconds,
+            }
+            self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
+        self.reporter.step(self.steps_done, self.last)
+
+    def _write_metrics(self, line: dict[str, float]) -> None:
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # --- saving and resuming ----------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint in place of the previous one."""
+        training = {f"model/{k}": p.detach() for k, p in self.model.named_parameters()}
+        training |= {f"optimizer/{k}": v for k, v in self.optimizers.state().items()}
+        state: dict[str, Any] = {
+            "seconds": self.seconds,
+            "ema_updates": self.ema.updates,
+            "window": self._window,
+            "last": self.last,
+        }
+        save_checkpoint(
+            self.checkpoint,
+            self.cfg,
+            self.tokenizer,
+            step=self.steps_done,
+            averaged=self.ema.weights,
+            training=training,
+            state=state,
+        )
+
+    def resume(self) -> None:
+        """Continue from the run's checkpoint; on the CPU, bit for bit.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this run.
+        """
+        meta = read_meta(self.checkpoint)
+        file = self.checkpoint / "training.safetensors"
+        tensors = read_tensors(file)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, rest = name.split("/", 1)
+            if kind not in parts:
+                raise CheckpointError(f"{file} holds an unknown tensor {name}")
+            parts[kind][rest] = tensor
+        if self.cfg.model.tied_embeddings:
+            parts["model"]["head.weight"] = parts["model"]["embed.weight"]
+        assign_weights(self.model, parts["model"], file)
+        self.optimizers.load(parts["optimizer"])
+        averaged = read_tensors(self.checkpoint / "model.safetensors")
+        for name, tensor in self.ema.weights.items():
+            tensor.copy_(averaged[name])
+        state = meta["state"]
+        self.steps_done = int(meta["step"])
+        self.seconds = state["seconds"]
+        self.ema.updates = state["ema_updates"]
+        self._window = state["window"]
+        self.last = state["last"]
+        self._forget_metrics_after(self.steps_done)
+
+    def _forget_metrics_after(self, step: int) -> None:
+        file = self.out / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_text(file, "".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that becomes non-empty when Ctrl-C is pressed; a second press stops at once."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not the main thread: whoever runs us owns the signals
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,143 @@
+"""The oracle on a real GPU: every backend there against float64, forward and gradient.
+
+Never run so far: no GPU was at hand when this was written (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bd3lm.model.attention import BACKENDS, BlockMask, attend
+from bd3lm.model.attention.cuda import cuda_attention, paged_attention
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and this machine has none"
+)
+
+DOCUMENTS = torch.tensor([[0] * 211 + [1] * 319 + [-1] * 107, [5] * 637], dtype=torch.int32)
+MASKS = {
+    "training": BlockMask.training(637, 5),
+    "training, S=16": BlockMask.training(1024, 16),
+    "training, S=L": BlockMask.training(300, 300),
+    "training, documents": BlockMask.training(637, 4, DOCUMENTS),
+    "denoise": BlockMask.denoise(637, 64),
+    "denoise, S=L": BlockMask.denoise(256, 256),
+    "clean, S=1": BlockMask.clean(637, 1),
+    "clean, S=L": BlockMask.clean(637, 637),
+    "clean, documents": BlockMask.clean(637, 6, DOCUMENTS),
+    "clean, cached": BlockMask.clean(1100, 4, first=1096),
+    "clean, fused commit": BlockMask.clean(1104, 8, first=1088),
+}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def inputs(mask: BlockMask, width: int, dtype: torch.dtype, grad: bool) -> list[Tensor]:
+    torch.manual_seed(mask.seq_len + mask.block_size)
+    batch = 1 if mask.doc_ids is None else mask.doc_ids.shape[0]
+    shapes = [(4, mask.num_queries), (2, mask.num_keys), (2, mask.num_keys)]
+    return [
+        torch.randn(batch, h, t, width, device="cuda", dtype=dtype, requires_grad=grad)
+        for h, t in shapes
+    ]
+
+
+def close(found: Tensor, wanted: Tensor, limit: float) -> None:
+    assert found.isfinite().all()
+    assert (found.double() - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("width", [32, 48, 64, 128, 256])
+@pytest.mark.parametrize("name", MASKS)
+def test_equals_float64(name: str, width: int, dtype: torch.dtype, backend: str) -> None:
+    mask = MASKS[name]
+    mine = inputs(mask, width, dtype, grad=True)
+    found = BACKENDS[backend]
+    if not found.available():
+        pytest.skip(f"{backend} {found.needs}")
+    if not found.supports(*mine, mask):
+        pytest.skip(f"{backend} {found.limits}")
+    theirs = [x.detach().double().requires_grad_() for x in mine]
+    out = attend(*mine, mask, backend=backend)
+    wanted = attend(*theirs, mask, backend="dense")
+    close(out, wanted.detach(), LIMITS[dtype])
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, mine, dout)
+    for a, b in zip(gradients, torch.autograd.grad(wanted, theirs, dout.double()), strict=True):
+        close(a, b, 2 * LIMITS[dtype])
+
+
+@pytest.mark.parametrize("name", ["clean, cached", "clean, fused commit"])
+def test_split_decoding_equals_float64(name: str) -> None:
+    mask = MASKS[name]
+    mine = inputs(mask, 64, torch.bfloat16, grad=False)
+    wanted = attend(*(x.double() for x in mine), mask, backend="dense")
+    close(attend(*mine, mask, backend="cuda"), wanted, 1e-2)
+
+
+def test_paged_cache_equals_rows_on_their_own() -> None:
+    torch.manual_seed(0)
+    page, block, rows = 16, 8, 16
+    lengths = torch.tensor([700, 32, 1024], dtype=torch.int32, device="cuda")
+    pages = torch.randperm(3 * 64, device="cuda").int().view(3, 64)
+    pool = [torch.randn(3 * 64, 2, page, 64, device="cuda").bfloat16() for _ in range(2)]
+    q = torch.randn(3, 8, rows, 64, device="cuda").bfloat16()
+    found = paged_attention(q, *pool, pages, lengths, block)
+    for row, length in enumerate(lengths.tolist()):
+        k, v = (
+            x[pages[row].long()].transpose(0, 1).flatten(1, 2)[None, :, :length].double()
+            for x in pool
+        )
+        mask = BlockMask.clean(length, block, first=length - rows)
+        wanted = attend(q[row : row + 1].double(), k, v, mask, backend="dense")
+        close(found[row : row + 1], wanted, 1e-2)
+
+
+def test_same_bits_every_time() -> None:
+    mask = MASKS["training, documents"]
+    results = []
+    for _ in range(3):
+        q, k, v = inputs(mask, 64, torch.bfloat16, grad=True)
+        out = cuda_attention(q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_compiled_and_checkpointed_equal_eager() -> None:
+    mask = MASKS["training"]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cuda_attention(q * 2, k, v, mask).float().square().mean()
+
+    def gradients(run: object) -> list[Tensor]:
+        mine = inputs(mask, 64, torch.bfloat16, grad=True)
+        return list(torch.autograd.grad(run(*mine), mine))  # type: ignore[operator]
+
+    wanted = gradients(loss)
+    for run in (
+        torch.compile(loss, fullgraph=True),
+        lambda *qkv: checkpoint(loss, *qkv, use_reentrant=False),
+    ):
+        for a, b in zip(gradients(run), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
+
+
+def test_a_decoding_step_is_captured_as_a_graph() -> None:
+    torch.manual_seed(0)
+    pages = torch.arange(64, device="cuda").int().view(1, 64)
+    pool = [torch.randn(64, 2, 16, 64, device="cuda").bfloat16() for _ in range(2)]
+    q = torch.randn(1, 8, 4, 64, device="cuda").bfloat16()
+    lengths = torch.tensor([100], dtype=torch.int32, device="cuda")
+    paged_attention(q, *pool, pages, lengths, 4)  # compiles, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(q, *pool, pages, lengths, 4)
+    lengths.fill_(900)
+    graph.replay()
+    assert torch.equal(out, paged_attention(q, *pool, pages, lengths, 4))

@@ -1,0 +1,63 @@
+"""The gate runs on any machine with Triton; the exhaustive part is marked slow.
+
+The interpreter's work is done by a child process, started when the session begins and waited for
+by the tests that need it, while the compiler works in this one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from cases import EXHAUSTIVE, QUICK
+from interpreter import DECODES, finish, job, mutation_jobs, start
+
+JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "quick": lambda: [job(QUICK, DECODES)],
+    "mutated": mutation_jobs,
+    "traced": list,
+    "exhaustive": lambda: [job(EXHAUSTIVE)],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def child(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """At work on what some collected test will wait for."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton, which is not here")
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    running = start({name: jobs() for name, jobs in JOBS.items() if name in wanted})
+    yield running
+    if running.poll() is None:
+        running.kill()
+
+
+@pytest.fixture(scope="session")
+def answers(child: subprocess.Popen[str]) -> dict[str, Any]:
+    """Its answers."""
+    return finish(child)
+
+
+@pytest.fixture(scope="session")
+def quick(answers: dict[str, Any]) -> list[dict[str, float]]:
+    """Errors of the quick cases, then of decoding."""
+    return answers["quick"][0]
+
+
+@pytest.fixture(scope="session")
+def exhaustive(answers: dict[str, Any]) -> list[dict[str, float]]:
+    """Errors of the exhaustive cases."""
+    return answers["exhaustive"][0]
+
+
+@pytest.fixture(scope="session")
+def mutated(answers: dict[str, Any]) -> list[list[dict[str, float]]]:
+    """Errors without a change, then with each mutation."""
+    return answers["mutated"]
+
+
+@pytest.fixture(scope="session")
+def traced(answers: dict[str, Any]) -> dict[str, Any]:
+    """What :mod:`traced` found."""
+    return answers["traced"]

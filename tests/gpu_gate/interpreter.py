@@ -1,0 +1,87 @@
+"""Start ``interpret.py``, wait for its answers, and judge them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cases import BACKWARD_LIMIT, FORWARD_LIMIT, Case
+from mutations import DECODE, MUTATIONS
+
+Errors = dict[str, float]
+DECODES: list[dict[str, Any]] = [
+    {
+        "lengths": lengths, "heads": heads, "kv_heads": kv_heads, "width": width, "rows": rows,
+        "page": page, "block_size": block_size, "dtype": dtype, "chunks": chunks,
+    }
+    for lengths, heads, kv_heads, width, rows, page, block_size, dtype, chunks in (
+        ([37, 70], 4, 2, 24, 8, 16, 4, "fp32", 3),
+        ([9], 2, 2, 16, 3, 5, 3, "fp32", 1),
+        ([130, 20, 65], 6, 1, 32, 5, 64, 5, "bf16", 4),
+        ([40, 16], 1, 1, 64, 16, 16, 16, "fp16", 5),
+    )
+]  # fmt: skip
+
+
+def start(jobs: dict[str, list[dict[str, Any]]]) -> subprocess.Popen[str]:
+    """Begin ``interpret.py`` in the background."""
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("interpret.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(jobs))
+    child.stdin.close()
+    child.stdin = None  # or communicate() would try to close it again
+    return child
+
+
+def finish(child: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait, and give the answers by name."""
+    answer = child.communicate()[0]
+    assert child.returncode == 0, "the interpreter failed; its traceback is above"
+    return json.loads(answer)
+
+
+def job(
+    cases: Iterable[Case],
+    decode: Iterable[dict[str, Any]] = (),
+    mutation: list[str] | None = None,
+    backward: bool = True,
+) -> dict[str, Any]:
+    """One job as :mod:`interpret` reads it."""
+    return {
+        "mutation": mutation,
+        "backward": backward,
+        "cases": [dataclasses.asdict(case) for case in cases],
+        "decode": list(decode),
+    }
+
+
+def mutation_jobs() -> list[dict[str, Any]]:
+    """The probes on the kernels as they are, then on every mutation."""
+    probes = {m.case for m in MUTATIONS if m.case is not None}
+    jobs = [job(sorted(probes, key=repr), [DECODE])]
+    for m in MUTATIONS:
+        cases, decode = ([], [DECODE]) if m.case is None else ([m.case], [])
+        jobs.append(job(cases, decode, [m.file, m.old, m.new], m.backward))
+    return jobs
+
+
+def too_large(errors: Errors, dtype: str) -> dict[str, float]:
+    """Those that exceed the limit of their kind."""
+    forward = ("out", "paged", "plain")
+    return {
+        name: value
+        for name, value in errors.items()
+        if not value <= (FORWARD_LIMIT if name in forward else BACKWARD_LIMIT)[dtype]
+    }

@@ -1,0 +1,119 @@
+"""Compile the kernels for GPUs that are not there, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bd3lm.model.attention.cuda import backward, decode, forward
+from bd3lm.model.attention.cuda.tuning import Kernel, Tiles, tiles
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory of one block, from the CUDA programming guide's table of compute capabilities.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
+# sm_120 has no table of its own: it takes that of sm_89, which has the same limits.
+TABLE = {"sm_120": "sm_89"}
+FUNCTIONS = {
+    "forward": forward.forward_kernel,
+    "keys": backward.key_kernel,
+    "queries": backward.query_kernel,
+    "decode": decode.decode_kernel,
+}
+# Those that multiply no matrices are launched the same everywhere (launch.py).
+PLAIN = {
+    "delta": (backward.delta_kernel, Tiles(64, 0, 4, 3)),
+    "combine": (decode.combine_kernel, Tiles(0, 0, 4, 3)),
+}
+FLOAT_POINTERS = {"LSE", "DELTA", "PART", "PART_LSE"}
+INT_POINTERS = {"RANGES", "LO", "HI", "PAGES"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became."""
+
+    tiles: Tiles
+    registers: int
+    spills: int
+    """Instructions that read or write local memory."""
+    shared: int
+    """Bytes of shared memory a block."""
+    tensor_core: dict[str, int]
+    """Count of each family of matrix instruction."""
+    async_copies: int
+
+
+def compile_kernel(
+    kernel: Kernel, arch: str, width: int, dtype: str = "bf16", page: int = 64
+) -> Compiled:
+    """Compile one kernel for ``arch`` with the launch of the shipped table."""
+    chosen = tiles(kernel, TABLE.get(arch, arch), width, dtype == "fp32")
+    return compile_function(FUNCTIONS[kernel], arch, width, dtype, chosen, page)
+
+
+def compile_function(
+    function: triton.JITFunction, arch: str, width: int, dtype: str, chosen: Tiles, page: int = 0
+) -> Compiled:
+    """Compile a kernel for ``arch`` with the given launch."""
+    padded = max(16, triton.next_power_of_2(width))
+    constants = {
+        "D": width, "DP": padded, "BM": chosen.block_m, "BN": chosen.block_n,
+        "INTERPRET": False, "PAGE": page, "CP": 64,
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.isupper():
+            kind = "fp32" if name in FLOAT_POINTERS else "i32" if name in INT_POINTERS else dtype
+            signature[name] = f"*{kind}"
+        else:
+            signature[name] = "fp32" if name in ("scale", "inv_sqrt") else "i32"
+        if name.isupper() or name.startswith("stride_"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={
+            (function.arg_names.index(n),): value
+            for n, value in constants.items()
+            if n in function.arg_names
+        },
+        attrs=attributes,
+    )
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    built = triton.compile(source, target=target, options=options)
+    return _read(chosen, built.asm["cubin"], built.metadata.shared)
+
+
+def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump said no number of registers: {usage!r}")
+    return Compiled(
+        tiles=chosen,
+        registers=int(registers[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        shared=shared,
+        tensor_core={name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA")},
+        async_copies=len(re.findall(r"\bLDGSTS\b", code)),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

@@ -1,0 +1,105 @@
+"""Run the gate and write its tables, and the roofline, into docs/gpu.md between their markers.
+
+Usage: ``python tests/gpu_gate/report.py [compiled] [roofline] [numerics] [mutations]`` (minutes).
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import roofline
+from cases import BACKWARD_LIMIT, EXHAUSTIVE, FORWARD_LIMIT, QUICK
+from interpreter import DECODES, finish, job, mutation_jobs, start, too_large
+from mutations import MUTATIONS
+from offline import FUNCTIONS, SHARED_LIMIT, compile_kernel
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")
+WIDTHS = (32, 64, 96, 128, 256)
+
+
+def numerics(answers: dict[str, Any]) -> str:
+    """Largest errors by dtype."""
+    lines = [
+        "| dtype | shapes | forward | limit | dQ | dK | dV | limit | decode |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cases = QUICK + EXHAUSTIVE
+    errors = answers["quick"][0][: len(QUICK)] + answers["exhaustive"][0]
+    decoded = answers["quick"][0][len(QUICK) :]
+    for dtype in FORWARD_LIMIT:
+        mine = [e for c, e in zip(cases, errors, strict=True) if c.dtype == dtype]
+        cells = {name: max(e[name] for e in mine) for name in ("out", "dq", "dk", "dv")}
+        decode = [
+            max(e.values()) for d, e in zip(DECODES, decoded, strict=True) if d["dtype"] == dtype
+        ]
+        lines.append(
+            f"| {dtype} | {len(mine)} | {cells['out']:.1e} | {FORWARD_LIMIT[dtype]:.1e} "
+            f"| {cells['dq']:.1e} | {cells['dk']:.1e} | {cells['dv']:.1e} "
+            f"| {BACKWARD_LIMIT[dtype]:.1e} | {max(decode):.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def compiled() -> str:
+    """What each kernel became on each part."""
+    lines = [
+        "| kernel | D | target | queries × keys, warps, stages | registers | spills | shared KiB "
+        "(limit) | HMMA | HGMMA | async copies |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel, width, arch in itertools.product(FUNCTIONS, WIDTHS, ARCHS):
+        found = compile_kernel(kernel, arch, width)
+        launch = found.tiles
+        lines.append(
+            f"| {kernel} | {width} | {arch} "
+            f"| {launch.block_m} × {launch.block_n}, {launch.num_warps}, {launch.num_stages} "
+            f"| {found.registers} | {found.spills} "
+            f"| {found.shared / 1024:.0f} ({SHARED_LIMIT[arch] // 1024}) "
+            f"| {found.tensor_core['HMMA']} | {found.tensor_core['HGMMA']} "
+            f"| {found.async_copies} |"
+        )
+    return "\n".join(lines)
+
+
+def mutations(answers: dict[str, Any]) -> str:
+    """What each mutation did to the probe, against the limits it had to break."""
+    lines = ["| mutation | largest error | caught |", "| --- | --- | --- |"]
+    for mutation, (errors,) in zip(MUTATIONS, answers["mutated"][1:], strict=True):
+        worst = max(errors.values())
+        value = "not finite" if worst == float("inf") else f"{worst:.1e}"
+        lines.append(
+            f"| {mutation.what} | {value} | {'yes' if too_large(errors, 'fp32') else 'NO'} |"
+        )
+    return "\n".join(lines)
+
+
+def write(name: str, table: str) -> None:
+    """Put a table between ``<!-- name -->`` and ``<!-- /name -->``."""
+    before, rest = DOCUMENT.read_text().split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->")[1]
+    DOCUMENT.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}")
+
+
+def main() -> None:
+    """Write the tables that are named, or all four."""
+    names = sys.argv[1:] or ["compiled", "roofline", "numerics", "mutations"]
+    child = None
+    if {"numerics", "mutations"} & set(names):
+        jobs = {"quick": [job(QUICK, DECODES)], "mutated": mutation_jobs()}
+        child = start({**jobs, "exhaustive": [job(EXHAUSTIVE)]})
+    if "compiled" in names:
+        write("compiled", compiled())
+    if "roofline" in names:
+        write("roofline", roofline.table())
+    if child is not None:
+        answers = finish(child)
+        write("numerics", numerics(answers))
+        write("mutations", mutations(answers))
+
+
+if __name__ == "__main__":
+    main()

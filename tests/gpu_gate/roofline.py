@@ -1,0 +1,143 @@
+"""The kernels' roofline on paper: operations, bytes and tiles, and what bounds them.
+
+Peaks are NVIDIA's data sheets'. Nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3lm.model.attention.cuda.ranges import ranges
+from bd3lm.model.attention.cuda.tuning import Kernel, tiles
+from bd3lm.model.attention.mask import BlockMask
+
+
+@dataclass(frozen=True)
+class Part:
+    """One GPU."""
+
+    name: str
+    arch: str
+    tensor: float
+    """Dense bf16 operations a second."""
+    bytes: float
+    """Bytes of memory a second."""
+    exponentials: float
+    """16 a clock and multiprocessor."""
+    lanes: float
+    """float32 instructions a second, a multiply-add counting once."""
+
+
+A100 = Part("A100 SXM 80 GB", "sm_80", 312e12, 2.04e12, 16 * 108 * 1.41e9, 64 * 108 * 1.41e9)
+H100 = Part("H100 SXM", "sm_90", 989e12, 3.35e12, 16 * 132 * 1.83e9, 128 * 132 * 1.83e9)
+
+# Per score: multiply-adds in units of D (two operations each), and float32 instructions beside
+# the exponential: forward scale-subtract, max, sum, half a conversion, rescaling; backward
+# scale-subtract, subtract delta, multiply, and a half or a whole conversion.
+PRODUCTS: dict[str, int] = {"forward": 2, "keys": 4, "queries": 3}
+INSTRUCTIONS: dict[str, float] = {"forward": 4.0, "keys": 4.0, "queries": 3.5}
+
+
+def pairs(mask: BlockMask) -> int:
+    """Query-key pairs that attend."""
+    intervals = mask.intervals()
+    clean = intervals.clean_hi.long() - intervals.clean_lo
+    return int((clean + intervals.noised_hi - intervals.noised_lo).sum())
+
+
+def visited(rows: Tensor, per_stream: int, own: int, other: int) -> tuple[int, int]:
+    """Full and partial tiles that a kernel visits, by the rule of ``tile_span``.
+
+    Args:
+        rows: int32 [1, 4, T], as :func:`bd3lm.model.attention.cuda.ranges.ranges` gives.
+        per_stream: rows of a stream; tiles do not straddle two.
+        own: rows of a tile.
+        other: columns of a tile.
+    """
+    full = partial = 0
+    for stream in rows[0].split(per_stream, dim=1):
+        for tile in stream.split(own, dim=1):
+            for lo, hi in (tile[:2], tile[2:]):
+                seen = hi > lo
+                if not seen.any():
+                    continue
+                first, last = int(lo[seen].min()) // other, -(-int(hi[seen].max()) // other)
+                inside = max(0, int(hi.min()) // other - max(-(-int(lo.max()) // other), first))
+                full += inside
+                partial += last - first - inside
+    return full, partial
+
+
+def row(kernel: Kernel, part: Part, mask: BlockMask, width: int) -> str:
+    """One line of the table, for one head of one row of the batch."""
+    launch = tiles(kernel, part.arch, width, wide=False)
+    keys, queries = ranges(mask, "cpu")
+    own, other = launch.block_m, launch.block_n
+    if kernel == "keys":
+        own, other = other, own
+    full, partial = visited(queries if kernel == "keys" else keys, mask.seq_len, own, other)
+    work = (full + partial) * own * other
+    live = pairs(mask)
+    dense = mask.num_queries * mask.num_keys
+    operations = 2 * width * PRODUCTS[kernel]
+    # q, k, v and out once; backward reads q, k, v, dout, lse, delta and writes its own gradients.
+    matrices = {"forward": 4, "keys": 6, "queries": 5}[kernel]
+    traffic = mask.num_queries * (matrices * 2 * width + 8)
+    matmul = work * operations / part.tensor
+    exponential = work / part.exponentials
+    lanes = work * INSTRUCTIONS[kernel] / part.lanes
+    memory = traffic / part.bytes
+    useful = live * operations / part.tensor
+    overlapped = useful / max(matmul, exponential, lanes, memory)
+    serial = useful / max(matmul + exponential + lanes, memory)
+    names = {"tensor cores": matmul, "exponentials": exponential, "float32 lanes": lanes}
+    names["memory"] = memory
+    return (
+        f"| {kernel} | {part.name} | {width} | {mask.seq_len} | {mask.block_size} "
+        f"| {live * operations / 1e9:.2f} | {traffic / 1e6:.2f} "
+        f"| {live / dense:.3f} | {work / dense:.3f} | {full} + {partial} "
+        f"| {100 * serial:.0f}–{100 * overlapped:.0f}% | {max(names, key=names.__getitem__)} |"
+    )
+
+
+def decode_row(part: Part, rows: int, width: int, length: int) -> str:
+    """Decoding: the cache is read once, ``rows`` queries of a group share it."""
+    traffic = 2 * length * width * 2
+    operations = 4 * length * width * rows
+    intensity = operations / traffic
+    bound = intensity * part.bytes / part.tensor
+    return (
+        f"| decode, {rows} rows | {part.name} | {width} | {length} | – | {operations / 1e9:.3f} "
+        f"| {traffic / 1e6:.2f} | 1 | 1 | – | at most {100 * bound:.1f}% | memory |"
+    )
+
+
+def table() -> str:
+    """The table as Markdown."""
+    lines = [
+        "| kernel | part | D | L | S | GFLOP | MB | live pairs | visited | tiles, full + partial "
+        "| expected | bound by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    kernels: tuple[Kernel, ...] = ("forward", "keys", "queries")
+    for kernel in kernels:
+        for part in (A100, H100):
+            for width, length, block in (
+                (64, 1024, 4),
+                (64, 1024, 64),
+                (64, 8192, 16),
+                (128, 8192, 16),
+            ):
+                lines.append(row(kernel, part, BlockMask.training(length, block), width))
+    for part in (A100, H100):
+        for rows in (4, 16, 64):
+            lines.append(decode_row(part, rows, 64, 8192))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(table())

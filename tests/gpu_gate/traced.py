@@ -1,0 +1,124 @@
+"""A training step through the operators on the CPU, in Triton's interpreter.
+
+Compiled without a graph break, and checkpointed, each against the dense backend; and PyTorch's
+own checks of the operators. Called by ``interpret.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import bd3lm.model.attention as attention
+import bd3lm.model.attention.cuda as cuda
+from bd3lm.config import ModelConfig
+from bd3lm.model import Transformer
+from bd3lm.model.attention.cuda import ops
+from bd3lm.model.attention.cuda.ranges import ranges
+from bd3lm.model.attention.mask import BlockMask
+
+LENGTH, BLOCK = 12, 4
+
+
+def small_model() -> Transformer:
+    """Two layers with shared keys; the residual branches are opened, so that attention counts."""
+    torch.manual_seed(0)
+    model = Transformer(
+        ModelConfig(width=32, depth=2, heads=2, kv_heads=1, norm="rmsnorm", mlp="relu2"), 50
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def step(model: Transformer, xt: Tensor, x0: Tensor, select: Tensor, doc_ids: Tensor) -> Tensor:
+    """A loss like that of training."""
+    logits = model.logits(model.denoise(xt, x0, BLOCK, select, doc_ids=doc_ids))
+    return torch.nn.functional.cross_entropy(logits, x0.flatten()[select])
+
+
+def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
+    """Loss and gradients of one step."""
+    model = small_model()
+    x0 = torch.arange(2 * LENGTH).view(2, LENGTH) % 50
+    xt = torch.where(x0 % 3 == 0, 49, x0)
+    select = (xt == 49).flatten().nonzero().flatten()
+    doc_ids = torch.zeros(2, LENGTH, dtype=torch.int32)
+    doc_ids[0, 5:], doc_ids[1, 10:] = 1, -1
+    loss = run(model, xt, x0, select, doc_ids)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference of any tensor over its largest value."""
+    assert len(found) == len(wanted)
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def checked_operators() -> dict[str, str]:
+    """Schema, shapes, gradient registration and tracing of each operator."""
+    mask = BlockMask.training(5, 2)
+    keys, queries = ranges(mask, "cpu")
+    q, k, v = (torch.randn(1, h, 10, 16, requires_grad=True) for h in (2, 1, 1))
+    out, lse = ops.block_attention(q, k, v, keys, queries, True, 0.25)
+    lo, hi = torch.zeros(1, 10, dtype=torch.int32), torch.full((1, 10), 10, dtype=torch.int32)
+    plain: list[Any] = [x.detach() for x in (q, k, v)]
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.block_attention, (q, k, v, keys, queries, True, 0.25)),
+        (
+            ops.block_attention_backward,
+            (torch.ones(out.shape), *plain, out.detach(), lse, keys, queries, True, 0.25),
+        ),
+        (ops.decode_attention, (*plain, None, lo, hi, 0.25, 2)),
+    ]
+    found: dict[str, str] = {}
+    for op, arguments in calls:
+        for name, verdict in torch.library.opcheck(op, arguments).items():
+            found[f"{op._name} {name}"] = verdict
+    return found
+
+
+def decoded() -> float:
+    """Queries over a long cache, plain and in pages, against dense; the worst of the two."""
+    torch.manual_seed(1)
+    mask = BlockMask.clean(530, 4, first=522)
+    q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 1, 530, 16), torch.randn(1, 1, 530, 16)
+    wanted = attention.attend(q, k, v, mask, backend="dense")
+    plain = cuda.cuda_attention(q, k, v, mask)
+
+    order = torch.randperm(9)
+    pools = []
+    for x in (k, v):
+        rows = torch.nn.functional.pad(x, (0, 0, 0, 9 * 64 - 530)).unflatten(2, (9, 64))
+        pools.append(rows[0].transpose(0, 1)[order])
+    pages = order.argsort().int()[None]
+    length = torch.tensor([530], dtype=torch.int32)
+    paged = cuda.paged_attention(q, *pools, pages, length, 4)
+    return max(difference([plain], [wanted]), difference([paged], [wanted]))
+
+
+def run() -> dict[str, Any]:
+    """What ``test_tracing.py`` asserts."""
+    attention.AUTO["cpu"] = ("dense",)
+    wanted = gradients(step)
+    here = attention.BACKENDS["cuda"]._replace(supports=lambda *_: True, available=lambda: True)
+    attention.BACKENDS["cuda"] = here
+    attention.AUTO["cpu"] = ("cuda", "dense")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    return {
+        "compiled": difference(gradients(compiled), wanted),
+        "checkpointed": difference(
+            gradients(lambda *args: checkpoint(step, *args, use_reentrant=False)), wanted
+        ),
+        "decoded": decoded(),
+        "operators": checked_operators(),
+    }

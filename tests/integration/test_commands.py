@@ -1,0 +1,208 @@
+"""The commands as a stranger meets them: help, output, and one sentence for each mistake."""
+
+import json
+
+import pytest
+
+from bd3lm.cli import evaluate, prepare, sample, train
+from tests.integration.conftest import command, story
+
+TINY = (
+    "--seq-len 32 --steps 3 --batch-size 4 --device cpu --log-every 1 --eval.every 0 "
+    "--model.width 32 --model.depth 2 --model.heads 2 --sample.num 1 --sample.length 20"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A finished run, made by the command itself in a process of its own."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = command("train", "demo", "--data", corpus, "--out", out, *TINY)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def refused(capsys, main, *args):
+    """Run in this process; returns the sentence that was printed with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("error:") == 1
+    assert "Traceback" not in text
+    return text.replace("\n", " ")
+
+
+def test_train_says_what_happened_and_where(run):
+    out, printed = run
+    for name in ("config.json", "metrics.jsonl", "loss.png", "samples.txt", "summary.json"):
+        assert (out / name).stat().st_size > 0
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "bits per byte" in printed
+    assert f"bd3lm-sample {out}/checkpoint" in printed
+
+
+def test_eval_prints_one_json_object_equal_to_the_run(run, capsys):
+    out, _ = run
+    summary = json.loads((out / "summary.json").read_text())
+    valid = json.loads((out / "config.json").read_text())["data"] + "/valid"
+    evaluate.main([str(out / "checkpoint"), "--data", valid, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens"] == summary["val_tokens"]
+    # The run scored in bf16 where the processor has it.
+    assert record["bpb"] == pytest.approx(summary["val_bpb"], rel=5e-3)
+    evaluate.main([str(out / "checkpoint"), "--data", valid, "--block-size", "8"])
+    assert "stratified" in capsys.readouterr().out
+
+
+def test_eval_reads_text_too(run, capsys, tmp_path):
+    out, _ = run
+    text = tmp_path / "t.txt"
+    text.write_text(story(3, 60))
+    evaluate.main([str(out / "checkpoint"), "--data", str(text), "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["coverage"] == 1.0
+    assert record["bpb"] == pytest.approx(
+        record["nelbo"] * record["tokens"] / 0.6931471805599453 / len(story(3, 60)), rel=1e-6
+    )
+
+
+def test_sample_is_reproducible_and_starts_with_the_prompt(run, capsys):
+    out, _ = run
+    args = [
+        str(out / "checkpoint"),
+        "--num",
+        "3",
+        "--length",
+        "20",
+        "--json",
+        "--prompt",
+        "the old",
+    ]
+    texts = []
+    for extra in ([], ["--batch-size", "1"]):
+        sample.main(args + extra)
+        records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [r["index"] for r in records] == [0, 1, 2]
+        texts.append([r["text"] for r in records])
+    assert texts[0] == texts[1]
+    assert all(t.startswith("the old") for t in texts[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["huge"], "preset = huge: one of demo, tiny, small, medium"),
+        (["--block-size", "5"], "block-size = 5: a divisor of seq-len = 128"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--tokenizer", "./nothing.json", "--data", "TEXT"], "nothing.json: no such file"),
+        (["--device", "tpu"], "device = tpu: auto, cpu, cuda or cuda:N"),
+        (["--attention", "cuda"], "attention = cuda: "),
+        (["--noise.clip", "0.3", "0.45", "--noise.resample"], "resample"),
+        (["--resume"], "--resume needs the --out DIR"),
+    ],
+)
+def test_train_refuses(capsys, tmp_path, monkeypatch, args, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(story(1))
+    args = ["text.txt" if a == "TEXT" else a for a in args]
+    out = [] if "--resume" in args else ["--out", "made"]
+    named = args[:1] if not args[0].startswith("-") else []
+    assert sentence in refused(capsys, train.main, *named, *args[len(named) :], *out)
+    assert not (tmp_path / "made").exists()
+
+
+def test_train_refuses_what_is_no_data_set(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    for name, sentence in (("empty", "not a prepared data set"), ("empty.txt", "no text")):
+        text = refused(
+            capsys, train.main, "--data", tmp_path / name, "--out", tmp_path / "made", *TINY
+        )
+        assert sentence in text
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_damaged_data_set_is_told(capsys, corpus, tmp_path):
+    import shutil
+
+    for damage, sentence in (("cut", "truncated"), ("flip", "SHA-256")):
+        copy = tmp_path / damage
+        shutil.copytree(corpus, copy)
+        file = copy / "train" / "tokens.bin"
+        data = bytearray(file.read_bytes())
+        if damage == "cut":
+            del data[-3:]
+        else:
+            data[7] ^= 16
+        file.write_bytes(data)
+        text = refused(capsys, train.main, "--data", copy, "--out", tmp_path / "made", *TINY)
+        assert sentence in text
+        assert str(file) in text
+
+
+def test_an_existing_run_is_kept(capsys, run, corpus):
+    out, _ = run
+    before = (out / "summary.json").read_bytes()
+    text = refused(capsys, train.main, "demo", "--data", corpus, "--out", out, *TINY)
+    assert "already holds a run; choose another --out, or go on with --resume" in text
+    assert (out / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["nowhere"], "no such checkpoint"),
+        (["RUN"], "did you mean"),
+        (["CKPT", "--estimator", "exact", "--block-size", "8"], "exact needs block-size <= 4"),
+        (["CKPT", "--block-size", "5"], "block-size = 5"),
+        (["CKPT", "--data", "nowhere"], "nowhere: no such file"),
+        (["CKPT", "--repeats", "1", "--estimator", "count"], "repeats = 1: at least 2"),
+    ],
+)
+def test_eval_refuses(capsys, run, corpus, args, sentence):
+    out, _ = run
+    names = {"RUN": out, "CKPT": out / "checkpoint"}
+    args = [names.get(a, a) for a in args]
+    if "--data" not in args:
+        args += ["--data", corpus / "valid"]
+    assert sentence in refused(capsys, evaluate.main, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--length", "1"], "length = 1: at least 2"),
+        (["--num", "0"], "num = 0: at least 1"),
+        (["--top-p", "0"], "top-p = 0.0: in (0, 1]"),
+        (["--prompt", "the old house " * 40], "to leave room for one more"),
+        (["--block-size", "3"], "divisor of the trained length"),
+    ],
+)
+def test_sample_refuses(capsys, run, args, sentence):
+    out, _ = run
+    assert sentence in refused(capsys, sample.main, out / "checkpoint", *args)
+
+
+@pytest.mark.parametrize("main", [train.main, prepare.main, evaluate.main, sample.main])
+def test_help_is_there(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 20
+
+
+def test_importing_does_nothing():
+    """No device is probed, no thread started, nothing written to the environment."""
+    import subprocess
+    import sys
+
+    code = """
+import os, threading
+before = dict(os.environ)
+import bd3lm.cli.train, bd3lm.cli.evaluate, bd3lm.cli.sample, bd3lm.cli.prepare, torch
+assert dict(os.environ) == before
+assert threading.active_count() == 1
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,204 @@
+"""Whole runs: what they leave behind, and that stopping changes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.data.resolve import open_splits
+from bd3lm.errors import CheckpointError, ConfigError, ExistsError
+from bd3lm.train import InterruptedRunError, Trainer, run_training, saved_config
+from tests.integration.conftest import Silent
+
+SUMMARY = {
+    "system",
+    "block_size",
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "val_nelbo",
+    "val_ppl",
+    "val_bpb",
+    "estimator",
+    "nfe",
+    "checkpoint",
+}
+
+
+def metrics(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(out):
+    return [line["loss"] for line in metrics(out) if "loss" in line]
+
+
+def weights(out):
+    return load_file(out / "checkpoint" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_run_leaves_everything_and_its_numbers_agree(config, tmp_path):
+    out = tmp_path / "run"
+    summary = run_training(config, out, Silent())
+    assert summary.keys() >= SUMMARY
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["tokens"] == 6 * 8 * 32
+    assert summary["estimator"] == "exact"
+    assert summary["val_coverage"] == 1.0
+    assert (out / "samples.txt").read_text().strip()
+    lines = losses(out)
+    assert lines[0] == pytest.approx(torch.tensor(16383.0).log().item(), rel=0.05)
+    assert lines[-1] < lines[0]
+    loaded = load_checkpoint(out / "checkpoint")
+    assert loaded.config == config
+    assert loaded.step == 6
+    assert saved_config(out) == config
+
+
+def test_resume_continues_bitwise(config, tmp_path):
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=2))
+    run_training(config, tmp_path / "whole", Silent())
+    _stopped(config, tmp_path / "parts", after=4)
+    again = saved_config(tmp_path / "parts")
+    assert again == config
+    run_training(again, tmp_path / "parts", Silent(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def _stopped(config, out, after):
+    """Ctrl-C while step ``after`` runs."""
+    import os
+    import signal
+
+    class Press(Silent):
+        def step(self, done, metrics):
+            if done == after:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError, match=f"after step {after} of 6.*--resume"):
+        run_training(config, out, Press())
+
+
+def test_dropout_resumes_bitwise_too(config, tmp_path):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.2))
+    run_training(config, tmp_path / "whole", Silent())
+    _stopped(config, tmp_path / "parts", after=3)
+    run_training(config, tmp_path / "parts", Silent(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
+    config = dataclasses.replace(config, precision="fp32", steps=3)
+    parts = dataclasses.replace(config, micro_batch=2)
+    run_training(config, tmp_path / "whole", Silent())
+    run_training(parts, tmp_path / "parts", Silent())
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["aligned", "best_fit"])
+@pytest.mark.parametrize("block_size", [1, 32])
+def test_other_packings_and_block_sizes_train(config, tmp_path, packing, block_size):
+    config = dataclasses.replace(config, packing=packing, block_size=block_size, steps=2)
+    summary = run_training(config, tmp_path / "run", Silent())
+    assert summary["val_coverage"] == 1.0
+    assert summary["estimator"] == ("exact" if block_size == 1 else "stratified")
+    assert torch.tensor(losses(tmp_path / "run")).isfinite().all()
+
+
+def test_a_text_file_is_tokenized_and_split(config, tmp_path):
+    from tests.integration.conftest import story
+
+    text = tmp_path / "stories.jsonl"
+    text.write_text("".join(json.dumps({"text": story(i)}) + "\n" for i in range(40)))
+    config = dataclasses.replace(config, data=str(text), steps=1)
+    run_training(config, tmp_path / "run", Silent())
+    assert (tmp_path / "run" / "data" / "valid" / "manifest.json").exists()
+
+
+def test_a_run_is_not_overwritten_and_a_failed_start_leaves_nothing(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ExistsError, match="already holds a run"):
+        run_training(config, tmp_path / "run", Silent())
+    bad = dataclasses.replace(config, data=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run_training(bad, tmp_path / "new", Silent())
+    assert not (tmp_path / "new").exists()
+    long = dataclasses.replace(config, seq_len=1 << 20)
+    with pytest.raises(ConfigError, match="do not fill one row"):
+        run_training(long, tmp_path / "new", Silent())
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_to_resume_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        saved_config(tmp_path)
+
+
+def test_checkpoints_that_do_not_fit_are_named(config, tmp_path):
+    out = tmp_path / "run"
+    run_training(dataclasses.replace(config, steps=1), out, Silent())
+    file = out / "checkpoint" / "config.json"
+    meta = json.loads(file.read_text())
+    meta["config"]["model"]["width"] = 64
+    file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=r"embed\.weight of shape \[16384, 32\].*16384, 64"):
+        load_checkpoint(out / "checkpoint")
+    with pytest.raises(CheckpointError, match="did you mean"):
+        load_checkpoint(out)
+    broken = out / "checkpoint" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    meta["config"]["model"]["width"] = 32
+    file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(out / "checkpoint")
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch):
+    import errno
+
+    from bd3lm.checkpoint import native
+    from bd3lm.errors import DiskFullError
+
+    splits = open_splits(config.data, None, "default", tmp_path / "work", print)
+    trainer = Trainer(config, splits.train, splits.valid, tmp_path, Silent())
+    trainer.step()
+    trainer.save()
+    before = weights(tmp_path)
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer.step()
+    monkeypatch.setattr(native, "save_file", full)
+    with pytest.raises(DiskFullError, match="no space left"):
+        trainer.save()
+    for name, tensor in weights(tmp_path).items():
+        assert torch.equal(tensor, before[name])
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_divergence_is_told_before_it_is_saved(config, tmp_path):
+    from bd3lm.train.trainer import DivergedError
+
+    config = dataclasses.replace(config, log_every=100, checkpoint_every=3)
+    splits = open_splits(config.data, None, "default", tmp_path / "work", print)
+    trainer = Trainer(config, splits.train, splits.valid, tmp_path, Silent())
+    with torch.no_grad():
+        trainer.model.blocks[0].qkv.weight.fill_(torch.inf)
+    with pytest.raises(DivergedError, match=r"lower optim\.lr"):
+        trainer.run()
+    assert not trainer.checkpoint.exists()

@@ -1,0 +1,46 @@
+"""Settings: the JSON round trip, presets, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from bd3lm.config import PRESETS, TrainConfig, from_dict, preset, to_dict
+from bd3lm.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_survive_json(name):
+    cfg = preset(name)
+    assert from_dict(TrainConfig, to_dict(cfg)) == cfg
+
+
+def test_tuples_and_none_survive_json():
+    cfg = preset("demo")
+    noise = dataclasses.replace(cfg.noise, clip=(0.3, 0.8), estimator="bernoulli")
+    cfg = dataclasses.replace(cfg, noise=noise, micro_batch=8)
+    back = from_dict(TrainConfig, to_dict(cfg))
+    assert back.noise.clip == (0.3, 0.8)
+    assert back == cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 5}, "block-size = 5: a divisor of seq-len = 128"),
+        ({"seq_len": 1, "block_size": 1}, "seq-len = 1"),
+        ({"steps": 0}, "steps = 0: at least 1"),
+        ({"micro_batch": 3}, "micro-batch = 3: a divisor of batch-size = 512"),
+    ],
+)
+def test_wrong_values_name_field_value_and_range(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="one of demo, tiny, small, medium"):
+        preset("huge")
+    values = to_dict(preset("demo"))
+    values["colour"] = "blue"
+    with pytest.raises(ConfigError, match="colour = blue: not a setting of TrainConfig"):
+        from_dict(TrainConfig, values)

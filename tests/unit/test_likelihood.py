@@ -1,0 +1,168 @@
+"""The estimators of MATH §4 against brute force, and against each other."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bd3lm.data import Rows
+from bd3lm.errors import ConfigError
+from bd3lm.evaluate import evaluate_likelihood
+from bd3lm.systems import BlockDiffusion
+from tests.conftest import MASK_ID, random_ids, tiny_model, token_arrays
+
+
+def rows_of(num_tokens, seq_len, block_size, **options):
+    data = token_arrays(num_tokens)
+    return Rows(data, seq_len=seq_len, block_size=block_size, keep_last=True, **options)
+
+
+def score(model, rows, **options):
+    system = BlockDiffusion(rows.block_size, MASK_ID)
+    return evaluate_likelihood(system, model, rows, **options)
+
+
+def conditional_nll(model, context, block_size):
+    """-log p of every token at the last block of ``context`` [1, T], mask token excluded."""
+    logits = model.logits(model.encode(context, block_size))[0].double()
+    logits[:, MASK_ID] = -torch.inf
+    return -torch.log_softmax(logits, -1)
+
+
+def test_exact_is_the_sum_over_all_subsets():
+    """Σ_M B(|M|, n-|M|+1) Σ_{i∈M} CE_i(M), each CE from a forward of its own."""
+    model, seq_len, size = tiny_model(), 8, 4
+    rows = rows_of(12, seq_len, size)  # a full row, and one with padding
+    total = 0.0
+    for row in range(len(rows)):
+        batch = rows.batch(np.array([row], dtype=np.uint64))
+        live = int((batch.noisable[0].nonzero().max() + 1).item())
+        for start in range(0, live, size):
+            spots = [i for i in range(start, min(start + size, live)) if batch.noisable[0, i]]
+            n = len(spots)
+            for k in range(1, n + 1):
+                beta = math.factorial(k - 1) * math.factorial(n - k) / math.factorial(n)
+                for subset in itertools.combinations(spots, k):
+                    ids = batch.x0[:, : min(start + size, live)].clone()
+                    ids[0, list(subset)] = MASK_ID
+                    nll = conditional_nll(model, ids, size)
+                    total += beta * sum(nll[i, batch.x0[0, i]].item() for i in subset)
+    result = score(model, rows, estimator="exact")
+    assert result.tokens == 12
+    assert result.coverage == 1.0
+    assert result.nelbo == pytest.approx(total / 12, rel=1e-5)
+    assert result.forwards == 1 + 15
+
+
+def test_at_block_size_one_it_is_the_chain_rule():
+    """S = 1: -log p of each token from a mask query behind the clean tokens before it."""
+    model = tiny_model()
+    x0 = random_ids(1, 9)
+    rows = Rows(_arrays(x0), seq_len=9, block_size=1, keep_last=True)
+    expected = 0.0
+    for i in range(1, 9):
+        ids = torch.cat([x0[:, :i], torch.tensor([[MASK_ID]])], dim=1)
+        expected += conditional_nll(model, ids, 1)[i, x0[0, i]].item()
+    result = score(model, rows, estimator="exact")
+    assert result.nelbo * result.tokens == pytest.approx(expected, rel=1e-5)
+    counted = score(model, rows, estimator="count", repeats=2)
+    assert counted.nelbo == pytest.approx(result.nelbo, rel=1e-6)
+    assert counted.mc_error == pytest.approx(0.0, abs=1e-7)
+
+
+def _arrays(x0):
+    from bd3lm.data.store import TokenArrays
+
+    return TokenArrays(
+        [x0[0, 1:].tolist()], vocab_size=MASK_ID + 1, bos_id=0, eos_id=1, mask_id=MASK_ID
+    )
+
+
+@pytest.mark.parametrize(("estimator", "repeats"), [("count", 64), ("stratified", 64)])
+def test_sampled_estimators_agree_with_exact(estimator, repeats):
+    model, rows = tiny_model(), rows_of(150, 16, 4)
+    exact = score(model, rows, estimator="exact")
+    sampled = score(model, rows, estimator=estimator, repeats=repeats)
+    assert exact.mc_error == 0
+    assert 0 < sampled.mc_error < 0.1
+    assert abs(sampled.nelbo - exact.nelbo) < 4 * sampled.mc_error
+    assert sampled.tokens == exact.tokens == 150
+
+
+def test_bernoulli_misses_only_the_mass_below_its_lowest_level():
+    """On [1e-3, 1] the estimate lacks ∫_0^1e-3 w p ... <= 1e-3 of the largest CE, each token."""
+    model, rows = tiny_model(), rows_of(150, 16, 4)
+    exact = score(model, rows, estimator="exact")
+    sampled = score(model, rows, estimator="bernoulli", repeats=256)
+    missed = 1e-3 * 20.0  # no CE of this model is above 20 nats
+    assert abs(sampled.nelbo - exact.nelbo) < 5 * sampled.mc_error + missed
+
+
+def test_stratified_has_less_error_than_count():
+    model, rows = tiny_model(), rows_of(150, 16, 8)
+    errors = {
+        name: np.mean(
+            [
+                abs(score(model, rows, estimator=name, repeats=16, seed=1000 * s).nelbo - truth)
+                for s in range(12)
+            ]
+        )
+        for truth in [score(model, rows, estimator="stratified", repeats=512).nelbo]
+        for name in ("count", "stratified")
+    }
+    assert errors["stratified"] < errors["count"]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "stratified", "bernoulli"])
+def test_scores_do_not_depend_on_the_batch(estimator):
+    model, rows = tiny_model(), rows_of(100, 12, 4)
+    one = score(model, rows, estimator=estimator, batch_size=1)
+    many = score(model, rows, estimator=estimator, batch_size=7)
+    assert one.nelbo == pytest.approx(many.nelbo, rel=1e-6)
+
+
+def test_stride_scores_each_token_once_with_more_context():
+    model = tiny_model()
+    rows = rows_of(60, 16, 4, stride=4)
+    strided = score(model, rows, estimator="exact")
+    assert strided.tokens == 60
+    assert strided.coverage == 1.0
+    plain = score(model, rows_of(60, 16, 4), estimator="exact")
+    assert strided.nelbo != plain.nelbo
+
+
+def test_bits_per_byte_counts_all_nats_over_all_bytes():
+    model, rows = tiny_model(), rows_of(50, 16, 4)
+    result = score(model, rows, estimator="exact", num_bytes=123)
+    assert result.bpb == pytest.approx(result.nelbo * 50 / math.log(2) / 123)
+    assert result.ppl == pytest.approx(math.exp(result.nelbo))
+    part = score(model, rows, estimator="exact", num_bytes=123, max_rows=2)
+    assert part.bpb is None
+    assert part.coverage < 1
+
+
+def test_full_size_block_equals_a_brute_force_mdlm():
+    """S = L: full attention over xt alone; the exact sum by hand."""
+    model, length = tiny_model(), 4
+    x0 = random_ids(1, length)
+    rows = Rows(_arrays(x0), seq_len=length, block_size=length, keep_last=True)
+    total, n = 0.0, length - 1
+    for k in range(1, n + 1):
+        beta = math.factorial(k - 1) * math.factorial(n - k) / math.factorial(n)
+        for subset in itertools.combinations(range(1, length), k):
+            xt = x0.clone()
+            xt[0, list(subset)] = MASK_ID
+            nll = conditional_nll(model, xt, length)
+            total += beta * sum(nll[i, x0[0, i]].item() for i in subset)
+    result = score(model, rows, estimator="exact")
+    assert result.nelbo * n == pytest.approx(total, rel=1e-5)
+
+
+def test_what_is_not_allowed_says_so():
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="exact needs block-size <= 4"):
+        score(model, rows_of(50, 16, 8), estimator="exact")
+    with pytest.raises(ConfigError, match="repeats = 3: an even number"):
+        score(model, rows_of(50, 16, 8), estimator="stratified", repeats=3)

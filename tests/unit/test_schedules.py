@@ -1,0 +1,197 @@
+"""Schedules and weightings against formulas written down a second time, in torch's float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.special import ndtr, ndtri
+
+from bd3lm.data import Schedule, Weighting
+from bd3lm.errors import ConfigError
+
+EPS, MU, SIGMA, MU2, SIGMA2, MIXTURE = 1e-3, 0.3, 0.2, 0.8, 0.15, 0.6
+BIMODAL = {"mu": MU, "sigma": SIGMA, "mu2": MU2, "sigma2": SIGMA2, "mixture": MIXTURE}
+
+
+def gaussian_quantile(t: Tensor, mu: float, sigma: float) -> Tensor:
+    below, above = (ndtr(torch.tensor(x / sigma, dtype=torch.float64)) for x in (-mu, 1 - mu))
+    return mu + sigma * ndtri(below + t * (above - below))
+
+
+def gaussian_cdf(p: Tensor, mu: float, sigma: float) -> Tensor:
+    below, above = (ndtr(torch.tensor(x / sigma, dtype=torch.float64)) for x in (-mu, 1 - mu))
+    return (ndtr((p - mu) / sigma) - below) / (above - below)
+
+
+def mixture_cdf(p: Tensor) -> Tensor:
+    return MIXTURE * gaussian_cdf(p, MU, SIGMA) + (1 - MIXTURE) * gaussian_cdf(p, MU2, SIGMA2)
+
+
+class MixtureQuantile(torch.autograd.Function):
+    """F⁻¹ by halving; its slope is one over the density."""
+
+    @staticmethod
+    def forward(ctx, t):
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = mixture_cdf(middle) < t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        ctx.save_for_backward(low)
+        return low
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        with torch.enable_grad():
+            p = p.detach().requires_grad_()
+            (density,) = torch.autograd.grad(mixture_cdf(p).sum(), p)
+        return grad / density
+
+
+class Reference(NamedTuple):
+    kwargs: dict[str, float]
+    mask_prob: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+REFERENCES = {
+    "loglinear": Reference({}, lambda t: t, lambda p: p),
+    "square": Reference({}, lambda t: t**2, torch.sqrt),
+    "square_root": Reference({}, torch.sqrt, lambda p: p**2),
+    "logarithmic": Reference({}, lambda t: torch.log(1 + t) / math.log(2), lambda p: 2**p - 1),
+    "cosine": Reference(
+        {"eps": EPS},
+        lambda t: 1 - (1 - EPS) * torch.cos(math.pi * t / 2),
+        lambda p: 2 / math.pi * torch.arccos((1 - p) / (1 - EPS)),
+    ),
+    "gaussian": Reference(
+        {"mu": MU, "sigma": SIGMA},
+        lambda t: gaussian_quantile(t, MU, SIGMA),
+        lambda p: gaussian_cdf(p, MU, SIGMA),
+    ),
+    "bimodal_gaussian": Reference(BIMODAL, MixtureQuantile.apply, mixture_cdf),
+}
+
+T = torch.cat([torch.linspace(1e-3, 0.999, 500), torch.tensor([1e-3, 0.5])]).double()
+
+
+def both(mask_prob: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """p(t) and, by differentiation, p'(t)/p(t)."""
+    t = T.clone().requires_grad_()
+    p = mask_prob(t)
+    (slope,) = torch.autograd.grad(p.sum(), t)
+    return p.detach(), slope / p.detach()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_probability_weight_and_inverse(name: str) -> None:
+    reference = REFERENCES[name]
+    schedule = Schedule(name, **reference.kwargs)
+    p, w = both(reference.mask_prob)
+    np.testing.assert_allclose(schedule.mask_prob(T), p, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(schedule.loss_weight(T), w, rtol=1e-7)
+    np.testing.assert_allclose(schedule.inverse(p), reference.inverse(p), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(schedule.inverse(p), T, rtol=1e-7, atol=1e-9)
+    assert schedule.mask_prob(1.0) == pytest.approx(1.0, abs=1e-10)
+
+
+def test_the_papers_bimodal_form() -> None:
+    def literal(t: Tensor) -> Tensor:
+        first = gaussian_quantile(t.clamp(max=MIXTURE - 1e-9) / MIXTURE, MU, SIGMA)
+        share = ((t - MIXTURE) / (1 - MIXTURE)).clamp(min=1e-9)
+        return torch.where(t < MIXTURE, first, gaussian_quantile(share, MU2, SIGMA2))
+
+    schedule = Schedule("bimodal_gaussian", **BIMODAL, paper_weights=True)
+    p, w = both(literal)
+    np.testing.assert_allclose(schedule.mask_prob(T), p, rtol=1e-8)
+    np.testing.assert_allclose(schedule.loss_weight(T), w, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"paper_weights = true: .* no inverse"):
+        schedule.inverse(0.5)
+
+
+def test_shapes_are_kept() -> None:
+    t = np.full((2, 3, 1), 0.5)
+    assert Schedule("square").mask_prob(t).tolist() == [[[0.25]] * 3] * 2
+    assert Schedule("square").mask_prob([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("linear", {}, "schedule = linear: must be loglinear, square, .* or bimodal_gaussian"),
+        ("gaussian", {"sigma": 0.2}, "mu = None: is needed"),
+        ("gaussian", {"mu": 0.5}, "sigma = None: is needed"),
+        ("gaussian", {"mu": 0.5, "sigma": 0.0}, "sigma = 0: must be greater than 0"),
+        ("gaussian", {"mu": math.nan, "sigma": 0.1}, "mu = NaN: a finite number"),
+        ("gaussian", {"mu": 50.0, "sigma": 0.1}, "mu = 50: .* no mass"),
+        ("cosine", {"eps": 1.0}, r"eps = 1: must lie in \[0, 1\)"),
+        ("bimodal_gaussian", BIMODAL | {"mixture": 1.0}, "mixture = 1: must lie in"),
+        ("bimodal_gaussian", BIMODAL | {"sigma2": -1.0}, "sigma2 = -1: must be greater"),
+        ("bimodal_gaussian", BIMODAL | {"mu2": math.inf}, "mu2 = inf: a finite number"),
+        ("bimodal_gaussian", {"mu": MU, "sigma": SIGMA}, "mu2 = None: is needed"),
+    ],
+)
+def test_wrong_parameters_name_themselves(
+    name: str, kwargs: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Schedule(name, **kwargs)
+
+
+def weighting_reference(name: str, k: float, alpha: Tensor) -> Tensor:
+    low = torch.sigmoid(torch.tensor(-20.0, dtype=torch.float64))
+    alpha = alpha.clamp(low, 1 - low)
+    log_odds = torch.log(alpha / (1 - alpha))
+    bump = torch.exp(-((log_odds - 2.4) ** 2) / (2 * 2.4**2)) / (2.4 * math.sqrt(2 * math.pi))
+    return {
+        "nelbo": torch.ones_like(alpha),
+        "edm": bump * (torch.exp(-log_odds) + 0.5**2) / 0.5**2,
+        "iddpm": 2 * torch.sqrt(alpha * (1 - alpha)),
+        "sigmoid": (1 - alpha) / (1 - (1 - math.exp(-k)) * alpha),
+        "flow_matching": torch.sqrt((1 - alpha) / alpha),
+    }[name]
+
+
+@pytest.mark.parametrize("schedule", REFERENCES)
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [
+        ("nelbo", 0.0),
+        ("edm", 0.0),
+        ("iddpm", 0.0),
+        ("sigmoid", -1.0),
+        ("sigmoid", 2.0),
+        ("flow_matching", 0.0),
+    ],
+)
+def test_weightings(schedule: str, name: str, k: float) -> None:
+    made = Schedule(schedule, **REFERENCES[schedule].kwargs)
+    t = torch.cat([T, torch.ones(1).double()])  # where α = 0 and the clamp binds
+    alpha = 1 - torch.from_numpy(made.mask_prob(t))
+    expected = weighting_reference(name, k, alpha)
+    np.testing.assert_allclose(Weighting(name, k=k).at(made, t), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", REFERENCES)
+def test_simple_makes_the_total_weight_one(schedule: str) -> None:
+    made = Schedule(schedule, **REFERENCES[schedule].kwargs)
+    total = Weighting("simple").at(made, T) * made.loss_weight(T)
+    np.testing.assert_allclose(total, 1.0, rtol=1e-12)
+
+
+def test_sigmoid_of_zero_is_simple_under_loglinear() -> None:
+    schedule = Schedule("loglinear")
+    a, b = (Weighting(name).at(schedule, T) for name in ("sigmoid", "simple"))
+    np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_unknown_weighting() -> None:
+    with pytest.raises(ConfigError, match=r"weighting = p2: must be nelbo, edm, .* or simple"):
+        Weighting("p2")
