@@ -43,14 +43,15 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`."""
     block_mask = tile_mask(mask, str(q.device))
-    return _compiled()(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return _compiled(q.is_cuda)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
+def _compiled(cuda: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # PyTorch 2.15's CPU code for symbolic sizes does not compile: there, a kernel for each shape.
+    return torch.compile(flex_attention, dynamic=None if cuda else False)
 
 
 @derived
