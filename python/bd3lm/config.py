@@ -21,6 +21,7 @@ T = TypeVar("T")
 ScheduleName = Literal[
     "loglinear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal_gaussian"
 ]
+SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
 
 MAX_EXACT_BLOCK = 4
@@ -202,12 +203,6 @@ class EvalConfig:
     batch_size: int = 64
     """Rows a forward."""
 
-    def resolve(self, block_size: int) -> EstimatorName:
-        """The estimator, ``auto`` resolved for this block size."""
-        if self.estimator != "auto":
-            return self.estimator
-        return "exact" if block_size <= MAX_EXACT_BLOCK else "stratified"
-
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -215,20 +210,69 @@ class SampleConfig:
 
     num: int = 4
     """Samples."""
-    length: int = 128
-    """Largest number of tokens, prompt and BOS included."""
+    length: int | None = None
+    """Largest number of tokens, prompt and BOS included. None: the trained length."""
+    steps: int | None = None
+    """None: first hitting, one forward a token. N: ancestral sampling on a grid of N levels a
+    block; sedd needs one and takes seq_len where nothing is said."""
+    tokens_per_forward: int = 1
+    """First hitting: tokens revealed by one forward. More than 1 is faster and no longer exact:
+    the tokens of one forward do not see each other."""
+    threshold: float | None = None
+    """Parallel decoding: each forward also reveals every position whose top probability is at
+    least this. 1 is plain first hitting."""
+    entropy_bound: float | None = None
+    """Parallel decoding: each forward also reveals positions from the surest on, while the
+    entropies of all but the least sure add up to at most this many nats."""
     top_p: float = 0.9
     """Nucleus; 1 samples from the whole distribution."""
+    top_k: int | None = None
+    """Only the k most probable tokens. None: all."""
     temperature: float = 1.0
     """0 is greedy."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens the row already holds, multiplies the negative ones."""
+    forbidden: tuple[int, ...] = ()
+    """Token ids that are never drawn."""
     seed: int = 1
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
         check(self.num >= 1, "num", self.num, "at least 1")
-        check(self.length >= 2, "length", self.length, "at least 2 (BOS and one token)")
+        check(
+            self.length is None or self.length >= 2,
+            "length",
+            self.length,
+            "at least 2 (BOS and one token)",
+        )
+        check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        per = self.tokens_per_forward
+        check(per >= 1, "tokens-per-forward", per, "at least 1")
+        check(
+            self.threshold is None or 0 < self.threshold <= 1,
+            "threshold",
+            self.threshold,
+            "in (0, 1]",
+        )
+        bound = self.entropy_bound
+        check(bound is None or bound >= 0, "entropy-bound", bound, "0 or more")
+        ways = [self.steps is not None, per > 1, self.threshold is not None, bound is not None]
+        check(
+            sum(ways) <= 1,
+            "steps, tokens-per-forward, threshold, entropy-bound",
+            "several",
+            "one of them at a time",
+        )
         check(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
+        check(self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "at least 1")
         check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        penalty = self.repetition_penalty
+        check(penalty > 0, "repetition-penalty", penalty, "greater than 0")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether what the model says decides how many tokens a forward reveals."""
+        return self.threshold is not None or self.entropy_bound is not None
 
 
 @dataclass(frozen=True)
@@ -247,12 +291,18 @@ class TrainConfig:
     documents whole where they fit."""
     row_eos: bool = False
     """wrap: close every row with EOS, as the paper's code does."""
-    system: Literal["bd3lm"] = "bd3lm"
-    """What is trained."""
+    system: SystemName = "bd3lm"
+    """bd3lm: block diffusion; mdlm: masked diffusion over the whole row; sedd: score entropy over
+    the whole row; ar: one token after the other."""
     seq_len: int = 128
     """L, tokens of a row."""
-    block_size: int = 4
-    """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion."""
+    block_size: int | None = None
+    """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
+    None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
+    init_from: str | None = None
+    """Start from the averaged weights of this checkpoint, whatever its system or block size."""
+    init_optimizer: bool = False
+    """With init_from: also take over its optimizer's state."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -278,22 +328,16 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        for name in (
-            "seq_len",
-            "block_size",
-            "steps",
-            "batch_size",
-            "log_every",
-            "checkpoint_every",
-        ):
+        for name in ("seq_len", "steps", "batch_size", "log_every", "checkpoint_every"):
             value = getattr(self, name)
             check(value >= 1, name.replace("_", "-"), value, "at least 1")
         check(self.seq_len >= 2, "seq-len", self.seq_len, "at least 2 (BOS and one token)")
+        self._check_block()
         check(
-            self.seq_len % self.block_size == 0,
-            "block-size",
-            self.block_size,
-            f"a divisor of seq-len = {self.seq_len}",
+            self.init_from is not None or not self.init_optimizer,
+            "init-optimizer",
+            self.init_optimizer,
+            "needs init-from",
         )
         if self.micro_batch is not None:
             check(
@@ -303,18 +347,61 @@ class TrainConfig:
                 f"a divisor of batch-size = {self.batch_size}",
             )
         check(
-            self.eval.estimator != "exact" or self.block_size <= MAX_EXACT_BLOCK,
+            self.eval.estimator != "exact" or self.block <= MAX_EXACT_BLOCK,
             "eval.estimator",
             self.eval.estimator,
-            f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {self.block_size}); use stratified",
+            f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {self.block}); use stratified",
+        )
+        check(
+            self.eval.estimator != "exact" or not self.model.time_conditioning,
+            "eval.estimator",
+            self.eval.estimator,
+            "a model that is told the noise level has no exact sum; use stratified",
         )
         if self.eval.stride is not None:
             check(
-                self.eval.stride % self.block_size == 0 and 0 < self.eval.stride < self.seq_len,
+                self.eval.stride % self.block == 0 and 0 < self.eval.stride < self.seq_len,
                 "eval.stride",
                 self.eval.stride,
-                f"a multiple of block-size = {self.block_size} below seq-len = {self.seq_len}",
+                f"a multiple of block-size = {self.block} below seq-len = {self.seq_len}",
             )
+
+    def _check_block(self) -> None:
+        own = _own_block(self.system, self.seq_len)
+        check(
+            self.block_size is None or own is None or self.block_size == own,
+            "block-size",
+            self.block_size,
+            f"{own}, the one that system = {self.system} has",
+        )
+        check(self.block >= 1, "block-size", self.block, "at least 1")
+        check(
+            self.seq_len % self.block == 0,
+            "block-size",
+            self.block,
+            f"a divisor of seq-len = {self.seq_len}",
+        )
+
+    @property
+    def block(self) -> int:
+        """S: ``block_size``, or what the system has where nothing was said."""
+        return self.block_size or _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+
+    @property
+    def estimator(self) -> EstimatorName:
+        """The likelihood's estimator, ``auto`` resolved for this block size and model."""
+        if self.eval.estimator != "auto":
+            return self.eval.estimator
+        exact = self.block <= MAX_EXACT_BLOCK and not self.model.time_conditioning
+        return "exact" if exact else "stratified"
+
+
+DEFAULT_BLOCK = 4
+
+
+def _own_block(system: SystemName, seq_len: int) -> int | None:
+    """The only block size of a system; None where any will do."""
+    return {"bd3lm": None, "mdlm": seq_len, "sedd": seq_len, "ar": 1}[system]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -349,35 +436,43 @@ def _convert(hint: Any, value: Any) -> Any:
 # --- presets ------------------------------------------------------------------------------------
 
 
-def _paper(width: int, depth: int, heads: int, cond_width: int) -> TrainConfig:
-    """The paper's shapes and recipe (PROTOCOL: 3e-4, 2,500-step warm-up, EMA 0.9999)."""
+def _paper(system: SystemName, width: int, depth: int, heads: int, cond_width: int) -> TrainConfig:
+    """The paper's shapes and recipe (3e-4, 2,500-step warm-up, EMA 0.9999); AR has no adaLN."""
+    cond_width = 0 if system == "ar" else cond_width
     return TrainConfig(
+        system=system,
         model=ModelConfig(
-            width=width, depth=depth, heads=heads, cond_width=cond_width, dropout=0.1
+            width=width,
+            depth=depth,
+            heads=heads,
+            cond_width=cond_width,
+            time_conditioning=system == "sedd",
+            dropout=0.1,
         ),
-        noise=NoiseConfig(estimator="bernoulli"),
+        noise=NoiseConfig() if system == "ar" else NoiseConfig(estimator="bernoulli"),
         optim=OptimConfig(),
     )
 
 
-def tiny() -> TrainConfig:
+def tiny(system: SystemName = "bd3lm") -> TrainConfig:
     """The paper's tiny DiT (width 256, depth 8) with the paper's recipe."""
-    return _paper(256, 8, 8, 64)
+    return _paper(system, 256, 8, 8, 64)
 
 
-def small() -> TrainConfig:
+def small(system: SystemName = "bd3lm") -> TrainConfig:
     """The paper's small DiT (width 768, depth 12) with the paper's recipe."""
-    return _paper(768, 12, 12, 128)
+    return _paper(system, 768, 12, 12, 128)
 
 
-def medium() -> TrainConfig:
+def medium(system: SystemName = "bd3lm") -> TrainConfig:
     """The paper's medium DiT (width 1024, depth 24) with the paper's recipe."""
-    return _paper(1024, 24, 16, 128)
+    return _paper(system, 1024, 24, 16, 128)
 
 
-def demo() -> TrainConfig:
+def demo(system: SystemName = "bd3lm") -> TrainConfig:
     """Minutes on two cores: a small model, Muon, the low-variance `count` estimator."""
     return TrainConfig(
+        system=system,
         steps=1400,
         batch_size=8,
         checkpoint_every=350,
@@ -391,6 +486,8 @@ def demo() -> TrainConfig:
             mlp_bias=False,
             head_bias=False,
             tied_embeddings=True,
+            cond_width=64 if system == "sedd" else 0,
+            time_conditioning=system == "sedd",
         ),
         optim=OptimConfig(
             optimizer="muon",
@@ -405,7 +502,7 @@ def demo() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {
+PRESETS: dict[str, Callable[[SystemName], TrainConfig]] = {
     "demo": demo,
     "tiny": tiny,
     "small": small,
@@ -413,11 +510,13 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
-def preset(name: str) -> TrainConfig:
-    """The preset of that name.
+def preset(name: str, system: str = "bd3lm") -> TrainConfig:
+    """The preset of that name for a system.
 
     Raises:
-        ConfigError: there is none; the message lists those there are.
+        ConfigError: there is no such preset or system; the message lists those there are.
     """
     check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    systems = typing.get_args(SystemName)
+    check(system in systems, "system", system, f"one of {', '.join(systems)}")
+    return PRESETS[name](typing.cast("SystemName", system))

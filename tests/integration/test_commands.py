@@ -176,7 +176,7 @@ def test_eval_refuses(capsys, run, corpus, args, sentence):
         (["--num", "0"], "num = 0: at least 1"),
         (["--top-p", "0"], "top-p = 0.0: in (0, 1]"),
         (["--prompt", "the old house " * 40], "to leave room for one more"),
-        (["--block-size", "3"], "divisor of the trained length"),
+        (["--block-size", "3"], "block-size = 3: a divisor of seq-len = 32"),
     ],
 )
 def test_sample_refuses(capsys, run, args, sentence):

@@ -11,21 +11,16 @@ from bd3lm.config import SampleConfig
 from bd3lm.errors import ConfigError
 from bd3lm.sample import Sampler
 from bd3lm.sample.draw import draw
-from bd3lm.sample.sampler import block_uniforms
+from bd3lm.sample.plan import block_uniforms
 from bd3lm.sample.stopping import is_degenerate
+from bd3lm.systems import BlockDiffusion
 from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model
 
 
 def sampler(model=None, *, block_size=4, window=16, eos_id=VOCAB_SIZE + 5):
     """No id is EOS unless a test asks for one."""
-    return Sampler(
-        model or tiny_model(),
-        block_size=block_size,
-        window=window,
-        mask_id=MASK_ID,
-        bos_id=0,
-        eos_id=eos_id,
-    )
+    system = BlockDiffusion(block_size, MASK_ID)
+    return Sampler(model or tiny_model(), system, window=window, bos_id=0, eos_id=eos_id)
 
 
 def config(**changes):
@@ -81,7 +76,7 @@ def test_samples_follow_the_enumerated_joint():
     model = small_model(mask_id + 1)
     joint = first_hitting_joint(model, [0, mask_id, mask_id, mask_id], size, mask_id, 4)
     assert sum(joint.values()) == pytest.approx(1.0)
-    s = Sampler(model, block_size=4, window=4, mask_id=mask_id, bos_id=0, eos_id=99)
+    s = Sampler(model, BlockDiffusion(4, mask_id), window=4, bos_id=0, eos_id=99)
     samples = s.generate(SampleConfig(num=num, length=4, top_p=1.0), [[]] * num)
     counts = Counter(tuple(x.ids) for x in samples)
     expected = {k: num * p for k, p in joint.items() if num * p >= 5}
@@ -139,11 +134,11 @@ def uncached_sample(model, length, block_size, window, *, seed=1, row=0):
         while start + block_size - base > window:
             base += window // 2
         context = ids[:start] if base == 0 else [0, *ids[base + 1 : start]]
-        for u_position, u_token in block_uniforms(seed, row, start // block_size, block_size):
+        uniforms = block_uniforms(seed, row, start // block_size, block_size)
+        while MASK_ID in block:
             free = [i for i, t in enumerate(block) if t == MASK_ID]
-            if not free:
-                break
-            spot = free[int(u_position * len(free))]
+            spot = max(free, key=lambda i: uniforms[i][0])
+            u_token = uniforms[spot][1]
             logits = model.logits(model.encode(torch.tensor([context + block]), block_size))
             logits = logits[0, len(context) + spot].detach().double().clone()
             logits[MASK_ID] = -torch.inf
@@ -215,7 +210,7 @@ def test_what_is_not_allowed_says_so():
 def test_draws_invert_the_distribution_function():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64))
     uniform = torch.tensor([0.0, 0.49, 0.5, 0.79, 0.81, 0.9999], dtype=torch.float64)
-    tokens = draw(logits.expand(6, 3), uniform, 1.0, 1.0)
+    tokens = draw(logits.expand(6, 3), uniform, config())
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -226,14 +221,14 @@ def test_draws_are_exact_over_a_large_vocabulary():
     prob[0] = 1 - tail * (vocab - 1)
     wanted = torch.tensor([1, 2, 777, 25_000, vocab - 2, vocab - 1])
     middle = prob[0] + tail * (wanted - 0.5)
-    tokens = draw(prob.log().expand(len(wanted), vocab), middle, 1.0, 1.0)
+    tokens = draw(prob.log().expand(len(wanted), vocab), middle, config())
     assert tokens.tolist() == wanted.tolist()
 
 
 def test_the_nucleus_keeps_the_token_that_crosses():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64))
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logits.expand(1000, 3), uniform, 1.0, 0.6)
+    tokens = draw(logits.expand(1000, 3), uniform, config(top_p=0.6))
     share = tokens.bincount(minlength=3) / 1000
     torch.testing.assert_close(share, torch.tensor([0.0, 5 / 9, 4 / 9]), atol=2e-3, rtol=0)
 
@@ -241,9 +236,9 @@ def test_the_nucleus_keeps_the_token_that_crosses():
 def test_temperature_sharpens():
     logits = torch.log(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logits.expand(1000, 2), uniform, 0.5, 1.0)
+    tokens = draw(logits.expand(1000, 2), uniform, config(temperature=0.5))
     assert (tokens == 0).double().mean().item() == pytest.approx(0.36 / 0.52, abs=2e-3)
-    assert draw(logits, uniform[-1:], 0.0, 1.0).item() == 0
+    assert draw(logits, uniform[-1:], config(temperature=0.0)).item() == 0
 
 
 def test_degenerate_text_is_told():

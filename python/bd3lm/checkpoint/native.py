@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,13 @@ class Checkpoint:
     path: Path
 
     def system(self, block_size: int | None = None) -> System:
-        """The system that scores and samples it, at its own block size or another."""
-        return build_system(self.config, self.tokenizer.mask_id, block_size)
+        """The system that scores and samples it, at its own block size or another.
+
+        Raises:
+            ConfigError: a block size that its system cannot have.
+        """
+        cfg = replace(self.config, block_size=block_size) if block_size else self.config
+        return build_system(cfg, self.tokenizer.mask_id)
 
 
 def save_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts, likelihood_line
-from bd3lm.config import EstimatorName, EvalConfig, TrainConfig, check
+from bd3lm.config import EstimatorName, EvalConfig, check
 from bd3lm.data import Dataset, Rows
 from bd3lm.data.resolve import open_data
 from bd3lm.errors import MissingFileError
@@ -65,11 +66,10 @@ def evaluate(args: EvalArgs) -> None:
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device)
-    block_size = args.block_size or loaded.config.block_size
     # The run's own checks decide whether this combination is allowed.
-    cfg = TrainConfig(
-        seq_len=loaded.config.seq_len,
-        block_size=block_size,
+    cfg = dataclasses.replace(
+        loaded.config,
+        block_size=args.block_size or loaded.config.block_size,
         precision=args.precision,
         eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
     )
@@ -78,23 +78,23 @@ def evaluate(args: EvalArgs) -> None:
         rows = Rows(
             data,
             seq_len=cfg.seq_len,
-            block_size=block_size,
+            block_size=cfg.block,
             stride=args.stride,
             keep_last=True,
         )
         with autocast(cfg, device), Progress(console=console) as progress:
             task = progress.add_task("scoring", total=len(rows))
             result = evaluate_likelihood(
-                loaded.system(block_size),
+                loaded.system(args.block_size),
                 loaded.model,
                 rows,
-                estimator=cfg.eval.resolve(block_size),
+                estimator=cfg.estimator,
                 repeats=args.repeats,
                 batch_size=args.batch_size,
                 num_bytes=data.manifest.num_bytes,
                 progress=lambda done, _: progress.update(task, completed=done),
             )
-    _report(args, loaded, result, block_size, console)
+    _report(args, loaded, result, cfg.block, console)
 
 
 def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,18 +26,9 @@ class SampleArgs:
 
     checkpoint: tyro.conf.Positional[Path]
     """The checkpoint/ directory of a run."""
-    num: int = 4
-    """Number of samples."""
-    length: int | None = None
-    """Largest number of tokens, prompt included. None: the trained length."""
     prompt: str = ""
     """Text that every sample begins with."""
-    seed: int = 1
-    """The same seed gives the same samples, whatever the batch."""
-    top_p: float = 0.9
-    """Nucleus: smallest set of tokens with that much probability. 1: all."""
-    temperature: float = 1.0
-    """0 is greedy."""
+    draw: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     block_size: int | None = None
     """Sample with blocks of another size than the trained one."""
     batch_size: int = 16
@@ -60,23 +51,17 @@ def sample(args: SampleArgs) -> None:
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device)
-    tokenizer, trained = loaded.tokenizer, loaded.config
-    length = trained.seq_len if args.length is None else args.length
+    tokenizer = loaded.tokenizer
+    cfg = args.draw
     check(args.batch_size >= 1, "batch-size", args.batch_size, "at least 1")
-    cfg = SampleConfig(
-        num=args.num,
-        length=length,
-        top_p=args.top_p,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
     sampler = Sampler.from_checkpoint(loaded, args.block_size)
+    length = sampler.length(cfg)
     prompt = tokenizer.encode(args.prompt)
     precision = TrainConfig(precision=args.precision)
     with autocast(precision, device), Progress(console=console, transient=True) as progress:
-        task = progress.add_task("sampling", total=args.num * length)
-        for first in range(0, args.num, args.batch_size):
-            rows = min(args.batch_size, args.num - first)
+        task = progress.add_task("sampling", total=cfg.num * length)
+        for first in range(0, cfg.num, args.batch_size):
+            rows = min(args.batch_size, cfg.num - first)
             samples = sampler.generate(
                 cfg,
                 [prompt] * rows,

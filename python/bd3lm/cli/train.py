@@ -46,7 +46,7 @@ def train(argv: list[str]) -> None:
     """Parse, build, train, report."""
     named = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if named else "demo"
-    base = TrainArgs(preset(name))
+    base = TrainArgs(preset(name, _value(argv, "--system") or "bd3lm"))
     args = tyro.cli(
         TrainArgs,
         prog="bd3lm-train",
@@ -67,9 +67,19 @@ def train(argv: list[str]) -> None:
     console = Console()
     with RichReporter(console, cfg.steps) as reporter:
         summary = run_training(cfg, out, reporter, resume=args.resume)
-    title = f"{cfg.system}, S={cfg.block_size}, L={cfg.seq_len}"
+    title = f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}"
     plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
     training_summary(console, summary, out)
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    """What an option is given, before the parser runs: its presets depend on the system."""
+    for index, word in enumerate(argv):
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+        if word == option and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
 
 
 def _free_directory(name: str) -> Path:

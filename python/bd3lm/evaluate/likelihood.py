@@ -16,7 +16,7 @@ from bd3lm.config import MAX_EXACT_BLOCK, EstimatorName, check
 from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
 from bd3lm.data.rows import CleanBatch
 from bd3lm.model import Transformer
-from bd3lm.systems import System
+from bd3lm.systems import Scorer, System
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Draw(NamedTuple):
     mask: Tensor
     weight: Tensor
     """float32 [B, K]: one weight a block."""
+    mask_prob: Tensor
+    """float32 [B, K]: the level of each block, for a model that is told it."""
     share: float
     """Factor of this draw in the estimate of its group."""
     group: int
@@ -65,7 +67,8 @@ class Draw(NamedTuple):
 def exact_draws(noisable: Tensor, block_size: int) -> Iterator[Draw]:
     """All 2^S - 1 patterns; a block takes part in those that mask noisable positions alone.
 
-    The weight is B(|M|, n-|M|+1) (MATH §4), so the sum over patterns is the exact NELBO.
+    The weight is B(|M|, n-|M|+1) (MATH §4), so the sum over patterns is the exact NELBO of a
+    model that is not told the level.
 
     Args:
         noisable: bool [B, L].
@@ -82,7 +85,10 @@ def exact_draws(noisable: Tensor, block_size: int) -> Iterator[Draw]:
             fits = (blocks | ~chosen).all(-1)
             mask = (fits[..., None] & chosen).view(rows, seq_len)
             if mask.any():
-                yield Draw(mask, torch.where(fits, weight, 0.0), 1.0, 0)
+                level = torch.zeros_like(
+                    weight
+                )  # not read: a model that is told it has no exact sum
+                yield Draw(mask, torch.where(fits, weight, 0.0), level, 1.0, 0)
 
 
 def _beta(k: int, n: int) -> float:
@@ -117,7 +123,7 @@ def sampled_draws(
             share, group = 1.0 / strata, repeat // strata
         else:
             spec = NoiseSpec(loglinear, estimator=estimator)
-        mask, _, weight = draw_noise(
+        mask, mask_prob, weight = draw_noise(
             spec,
             batch.x0,
             batch.noisable,
@@ -127,7 +133,7 @@ def sampled_draws(
             first_row=first_row,
             num_rows=num_rows,
         )
-        yield Draw(mask, weight, share, group)
+        yield Draw(mask, weight, mask_prob, share, group)
 
 
 @torch.no_grad()
@@ -163,7 +169,7 @@ def evaluate_likelihood(
         ConfigError: an estimator the block size does not allow, or too few repeats.
     """
     block_size = system.block_size
-    _check_estimator(estimator, block_size, repeats)
+    _check_estimator(estimator, block_size, repeats, model.cfg.time_conditioning)
     model.eval()
     device = next(model.parameters()).device
     total = len(rows)
@@ -194,7 +200,7 @@ def evaluate_likelihood(
         x0 = batch.x0.to(device)
         doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
         score = system.scorer(model, x0, doc_ids)
-        used = 1 if block_size < x0.shape[1] else 0
+        used = system.preparing_forwards(x0.shape[1])
         for draw in draws:
             nats[draw.group, part] += draw.share * _weighted_nats(
                 score, x0, draw, system.mask_id, block_size
@@ -207,12 +213,18 @@ def evaluate_likelihood(
     return _summarise(nats, tokens, estimator, forwards, rows, num_bytes if complete else None)
 
 
-def _check_estimator(estimator: EstimatorName, block_size: int, repeats: int) -> None:
+def _check_estimator(estimator: EstimatorName, block_size: int, repeats: int, told: bool) -> None:
     check(
         estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
         "estimator",
         estimator,
         f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {block_size}); use stratified",
+    )
+    check(
+        estimator != "exact" or not told,
+        "estimator",
+        estimator,
+        "a model that is told the noise level has no exact sum; use stratified",
     )
     check(
         estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),
@@ -229,7 +241,7 @@ def _check_estimator(estimator: EstimatorName, block_size: int, repeats: int) ->
 
 
 def _weighted_nats(
-    score: Callable[[Tensor, Tensor], Tensor],
+    score: Scorer,
     x0: Tensor,
     draw: Draw,
     mask_id: int,
@@ -239,7 +251,7 @@ def _weighted_nats(
     mask = draw.mask.to(x0.device)
     select = mask.flatten().nonzero().squeeze(1)
     xt = torch.where(mask, mask_id, x0)
-    nll = score(xt, select).double().cpu()
+    nll = score(xt, select, draw.mask_prob.to(x0.device)).double().cpu()
     weight = draw.weight.double().repeat_interleave(block_size, dim=1)
     values = torch.zeros(x0.numel(), dtype=torch.float64)
     values[select.cpu()] = nll

@@ -1,7 +1,9 @@
-"""Output head and cross-entropy in one pass over chunks: logits of all positions never exist."""
+"""Output head and loss in one pass over chunks: logits of all positions never exist."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,13 @@ CHUNK_BYTES = 16 << 20
 """Size of the logits of one chunk: large enough for the matrix product, near the caches."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ weight·CE with its gradients formed chunk by chunk in the forward pass.
+Kernel = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+"""``(logits [R, V], target [R], weight [R] or None, mask_id) -> values [R]``, float32; with a
+weight, the logits become the gradient of Σ weight·value."""
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Σ weight·value with its gradients formed chunk by chunk in the forward pass.
 
     The loss is linear in the incoming gradient (a scalar), so the backward pass only scales what
     the forward pass left. Peak memory is one chunk of logits and the gradients themselves.
@@ -29,26 +36,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target: Tensor,
         weight: Tensor,
         mask_id: int,
+        kernel: Kernel,
     ) -> tuple[Tensor, Tensor]:
         grads = _Gradients(
             torch.empty_like(features),
             torch.zeros_like(head),
             None if bias is None else torch.zeros_like(bias),
         )
-        nll = _in_chunks(features, head, bias, target, weight, mask_id, grads)
+        values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, grads)
         ctx.save_for_backward(*(g for g in grads if g is not None))
         ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(nll)
-        return (nll * weight).sum(), nll
+        ctx.mark_non_differentiable(values)
+        return (values * weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         saved = [grad * upstream[0] for grad in ctx.saved_tensors]
-        return saved[0], saved[1], saved[2] if ctx.has_bias else None, None, None, None
+        return saved[0], saved[1], saved[2] if ctx.has_bias else None, None, None, None, None
 
 
 class _Gradients(NamedTuple):
-    """Of Σ weight·CE, filled on the way."""
+    """Of Σ weight·value, filled on the way."""
 
     features: Tensor
     head: Tensor
@@ -62,13 +70,14 @@ def _in_chunks(
     target: Tensor,
     weight: Tensor,
     mask_id: int,
+    kernel: Kernel,
     grads: _Gradients | None,
 ) -> Tensor:
-    """CE of each position, float32 [M]; fills ``grads`` where they are wanted."""
+    """Value of each position, float32 [M]; fills ``grads`` where they are wanted."""
     dtype = _compute_dtype(features)
     matrix = head.to(dtype)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * head.shape[0]))
-    nll = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
+    values = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
     for start in range(0, features.shape[0], rows):
         part = slice(start, start + rows)
         x = features[part].to(dtype)
@@ -76,15 +85,15 @@ def _in_chunks(
         if bias is not None:
             logits += bias
         if grads is None:
-            nll[part] = cross_entropy_(logits, target[part], None, mask_id)
+            values[part] = kernel(logits, target[part], None, mask_id)
             continue
-        nll[part] = cross_entropy_(logits, target[part], weight[part].float(), mask_id)
+        values[part] = kernel(logits, target[part], weight[part].float(), mask_id)
         # The logits have become their own gradient.
         grads.features[part] = (logits @ matrix).to(features.dtype)
         grads.head.add_(logits.T @ x)
         if grads.bias is not None:
             grads.bias.add_(logits.sum(0, dtype=torch.float32))
-    return nll
+    return values
 
 
 def _compute_dtype(features: Tensor) -> torch.dtype:
@@ -115,8 +124,64 @@ def head_cross_entropy(
         position, float32 [M], not differentiable. Logits are formed in the autocast dtype where
         autocast is on, in the features' dtype otherwise; the softmax is float32.
     """
+    return _head_loss(features, head, bias, target, weight, mask_id, cross_entropy_)
+
+
+def head_score_entropy(
+    features: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    mask_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Weighted score entropy of the head at M positions, in its finite form (MATH §5).
+
+    Arguments and results as of :func:`head_cross_entropy`; see :func:`score_entropy_`.
+    """
+    return _head_loss(features, head, bias, target, weight, mask_id, score_entropy_)
+
+
+def score_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+    """Σ_{y≠mask} e^{raw_y}/(V-1) - raw_{x0} + log(V-1) - 1, in nats; overwrites the logits.
+
+    At least the cross-entropy of the normalised scores, and equal to it where they sum to one:
+    x - 1 >= log x.
+
+    Args:
+        logits: the network's raw output [R, V], the mask token's included and not read; with
+            ``weight``, replaced by weight·(e^{raw}/(V-1) - one-hot).
+        target: true ids, int64 [R], never ``mask_id``.
+        weight: float32 [R], or None where no gradient is wanted.
+        mask_id: id of the mask token.
+
+    Returns:
+        float32 [R].
+    """
+    others = math.log(logits.shape[1] - 1)
+    goal = target[:, None]
+    raw = logits.float() - others
+    raw_target = raw.gather(1, goal).squeeze(1)
+    scores = raw.exp_()
+    scores[:, mask_id] = 0.0
+    values = scores.sum(dim=1) - raw_target - 1.0
+    if weight is not None:
+        scores.mul_(weight[:, None]).scatter_add_(1, goal, -weight[:, None])
+        logits.copy_(scores)
+    return values
+
+
+def _head_loss(
+    features: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    mask_id: int,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
     learns = any(x is not None and x.requires_grad for x in (features, head, bias))
     if torch.is_grad_enabled() and learns:
-        return _ChunkedCrossEntropy.apply(features, head, bias, target, weight, mask_id)
-    nll = _in_chunks(features, head, bias, target, weight, mask_id, None)
-    return (nll * weight).sum(), nll
+        return _ChunkedLoss.apply(features, head, bias, target, weight, mask_id, kernel)
+    values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, None)
+    return (values * weight).sum(), values

@@ -1,9 +1,9 @@
-"""First-hitting sampling, block by block through an exact key/value cache (MATH §8)."""
+"""Sampling block by block through an exact key/value cache (MATH §8), for every system."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,13 @@ from torch import Tensor
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
 from bd3lm.model import KVCache, Transformer
-from bd3lm.sample.draw import draw
+from bd3lm.sample.draw import discourage, draw
+from bd3lm.sample.plan import block_uniforms, plan_block
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
+from bd3lm.systems import System, sigma_of
+
+Prompt = Sequence[int | None]
+"""Token ids after BOS; None is a hole to fill, and so is everything behind the last of them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Sample:
             entropy; they are cut, as the paper's code does).
         nfe: forwards of the denoiser that this row took part in.
         nfe_paper: the same without forwards that only fill the cache.
+        log_prob: Σ log p of every token drawn, those that were cut included, given what stood
+            around it when it was drawn: under the model itself, before temperature, nucleus and
+            penalties. Nats.
         seconds: wall-clock until the row ended, shared with the rows beside it.
     """
 
@@ -35,16 +43,33 @@ class Sample:
     stop: str
     nfe: int
     nfe_paper: int
+    log_prob: float
     seconds: float
 
 
-class Sampler:
-    """Draws rows from a block-diffusion model.
+@dataclass(frozen=True)
+class Progress:
+    """What :meth:`Sampler.stream` yields: a denoising step, or a finished block.
 
-    Each block starts fully masked (but for prompt tokens) and takes one forward a masked token:
-    a uniformly chosen masked position is given a token drawn from its own distribution. The keys
-    and values of the finished block are written by the first forward of the next one, so that a
-    row of n tokens takes n forwards.
+    Attributes:
+        start: first position of the block.
+        blocks: its tokens by row number, the mask id where one is still hidden.
+        complete: whether the block is finished.
+        ended: samples that ended with it, by row number.
+    """
+
+    start: int
+    blocks: dict[int, list[int]]
+    complete: bool
+    ended: dict[int, Sample]
+
+
+class Sampler:
+    """Draws rows from a model of any system.
+
+    A block starts masked (but for prompt tokens). First hitting, the default, gives one masked
+    position its token a forward. The keys and values of a finished block are written by the first
+    forward of the next one, so that a row of n tokens takes n forwards.
 
     Cached keys are those a full forward would compute: the clean stream is block-causal and its
     positions do not move. When a row outgrows ``window`` positions, its last half is encoded anew
@@ -54,31 +79,19 @@ class Sampler:
 
     Args:
         model: in evaluation mode.
-        block_size: S, which may differ from the trained one.
+        system: what the model is; its block size may differ from the trained one.
         window: L, positions the model was trained on.
-        mask_id: never drawn.
         bos_id: stands at position 0.
         eos_id: ends a row when it is drawn.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        *,
-        block_size: int,
-        window: int,
-        mask_id: int,
-        bos_id: int,
-        eos_id: int,
+        self, model: Transformer, system: System, *, window: int, bos_id: int, eos_id: int
     ) -> None:
-        check(
-            window % block_size == 0,
-            "block-size",
-            block_size,
-            f"a divisor of the trained length {window}",
-        )
-        self.model, self.block_size, self.window = model, block_size, window
-        self.mask_id, self.bos_id, self.eos_id = mask_id, bos_id, eos_id
+        size = system.block_size
+        check(window % size == 0, "block-size", size, f"a divisor of the trained length {window}")
+        self.model, self.system, self.block_size, self.window = model, system, size, window
+        self.mask_id, self.bos_id, self.eos_id = system.mask_id, bos_id, eos_id
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -86,66 +99,105 @@ class Sampler:
         """The sampler of a trained model, with its own blocks or with others.
 
         Raises:
-            ConfigError: a block size that does not divide the trained length.
+            ConfigError: a block size that does not divide the trained length, or that the
+                system cannot have.
         """
         return cls(
             loaded.model,
-            block_size=block_size or loaded.config.block_size,
+            loaded.system(block_size),
             window=loaded.config.seq_len,
-            mask_id=loaded.tokenizer.mask_id,
             bos_id=loaded.tokenizer.bos_id,
             eos_id=loaded.tokenizer.eos_id,
         )
 
-    @torch.inference_mode()
     def generate(
         self,
         cfg: SampleConfig,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         progress: Callable[[int], None] | None = None,
         first: int = 0,
     ) -> list[Sample]:
         """One sample a prompt, in order; a row never depends on the rows beside it.
 
         Args:
-            cfg: length, nucleus, temperature and seed (``num`` is the number of prompts).
-            prompts: token ids without BOS, each shorter than ``cfg.length - 1``; may be empty.
+            cfg: how to sample (``num`` is the number of prompts).
+            prompts: token ids without BOS, None where a token is to be filled in; may be empty.
             progress: told after each block how many positions are done.
             first: number of the first row; a row's randomness is (seed, its number) alone.
 
         Raises:
-            ConfigError: a prompt that holds the mask token, an unknown id or leaves no room, or
-                a length that one block of S = L cannot hold.
+            ConfigError: a prompt that holds the mask token, an unknown id or leaves no room, a
+                length that one block of S = L cannot hold, or a way of sampling that the system
+                does not have.
+        """
+        samples: dict[int, Sample] = {}
+        for event in self.stream(cfg, prompts, first=first):
+            samples |= event.ended
+            if progress is not None:
+                progress(min(event.start + self.block_size, self.length(cfg)))
+        return [samples[first + index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        cfg: SampleConfig,
+        prompts: Sequence[Prompt],
+        *,
+        first: int = 0,
+        every_step: bool = False,
+    ) -> Iterator[Progress]:
+        """Blocks as they are finished and, with ``every_step``, each forward in between.
+
+        Arguments and errors as of :meth:`generate`.
         """
         self._check(cfg, prompts)
         batch = self._start(cfg, prompts, first)
         started = time.perf_counter()
-        samples: dict[int, Sample] = {}
         while batch.rows:
-            self._fill_block(batch, cfg)
+            for _ in self._fill_block(batch, cfg):
+                if every_step:
+                    yield Progress(batch.start, self._blocks(batch), False, {})
+            blocks, start = self._blocks(batch), batch.start
+            batch.start += self.block_size
             ended = self._ended(batch, cfg)
             seconds = time.perf_counter() - started
+            samples = {}
             for place, (stop, ids) in ended.items():
                 row = batch.rows[place]
-                samples[row.index] = Sample(ids, stop, row.nfe, row.nfe - row.fills, seconds)
+                log_prob = float(batch.log_prob[place])
+                paper = row.nfe - row.fills
+                samples[row.number] = Sample(ids, stop, row.nfe, paper, log_prob, seconds)
             batch.drop(ended)
-            if progress is not None:
-                progress(min(batch.start, cfg.length))
-        return [samples[index] for index in range(len(prompts))]
+            yield Progress(start, blocks, True, samples)
 
-    def _start(self, cfg: SampleConfig, prompts: Sequence[Sequence[int]], first: int) -> _Rows:
+    def length(self, cfg: SampleConfig) -> int:
+        """Largest number of tokens of a row, BOS included."""
+        return cfg.length or self.window
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def _start(self, cfg: SampleConfig, prompts: Sequence[Prompt], first: int) -> _Rows:
         """Lay out prompts and masks; blocks that every prompt covers are encoded at once."""
         size = self.block_size
-        tokens = torch.full((len(prompts), -(-cfg.length // size) * size), self.mask_id)
+        length = -(-self.length(cfg) // size) * size
+        tokens = torch.full((len(prompts), length), self.mask_id)
         tokens[:, 0] = self.bos_id
-        rows = []
         for index, prompt in enumerate(prompts):
-            tokens[index, 1 : 1 + len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-            rows.append(_Row(index, first + index, len(prompt)))
-        tokens = tokens.to(self.device)
-        cache = KVCache(self.model.cfg, len(rows), self.window, self.device)
-        start = min(len(prompt) + 1 for prompt in prompts) // size * size
-        batch = _Rows(tokens, rows, cache, base=self._base(start), committed=0, start=start)
+            given = [self.mask_id if t is None else t for t in prompt]
+            tokens[index, 1 : 1 + len(prompt)] = torch.tensor(given, dtype=torch.int64)
+        masked = (tokens == self.mask_id).numpy()
+        start = int(masked.argmax(axis=1).min()) // size * size  # every row has a hole
+        cache = KVCache(self.model.cfg, len(prompts), self.window, self.device)
+        batch = _Rows(
+            tokens=tokens.to(self.device),
+            masked=masked,
+            log_prob=torch.zeros(len(prompts), dtype=torch.float64, device=self.device),
+            rows=[_Row(first + index) for index in range(len(prompts))],
+            cache=cache,
+            base=self._base(start),
+            committed=0,
+            start=start,
+        )
         if start > 0:
             self._encode_context(batch)
         return batch
@@ -159,125 +211,268 @@ class Sampler:
         return -(-beyond // shift) * shift
 
     def _encode_context(self, batch: _Rows) -> None:
-        """Fill the cache with the clean tokens before the current block, in one forward."""
+        """Fill the cache with the clean tokens before the current block, in one forward.
+
+        A system that predicts a token from the one before keeps that one for the next forward.
+        """
         batch.base = self._base(batch.start)
-        context = batch.tokens[:, batch.base : batch.start].clone()
-        context[:, 0] = self.bos_id
+        end = batch.start - self.system.looks_back
         batch.cache.length = 0
+        batch.committed = batch.base
+        if end <= batch.base:
+            return
+        context = batch.tokens[:, batch.base : end].clone()
+        context[:, 0] = self.bos_id
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         self.model.encode(
             context, self.block_size, select=nothing, cache=batch.cache, commit=context.shape[1]
         )
-        batch.committed = batch.start
+        batch.committed = end
         for row in batch.rows:
             row.nfe += 1
             row.fills += 1
 
-    def _fill_block(self, batch: _Rows, cfg: SampleConfig) -> None:
-        """First hitting: give every masked position of the current block its token, one a forward.
+    # --- one block --------------------------------------------------------------------------
 
-        Positions and tokens are decided by two uniforms a step, drawn for the whole block before
-        it starts; nothing is read back from the device inside the block.
-        """
+    def _fill_block(self, batch: _Rows, cfg: SampleConfig) -> Iterator[None]:
+        """Fill the masked positions of the current block; yields after each forward."""
         size, start = self.block_size, batch.start
         if self._base(start) != batch.base:
             self._encode_context(batch)
-        waiting = batch.start - batch.committed
-        stop = start + size
-        masked = batch.tokens[:, start:stop] == self.mask_id  # [B, S]
+        masked = batch.masked[:, start : start + size]
         draws = [block_uniforms(cfg.seed, row.number, start // size, size) for row in batch.rows]
-        uniform = torch.from_numpy(np.stack(draws)).to(self.device)  # float64 [B, S, 2]
-        left = masked.sum(1)
-        counts = left.tolist()
-        row_index = torch.arange(len(batch.rows), device=self.device)
-        for step in range(max(counts)):
-            ids = batch.tokens[:, stop - size - waiting : stop]
-            # The j-th masked position of each row, j uniform: first hitting's order.
-            rank = (uniform[:, step, 0] * left).long() + 1
-            chosen = ((masked.cumsum(1) == rank[:, None]) & masked).int().argmax(1)
-            features = self.model.encode(
-                ids,
-                size,
-                select=row_index * ids.shape[1] + waiting + chosen,
-                cache=batch.cache,
-                commit=waiting,
+        uniform = np.stack(draws)  # [B, S, 2]
+        if self.system.has_mass:
+            yield from self._analytic(batch, cfg, masked, uniform)
+        elif cfg.adaptive:
+            yield from self._adaptive(batch, cfg, masked, uniform)
+        else:
+            yield from self._planned(batch, cfg, masked, uniform)
+        batch.masked[:, start : start + size] = False
+
+    def _planned(
+        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+    ) -> Iterator[None]:
+        """First hitting, or ancestral sampling on a grid.
+
+        The host knows every forward beforehand, and nothing is read back inside the block.
+        """
+        grid = None if cfg.steps is None else self.system.level_grid(cfg.steps)
+        for forward in plan_block(uniform[..., 0], masked, cfg, grid):
+            rows, spots, numbers = (
+                torch.from_numpy(x).to(self.device, non_blocking=True)
+                for x in (forward.rows, forward.spots, uniform[forward.rows, forward.spots, 1])
             )
-            batch.committed += waiting
-            waiting = 0
-            logits = self.model.logits(features)
-            logits[:, self.mask_id] = -torch.inf
-            token = draw(logits, uniform[:, step, 1], cfg.temperature, cfg.top_p)
-            live = left > 0
-            where = row_index, start + chosen
-            batch.tokens[where] = torch.where(live, token, batch.tokens[where])
-            masked[row_index, chosen] &= ~live
-            left = left - live.long()
-        for row, count in zip(batch.rows, counts, strict=True):
-            row.nfe += count
-        batch.start = stop
+            logits = self._logits(batch, rows, spots, forward.level)
+            self._reveal(batch, cfg, logits, rows, spots, numbers)
+            for place in np.unique(forward.rows):
+                batch.rows[place].nfe += 1
+            yield
+
+    def _adaptive(
+        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+    ) -> Iterator[None]:
+        """Parallel decoding: first hitting's position, and others of which the model is sure.
+
+        How many are left has to be read from the device after each forward.
+        """
+        left = masked.copy()
+        while left.any():
+            rows, spots = left.nonzero()
+            hidden = np.where(left, uniform[..., 0], -1.0)
+            places, where, numbers = (
+                torch.from_numpy(x).to(self.device) for x in (rows, spots, uniform[rows, spots, 1])
+            )
+            logits = self._logits(batch, places, where, hidden.max(axis=1).astype(np.float32))
+            chosen = spots == hidden.argmax(axis=1)[rows]
+            chosen |= self._sure(cfg, logits, rows, chosen)
+            keep = torch.from_numpy(chosen).to(self.device)
+            self._reveal(batch, cfg, logits[keep], places[keep], where[keep], numbers[keep])
+            for place in np.unique(rows):
+                batch.rows[place].nfe += 1
+            left[rows[chosen], spots[chosen]] = False
+            yield
+
+    def _sure(
+        self, cfg: SampleConfig, logits: Tensor, rows: np.ndarray, first: np.ndarray
+    ) -> np.ndarray:
+        """Positions of which the model is sure enough, bool [M]; ``first`` are revealed anyway."""
+        log_p = logits.double().log_softmax(-1)
+        if cfg.threshold is not None:
+            return (log_p.amax(-1).exp() >= cfg.threshold).cpu().numpy()
+        assert cfg.entropy_bound is not None
+        entropy = torch.special.entr(log_p.exp()).sum(-1).cpu().numpy()
+        # Within a row: first hitting's own position, then the surest; all but the least sure of
+        # those taken so far count against the bound.
+        order = np.lexsort((entropy, ~first, rows))
+        sure = np.zeros(len(rows), dtype=bool)
+        spent = largest = 0.0
+        for index, at in enumerate(order):
+            if index == 0 or rows[at] != rows[order[index - 1]]:
+                spent = largest = 0.0
+            spent += entropy[at]
+            largest = max(largest, entropy[at])
+            sure[at] = spent - largest <= cfg.entropy_bound
+        return sure
+
+    def _analytic(
+        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+    ) -> Iterator[None]:
+        """Analytic (Tweedie) steps of a system whose scores need not sum to one (MATH §5).
+
+        A last forward reveals what is left: at most N + 1 forwards.
+        """
+        left, hidden = masked.copy(), np.ones(masked.shape)
+        steps = cfg.steps or self.window
+        grid = np.maximum(self.system.level_grid(steps), LOWEST)
+        for index in range(steps + 1):
+            rows, spots = left.nonzero()
+            if len(rows) == 0:
+                return
+            places, where, numbers = (
+                torch.from_numpy(x).to(self.device) for x in (rows, spots, uniform[rows, spots, 1])
+            )
+            told = np.full(len(batch.rows), grid[index], dtype=np.float32)
+            logits = self._logits(batch, places, where, told)
+            if index < steps:
+                # Revealed once the probability of being still hidden falls below its number.
+                share = (grid[index] - grid[index + 1]) / grid[index]
+                mass = self.system.reveal_mass(logits).cpu().numpy()
+                hidden[rows, spots] *= np.maximum(1.0 - mass * share, 0.0)
+                now = hidden[rows, spots] <= uniform[rows, spots, 0]
+            else:
+                now = np.ones(len(rows), dtype=bool)
+            keep = torch.from_numpy(now).to(self.device)
+            self._reveal(batch, cfg, logits[keep], places[keep], where[keep], numbers[keep])
+            for place in np.unique(rows):
+                batch.rows[place].nfe += 1
+            left[rows[now], spots[now]] = False
+            yield
+
+    def _logits(self, batch: _Rows, rows: Tensor, spots: Tensor, level: np.ndarray) -> Tensor:
+        """Logits [M, V] of positions of the current block; commits the blocks before it."""
+        start, stop = batch.start, batch.start + self.block_size
+        waiting = start - batch.committed
+        back = self.system.looks_back
+        ids = batch.tokens[:, batch.committed : stop - back]
+        if batch.committed == batch.base > 0:
+            ids = ids.clone()
+            ids[:, 0] = self.bos_id
+        sigma = self._sigma(level, waiting) if self.model.cfg.time_conditioning else None
+        features = self.model.encode(
+            ids,
+            self.block_size,
+            select=rows * ids.shape[1] + waiting + spots - back,
+            cache=batch.cache,
+            commit=waiting,
+            sigma=sigma,
+        )
+        batch.committed = start
+        return self.system.logits(self.model, features)
+
+    def _sigma(self, level: np.ndarray, waiting: int) -> Tensor:
+        """Levels told of every block of the forward, [B, blocks]: finished ones are clean."""
+        told = np.zeros((len(level), waiting // self.block_size + 1), dtype=np.float32)
+        told[:, -1] = level
+        return sigma_of(torch.from_numpy(told)).to(self.device)
+
+    def _reveal(
+        self,
+        batch: _Rows,
+        cfg: SampleConfig,
+        logits: Tensor,
+        rows: Tensor,
+        spots: Tensor,
+        uniform: Tensor,
+    ) -> None:
+        token, log_p = self._draw(batch, cfg, logits, rows, uniform)
+        batch.tokens[rows, batch.start + spots] = token
+        batch.log_prob.index_add_(0, rows, log_p)
+
+    def _draw(
+        self, batch: _Rows, cfg: SampleConfig, logits: Tensor, rows: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [M] and their log-probability under the model itself, float64 [M]."""
+        shaped = logits
+        if cfg.repetition_penalty != 1:
+            seen = torch.zeros(len(batch.rows), logits.shape[1], dtype=torch.bool).to(self.device)
+            seen.scatter_(1, batch.tokens[:, 1 : batch.start + self.block_size], True)
+            shaped = discourage(shaped, seen[rows], cfg.repetition_penalty)
+        if cfg.forbidden:
+            shaped = shaped.clone()
+            shaped[:, list(cfg.forbidden)] = -torch.inf
+        token = draw(shaped, uniform, cfg)
+        log_p = logits.gather(1, token[:, None]).squeeze(1).double()
+        return token, log_p - torch.logsumexp(logits.double(), dim=-1)
+
+    # --- ends -------------------------------------------------------------------------------
+
+    def _blocks(self, batch: _Rows) -> dict[int, list[int]]:
+        tokens = batch.tokens[:, batch.start : batch.start + self.block_size].tolist()
+        return {row.number: ids for row, ids in zip(batch.rows, tokens, strict=True)}
 
     def _ended(self, batch: _Rows, cfg: SampleConfig) -> dict[int, tuple[str, list[int]]]:
         """Rows that end with the block just filled: place -> (reason, ids after BOS)."""
         ended: dict[int, tuple[str, list[int]]] = {}
-        upto = min(batch.start, cfg.length)
-        for place, ids in enumerate(batch.tokens[:, 1:upto].tolist()):
-            prompt = batch.rows[place].prompt
-            fresh = ids[max(prompt, batch.start - self.block_size - 1) :]
-            if self.eos_id in fresh:
-                ended[place] = ("eos", ids[: len(ids) - len(fresh) + fresh.index(self.eos_id)])
-            elif len(ids) - prompt >= DEGENERATE_WINDOW and is_degenerate(ids):
+        size, upto = self.block_size, min(batch.start, self.length(cfg))
+        fresh = batch.given[:, batch.start - size : upto]
+        block = batch.tokens[:, batch.start - size : upto].cpu().numpy()
+        closes = (block == self.eos_id) & ~fresh
+        for place, row in enumerate(batch.rows):
+            row.drawn += int((~fresh[place]).sum())
+            if closes[place].any():
+                end = batch.start - size + int(closes[place].argmax())
+                ended[place] = ("eos", batch.ids(place, end))
+            elif row.drawn >= DEGENERATE_WINDOW and is_degenerate(ids := batch.ids(place, upto)):
                 ended[place] = ("degenerate", ids[:-DEGENERATE_WINDOW])
-            elif upto == cfg.length:
-                ended[place] = ("length", ids)
+            elif upto == self.length(cfg):
+                ended[place] = ("length", batch.ids(place, upto))
         return ended
 
-    def _check(self, cfg: SampleConfig, prompts: Sequence[Sequence[int]]) -> None:
+    def _check(self, cfg: SampleConfig, prompts: Sequence[Prompt]) -> None:
         check(len(prompts) >= 1, "num", len(prompts), "at least 1")
+        length = self.length(cfg)
         check(
-            self.block_size < self.window or cfg.length <= self.window,
+            self.block_size < self.window or length <= self.window,
             "length",
-            cfg.length,
+            length,
             f"at most {self.window} where one block is the whole row",
         )
         vocab_size = self.model.vocab_size
+        ids = f"ids in [0, {vocab_size}) other than the mask token {self.mask_id}"
+        for token in cfg.forbidden:
+            check(0 <= token < vocab_size and token != self.mask_id, "forbidden", token, ids)
+        check(
+            not (self.system.has_mass and (cfg.adaptive or cfg.tokens_per_forward > 1)),
+            "threshold, entropy-bound, tokens-per-forward",
+            "set",
+            f"not for {self.system.name}, whose scores are no probabilities; use steps",
+        )
         for prompt in prompts:
             check(
-                len(prompt) + 2 <= cfg.length,
+                len(prompt) + 2 <= length or (len(prompt) < length and None in prompt),
                 "prompt",
                 f"{len(prompt)} tokens",
-                f"at most length - 2 = {cfg.length - 2} tokens, to leave room for one more",
+                f"at most length - 2 = {length - 2} tokens, to leave room for one more",
             )
             for token in prompt:
-                check(
-                    0 <= token < vocab_size and token != self.mask_id,
-                    "prompt",
-                    token,
-                    f"ids in [0, {vocab_size}) other than the mask token {self.mask_id}",
-                )
+                fits = token is None or (0 <= token < vocab_size and token != self.mask_id)
+                check(fits, "prompt", token, ids)
 
 
-def block_uniforms(seed: int, row: int, block: int, size: int) -> NDArray[np.float64]:
-    """All randomness of one block of one row: a uniform for each step's position and token.
-
-    Returns:
-        float64 [S, 2], in [0, 1); a function of its arguments alone.
-    """
-    bits = np.random.Philox(key=[seed, row], counter=[0, 0, 0, block])
-    return np.random.Generator(bits).random((size, 2))
+LOWEST = 1e-5
+"""Level at which the analytic sampler stops, and its last forward begins."""
 
 
 @dataclass
 class _Row:
     """What one row knows about itself."""
 
-    index: int
-    """Place in the batch that was asked for."""
     number: int
     """Names its randomness, whatever the batch."""
-    prompt: int
-    """Tokens of the prompt."""
     nfe: int = 0
     fills: int = 0
+    drawn: int = 0
 
 
 @dataclass
@@ -285,6 +480,9 @@ class _Rows:
     """The rows still running, in lockstep by blocks."""
 
     tokens: Tensor
+    masked: NDArray[np.bool_]
+    """Positions that have no token yet, bool [B, length]; the host knows them."""
+    log_prob: Tensor
     rows: list[_Row]
     cache: KVCache
     base: int
@@ -294,10 +492,19 @@ class _Rows:
     start: int
     """First position of the current block."""
 
+    def __post_init__(self) -> None:
+        self.given = ~self.masked
+
+    def ids(self, place: int, end: int) -> list[int]:
+        """Tokens of a row after BOS."""
+        return self.tokens[place, 1:end].tolist()
+
     def drop(self, ended: Container[int]) -> None:
         keep = [place for place in range(len(self.rows)) if place not in ended]
         if len(keep) < len(self.rows):
             self.rows = [self.rows[place] for place in keep]
+            self.masked, self.given = self.masked[keep], self.given[keep]
             alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
             self.tokens = self.tokens.index_select(0, alive)
+            self.log_prob = self.log_prob.index_select(0, alive)
             self.cache.keep(alive)

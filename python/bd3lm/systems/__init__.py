@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from bd3lm.config import TrainConfig
-from bd3lm.systems.base import Scorer, System
+from bd3lm.systems.ar import Autoregressive
+from bd3lm.systems.base import Scorer, System, sigma_of
 from bd3lm.systems.bd3lm import BlockDiffusion
+from bd3lm.systems.mdlm import MaskedDiffusion
+from bd3lm.systems.sedd import ScoreEntropy
 
-__all__ = ["BlockDiffusion", "Scorer", "System", "build_system"]
+__all__ = [
+    "SYSTEMS",
+    "Autoregressive",
+    "BlockDiffusion",
+    "MaskedDiffusion",
+    "ScoreEntropy",
+    "Scorer",
+    "System",
+    "build_system",
+    "sigma_of",
+]
+
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system
+    for system in (BlockDiffusion, MaskedDiffusion, ScoreEntropy, Autoregressive)
+}
 
 
-def build_system(cfg: TrainConfig, mask_id: int, block_size: int | None = None) -> System:
-    """The system a run names.
+def build_system(cfg: TrainConfig, mask_id: int) -> System:
+    """The system that a run's settings name.
 
-    Args:
-        cfg: the run's settings.
-        mask_id: id of the mask token.
-        block_size: S other than the trained one, for scoring and sampling.
+    Raises:
+        ConfigError: settings that this system cannot have.
     """
-    return BlockDiffusion(block_size or cfg.block_size, mask_id, cfg.noise)
+    return SYSTEMS[cfg.system].from_config(cfg, mask_id)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, NoiseSpec
 from bd3lm.model import Transformer
 
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""``(xt [B, L], select [M]) -> nll [M]``: -log p(x0) in nats at the selected positions."""
+Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0), or an upper bound on it,
+at the selected positions; the level is read only by models that are told it."""
+
+MAX_SIGMA = 20.0
+"""Cap of the noise level given to a network; the loss weight is never capped (MATH §5)."""
 
 
 class System(ABC):
@@ -25,10 +32,27 @@ class System(ABC):
     """
 
     name: ClassVar[str]
+    """As ``system`` of the settings names it."""
+    looks_back: ClassVar[int] = 0
+    """How many positions before a token its features stand: 1 where the previous token predicts
+    it, 0 where its own mask does."""
+
+    has_mass: ClassVar[bool] = False
+    """Whether scores need not sum to one, so that how much an ancestral step reveals depends on
+    what the network says."""
 
     def __init__(self, block_size: int, mask_id: int) -> None:
         self.block_size = block_size
         self.mask_id = mask_id
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
+        """The system of a run.
+
+        Raises:
+            ConfigError: settings that this system cannot have.
+        """
 
     @abstractmethod
     def noise(self, step: int) -> NoiseSpec:
@@ -47,6 +71,29 @@ class System(ABC):
             x0: clean ids [B, L].
             doc_ids: int32 [B, L] or None.
         """
+
+    def preparing_forwards(self, seq_len: int) -> int:
+        """Forwards that :meth:`scorer` takes before the first score."""
+        return 0
+
+    def logits(self, model: Transformer, features: Tensor) -> Tensor:
+        """What tokens are drawn from: unnormalised log-probabilities [R, V], no mask token."""
+        logits = model.logits(features)
+        logits[:, self.mask_id] = -torch.inf
+        return logits
+
+    def level_grid(self, steps: int) -> NDArray[np.float64]:
+        """p(t_i) of ancestral sampling, t_i = 1 - i/N and p(t_N) = 0: float64 [N+1], falling."""
+        return np.linspace(1.0, 0.0, steps + 1)
+
+    def reveal_mass(self, logits: Tensor) -> Tensor:
+        """Σ_y of the scores of an ancestral step, float64 [R]; one unless :attr:`has_mass`."""
+        return torch.ones(logits.shape[0], dtype=torch.float64, device=logits.device)
+
+
+def sigma_of(mask_prob: Tensor) -> Tensor:
+    """-log(1 - p), capped for the network that reads it."""
+    return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bd3lm.config import OptimConfig
+from bd3lm.errors import CheckpointError
 
 
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -76,17 +77,28 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state`, bit for bit."""
+    def load(self, state: dict[str, Tensor], source: object) -> None:
+        """Restore :meth:`state`, bit for bit.
+
+        Raises:
+            CheckpointError: it is another optimizer's.
+        """
         by_name: dict[str, dict[str, Tensor]] = {}
         for name, value in state.items():
             parameter, key = name.rsplit("/", 1)
             by_name.setdefault(parameter, {})[key] = value
         for optimizer, _ in self._peaks:
+            wanted = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    entry = by_name.get(self._names[id(p)])
+                    name = self._names[id(p)]
+                    entry = by_name.get(name)
                     if entry is not None:
+                        if wanted not in entry:
+                            raise CheckpointError(
+                                f"{source} holds another optimizer's state of {name}; keep "
+                                f"optim.optimizer as it was, or leave init-optimizer out"
+                            )
                         optimizer.state[p] = {key: v.to(p.device) for key, v in entry.items()}
 
     def _entries(self) -> Iterable[tuple[Tensor, dict[str, object]]]:

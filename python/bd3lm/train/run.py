@@ -58,6 +58,8 @@ def run_training(
         if resume:
             trainer.resume()
         else:
+            if cfg.init_from is not None:
+                trainer.start_from(Path(cfg.init_from))
             write_json(out / "config.json", to_dict(cfg))
     reporter.note(_headline(trainer, splits))
     trainer.run()
@@ -105,7 +107,7 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     cfg = trainer.cfg
     parameters = sum(p.numel() for p in trainer.model.parameters())
     return (
-        f"{cfg.system}, S={cfg.block_size}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
         f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}"
     )
@@ -116,9 +118,8 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     sampler = Sampler(
         trainer.model.eval(),
-        block_size=cfg.block_size,
+        trainer.system,
         window=cfg.seq_len,
-        mask_id=tokenizer.mask_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
@@ -154,8 +155,9 @@ def _summary(
     cfg = trainer.cfg
     return {
         "system": cfg.system,
-        "block_size": cfg.block_size,
+        "block_size": cfg.block,
         "seq_len": cfg.seq_len,
+        "init_from": cfg.init_from,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.steps_done,
         "tokens": trainer.tokens_done,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
 from bd3lm.config import TrainConfig
 from bd3lm.data import Dataset, Loader, Rows
@@ -74,7 +75,7 @@ class Trainer:
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
-            block_size=cfg.block_size,
+            block_size=cfg.block,
             plan=cfg.packing,
             row_eos=cfg.row_eos,
         )
@@ -159,7 +160,7 @@ class Trainer:
         rows = Rows(
             self.valid,
             seq_len=self.cfg.seq_len,
-            block_size=self.cfg.block_size,
+            block_size=self.cfg.block,
             stride=cfg.stride,
             keep_last=True,
         )
@@ -168,7 +169,7 @@ class Trainer:
                 self.system,
                 self.model,
                 rows,
-                estimator=cfg.resolve(self.cfg.block_size),
+                estimator=self.cfg.estimator,
                 repeats=cfg.repeats,
                 batch_size=cfg.batch_size,
                 max_rows=cfg.rows if quick else None,
@@ -233,6 +234,27 @@ class Trainer:
             state=state,
         )
 
+    def start_from(self, path: Path) -> None:
+        """Begin with the averaged weights of another run (and its optimizer's state, if asked).
+
+        The learning-rate schedule, the data order and the average begin anew.
+
+        Raises:
+            CheckpointError: a model of another shape or vocabulary, or another optimizer.
+        """
+        loaded = load_checkpoint(path)
+        if loaded.tokenizer.sha256 != self.tokenizer.sha256:
+            raise CheckpointError(
+                f"init-from = {path}: was trained with another tokenizer ({loaded.tokenizer.name}) "
+                "than this data's"
+            )
+        assign_weights(self.model, loaded.model.state_dict(), path)
+        if self.cfg.init_optimizer:
+            state = self._training_state(path)["optimizer"]
+            self.optimizers.load(state, path)
+        for name, parameter in self.model.named_parameters():
+            self.ema.weights[name].copy_(parameter.detach())
+
     def resume(self) -> None:
         """Continue from the run's checkpoint; on the CPU, bit for bit.
 
@@ -241,17 +263,11 @@ class Trainer:
         """
         meta = read_meta(self.checkpoint)
         file = self.checkpoint / "training.safetensors"
-        tensors = read_tensors(file)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, rest = name.split("/", 1)
-            if kind not in parts:
-                raise CheckpointError(f"{file} holds an unknown tensor {name}")
-            parts[kind][rest] = tensor
+        parts = self._training_state(self.checkpoint)
         if self.cfg.model.tied_embeddings:
             parts["model"]["head.weight"] = parts["model"]["embed.weight"]
         assign_weights(self.model, parts["model"], file)
-        self.optimizers.load(parts["optimizer"])
+        self.optimizers.load(parts["optimizer"], file)
         averaged = read_tensors(self.checkpoint / "model.safetensors")
         for name, tensor in self.ema.weights.items():
             tensor.copy_(averaged[name])
@@ -262,6 +278,17 @@ class Trainer:
         self._window = state["window"]
         self.last = state["last"]
         self._forget_metrics_after(self.steps_done)
+
+    def _training_state(self, path: Path) -> dict[str, dict[str, Tensor]]:
+        """Raw weights (``model``) and optimizer tensors (``optimizer``) of a checkpoint."""
+        file = path / "training.safetensors"
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in read_tensors(file).items():
+            kind, rest = name.split("/", 1)
+            if kind not in parts:
+                raise CheckpointError(f"{file} holds an unknown tensor {name}")
+            parts[kind][rest] = tensor
+        return parts
 
     def _forget_metrics_after(self, step: int) -> None:
         file = self.out / "metrics.jsonl"
