@@ -141,10 +141,48 @@ class NoiseConfig:
     """bimodal_gaussian: deviation of the second component; the paper is silent."""
     mixture: float = 0.6
     """bimodal_gaussian: weight of the first component."""
+    paper_weights: bool = False
+    """bimodal_gaussian: the paper's Eq. 5-7 literally, which count the bound twice; training with
+    bernoulli and no clip only."""
+    clip_search: bool = False
+    """At every validation, go on with the clip of least loss variance (MATH §6)."""
+    fit_counts: bool = False
+    """count: learn q(k) from the training losses, for least variance (MATH §6)."""
+    frequency_gap: float = 0.0
+    """bernoulli: mask rare tokens more often: the exponent of the mask probability falls from
+    1 + gap for the commonest to 1 - gap for the rarest token of the training data. 0: off."""
     weighting: Literal["nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple"] = "nelbo"
     """Loss reweighting while training; likelihoods always use nelbo."""
     weighting_k: float = 0.0
     """Shift k of the sigmoid weighting."""
+
+    def __post_init__(self) -> None:
+        gap = self.frequency_gap
+        check(0 <= gap < 1, "noise.frequency-gap", gap, "in [0, 1)")
+        check(
+            gap == 0 or (self.estimator == "bernoulli" and not self.resample),
+            "noise.frequency-gap",
+            gap,
+            "masking by frequency goes with noise.estimator = bernoulli, without resample",
+        )
+        check(
+            not self.fit_counts or self.estimator == "count",
+            "noise.fit-counts",
+            self.fit_counts,
+            "goes with noise.estimator = count",
+        )
+        check(
+            not self.paper_weights or self.schedule == "bimodal_gaussian",
+            "noise.paper-weights",
+            self.paper_weights,
+            "goes with noise.schedule = bimodal_gaussian",
+        )
+        check(
+            not self.clip_search or gap == 0,
+            "noise.clip-search",
+            self.clip_search,
+            "one pass finds no clip where tokens are masked by frequency; use a fixed clip",
+        )
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from rich.progress import Progress
 from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts, likelihood_line
-from bd3lm.config import EstimatorName, EvalConfig, check
+from bd3lm.config import EstimatorName, EvalConfig, ScheduleName, check
 from bd3lm.data import Dataset, Rows
 from bd3lm.data.resolve import open_data
 from bd3lm.errors import MissingFileError
-from bd3lm.evaluate import Likelihood, evaluate_likelihood
+from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance
+from bd3lm.systems.bd3lm import schedule_of
 from bd3lm.train.device import autocast, resolve_device
 
 
@@ -43,6 +44,12 @@ class EvalArgs:
     """Score with blocks of another size than the trained one."""
     repeats: int = 8
     """Forwards a row of the sampled estimators; their standard error falls with the root."""
+    schedule: ScheduleName = "loglinear"
+    """bernoulli: draw levels by this schedule, with the run's own parameters; the bound is the
+    same under each of them, its error is not."""
+    variance: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also the variance of the training loss between blocks (Var. NELBO), under the run's own
+    noise."""
     stride: int | None = None
     """Let rows overlap and score only their last STRIDE tokens, which gives each token more
     context. None: rows do not overlap."""
@@ -92,9 +99,16 @@ def evaluate(args: EvalArgs) -> None:
                 repeats=args.repeats,
                 batch_size=args.batch_size,
                 num_bytes=data.manifest.num_bytes,
+                schedule=schedule_of(dataclasses.replace(cfg.noise, schedule=args.schedule)),
                 progress=lambda done, _: progress.update(task, completed=done),
             )
-    _report(args, loaded, result, cfg.block, console)
+            variance = None
+            if args.variance:
+                system = loaded.system(args.block_size)
+                variance = nelbo_variance(
+                    system, loaded.model, rows, system.noise(0), batch_size=args.batch_size
+                )
+    _report(args, loaded, result, variance, cfg.block, console)
 
 
 def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> Dataset:
@@ -117,7 +131,12 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
 
 
 def _report(
-    args: EvalArgs, loaded: Checkpoint, result: Likelihood, block_size: int, console: Console
+    args: EvalArgs,
+    loaded: Checkpoint,
+    result: Likelihood,
+    variance: float | None,
+    block_size: int,
+    console: Console,
 ) -> None:
     if args.json:
         record = {
@@ -127,15 +146,16 @@ def _report(
             "step": loaded.step,
             **result.to_dict(),
         }
+        if variance is not None:
+            record["variance"] = variance
         sys.stdout.write(json.dumps(record) + "\n")
         return
     summary = {f"val_{k}": v for k, v in result.to_dict().items()} | {"estimator": result.estimator}
-    facts(
-        console,
-        f"Scored {args.checkpoint}",
-        {
-            "model": f"{loaded.config.system}, S={block_size}, step {loaded.step}",
-            "likelihood": likelihood_line(summary),
-            "forwards": f"{result.forwards} a row",
-        },
-    )
+    rows = {
+        "model": f"{loaded.config.system}, S={block_size}, step {loaded.step}",
+        "likelihood": likelihood_line(summary),
+        "forwards": f"{result.forwards} a row",
+    }
+    if variance is not None:
+        rows["variance"] = f"{variance:.4f} (Var. NELBO, {loaded.config.noise.estimator})"
+    facts(console, f"Scored {args.checkpoint}", rows)

@@ -90,6 +90,15 @@ class Weighting:
         """The factor on top of w(t), at level t of a schedule; same shape as ``t``."""
         return _each(lambda x: self._core.at(schedule._core, x), t)
 
+    def keeps_bound(self, schedule: Schedule) -> bool:
+        """Whether the factor does not fall with t, on a fine grid of levels (MATH §3).
+
+        Only then is the weighted loss still a bound of its kind.
+        """
+        t = np.linspace(1e-3, 1.0 - 1e-3, 2001)
+        factor = self.at(schedule, t)
+        return bool((np.diff(factor) >= -1e-9 * np.abs(factor[1:])).all())
+
 
 class NoiseSpec:
     """What to draw for a batch: immutable, and checked when it is made (MATH §2–4).

@@ -86,6 +86,10 @@ class Dataset:
         """Number of tokens, the EOS of every document included."""
         return self.core.num_tokens
 
+    def token_counts(self) -> NDArray[np.uint64]:
+        """How often each id occurs, [V]."""
+        return self.core.token_counts()
+
     def document(self, index: int) -> NDArray[np.int64]:
         """Ids of one document, its EOS included.
 
@@ -123,3 +127,7 @@ class TokenArrays:
         self.core = _core.TokenStore.from_arrays(
             ids, lengths, (vocab_size, bos_id, eos_id, mask_id)
         )
+
+    def token_counts(self) -> NDArray[np.uint64]:
+        """How often each id occurs, [V]."""
+        return self.core.token_counts()

@@ -1,6 +1,15 @@
-"""Likelihood and sample quality."""
+"""Likelihood, its variance, and sample quality."""
 
 from bd3lm.evaluate.likelihood import Likelihood, evaluate_likelihood
 from bd3lm.evaluate.quality import distinct_n, known_word_share
+from bd3lm.evaluate.variance import count_statistics, nelbo_variance, search_clip
 
-__all__ = ["Likelihood", "distinct_n", "evaluate_likelihood", "known_word_share"]
+__all__ = [
+    "Likelihood",
+    "count_statistics",
+    "distinct_n",
+    "evaluate_likelihood",
+    "known_word_share",
+    "nelbo_variance",
+    "search_clip",
+]

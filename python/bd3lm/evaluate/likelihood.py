@@ -107,6 +107,7 @@ def sampled_draws(
     seed: int,
     first_row: int,
     num_rows: int,
+    schedule: Schedule,
 ) -> Iterator[Draw]:
     """Random draws of MATH §4: ``repeats`` of them, unbiased together.
 
@@ -114,15 +115,14 @@ def sampled_draws(
     difference measures the error; the others make every draw its own group. Draws are keyed by
     the row's place among ``num_rows``, so a score does not change with the batch.
     """
-    loglinear = Schedule("loglinear")
     for repeat in range(repeats):
         share, group = 1.0, repeat
         if estimator == "stratified":
             strata = repeats // 2
-            spec = NoiseSpec(loglinear, estimator="count", stratum=(repeat % strata, strata))
+            spec = NoiseSpec(schedule, estimator="count", stratum=(repeat % strata, strata))
             share, group = 1.0 / strata, repeat // strata
         else:
-            spec = NoiseSpec(loglinear, estimator=estimator)
+            spec = NoiseSpec(schedule, estimator=estimator)
         mask, mask_prob, weight = draw_noise(
             spec,
             batch.x0,
@@ -148,6 +148,7 @@ def evaluate_likelihood(
     max_rows: int | None = None,
     num_bytes: int | None = None,
     seed: int = 0,
+    schedule: Schedule | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Score rows, each noisable token once an estimate.
@@ -163,6 +164,8 @@ def evaluate_likelihood(
         max_rows: score only that many rows, spread evenly over the set.
         num_bytes: UTF-8 bytes of the whole set, for bits per byte.
         seed: of the sampled estimators.
+        schedule: bernoulli: how levels are drawn; the bound is the same under each of them.
+            None: loglinear.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -196,6 +199,7 @@ def evaluate_likelihood(
                 seed=seed,
                 first_row=start,
                 num_rows=len(chosen),
+                schedule=schedule or Schedule("loglinear"),
             )
         x0 = batch.x0.to(device)
         doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)

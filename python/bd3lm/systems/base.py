@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.config import TrainConfig
-from bd3lm.data import Batch, NoiseSpec
+from bd3lm.data import Batch, Dataset, NoiseSpec
+from bd3lm.data.store import TokenArrays
 from bd3lm.model import Transformer
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,6 +58,22 @@ class System(ABC):
     @abstractmethod
     def noise(self, step: int) -> NoiseSpec:
         """What the loader draws for the batch of this step."""
+
+    def see(self, data: Dataset | TokenArrays) -> None:
+        """Learn what the noise has to know of the training text, before the first step."""
+
+    def adapt(self, step: int) -> None:
+        """After ``step`` optimizer steps: let what was learned change the noise of later ones."""
+
+    def use_clip(self, clip: tuple[float, float] | None) -> None:
+        """Train on this clip from the next step on; None: on all levels."""
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`adapt` and :meth:`use_clip` have learned, as plain JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state`."""
 
     @abstractmethod
     def loss(self, model: Transformer, batch: Batch) -> Tensor:

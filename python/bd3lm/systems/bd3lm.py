@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.data import Batch, NoiseSpec, Schedule, Weighting
+from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
+from bd3lm.data.store import TokenArrays
+from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer, head_cross_entropy
 from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of
+from bd3lm.systems.learned import CountLaw, rarity_exponents
 
 
 def schedule_of(cfg: NoiseConfig) -> Schedule:
@@ -31,12 +34,25 @@ def schedule_of(cfg: NoiseConfig) -> Schedule:
             "mu2": cfg.mu2,
             "sigma2": cfg.sigma2,
             "mixture": cfg.mixture,
+            "paper_weights": cfg.paper_weights,
         }
     return Schedule(cfg.schedule, **params)
 
 
-def noise_spec(cfg: NoiseConfig) -> NoiseSpec:
-    """The loader's noise for these settings.
+def noise_spec(
+    cfg: NoiseConfig,
+    clip: tuple[float, float] | None,
+    *,
+    count_probs: list[float] | None = None,
+    gamma: NDArray[np.float32] | None = None,
+) -> NoiseSpec:
+    """The loader's noise for these settings and what has been learned since.
+
+    Args:
+        cfg: the settings.
+        clip: levels to train on.
+        count_probs: fitted q(k).
+        gamma: exponents of masking by frequency.
 
     Raises:
         ConfigError: a schedule parameter, clip or combination that MATH §2–4 does not allow.
@@ -44,9 +60,11 @@ def noise_spec(cfg: NoiseConfig) -> NoiseSpec:
     return NoiseSpec(
         schedule_of(cfg),
         estimator=cfg.estimator,
-        clip=cfg.clip,
-        resample=cfg.resample,
+        clip=clip,
+        resample=cfg.resample and clip is not None,
         weighting=Weighting(cfg.weighting, k=cfg.weighting_k),
+        count_probs=count_probs,
+        gamma=gamma,
     )
 
 
@@ -61,17 +79,61 @@ class BlockDiffusion(System):
 
     def __init__(self, block_size: int, mask_id: int, noise: NoiseConfig | None = None) -> None:
         super().__init__(block_size, mask_id)
-        self._schedule = schedule_of(noise or NoiseConfig())
-        self._noise = noise_spec(noise or NoiseConfig())
+        self._cfg = noise or NoiseConfig()
+        if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
+            raise ConfigError("noise.resample", True, "goes with noise.clip or noise.clip-search")
+        self.schedule = schedule_of(self._cfg)
+        self.clip = self._cfg.clip
+        self._gamma: NDArray[np.float32] | None = None
+        self._law = CountLaw(block_size) if self._cfg.fit_counts else None
+        self._renew()
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """With the run's block size and noise."""
+        """With the run's block size and noise.
+
+        Raises:
+            ConfigError: a clip search for a model that is told the noise level.
+        """
+        if cfg.noise.clip_search and cfg.model.time_conditioning:
+            raise ConfigError("noise.clip-search", True, "needs model.time-conditioning = False")
         return cls(cfg.block, mask_id, cfg.noise)
 
     def noise(self, step: int) -> NoiseSpec:
-        """The same noise at every step."""
+        """The same noise at every step, but for what is learned between them."""
         return self._noise
+
+    def _renew(self) -> None:
+        probs = None if self._law is None else self._law.probs
+        self._noise = noise_spec(self._cfg, self.clip, count_probs=probs, gamma=self._gamma)
+
+    def see(self, data: Dataset | TokenArrays) -> None:
+        """Rank the tokens by rarity, where masking goes by it."""
+        if self._cfg.frequency_gap > 0:
+            self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
+            self._renew()
+
+    def adapt(self, step: int) -> None:
+        """Every few steps a new law of counts, where one is fitted."""
+        if self._law is not None and self._law.adapt(step):
+            self._renew()
+
+    def use_clip(self, clip: tuple[float, float] | None) -> None:
+        """Train on these levels from the next step on."""
+        self.clip = clip
+        self._renew()
+
+    def state(self) -> dict[str, Any]:
+        """The clip in use and the fitted law."""
+        law = None if self._law is None else self._law.state()
+        return {"clip": self.clip, "law": law}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self.clip = None if state["clip"] is None else tuple(state["clip"])
+        if self._law is not None:
+            self._law.load_state(state["law"])
+        self._renew()
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Σ weight·CE over masked positions, in nats; gradients reach every parameter."""
@@ -94,7 +156,10 @@ class BlockDiffusion(System):
                 sigma=sigma,
             )
         target = flat_targets(batch.x0, batch.masked)
-        return self.head_loss(model, features, target, batch.weight)[0]
+        loss, nats = self.head_loss(model, features, target, batch.weight)
+        if self._law is not None:
+            self._law.observe(nats, batch.masked, batch.mask_prob.numel())
+        return loss
 
     def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
         """Run the clean stream once; each call then runs one noised version against it."""
@@ -129,7 +194,7 @@ class BlockDiffusion(System):
 
     def level_grid(self, steps: int) -> NDArray[np.float64]:
         """The schedule's levels at t_i = 1 - i/N, with p(t_N) = 0 (MATH §8)."""
-        grid = self._schedule.mask_prob(np.linspace(1.0, 0.0, steps + 1)[:-1])
+        grid = self.schedule.mask_prob(np.linspace(1.0, 0.0, steps + 1)[:-1])
         return np.append(grid, 0.0)
 
     def head_loss(

@@ -19,10 +19,11 @@ from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, sav
 from bd3lm.config import TrainConfig
 from bd3lm.data import Dataset, Loader, Rows
 from bd3lm.errors import Bd3lmError, CheckpointError
-from bd3lm.evaluate import Likelihood, evaluate_likelihood
+from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, search_clip
 from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.systems import build_system
+from bd3lm.systems.bd3lm import schedule_of
 from bd3lm.train.device import autocast, resolve_device
 from bd3lm.train.ema import Ema
 from bd3lm.train.optim import Optimizers, lr_factor
@@ -72,6 +73,7 @@ class Trainer:
         self.valid, self.tokenizer = valid, train.tokenizer
         self.device = resolve_device(cfg.device)
         self.system = build_system(cfg, self.tokenizer.mask_id)
+        self.system.see(train)
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
@@ -148,6 +150,7 @@ class Trainer:
         self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim))
         self.ema.update()
         self.steps_done += 1
+        self.system.adapt(self.steps_done)
         return total, norm
 
     def validate(self, *, quick: bool) -> Likelihood:
@@ -176,10 +179,26 @@ class Trainer:
                 num_bytes=self.valid.manifest.num_bytes,
                 progress=None if quick else self.reporter.scoring,
             )
+            clip = self._search_clip(rows) if self.cfg.noise.clip_search else {}
         line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write_metrics(line | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self._write_metrics(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
         self.reporter.validation(self.steps_done, result)
         return result
+
+    def _search_clip(self, rows: Rows) -> dict[str, Any]:
+        """Go on with the clip of least variance; what to log of it."""
+        noise = self.cfg.noise
+        statistics = count_statistics(
+            self.system,
+            self.model,
+            rows,
+            max_rows=self.cfg.eval.rows,
+            repeats=self.cfg.eval.repeats,
+            batch_size=self.cfg.eval.batch_size,
+        )
+        clip, variance = search_clip(statistics, schedule_of(noise), resample=noise.resample)
+        self.system.use_clip(clip)
+        return {"clip": clip, "clip_variance": variance}
 
     # --- logging ----------------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class Trainer:
             self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
         self.reporter.step(self.steps_done, self.last)
 
-    def _write_metrics(self, line: dict[str, float]) -> None:
+    def _write_metrics(self, line: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -223,6 +242,7 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "window": self._window,
             "last": self.last,
+            "system": self.system.state(),
         }
         save_checkpoint(
             self.checkpoint,
@@ -277,6 +297,7 @@ class Trainer:
         self.ema.updates = state["ema_updates"]
         self._window = state["window"]
         self.last = state["last"]
+        self.system.load_state(state["system"])
         self._forget_metrics_after(self.steps_done)
 
     def _training_state(self, path: Path) -> dict[str, dict[str, Tensor]]:

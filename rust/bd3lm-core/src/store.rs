@@ -265,6 +265,16 @@ impl TokenStore {
         self.manifest.as_ref()
     }
 
+    /// How often each id occurs; as long as the vocabulary.
+    pub fn token_counts(&self) -> Vec<u64> {
+        let mut counts = vec![0; self.vocab.vocab_size as usize];
+        match self.tokens() {
+            Tokens::U16(x) => x.iter().for_each(|t| counts[usize::from(*t)] += 1),
+            Tokens::I32(x) => x.iter().for_each(|t| counts[*t as usize] += 1),
+        }
+        counts
+    }
+
     fn check_range(&self, path: &Path) -> Result<()> {
         let vocab_size = i64::from(self.vocab.vocab_size);
         let outside = |id: i64| !(0..vocab_size).contains(&id);

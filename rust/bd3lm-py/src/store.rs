@@ -81,6 +81,12 @@ impl PyTokenStore {
         Some(serde_json::to_string(manifest).expect("a manifest is plain JSON"))
     }
 
+    /// How often each id occurs.
+    fn token_counts<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        let counts = py.detach(|| self.0.token_counts());
+        PyArray1::from_vec(py, counts)
+    }
+
     fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let offsets = self.0.doc_offsets();
         if index >= self.0.num_documents() {

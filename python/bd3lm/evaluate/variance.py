@@ -1,0 +1,258 @@
+"""Variance of the loss between blocks, and the clip that has the least of it (MATH §6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3lm.config import check
+from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
+from bd3lm.data.rows import CleanBatch
+from bd3lm.model import Transformer
+from bd3lm.systems import Scorer, System
+
+Clip = tuple[float, float]
+
+LOWEST = 1e-3
+"""Lowest level that is trained on: the paper's."""
+NODES = 512
+"""Points of an integral over t, spread evenly in log t, where the integrands are smooth."""
+
+
+@torch.no_grad()
+def nelbo_variance(
+    system: System,
+    model: Transformer,
+    rows: Rows,
+    spec: NoiseSpec,
+    *,
+    batches: int = 100,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> float:
+    """Var. NELBO: unbiased variance over the blocks of a batch, averaged over batches.
+
+    Of each block's Σ weighted nats / S; position 0 adds nothing, block 0 is among them. It holds
+    the text's own variance too.
+
+    Args:
+        system: whose block size ``rows`` have.
+        model: averaged weights, on its device.
+        rows: held-out text.
+        spec: noise to draw.
+        batches: at most so many, from the beginning of the text.
+        batch_size: rows of a batch, over which strata are laid.
+        seed: of the noise.
+    """
+    model.eval()
+    found = []
+    for index in range(min(batches, max(len(rows) // batch_size, 1))):
+        first = index * batch_size
+        batch = _rows(rows, first, batch_size)
+        mask, level, weight = draw_noise(
+            spec, batch.x0, batch.noisable, system.block_size, seed=seed, step=index
+        )
+        score = _scorer(system, model, batch)
+        total = _block_nats(score, system, batch, mask, level)
+        found.append(np.var(total * weight.numpy() / system.block_size, ddof=1))
+    return float(np.mean(found))
+
+
+@dataclass(frozen=True)
+class CountStatistics:
+    """First and second moments of Y_k, the nats of a block with k of its n noisable tokens masked.
+
+    Everything a schedule's loss variance depends on, for a model that is not told the level.
+
+    Attributes:
+        block_size: S.
+        share: of the blocks that have n noisable tokens, float64 [S+1].
+        mean: E[Y_k], float64 [S+1, S+1] by (n, k).
+        square: E[Y_k²], likewise.
+    """
+
+    block_size: int
+    share: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    square: NDArray[np.float64]
+
+    def variance(self, schedule: Schedule, clip: Clip, *, resample: bool = False) -> float:
+        """Var. NELBO under t ~ U[a, b] and independent masks, by integration over t.
+
+        Args:
+            schedule: p(t) and w(t).
+            clip: (a, b); a = 0 means 1e-3, (1, 1) masks everything at weight 1.
+            resample: the masked share of each block is forced into [a, b].
+        """
+        low, high = max(clip[0], LOWEST), clip[1]
+        if low >= 1.0:
+            t = p = weight = step = np.ones(1)
+        else:
+            edges = np.geomspace(low, high, NODES + 1)
+            t, step = np.sqrt(edges[1:] * edges[:-1]), np.diff(edges) / (high - low)
+            p, weight = schedule.mask_prob(t), schedule.loss_weight(t)
+        first = second = 0.0
+        for n in np.flatnonzero(self.share[1:]) + 1:
+            law = _binomial(int(n), p)  # [t, k]
+            if resample:
+                law = _within(law, clip)
+            mean, square = (law @ m[n, : n + 1] for m in (self.mean, self.square))
+            first += self.share[n] * float(step @ (weight * mean))
+            second += self.share[n] * float(step @ (weight**2 * square))
+        return (second - first**2) / self.block_size**2
+
+
+@torch.no_grad()
+def count_statistics(
+    system: System,
+    model: Transformer,
+    rows: Rows,
+    *,
+    max_rows: int = 64,
+    repeats: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> CountStatistics:
+    """One pass over some rows: every draw of a masked count tells of all schedules and clips.
+
+    Args:
+        system: whose block size ``rows`` have.
+        model: averaged weights; not told the noise level.
+        rows: held-out text.
+        max_rows: spread evenly over it.
+        repeats: forwards a row.
+        batch_size: rows a forward.
+        seed: of the noise.
+
+    Raises:
+        ConfigError: a model that is told the level: its Y_k differ from schedule to schedule.
+    """
+    told = model.cfg.time_conditioning
+    check(not told, "noise.clip-search", True, "needs model.time-conditioning = False")
+    model.eval()
+    size = system.block_size
+    spec = NoiseSpec(Schedule("loglinear"), estimator="count")
+    sums = np.zeros((3, size + 1, size + 1))
+    shares = np.zeros(size + 1)
+    chosen = np.linspace(0, len(rows) - 1, min(max_rows, len(rows))).round().astype(np.uint64)
+    for start in range(0, len(chosen), batch_size):
+        batch = rows.batch(chosen[start : start + batch_size])
+        noisable = batch.noisable.view(-1, size).sum(1).numpy()
+        shares += np.bincount(noisable, minlength=size + 1)
+        score = _scorer(system, model, batch)
+        for repeat in range(repeats):
+            mask, level, _ = draw_noise(
+                spec, batch.x0, batch.noisable, size, seed=seed + repeat, step=0, first_row=start
+            )
+            total = _block_nats(score, system, batch, mask, level).reshape(-1)
+            count = mask.view(-1, size).sum(1).numpy()
+            for moment, values in enumerate((np.ones_like(total), total, total**2)):
+                np.add.at(sums[moment], (noisable, count), values)
+    mean, square = _moments(sums)
+    return CountStatistics(size, shares / shares.sum(), mean, square)
+
+
+def search_clip(
+    statistics: CountStatistics, schedule: Schedule, *, resample: bool = False
+) -> tuple[Clip, float]:
+    """The interval of least Var. NELBO, and that variance."""
+    found = {
+        clip: statistics.variance(schedule, clip, resample=resample)
+        for clip in clip_candidates(statistics.block_size)
+        if not resample or _holds_a_share(clip, statistics.block_size)
+    }
+    best = min(found, key=lambda clip: found[clip])
+    return best, found[best]
+
+
+def clip_candidates(block_size: int) -> list[Clip]:
+    """Everything, and all [a, a + δ] of δ = .5 … .9 and a on a grid of 0.05 (MATH §6).
+
+    >>> len(clip_candidates(4)), len(clip_candidates(1))
+    (36, 37)
+    """
+    clips = [(LOWEST, 1.0)]
+    for width in (50, 60, 70, 80, 90):
+        clips += [(low / 100, (low + width) / 100) for low in range(0, 101 - width, 5)]
+    return [*clips, (1.0, 1.0)] if block_size == 1 else clips
+
+
+# --- details ---------------------------------------------------------------------------------
+
+
+def _rows(rows: Rows, first: int, count: int) -> CleanBatch:
+    last = min(first + count, len(rows))
+    return rows.batch(np.arange(first, last, dtype=np.uint64))
+
+
+def _scorer(system: System, model: Transformer, batch: CleanBatch) -> Scorer:
+    device = next(model.parameters()).device
+    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
+    return system.scorer(model, batch.x0.to(device), doc_ids)
+
+
+def _block_nats(
+    score: Scorer, system: System, batch: CleanBatch, mask: Tensor, level: Tensor
+) -> NDArray[np.float64]:
+    """Σ of the unweighted loss over each block's masked tokens, [B, K]."""
+    select = mask.flatten().nonzero().squeeze(1)
+    xt = torch.where(mask, system.mask_id, batch.x0)
+    nats = torch.zeros(mask.numel(), dtype=torch.float64)
+    nats[select] = score(xt, select, level).double().cpu()
+    return nats.view(mask.shape[0], -1, system.block_size).sum(-1).numpy()
+
+
+def _moments(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means by (n, k) of Σ 1, Σ Y, Σ Y²; counts that were not met lie between their neighbours.
+
+    Where n is the whole block, its counts are those of every schedule; the few other blocks (a
+    row's first and last) borrow what their own draws do not tell.
+    """
+    number = sums[0]
+    size = number.shape[0] - 1
+    out = np.zeros((2, size + 1, size + 1))
+    for n in range(1, size + 1):
+        known = np.flatnonzero(number[n, : n + 1])
+        if len(known) == 0:
+            continue
+        known = known[known > 0]
+        for moment in range(2):
+            values = sums[1 + moment, n, known] / number[n, known]
+            at = np.arange(n + 1)
+            out[moment, n, : n + 1] = np.interp(at, [0, *known], [0.0, *values])
+    return out[0], out[1]
+
+
+def _binomial(n: int, p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P(k of n) for k = 0..n, [len(p), n+1]."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    k = np.arange(n + 1)
+    choose = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hit = np.where(k > 0, k * np.log(p)[:, None], 0.0)
+        miss = np.where(k < n, (n - k) * np.log1p(-p)[:, None], 0.0)
+    return np.exp(choose + hit + miss)
+
+
+def _within(law: NDArray[np.float64], clip: Clip) -> NDArray[np.float64]:
+    """The law of counts given that their share lies in the clip; as it is where none does."""
+    n = law.shape[1] - 1
+    fits = _fits(np.arange(n + 1) / n, clip)
+    if not fits.any():
+        return law
+    kept = np.where(fits, law, 0.0)
+    return kept / kept.sum(axis=1, keepdims=True)
+
+
+def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
+    """Shares inside a clip; a bound at 1e-3 or 1 does not bind."""
+    low, high = clip
+    return ((share >= low - 1e-9) | (low <= LOWEST)) & ((share <= high + 1e-9) | (high >= 1.0))
+
+
+def _holds_a_share(clip: Clip, block_size: int) -> bool:
+    return bool(_fits(np.arange(block_size + 1) / block_size, clip).any())

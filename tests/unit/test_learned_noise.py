@@ -1,0 +1,344 @@
+"""What training learns of its own noise: clips, laws of counts, token rarity; and its variance."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bd3lm.config import ModelConfig, NoiseConfig, TrainConfig
+from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting
+from bd3lm.errors import ConfigError
+from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance, search_clip
+from bd3lm.evaluate.likelihood import exact_draws
+from bd3lm.evaluate.variance import CountStatistics, clip_candidates
+from bd3lm.systems import BlockDiffusion, build_system
+from bd3lm.systems.learned import CountLaw, fitted, rarity_exponents
+from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model, token_arrays
+
+SCHEDULES = {
+    "loglinear": {},
+    "square": {},
+    "square_root": {},
+    "logarithmic": {},
+    "cosine": {},
+    "gaussian": {"mu": 0.5, "sigma": 0.2},
+    "bimodal_gaussian": {"mu": 0.3, "sigma": 0.2, "mu2": 0.8, "sigma2": 0.2, "mixture": 0.6},
+}
+S = 4
+
+
+def rows_of(num, seq_len=16, block_size=S):
+    return Rows(token_arrays(num), seq_len=seq_len, block_size=block_size)
+
+
+# --- every schedule's estimator --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_estimates_the_same_bound(name):
+    """bernoulli under each schedule against exact, within its error and what lies below 1e-3."""
+    model, rows = tiny_model(), rows_of(300)
+    system, schedule = BlockDiffusion(S, MASK_ID), Schedule(name, **SCHEDULES[name])
+    exact = evaluate_likelihood(system, model, rows, estimator="exact")
+    found = evaluate_likelihood(
+        system, model, rows, estimator="bernoulli", repeats=120, schedule=schedule
+    )
+    lowest = schedule.mask_prob(1e-3).item()
+    missed = lowest * 20  # ∫ w p dt over the levels left out, times the largest CE there is
+    assert abs(found.nelbo - exact.nelbo) < 4.5 * found.mc_error + missed
+    assert found.mc_error < 0.2
+
+
+def exact_clipped(model, system, batch, schedule, clip):
+    """The clipped objective by all subsets: B is ∫ p^(k-1)(1-p)^(n-k) dp over the clip / (b-a)."""
+    low, high = (schedule.mask_prob(t).item() for t in clip)
+    width = clip[1] - clip[0]
+    nodes = np.linspace(low, high, 20001)
+    p, dp = (nodes[1:] + nodes[:-1]) / 2, np.diff(nodes)
+
+    def weight(k, n):
+        return float((p ** (k - 1) * (1 - p) ** (n - k)) @ dp) / width
+
+    score = system.scorer(model, batch.x0, None)
+    noisable = batch.noisable.view(batch.x0.shape[0], -1, S)
+    n = noisable.sum(-1)
+    total = 0.0
+    for draw in exact_draws(batch.noisable, S):
+        select = draw.mask.flatten().nonzero().squeeze(1)
+        nats = torch.zeros(draw.mask.numel(), dtype=torch.float64)
+        xt = torch.where(draw.mask, MASK_ID, batch.x0)
+        with torch.no_grad():
+            nats[select] = score(xt, select, draw.mask_prob).double()
+        y = nats.view(-1, S).sum(-1)
+        k = draw.mask.view(-1, S).sum(-1)
+        for value, size, count in zip(y, k, n.flatten(), strict=True):
+            if size > 0:
+                total += value.item() * weight(int(size), int(count))
+    return total / int(noisable.sum())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("estimator", ["bernoulli", "count"])
+def test_clipped_losses_have_the_clipped_objective_as_mean(name, estimator):
+    """Training batches under U[0.3, 0.8] against the incomplete-Beta form (MATH §4)."""
+    model, rows = tiny_model(), rows_of(64 * 15)
+    schedule, clip = Schedule(name, **SCHEDULES[name]), (0.3, 0.8)
+    system = BlockDiffusion(S, MASK_ID)
+    batch = rows.batch(np.arange(64, dtype=np.uint64))
+    want = exact_clipped(model, system, batch, schedule, clip)
+    spec = NoiseSpec(schedule, estimator=estimator, clip=clip)
+    loader = Loader(rows, 64, 1)
+    with torch.no_grad():
+        batches = [loader.batch(step, spec) for step in range(40)]
+        losses = [float(system.loss(model, b)) / b.num_noisable for b in batches]
+    error = np.std(losses, ddof=1) / math.sqrt(len(losses))
+    assert abs(np.mean(losses) - want) < 4.5 * error
+    assert error < 0.05 * want
+
+
+# --- reweighting -----------------------------------------------------------------------------
+
+
+def test_reported_perplexity_never_sees_the_weighting():
+    model, rows = tiny_model(), rows_of(150)
+    cfg = TrainConfig(seq_len=16, noise=NoiseConfig(weighting="flow_matching"))
+    weighted = evaluate_likelihood(build_system(cfg, MASK_ID), model, rows, estimator="exact")
+    plain = evaluate_likelihood(BlockDiffusion(S, MASK_ID), model, rows, estimator="exact")
+    assert weighted.nelbo == plain.nelbo
+    sampled = {"estimator": "stratified", "repeats": 4}
+    assert (
+        evaluate_likelihood(build_system(cfg, MASK_ID), model, rows, **sampled).nelbo
+        == evaluate_likelihood(BlockDiffusion(S, MASK_ID), model, rows, **sampled).nelbo
+    )
+
+
+def test_monotone_weightings_are_told():
+    """w̃ must not fall with t (MATH §3): sigmoid and simple rise with p, sech does not."""
+    loglinear = Schedule("loglinear")
+    assert Weighting("nelbo").keeps_bound(loglinear)
+    assert Weighting("simple").keeps_bound(loglinear)
+    assert Weighting("sigmoid", k=1.0).keeps_bound(loglinear)
+    assert Weighting("flow_matching").keeps_bound(loglinear)
+    assert not Weighting("iddpm").keeps_bound(loglinear)  # 2√(α(1-α)) turns at one half
+    assert not Weighting("edm").keeps_bound(loglinear)
+    # simple is 1/w(t): under the gaussian w rises again towards t = 1.
+    assert not Weighting("simple").keeps_bound(Schedule("gaussian", mu=0.5, sigma=0.2))
+
+
+# --- variance and clips ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small model that has learned something, so that losses depend on the level."""
+    torch.manual_seed(0)
+    from bd3lm.model import Transformer
+
+    ids = [[1 + (i * i + 3 * i) % 7 for i in range(4000)]]
+    from bd3lm.data.store import TokenArrays
+
+    data = TokenArrays(ids, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
+    model = Transformer(ModelConfig(width=32, depth=2, heads=2), VOCAB_SIZE)
+    rows = Rows(data, seq_len=16, block_size=S)
+    system = BlockDiffusion(S, MASK_ID)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loader = Loader(rows, 32, 1)
+    for step in range(40):
+        batch = loader.batch(step, system.noise(step))
+        (system.loss(model, batch) / batch.num_noisable).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), data
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("clip", [(1e-3, 1.0), (0.3, 0.8), (0.5, 1.0)])
+def test_the_integral_over_t_is_the_variance_of_drawn_noise(trained, clip, resample):
+    if resample and clip == (1e-3, 1.0):
+        pytest.skip("no bound binds: the same as without")
+    model, data = trained
+    rows, system = Rows(data, seq_len=16, block_size=S), BlockDiffusion(S, MASK_ID)
+    statistics = count_statistics(system, model, rows, max_rows=256, repeats=12)
+    loglinear = Schedule("loglinear")
+    found = statistics.variance(loglinear, clip, resample=resample)
+    spec = NoiseSpec(loglinear, clip=clip, resample=resample, strata=False)
+    drawn = [
+        nelbo_variance(system, model, rows, spec, batches=4, batch_size=64, seed=seed)
+        for seed in range(12)
+    ]
+    error = np.std(drawn, ddof=1) / math.sqrt(len(drawn))
+    # Levels near 1e-3 have weights of a thousand: a drawn variance is a rough one there.
+    assert abs(found - np.mean(drawn)) < 4 * error + 0.05 * found
+
+
+def test_one_pass_picks_the_interval_of_36_passes(trained):
+    """Brute force draws every interval's own noise over the same rows."""
+    model, data = trained
+    rows, system = Rows(data, seq_len=16, block_size=S), BlockDiffusion(S, MASK_ID)
+    loglinear = Schedule("loglinear")
+    statistics = count_statistics(system, model, rows, max_rows=256, repeats=12)
+    best, variance = search_clip(statistics, loglinear)
+    assert variance == statistics.variance(loglinear, best)
+    brute = {
+        clip: nelbo_variance(
+            system, model, rows, NoiseSpec(loglinear, clip=clip), batches=4, batch_size=64
+        )
+        for clip in clip_candidates(S)
+    }
+    assert len(brute) == 36
+    assert best == min(brute, key=lambda clip: brute[clip])
+
+
+def test_a_search_with_resample_leaves_out_what_holds_no_share():
+    share, moments = np.array([0.0, 0.0, 1.0]), np.ones((3, 3))
+    statistics = CountStatistics(2, share, moments, moments)
+    clip, _ = search_clip(statistics, Schedule("loglinear"), resample=True)
+    assert any(clip[0] <= k / 2 <= clip[1] for k in range(3))
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_counts_have_less_variance_than_levels(trained, block_size):
+    model, data = trained
+    rows, system = (
+        Rows(data, seq_len=16, block_size=block_size),
+        BlockDiffusion(block_size, MASK_ID),
+    )
+    loglinear = Schedule("loglinear")
+    levels, counts = (
+        np.mean(
+            [
+                nelbo_variance(
+                    system,
+                    model,
+                    rows,
+                    NoiseSpec(loglinear, estimator=estimator),
+                    batches=4,
+                    batch_size=64,
+                    seed=seed,
+                )
+                for seed in range(4)
+            ]
+        )
+        for estimator in ("bernoulli", "count")
+    )
+    assert counts < 0.7 * levels
+
+
+def test_a_fitted_law_keeps_the_mean_and_lowers_the_variance():
+    """Known Y_k: nats that grow steeply with k, drawn under the uniform and the fitted law."""
+    nats = np.array([0.05, 0.3, 1.5, 6.0]) * np.arange(1, 5)
+    truth = sum(nats[k - 1] / k for k in range(1, 5))
+    q = np.array(fitted((nats / np.arange(1, 5)) ** 2, np.ones(4)))
+    assert q.sum() == pytest.approx(1.0)
+    assert (q >= 0.1 / 4).all()
+    moments = {}
+    for name, law in (("uniform", np.full(4, 0.25)), ("fitted", q)):
+        values = nats / (np.arange(1, 5) * law)
+        assert law @ values == pytest.approx(truth)
+        moments[name] = law @ values**2 - truth**2
+    assert moments["fitted"] < 0.1 * moments["uniform"]
+
+
+def test_the_law_is_learned_from_the_losses_of_training():
+    model, rows = tiny_model(), rows_of(600)
+    cfg = NoiseConfig(fit_counts=True)
+    system = BlockDiffusion(S, MASK_ID, cfg)
+    loader = Loader(rows, 8, 1)
+    seen = np.zeros((2, S + 1))
+    with torch.no_grad():
+        for step in range(50):
+            spec = system.noise(step)
+            batch = loader.batch(step, spec)
+            system.loss(model, batch)
+            plain = BlockDiffusion(S, MASK_ID)
+            k = torch.zeros(8, 16).flatten().index_fill(0, batch.masked, 1.0).view(-1, S).sum(1)
+            nats = torch.zeros(8 * 16)
+            score = plain.scorer(model, batch.x0, None)
+            nats[batch.masked] = score(batch.xt, batch.masked, batch.mask_prob)
+            y = nats.view(-1, S).sum(1)
+            seen *= 0.99 if step else 1.0
+            for count, value in zip(k.int().tolist(), y.tolist(), strict=True):
+                seen[:, count] += ((value / max(count, 1)) ** 2, 1.0)
+            assert (spec is system.noise(step + 1)) or step == 49
+            system.adapt(step + 1)
+    law = system.state()["law"]["probs"]
+    np.testing.assert_allclose(law, fitted(seen[0, 1:], seen[1, 1:]), rtol=1e-4)
+    again = BlockDiffusion(S, MASK_ID, cfg)
+    again.load_state(json.loads(json.dumps(system.state())))
+    assert again.state() == system.state()
+    a, b = (loader.batch(60, s.noise(60)) for s in (system, again))
+    assert torch.equal(a.xt, b.xt)
+    assert torch.equal(a.weight, b.weight)
+
+
+def test_counts_that_were_never_seen_get_the_mean():
+    law = CountLaw(3)
+    assert not law.adapt(50)
+    law.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
+    assert not law.adapt(49)
+    assert law.adapt(50)
+    assert law.probs == pytest.approx([1 / 3] * 3)
+
+
+# --- rarity ----------------------------------------------------------------------------------
+
+
+def test_exponents_fall_with_rarity():
+    counts = np.array([5, 0, 100, 20, 5], dtype=np.uint64)
+    gamma = rarity_exponents(counts, 0.5)
+    assert gamma.tolist() == pytest.approx([1 - 1 / 6, 0.5, 1.5, 1 + 1 / 6, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weighting"),
+    list(itertools.product(["loglinear", "cosine"], ["nelbo", "sigmoid"])),
+)
+def test_masking_by_frequency_goes_with_every_schedule_and_weighting(schedule, weighting):
+    noise = NoiseConfig(
+        estimator="bernoulli", schedule=schedule, weighting=weighting, frequency_gap=0.5
+    )
+    rows, data = rows_of(64 * 15), token_arrays(64 * 15)
+    system = BlockDiffusion(S, MASK_ID, noise)
+    system.see(data)
+    plain = BlockDiffusion(S, MASK_ID, dataclasses.replace(noise, frequency_gap=0.0))
+    a, b = (Loader(rows, 64, 1).batch(0, s.noise(0)) for s in (system, plain))
+    assert torch.equal(a.mask_prob, b.mask_prob)
+    counts = data.token_counts()
+    assert counts.sum() == 64 * 15
+    common = torch.from_numpy(counts.astype(np.int64))[a.x0] > np.median(counts[counts > 0])
+    shares = [
+        [((x.xt == MASK_ID) & kind).sum() / kind.sum() for kind in (common, ~common)]
+        for x in (a, b)
+    ]
+    assert shares[0][0] < shares[1][0]
+    assert shares[0][1] > shares[1][1]
+
+
+@pytest.mark.parametrize(
+    ("noise", "sentence"),
+    [
+        ({"frequency_gap": 0.5}, "masking by frequency goes with noise.estimator = bernoulli"),
+        ({"frequency_gap": 1.0, "estimator": "bernoulli"}, r"in \[0, 1\)"),
+        ({"fit_counts": True, "estimator": "bernoulli"}, "goes with noise.estimator = count"),
+        ({"paper_weights": True}, "goes with noise.schedule = bimodal_gaussian"),
+        (
+            {"clip_search": True, "frequency_gap": 0.5, "estimator": "bernoulli"},
+            "one pass finds no clip",
+        ),
+        ({"resample": True, "estimator": "bernoulli"}, "goes with noise.clip or noise.clip-search"),
+    ],
+)
+def test_combinations_that_make_no_sense(noise, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        build_system(TrainConfig(noise=NoiseConfig(**noise)), MASK_ID)
+
+
+def test_a_model_that_is_told_the_level_has_no_clip_search():
+    model = ModelConfig(cond_width=8, time_conditioning=True)
+    cfg = TrainConfig(model=model, noise=NoiseConfig(clip_search=True))
+    with pytest.raises(ConfigError, match=r"needs model.time-conditioning = False"):
+        build_system(cfg, MASK_ID)
