@@ -1,7 +1,7 @@
 """Text to tokens to packed rows to noised batches; all of the work is done in Rust."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bd3lm.data.prepare import prepare, read_documents
 from bd3lm.data.store import Dataset, Manifest
@@ -28,15 +28,22 @@ __all__ = [
     "train_tokenizer",
 ]
 
-_TENSORS = {
-    "noise": ("NoiseSpec", "Schedule", "Weighting", "draw_noise"),
-    "rows": ("Batch", "Loader", "Rows"),
+# These hold tensors. PyTorch takes seconds and hundreds of megabytes to import, which preparing
+# text has no use for, so they are imported when they are asked for.
+_WITH_TENSORS = {
+    "Batch": "rows",
+    "Loader": "rows",
+    "Rows": "rows",
+    "NoiseSpec": "noise",
+    "Schedule": "noise",
+    "Weighting": "noise",
+    "draw_noise": "noise",
 }
-"""What hands out tensors is imported when it is asked for: PyTorch takes seconds and 700 MB."""
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _TENSORS.items():
-        if name in names:
-            return getattr(import_module(f"bd3lm.data.{module}"), name)
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+def __getattr__(name: str) -> object:
+    """Import what is not imported yet."""
+    module = _WITH_TENSORS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -9,7 +9,8 @@
 //! | [`rng`] | counter-based random streams, a function of (seed, step, row) |
 //! | [`order`] | the keyed permutation behind shuffling and strata |
 //! | [`text`] | txt / jsonl / parquet readers in bounded memory |
-//! | [`tokenize`] | documents to ids, in parallel |
+//! | [`tokenize`] | text to ids: the library's, words cached |
+//! | [`prepare`] | files to a data set, in parallel and in order |
 //! | [`store`] | `.bin`/`.idx` token files and their manifest |
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
@@ -23,6 +24,8 @@ pub mod error;
 pub mod noise;
 pub mod order;
 pub mod pack;
+pub mod prepare;
+mod record;
 pub mod rng;
 pub mod schedule;
 mod simd;

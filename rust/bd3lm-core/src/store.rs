@@ -465,33 +465,43 @@ impl StoreWriter {
     /// # Errors
     /// An id outside the vocabulary, or the mask id; a failing disk.
     pub fn push(&mut self, ids: &[u32]) -> Result<()> {
+        let Vocab {
+            vocab_size,
+            mask_id,
+            ..
+        } = self.vocab;
+        if let Some(&id) = ids.iter().find(|id| **id >= vocab_size || **id == mask_id) {
+            return Err(self.refuse(id));
+        }
         self.buffer.clear();
-        let wide = self.wide();
-        for &id in ids {
-            if id >= self.vocab.vocab_size {
-                return Err(Error::TokenOutOfRange {
-                    id: i64::from(id),
-                    place: format!("document {}", self.lengths.len() + 1),
-                    vocab_size: u64::from(self.vocab.vocab_size),
-                });
-            }
-            if id == self.vocab.mask_id {
-                return Err(Error::Tokenizer {
-                    name: "of this data set".into(),
-                    reason: format!(
-                        "document {} spells out the mask token, which texts may not hold",
-                        self.lengths.len() + 1
-                    ),
-                });
-            }
-            if wide {
-                self.buffer.extend_from_slice(&id.to_le_bytes());
-            } else {
-                self.buffer.extend_from_slice(&(id as u16).to_le_bytes());
+        if self.wide() {
+            self.buffer
+                .extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+        } else {
+            self.buffer.resize(2 * ids.len(), 0);
+            for (two, id) in self.buffer.as_chunks_mut::<2>().0.iter_mut().zip(ids) {
+                *two = (*id as u16).to_le_bytes();
             }
         }
         self.current += ids.len() as u64;
         self.bin.write(&self.buffer)
+    }
+
+    fn refuse(&self, id: u32) -> Error {
+        let document = self.lengths.len() + 1;
+        if id < self.vocab.vocab_size {
+            return Error::Tokenizer {
+                name: "of this data set".into(),
+                reason: format!(
+                    "document {document} spells out the mask token, which texts may not hold"
+                ),
+            };
+        }
+        Error::TokenOutOfRange {
+            id: i64::from(id),
+            place: format!("document {document}"),
+            vocab_size: u64::from(self.vocab.vocab_size),
+        }
     }
 
     /// Closes the current document, `text_bytes` long before tokenization, with EOS.

@@ -11,9 +11,13 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
 use crate::error::{Error, Result};
+use crate::record::{RecordError, read_record};
 
 /// Largest document that is read, in bytes of UTF-8: memory is bounded by a few of these.
 pub const MAX_DOCUMENT: usize = 64 << 20;
+
+/// Memory of a line that is kept for the next, whatever its length.
+const KEPT: usize = 1 << 20;
 
 const KINDS: &str = "allowed are .txt, .jsonl and .parquet, the first two also as .gz, .xz or .zst";
 
@@ -48,7 +52,7 @@ pub fn read_documents(
     path: &Path,
     options: &ReadOptions,
     read: &Arc<AtomicU64>,
-    each: &mut dyn FnMut(String) -> Result<()>,
+    each: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
     let name = path
         .file_name()
@@ -96,7 +100,7 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn whole(&mut self, each: &mut dyn FnMut(String) -> Result<()>) -> Result<()> {
+    fn whole(&mut self, each: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
         let mut bytes = Vec::new();
         let limit = MAX_DOCUMENT as u64 + 1;
         let taken = (&mut self.reader).take(limit).read_to_end(&mut bytes);
@@ -105,13 +109,14 @@ impl Source<'_> {
         if bytes.len() > MAX_DOCUMENT {
             return Err(self.bad(too_long()));
         }
-        let text = self.utf8(bytes)?;
+        let text = self.utf8(&bytes)?;
         if text.is_empty() { Ok(()) } else { each(text) }
     }
 
-    fn lines(&mut self, each: &mut dyn FnMut(String) -> Result<()>) -> Result<()> {
-        while let Some(line) = self.line()? {
-            let text = self.utf8(line)?;
+    fn lines(&mut self, each: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
+        let mut line = Vec::new();
+        while self.line(&mut line)? {
+            let text = self.utf8(&line)?;
             if !text.is_empty() {
                 each(text)?;
             }
@@ -122,48 +127,32 @@ impl Source<'_> {
     fn jsonl(
         &mut self,
         options: &ReadOptions,
-        each: &mut dyn FnMut(String) -> Result<()>,
+        each: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<()> {
-        while let Some(line) = self.line()? {
+        let mut line = Vec::new();
+        while self.line(&mut line)? {
             if line.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
-            let value: serde_json::Value = serde_json::from_slice(&line)
-                .map_err(|e| self.bad(format!("not valid JSON ({e})")))?;
-            drop(line);
-            let serde_json::Value::Object(mut record) = value else {
-                return Err(self.bad("not a JSON object".into()));
-            };
-            if let Some((field, wanted)) = &options.filter
-                && record.get(field).and_then(|v| v.as_str()) != Some(wanted)
-            {
-                continue;
-            }
-            let fields = record.keys().cloned().collect::<Vec<_>>().join(", ");
-            match record.remove(&options.text_field) {
-                Some(serde_json::Value::String(text)) if text.is_empty() => {}
-                Some(serde_json::Value::String(text)) => each(text)?,
-                Some(_) => {
-                    let field = &options.text_field;
-                    return Err(self.bad(format!("its field {field} is not a string")));
-                }
-                None => {
-                    let field = &options.text_field;
-                    return Err(self.bad(format!("it has no field {field}, only {fields}")));
-                }
-            }
+            read_record(&line, options, each).map_err(|e| match e {
+                RecordError::Bad(reason) => self.bad(reason),
+                RecordError::Other(e) => e,
+            })?;
         }
         Ok(())
     }
 
-    /// The next line without its end, or `None` at the end of the file.
-    fn line(&mut self) -> Result<Option<Vec<u8>>> {
-        let mut line = Vec::new();
+    /// The next line without its end, in place of what `line` held; false at the end of the file.
+    fn line(&mut self, line: &mut Vec<u8>) -> Result<bool> {
+        if line.capacity() > 16 * line.len() && line.capacity() > KEPT {
+            *line = Vec::new(); // the memory of a document that was far longer than usual
+        }
+        line.clear();
         let limit = MAX_DOCUMENT as u64 + 2;
-        let taken = (&mut self.reader).take(limit).read_until(b'\n', &mut line);
+        let taken = (&mut self.reader).take(limit).read_until(b'\n', line);
         self.record += 1;
         if taken.map_err(|e| self.damaged(e))? == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         if line.last() == Some(&b'\n') {
             line.pop();
@@ -174,16 +163,12 @@ impl Source<'_> {
         if line.len() > MAX_DOCUMENT {
             return Err(self.bad(too_long()));
         }
-        Ok(Some(line))
+        Ok(true)
     }
 
-    fn utf8(&self, bytes: Vec<u8>) -> Result<String> {
-        String::from_utf8(bytes).map_err(|e| {
-            self.bad(format!(
-                "not valid UTF-8 (byte {} of it)",
-                e.utf8_error().valid_up_to()
-            ))
-        })
+    fn utf8<'b>(&self, bytes: &'b [u8]) -> Result<&'b str> {
+        str::from_utf8(bytes)
+            .map_err(|e| self.bad(format!("not valid UTF-8 (byte {} of it)", e.valid_up_to())))
     }
 
     fn damaged(&self, e: io::Error) -> Error {
@@ -217,7 +202,7 @@ fn read_parquet(
     path: &Path,
     options: &ReadOptions,
     read: &Arc<AtomicU64>,
-    each: &mut dyn FnMut(String) -> Result<()>,
+    each: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
     let broken = |e: parquet::errors::ParquetError| Error::Format {
         path: path.into(),
@@ -284,7 +269,7 @@ fn read_parquet(
             });
         }
         if !text.is_empty() {
-            each(text)?;
+            each(&text)?;
         }
     }
     Ok(())
@@ -322,7 +307,7 @@ mod tests {
     fn collect(path: &Path, options: &ReadOptions) -> Result<Vec<String>> {
         let mut out = Vec::new();
         read_documents(path, options, &Arc::default(), &mut |text| {
-            out.push(text);
+            out.push(text.to_owned());
             Ok(())
         })?;
         Ok(out)

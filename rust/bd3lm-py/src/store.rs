@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bd3lm_core::Error;
+use bd3lm_core::prepare::prepare as run;
 use bd3lm_core::store::{TokenStore, Vocab};
 use bd3lm_core::text::{ReadOptions, read_documents};
-use bd3lm_core::tokenize::{Tokenizer, prepare as run};
+use bd3lm_core::tokenize::Tokenizer;
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;

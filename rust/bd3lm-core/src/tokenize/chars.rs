@@ -1,0 +1,40 @@
+//! Kinds of characters, asked of the tokenizer that is to be matched, once each.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+const UNKNOWN: u8 = u8::MAX;
+
+/// A byte for each character, filled in as they are met.
+pub(super) struct Kinds(Box<[AtomicU8]>);
+
+impl Kinds {
+    pub(super) fn new() -> Self {
+        Kinds(
+            (0..=char::MAX as u32)
+                .map(|_| AtomicU8::new(UNKNOWN))
+                .collect(),
+        )
+    }
+
+    /// The kind of `c`; `ask` is called where it is not known yet, and answers below 255.
+    #[inline]
+    pub(super) fn of(&self, c: char, ask: impl FnOnce(char) -> u8) -> u8 {
+        let cell = &self.0[c as usize];
+        let kind = cell.load(Ordering::Relaxed);
+        if kind != UNKNOWN {
+            return kind;
+        }
+        // Threads that ask at the same time get the same answer.
+        let kind = ask(c);
+        debug_assert!(kind != UNKNOWN);
+        cell.store(kind, Ordering::Relaxed);
+        kind
+    }
+}
+
+/// The character that begins at a boundary of `text`, and its length in bytes.
+#[inline]
+pub(super) fn char_at(text: &str, at: usize) -> (char, usize) {
+    let c = text[at..].chars().next().expect("within the text");
+    (c, c.len_utf8())
+}

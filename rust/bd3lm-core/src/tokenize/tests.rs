@@ -1,0 +1,204 @@
+use proptest::prelude::*;
+
+use super::*;
+
+pub(crate) const VOCAB: Vocab = Vocab {
+    vocab_size: 300,
+    bos_id: 256,
+    eos_id: 256,
+    mask_id: 257,
+};
+
+/// Byte-level BPE with every byte and a few merges.
+pub(crate) fn definition() -> String {
+    let mut vocab = serde_json::Map::new();
+    let mut next = 256u32;
+    for b in 0..=255u32 {
+        // GPT-2's printable stand-ins
+        let printable =
+            (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+        let c = if printable {
+            char::from_u32(b).unwrap()
+        } else {
+            next += 1;
+            char::from_u32(next - 1).unwrap()
+        };
+        vocab.insert(c.to_string(), b.into());
+    }
+    vocab.insert("<eos>".into(), 256.into());
+    vocab.insert("<mask>".into(), 257.into());
+    let merges = ["t h", "th e", "Ġ the", "Ġ a", "i n", "Ġ Ġ"];
+    for (i, m) in merges.iter().enumerate() {
+        vocab.insert(m.replace(' ', ""), (258 + i).into());
+    }
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                  "vocab": vocab, "merges": merges}
+    })
+    .to_string()
+}
+
+/// Cutting anywhere the rule allows never changes the ids.
+#[test]
+fn cuts_are_exact() {
+    let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    assert_eq!(tokenizer.cut, Cut::BeforeSpaceAndLetter);
+    let text = "the  cat's in the\n\n the é x1 2b  a;\tthe end don't a\u{3000}b c ".repeat(3);
+    let whole = tokenizer.encode(&text).unwrap();
+    let mut cuts = 0;
+    for from in 1..text.len() - 1 {
+        let Some(at) = tokenizer.cut.find(&text, from) else {
+            continue;
+        };
+        let mut joined = tokenizer.encode(&text[..at]).unwrap();
+        joined.extend(tokenizer.encode(&text[at..]).unwrap());
+        assert_eq!(joined, whole, "cut at {at}");
+        cuts += 1;
+    }
+    assert!(cuts > 20);
+}
+
+#[test]
+fn long_documents_equal_their_whole() {
+    let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    let text = "in the beginning a thing was there ".repeat(6000);
+    assert!(tokenizer.part(&text, PIECE) < text.len() / 2);
+    assert_eq!(encoded(&tokenizer, &text), tokenizer.encode(&text).unwrap());
+}
+
+fn encoded(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+    let mut ids = Vec::new();
+    tokenizer.encoder().encode(text, &mut ids).unwrap();
+    ids
+}
+
+/// BERT's pipeline with a few pieces.
+fn word_pieces(cased: bool) -> String {
+    let pieces = [
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "b", "##a", "##b", "e", "##e",
+        "\u{4e2d}", ".", "\u{201c}", "\u{2014}", "1", "##1", "The", "ab", "##\u{e9}",
+    ];
+    let vocab: serde_json::Map<_, _> = pieces
+        .iter()
+        .enumerate()
+        .map(|(i, p)| (p.to_string(), i.into()))
+        .collect();
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [{
+            "id": 4, "content": "[MASK]", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}],
+        "normalizer": {"type": "BertNormalizer", "clean_text": true,
+            "handle_chinese_chars": true, "strip_accents": null, "lowercase": !cased},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": null, "decoder": null,
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 20, "vocab": vocab}
+    })
+    .to_string()
+}
+
+fn all_kinds() -> [Tokenizer; 3] {
+    [definition(), word_pieces(false), word_pieces(true)].map(|json| {
+        let tokenizer = Tokenizer::from_json(&json, VOCAB).unwrap();
+        assert_eq!(tokenizer.slow(), None);
+        tokenizer
+    })
+}
+
+/// Beside letters, digits, marks, white space, and marks that can be put in another order.
+#[test]
+fn every_character_is_taken_as_the_library_takes_it() {
+    for tokenizer in all_kinds() {
+        let mut encoder = tokenizer.encoder();
+        let mut chars = (0..=0x10_FFFFu32).filter_map(char::from_u32).peekable();
+        while chars.peek().is_some() {
+            let text: String = chars
+                .by_ref()
+                .take(50)
+                .flat_map(|c| {
+                    ["a", "1", " ", ".\u{301}", "a\u{302e}"]
+                        .into_iter()
+                        .flat_map(move |beside| [beside.to_string(), c.to_string()])
+                })
+                .collect();
+            let mut ids = Vec::new();
+            encoder.encode(&text, &mut ids).unwrap();
+            assert_eq!(
+                ids,
+                tokenizer.encode(&text).unwrap(),
+                "{:?}",
+                text.chars().nth(1)
+            );
+        }
+    }
+}
+
+#[test]
+fn words_of_any_length() {
+    for tokenizer in all_kinds() {
+        for length in [1, 14, 15, 16, 17, 31, 32, 33, 100, 3000] {
+            for word in ["a", "the", "in", " ", "\u{e9}", "'s", "ab1"] {
+                let text = word.repeat(length);
+                let ids = encoded(&tokenizer, &text);
+                assert_eq!(
+                    ids,
+                    tokenizer.encode(&text).unwrap(),
+                    "{length} times {word:?}"
+                );
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn ids_are_the_librarys(
+        texts in prop::collection::vec(
+            prop_oneof![
+                "(the|in|a|b|'s|'ll|The|[MASK]|<eos>| |  |\n|\t|1|!|\u{4e2d}|\u{201c}|\u{e9}|e\u{301}){0,30}",
+                ".{0,40}",
+                "[ -~\n]{0,60}",
+            ],
+            1..4,
+        )
+    ) {
+        for tokenizer in all_kinds() {
+            let mut encoder = tokenizer.encoder();
+            for text in &texts {
+                let mut ids = Vec::new();
+                encoder.encode(text, &mut ids).unwrap();
+                prop_assert_eq!(ids, tokenizer.encode(text).unwrap(), "{:?}", text);
+            }
+        }
+    }
+}
+
+/// A pipeline that is not known, or not what its definition says, goes to the library.
+#[test]
+fn other_pipelines_are_left_to_the_library() {
+    let changed = |pointer: &str, value: Value| {
+        let mut json: Value = serde_json::from_str(&definition()).unwrap();
+        *json.pointer_mut(pointer).unwrap() = value;
+        let tokenizer = Tokenizer::from_json(&json.to_string(), VOCAB).unwrap();
+        let text = "The in the\n the end ".repeat(9);
+        assert_eq!(encoded(&tokenizer, &text), tokenizer.encode(&text).unwrap());
+        tokenizer.slow().expect("left to the library")
+    };
+    let lower = serde_json::json!({"type": "Lowercase"});
+    assert_eq!(changed("/normalizer", lower), "it normalizes text");
+    let not_gpt2 = "its pre-tokenizer is not GPT-2's";
+    assert_eq!(
+        changed("/pre_tokenizer/add_prefix_space", true.into()),
+        not_gpt2
+    );
+    assert_eq!(changed("/pre_tokenizer/use_regex", false.into()), not_gpt2);
+    assert_eq!(
+        changed("/model/ignore_merges", true.into()),
+        "its merges have options"
+    );
+}
