@@ -171,8 +171,8 @@ impl ByteLevel {
         let mut ranks = [(u32::MAX, 0); SCANNED];
         let ids = &mut out[start..];
         let mut count = ids.len();
-        for i in 0..count.saturating_sub(1) {
-            ranks[i] = rank(ids, i);
+        for (i, merge) in ranks[..count.saturating_sub(1)].iter_mut().enumerate() {
+            *merge = rank(ids, i);
         }
         while count > 1 {
             let mut best = 0;

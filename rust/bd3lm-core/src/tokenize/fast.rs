@@ -16,8 +16,8 @@ const PROBES: [&str; 4] = [
 
 /// A pipeline that is known here.
 pub(super) enum Fast {
-    ByteLevel(ByteLevel),
-    WordPiece(WordPiece),
+    ByteLevel(Box<ByteLevel>),
+    WordPiece(Box<WordPiece>),
 }
 
 impl Fast {
@@ -35,8 +35,8 @@ impl Fast {
             }
         }
         let fast = match definition["model"]["type"].as_str() {
-            Some("BPE") => Fast::ByteLevel(ByteLevel::new(definition)?),
-            Some("WordPiece") => Fast::WordPiece(WordPiece::new(definition)?),
+            Some("BPE") => Fast::ByteLevel(Box::new(ByteLevel::new(definition)?)),
+            Some("WordPiece") => Fast::WordPiece(Box::new(WordPiece::new(definition)?)),
             _ => return Err("its model is neither BPE nor WordPiece"),
         };
         let mut cache = WordCache::new();
