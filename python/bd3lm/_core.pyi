@@ -131,10 +131,13 @@ def prepare(
     text_field: str,
     filter: tuple[str, str] | None,
     lines: bool,
+    detokenizer: str | None,
+    no_eos: bool,
     hold_out: tuple[float, bool] | None,
     threads: int,
     progress: Callable[[int, int, int], None] | None,
 ) -> str: ...
+def detokenize(name: str, text: str) -> str: ...
 def for_each_document(
     path: str,
     each: Callable[[str], None],

@@ -24,6 +24,8 @@ ScheduleName = Literal[
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
 
+DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "ag_news", "scientific_papers"]
+
 MAX_EXACT_BLOCK = 4
 """Largest S whose 2^S - 1 masks are all run by the exact estimator."""
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts, likelihood_line
-from bd3lm.config import EstimatorName, EvalConfig, ScheduleName, check
+from bd3lm.config import DetokenizerName, EstimatorName, EvalConfig, ScheduleName, check
 from bd3lm.data import Dataset, Rows
 from bd3lm.data.resolve import open_data
 from bd3lm.errors import MissingFileError
@@ -38,6 +38,12 @@ class EvalArgs:
     """The checkpoint/ directory of a run."""
     data: Path | None = None
     """A prepared directory or a text file. None: the validation split of the checkpoint's run."""
+    lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A text file holds a document a line."""
+    detokenizer: DetokenizerName | None = None
+    """Rules that put a tokenized benchmark text back as it was written."""
+    eos: bool = True
+    """End documents of a text file with EOS. --no-eos: the paper's zero-shot texts."""
     estimator: Literal["auto"] | EstimatorName = "auto"
     """auto: exact up to block size 4, stratified above. bernoulli is the paper's."""
     block_size: int | None = None
@@ -119,7 +125,21 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
             raise MissingFileError(
                 f"{args.checkpoint} has no run with validation data beside it; name --data"
             )
-    data = open_data(path, loaded.tokenizer, work / "data", console.print)
+    check(
+        path.is_file() or (args.detokenizer is None and args.eos and not args.lines),
+        "data",
+        path,
+        "lines, detokenizer and no-eos are for text files; a prepared set has its own",
+    )
+    data = open_data(
+        path,
+        loaded.tokenizer,
+        work / "data",
+        console.print,
+        lines=args.lines,
+        detokenizer=args.detokenizer,
+        eos=args.eos,
+    )
     check(
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
         "data",

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts
-from bd3lm.config import check
+from bd3lm.config import DetokenizerName, check
 from bd3lm.data import Manifest, Tokenizer, load_tokenizer, prepare, read_documents, train_tokenizer
 
 
@@ -38,6 +38,11 @@ class PrepareArgs:
     """FIELD=VALUE: only records whose field has that value."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """txt: a document a line, instead of one a file."""
+    detokenizer: DetokenizerName | None = None
+    """Rules that put a tokenized benchmark text back as it was written, before it is tokenized."""
+    eos: bool = True
+    """End every document with EOS. --no-eos: they run into each other, as the paper's zero-shot
+    texts do."""
     valid_fraction: float | None = None
     """Hold out that share of the documents: makes train/ and valid/."""
     threads: int | None = None
@@ -87,6 +92,8 @@ def prepare_command(args: PrepareArgs) -> None:
             text_field=args.text_field,
             where=where,
             lines=args.lines,
+            detokenizer=args.detokenizer,
+            eos=args.eos,
             valid_fraction=args.valid_fraction,
             threads=args.threads,
             progress=told,

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bd3lm.data.prepare import prepare, read_documents
+from bd3lm.data.prepare import detokenize, prepare, read_documents
 from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -21,6 +21,7 @@ __all__ = [
     "Schedule",
     "Tokenizer",
     "Weighting",
+    "detokenize",
     "draw_noise",
     "load_tokenizer",
     "prepare",

@@ -25,6 +25,8 @@ def prepare(
     text_field: str = "text",
     where: tuple[str, str] | None = None,
     lines: bool = False,
+    detokenizer: str | None = None,
+    eos: bool = True,
     valid_fraction: float | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -41,6 +43,10 @@ def prepare(
         text_field: field of jsonl and parquet records that holds the text.
         where: ``(field, value)``: only records whose field has that value.
         lines: txt: a document a line, instead of one a file.
+        detokenizer: rules that put a tokenized benchmark text back as it was written: lm1b,
+            wikitext, ptb, lambada, ag_news or scientific_papers. Bytes are counted after them.
+        eos: end every document with EOS; without it they run into each other, as the paper's
+            zero-shot texts do.
         valid_fraction: hold out that share of the documents, by a fixed hash of their number:
             ``out`` then holds ``train/`` and ``valid/``.
         threads: that tokenize; None: one a core.
@@ -78,6 +84,8 @@ def prepare(
                 text_field=text_field,
                 filter=where,
                 lines=lines,
+                detokenizer=detokenizer,
+                no_eos=not eos,
                 hold_out=hold_out,
                 threads=threads or os.cpu_count() or 1,
                 progress=progress,
@@ -93,6 +101,22 @@ def prepare(
                 parent.rmdir()
         raise
     return manifests
+
+
+def detokenize(name: str, text: str) -> str:
+    """A tokenized benchmark text as it was written, by the rules that the paper's code applies.
+
+    Args:
+        name: lm1b, wikitext, ptb, lambada, ag_news or scientific_papers.
+        text: one document.
+
+    Raises:
+        ConfigError: there are no such rules.
+
+    >>> detokenize("lm1b", "It 's late , isn 't it ?")
+    "It's late, isn't it?"
+    """
+    return _core.detokenize(name, text)
 
 
 def read_documents(

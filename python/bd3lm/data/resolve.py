@@ -68,9 +68,18 @@ def open_splits(
 
 
 def open_data(
-    path: Path, tokenizer: str | Tokenizer, work: Path, note: Callable[[str], None]
+    path: Path,
+    tokenizer: str | Tokenizer,
+    work: Path,
+    note: Callable[[str], None],
+    *,
+    lines: bool = False,
+    detokenizer: str | None = None,
+    eos: bool = True,
 ) -> Dataset:
     """Open a prepared directory, or tokenize one text file into ``work`` and open that.
+
+    ``lines``, ``detokenizer`` and ``eos`` are those of :func:`bd3lm.data.prepare`, for text.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -83,7 +92,7 @@ def open_data(
     if not work.is_dir():
         note(f"tokenizing {path}")
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        prepare([path], loaded, work)
+        prepare([path], loaded, work, lines=lines, detokenizer=detokenizer, eos=eos)
     return Dataset(work)
 
 

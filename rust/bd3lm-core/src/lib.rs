@@ -9,6 +9,7 @@
 //! | [`rng`] | counter-based random streams, a function of (seed, step, row) |
 //! | [`order`] | the keyed permutation behind shuffling and strata |
 //! | [`text`] | txt / jsonl / parquet readers in bounded memory |
+//! | [`detokenize`] | the rules that benchmark texts are put back by |
 //! | [`tokenize`] | text to ids: the library's, words cached |
 //! | [`prepare`] | files to a data set, in parallel and in order |
 //! | [`store`] | `.bin`/`.idx` token files and their manifest |
@@ -20,6 +21,7 @@
 
 pub mod attention;
 pub mod batch;
+pub mod detokenize;
 pub mod error;
 pub mod noise;
 pub mod order;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
+use crate::detokenize::Detokenizer;
 use crate::error::{Error, Result};
 use crate::rng::mix;
 use crate::store::{Manifest, StoreWriter};
@@ -70,7 +71,8 @@ pub fn prepare(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Option<Manifest>> {
     let total = total_bytes(inputs)?;
-    let mut writer = StoreWriter::create(target, tokenizer.vocab(), tokenizer.json())?;
+    let mut writer = StoreWriter::create(target, tokenizer.vocab(), tokenizer.json())?
+        .made_from(options.detokenizer.map(Detokenizer::name), options.no_eos);
     let read = Arc::new(AtomicU64::new(0));
     let stopped = AtomicBool::new(false);
     // Called on this thread, where an interpreter can see that Ctrl-C was pressed.

@@ -125,6 +125,12 @@ pub struct Manifest {
     pub files: BTreeMap<String, FileRecord>,
     /// Names of what was read.
     pub source: Vec<String>,
+    /// Rules by which the text was put back before it was tokenized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detokenizer: Option<String>,
+    /// Documents do not end with EOS: they run into each other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_eos: bool,
     /// SHA-256 of this file as it is with nothing here.
     pub sha256: String,
 }
@@ -426,6 +432,8 @@ pub struct StoreWriter {
     num_bytes: u64,
     vocab: Vocab,
     tokenizer: String,
+    detokenizer: Option<String>,
+    no_eos: bool,
 }
 
 impl StoreWriter {
@@ -457,7 +465,16 @@ impl StoreWriter {
             num_bytes: 0,
             vocab,
             tokenizer: tokenizer.into(),
+            detokenizer: None,
+            no_eos: false,
         })
+    }
+
+    /// Notes by which rules the text was put back, and whether documents run into each other.
+    pub fn made_from(mut self, detokenizer: Option<&str>, no_eos: bool) -> Self {
+        self.detokenizer = detokenizer.map(Into::into);
+        self.no_eos = no_eos;
+        self
     }
 
     /// Appends ids to the current document.
@@ -504,12 +521,17 @@ impl StoreWriter {
         }
     }
 
-    /// Closes the current document, `text_bytes` long before tokenization, with EOS.
+    /// Closes the current document, `text_bytes` long before tokenization, with EOS unless
+    /// documents run into each other.
     ///
     /// # Errors
     /// A document of 2³¹ tokens or more; a failing disk.
     pub fn end_document(&mut self, text_bytes: u64) -> Result<()> {
-        self.push(&[self.vocab.eos_id])?;
+        if !self.no_eos {
+            self.push(&[self.vocab.eos_id])?;
+        } else if self.current == 0 {
+            return Ok(()); // nothing is left out: there was no token
+        }
         let length = i32::try_from(self.current).map_err(|_| {
             Error::config(
                 "document",
@@ -556,6 +578,8 @@ impl StoreWriter {
             dtype: if self.wide() { "int32" } else { "uint16" }.into(),
             files,
             source,
+            detokenizer: self.detokenizer.clone(),
+            no_eos: self.no_eos,
             sha256: String::new(),
         };
         let text = |m: &Manifest| {

@@ -10,6 +10,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
+use crate::detokenize::Detokenizer;
 use crate::error::{Error, Result};
 use crate::record::{RecordError, read_record};
 
@@ -30,6 +31,10 @@ pub struct ReadOptions {
     pub filter: Option<(String, String)>,
     /// txt: a document a line, instead of one a file.
     pub lines: bool,
+    /// Rules that put a tokenized benchmark text back as it was written.
+    pub detokenizer: Option<Detokenizer>,
+    /// Let documents run into each other, without an EOS between them.
+    pub no_eos: bool,
 }
 
 impl Default for ReadOptions {
@@ -38,6 +43,8 @@ impl Default for ReadOptions {
             text_field: "text".into(),
             filter: None,
             lines: false,
+            detokenizer: None,
+            no_eos: false,
         }
     }
 }
@@ -54,6 +61,13 @@ pub fn read_documents(
     read: &Arc<AtomicU64>,
     each: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
+    if let Some(rules) = options.detokenizer {
+        let plain = ReadOptions {
+            detokenizer: None,
+            ..options.clone()
+        };
+        return read_documents(path, &plain, read, &mut |text| each(&rules.apply(text)));
+    }
     let name = path
         .file_name()
         .unwrap_or_default()

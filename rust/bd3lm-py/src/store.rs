@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bd3lm_core::Error;
+use bd3lm_core::detokenize::Detokenizer;
 use bd3lm_core::prepare::prepare as run;
 use bd3lm_core::store::{TokenStore, Vocab};
 use bd3lm_core::text::{ReadOptions, read_documents};
@@ -18,6 +19,7 @@ use crate::errors::to_py;
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyTokenStore>()?;
     m.add_function(wrap_pyfunction!(prepare, m)?)?;
+    m.add_function(wrap_pyfunction!(detokenize, m)?)?;
     m.add_function(wrap_pyfunction!(for_each_document, m)?)
 }
 
@@ -101,18 +103,33 @@ impl PyTokenStore {
     }
 }
 
-fn options(text_field: String, filter: Option<(String, String)>, lines: bool) -> ReadOptions {
-    ReadOptions {
+fn options(
+    text_field: String,
+    filter: Option<(String, String)>,
+    lines: bool,
+    detokenizer: Option<&str>,
+    no_eos: bool,
+) -> PyResult<ReadOptions> {
+    let detokenizer = detokenizer.map(Detokenizer::named).transpose();
+    Ok(ReadOptions {
         text_field,
         filter,
         lines,
-    }
+        detokenizer: detokenizer.map_err(to_py)?,
+        no_eos,
+    })
+}
+
+/// A benchmark text as it was written.
+#[pyfunction]
+fn detokenize(name: &str, text: &str) -> PyResult<String> {
+    Ok(Detokenizer::named(name).map_err(to_py)?.apply(text))
 }
 
 /// Reads, tokenizes and writes a data set; `progress(read, total, tokens)` is called now and then
 /// and may raise. Returns the manifest as JSON.
 #[pyfunction]
-#[pyo3(signature = (inputs, target, tokenizer, special, *, text_field, filter, lines, hold_out, threads, progress))]
+#[pyo3(signature = (inputs, target, tokenizer, special, *, text_field, filter, lines, detokenizer, no_eos, hold_out, threads, progress))]
 #[allow(clippy::too_many_arguments)]
 fn prepare(
     py: Python<'_>,
@@ -123,12 +140,14 @@ fn prepare(
     text_field: String,
     filter: Option<(String, String)>,
     lines: bool,
+    detokenizer: Option<&str>,
+    no_eos: bool,
     hold_out: Option<(f64, bool)>,
     threads: usize,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let tokenizer = Tokenizer::from_json(&tokenizer, vocab(special)).map_err(to_py)?;
-    let options = options(text_field, filter, lines);
+    let options = options(text_field, filter, lines, detokenizer, no_eos)?;
     let mut raised = None;
     let outcome = py.detach(|| {
         run(
@@ -167,7 +186,7 @@ fn for_each_document(
     filter: Option<(String, String)>,
     lines: bool,
 ) -> PyResult<()> {
-    let options = options(text_field, filter, lines);
+    let options = options(text_field, filter, lines, None, false)?;
     let mut raised = None;
     let read = py.detach(|| {
         read_documents(&path, &options, &Arc::default(), &mut |text| {
