@@ -141,13 +141,13 @@ def _settings(
     """What our settings say of a model that theirs describes, and V."""
     try:
         told = bool(meta.get("time_conditioning", False))
-        system = _system(path, meta, told=told)
-        has_time = "backbone.sigma_map.mlp.0.weight" in tensors
+        conditioned = "backbone.sigma_map.mlp.0.weight" in tensors
+        system = _system(path, meta, conditioned=conditioned, told=told)
         model = ModelConfig(
             width=int(meta["hidden_dim"]),
             depth=int(meta["n_blocks"]),
             heads=int(meta["n_heads"]),
-            cond_width=int(meta["cond_dim"]) if has_time else 0,
+            cond_width=int(meta["cond_dim"]) if conditioned else 0,
             time_conditioning=told,
             dropout=float(meta.get("dropout", 0.0)),
         )
@@ -169,16 +169,16 @@ def _settings(
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
-def _system(path: Path, meta: Mapping[str, Any], *, told: bool) -> SystemName:
+def _system(path: Path, meta: Mapping[str, Any], *, conditioned: bool, told: bool) -> SystemName:
     """What the model is: its attention says most of it, the rest is convention.
 
-    A model over the whole row that is told the noise level is SEDD unless ``parameterization``
-    says otherwise: the layout itself does not tell it from a time-conditioned MDLM.
+    AR is the only one without adaLN. A model over the whole row that is told the noise level is
+    SEDD unless ``parameterization`` says otherwise: the layout itself does not tell it from a
+    time-conditioned MDLM.
     """
-    kind = meta["model_type"]
-    if meta.get("causal", kind == "ar"):
+    if meta.get("causal", not conditioned):
         return "ar"
-    if meta.get("cross_attn", kind == "bd3lm"):
+    if meta.get("cross_attn", meta["model_type"] == "bd3lm"):
         if told and int(meta["block_size"]) < int(meta["model_length"]):
             raise CheckpointError(
                 f"{path} tells its clean stream the noise level; here that stream is always clean"
