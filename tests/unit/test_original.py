@@ -7,7 +7,8 @@ and a conditioning of 8, at every weight set to :func:`weight` of its name. ``bd
 ``cached_4``: the same block by block through its cache, allocated in float32: a block's noised ids
 are scored, then its clean ids stored. ``told_4``: its training network with one noise level a
 position, 0 for the clean half. ``loss_*``: noised ids, loss weight, mask probability and nats that
-its loss drew and computed on the clean ids ``x0`` with t in [1e-3, 1].
+its loss drew and computed on the clean ids ``x0`` with t in [1e-3, 1]; ``sedd_full`` with t = 1,
+where the noise level that its network sees is capped.
 """
 
 from __future__ import annotations
@@ -209,11 +210,11 @@ def test_a_level_a_block_and_none_for_the_clean_stream(load):
     agrees(model.denoise(XT, X0, 4, EVERY, sigma=sigma), model, "told_4")
 
 
-@pytest.mark.parametrize("name", ["bd3lm_4", "bd3lm_16", "mdlm", "sedd"])
+@pytest.mark.parametrize("name", ["bd3lm_4", "bd3lm_16", "mdlm", "sedd", "sedd_full"])
 def test_losses(load, name):
     """Our loss and our likelihood, on what the original drew."""
     system, _, size = name.partition("_")
-    loaded = load(system, int(size or LENGTH))
+    loaded = load(system, int(size) if size.isdigit() else LENGTH)
     xt = torch.from_numpy(GOLDEN[f"loss_{name}_xt"].astype(np.int64))
     weight, prob = (torch.from_numpy(GOLDEN[f"loss_{name}_{x}"]) for x in ("weight", "prob"))
     masked = (xt == MASK).flatten().nonzero().flatten()
