@@ -340,7 +340,8 @@ class TrainConfig:
     """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
     None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
     init_from: str | None = None
-    """Start from the averaged weights of this checkpoint, whatever its system or block size."""
+    """Start from the averaged weights of this checkpoint, whatever its system or block size: one
+    of ours, or the original implementation's, in a directory or by its name on the hub."""
     init_optimizer: bool = False
     """With init_from: also take over its optimizer's state."""
     steps: int = 1000

@@ -111,12 +111,12 @@ def save_checkpoint(
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint.
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint of any layout.
 
     Raises:
         MissingFileError: there is no such directory.
-        CheckpointError: it is not a checkpoint, or of a version this release cannot read.
+        CheckpointError: it holds no ``config.json``, or one that is not a JSON object.
     """
     recover_directory(path)
     if not path.is_dir():
@@ -129,7 +129,20 @@ def read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return meta
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """``config.json`` of a native checkpoint.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        CheckpointError: it is not a checkpoint, or of a version this release cannot read.
+    """
+    meta = read_config(path)
+    if meta.get("format") != FORMAT:
         hint = f"; did you mean {path / 'checkpoint'}?" if (path / "checkpoint").is_dir() else ""
         raise CheckpointError(f"{path} is not a bd3lm checkpoint{hint}")
     if meta["version"] != VERSION:
@@ -159,29 +172,38 @@ def assign_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], source
     Raises:
         CheckpointError: names the first tensor that is missing, unknown or of another shape.
     """
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in weights:
-            raise CheckpointError(f"{source} has no tensor {name}, which this model needs")
-        if weights[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{source} holds {name} of shape {list(weights[name].shape)}; "
-                f"this model needs {list(tensor.shape)}"
-            )
-    for name in weights:
-        if name not in own:
-            raise CheckpointError(f"{source} holds a tensor {name} that this model does not have")
+    check_tensors(weights, model.state_dict(), source)
     model.load_state_dict(dict(weights))
 
 
-def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a model for scoring and sampling (EMA weights).
+def check_tensors(
+    found: Mapping[str, Tensor], needed: Mapping[str, Tensor], source: object
+) -> None:
+    """Check names and shapes of tensors from a file.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unknown or of another shape.
+    """
+    for name, tensor in needed.items():
+        if name not in found:
+            raise CheckpointError(f"{source} has no tensor {name}, which this model needs")
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} holds {name} of shape {list(found[name].shape)}; "
+                f"this model needs {list(tensor.shape)}"
+            )
+    for name in found:
+        if name not in needed:
+            raise CheckpointError(f"{source} holds a tensor {name} that this model does not have")
+
+
+def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a model of this layout for scoring and sampling (EMA weights).
 
     Raises:
         MissingFileError: there is no such directory.
         CheckpointError: it is not a checkpoint, or its parts do not fit together.
     """
-    path = Path(path)
     meta = read_meta(path)
     try:
         config = from_dict(TrainConfig, meta["config"])

@@ -35,7 +35,10 @@ class EvalArgs:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """The checkpoint/ directory of a run."""
+    """The checkpoint/ directory of a run, or a checkpoint of the original implementation: its
+    directory or its name on the Hugging Face hub."""
+    tokenizer: str | None = None
+    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: Path | None = None
     """A prepared directory or a text file. None: the validation split of the checkpoint's run."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -78,7 +81,7 @@ def evaluate(args: EvalArgs) -> None:
     """Load, score, print."""
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
-    loaded = load_checkpoint(args.checkpoint, device)
+    loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
     # The run's own checks decide whether this combination is allowed.
     cfg = dataclasses.replace(
         loaded.config,
@@ -144,8 +147,7 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
         "data",
         path,
-        "must be prepared with the checkpoint's own tokenizer "
-        f"({args.checkpoint / 'tokenizer.json'})",
+        f"must be prepared with the checkpoint's own tokenizer ({loaded.tokenizer.name})",
     )
     return data
 

@@ -25,7 +25,10 @@ class SampleArgs:
     """Draw text, block by block, one forward of the model a token."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """The checkpoint/ directory of a run."""
+    """The checkpoint/ directory of a run, or a checkpoint of the original implementation: its
+    directory or its name on the Hugging Face hub."""
+    tokenizer: str | None = None
+    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     prompt: str = ""
     """Text that every sample begins with."""
     draw: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
@@ -50,7 +53,7 @@ def sample(args: SampleArgs) -> None:
     """Load, draw, print."""
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
-    loaded = load_checkpoint(args.checkpoint, device)
+    loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
     tokenizer = loaded.tokenizer
     cfg = args.draw
     check(args.batch_size >= 1, "batch-size", args.batch_size, "at least 1")

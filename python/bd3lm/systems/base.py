@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -20,8 +21,9 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0), or an upper bound on it,
 at the selected positions; the level is read only by models that are told it."""
 
-MAX_SIGMA = 20.0
-"""Cap of the noise level given to a network; the loss weight is never capped (MATH §5)."""
+MAX_SIGMA = -math.log(1e-3)
+"""Cap of the noise level given to a network, where the original has it; the loss weight is never
+capped (MATH §5)."""
 
 
 class System(ABC):

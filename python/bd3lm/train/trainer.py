@@ -262,12 +262,7 @@ class Trainer:
         Raises:
             CheckpointError: a model of another shape or vocabulary, or another optimizer.
         """
-        loaded = load_checkpoint(path)
-        if loaded.tokenizer.sha256 != self.tokenizer.sha256:
-            raise CheckpointError(
-                f"init-from = {path}: was trained with another tokenizer ({loaded.tokenizer.name}) "
-                "than this data's"
-            )
+        loaded = load_checkpoint(path, tokenizer=self.tokenizer)
         assign_weights(self.model, loaded.model.state_dict(), path)
         if self.cfg.init_optimizer:
             state = self._training_state(path)["optimizer"]

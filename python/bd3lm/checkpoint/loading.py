@@ -1,0 +1,74 @@
+"""One way to open a checkpoint, whatever its layout and wherever it lies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from bd3lm.checkpoint.native import Checkpoint, load_native, read_config
+from bd3lm.checkpoint.original import is_original, load_original
+from bd3lm.data import Tokenizer, load_tokenizer
+from bd3lm.errors import CheckpointError, MissingFileError
+from bd3lm.files import recover_directory
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_checkpoint(
+    source: Path | str,
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | str | None = None,
+) -> Checkpoint:
+    """Load a model for scoring, sampling or further training (averaged weights).
+
+    Args:
+        source: a checkpoint's directory, ours or the original implementation's, or a name on the
+            Hugging Face hub. No code from there is ever run.
+        device: where the weights go.
+        tokenizer: the one the model was trained with, or its name. Needed only where the
+            checkpoint carries none (the original's do not), and ``gpt2`` where it is not given.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        CheckpointError: it is not a checkpoint, its parts do not fit together, or it has another
+            tokenizer than the one given.
+        TokenizerError: the tokenizer does not load.
+    """
+    path = _locate(source)
+    if is_original(read_config(path)):
+        return load_original(path, device, tokenizer)
+    loaded = load_native(path, device)
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        if given.sha256 != loaded.tokenizer.sha256:
+            raise CheckpointError(
+                f"{path} was trained with another tokenizer ({loaded.tokenizer.name}) than "
+                f"{given.name}"
+            )
+    return loaded
+
+
+def _locate(source: Path | str) -> Path:
+    """The directory itself, or the hub's files in the local cache."""
+    path = Path(source)
+    recover_directory(path)
+    # A folder that exists is ours, so a mistyped run is not looked for on the network.
+    if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=files))
+        if not any(folder.glob("*.safetensors")):
+            files = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            folder = Path(snapshot_download(str(source), allow_patterns=files))
+    except Exception as error:  # network, name and permission errors alike
+        reason = " ".join(str(error).split())
+        raise MissingFileError(
+            f"{source}: no such checkpoint directory, and the Hugging Face hub does not give it "
+            f"({reason})"
+        ) from error
+    return folder

@@ -1,0 +1,312 @@
+"""The original implementation's checkpoints: its DiT as it stands on the Hugging Face hub.
+
+A directory with ``config.json`` and the weights, as ``model.safetensors`` or
+``pytorch_model.bin``, in one file or in parts with an index. The shape of the network is the same
+as that of :class:`Transformer` with LayerNorm, GELU and adaLN; only the names differ, so that
+nothing is converted: what is loaded and saved again is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config, read_tensors
+from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
+from bd3lm.data import Tokenizer, load_tokenizer
+from bd3lm.errors import CheckpointError, ConfigError
+from bd3lm.files import replaced_directory, write_json
+from bd3lm.model import Transformer
+
+TOKENIZER = "gpt2"
+"""The published models' tokenizer, by its name on the hub; the mask is id 50257, so V = 50258."""
+
+PARTS = {
+    "time.up": "sigma_map.mlp.0",
+    "time.down": "sigma_map.mlp.2",
+    "norm": "output_layer.norm_final",
+    "ada": "output_layer.adaLN_modulation",
+    "head": "output_layer.linear",
+}
+BLOCK_PARTS = {
+    "norm1": "norm1",
+    "qkv": "attn_qkv",
+    "out": "attn_out",
+    "norm2": "norm2",
+    "mlp.up": "mlp.0",
+    "mlp.down": "mlp.2",
+    "ada": "adaLN_modulation",
+}
+FREQUENCIES = "backbone.rotary_emb.inv_freq"
+CLIP = ("sampling_eps_min", "sampling_eps_max")
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of this layout."""
+    return "model_type" in config and "hidden_dim" in config
+
+
+def their_name(name: str) -> str:
+    """The original's name of one of :class:`Transformer`'s parameters.
+
+    >>> their_name("blocks.3.mlp.up.weight")
+    'backbone.blocks.3.mlp.0.weight'
+    """
+    module, _, leaf = name.rpartition(".")
+    if module == "embed":
+        return "backbone.vocab_embed.embedding"
+    if module.startswith("blocks."):
+        _, index, part = module.split(".", 2)
+        return f"backbone.blocks.{index}.{BLOCK_PARTS[part]}.{leaf}"
+    return f"backbone.{PARTS[module]}.{leaf}"
+
+
+def load_original(
+    path: Path, device: torch.device | str = "cpu", tokenizer: Tokenizer | str | None = None
+) -> Checkpoint:
+    """Load a checkpoint of this layout; no code that lies beside it is run.
+
+    Args:
+        path: its directory.
+        device: where the weights go; they are float32 whatever the file holds.
+        tokenizer: the one it was trained with, or its name. None: a ``tokenizer.json`` beside
+            it, else GPT-2's from the hub.
+
+    Raises:
+        CheckpointError: weights that are missing, of another shape or not plain tensors; a
+            vocabulary that is not the tokenizer's; a model this Transformer does not describe.
+        TokenizerError: the tokenizer does not load.
+    """
+    meta = read_config(path)
+    source, tensors = _read_weights(path)
+    config, vocab_size = _settings(path, meta, tensors)
+    text = _tokenizer(path, tokenizer)
+    if text.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{path} has {vocab_size} ids and the tokenizer {text.name} {text.vocab_size}, its "
+            "mask token included; name the one that this model was trained with"
+        )
+    model = Transformer(config.model, vocab_size)
+    own = model.state_dict()
+    frequencies = _frequencies(config.model)
+    needed = {their_name(name): tensor for name, tensor in own.items()}
+    needed[FREQUENCIES] = frequencies
+    found = {FREQUENCIES: frequencies} | {k: v for k, v in tensors.items() if k not in CLIP}
+    check_tensors(found, needed, source)
+    if not torch.allclose(found[FREQUENCIES].float(), frequencies, rtol=1e-2):  # bf16 will do
+        raise CheckpointError(f"{source} holds {FREQUENCIES} of another base than 10000")
+    model.load_state_dict({name: tensors[their_name(name)] for name in own})
+    return Checkpoint(config, model.to(device).eval(), text, 0, path)
+
+
+def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
+    """Write a model in this layout, with its tokenizer beside it.
+
+    Args:
+        path: directory, replaced as a whole.
+        checkpoint: any model of the original's kind: LayerNorm, GELU, biases in the MLP and the
+            head, no normalised queries and keys, as many key as query heads.
+
+    Raises:
+        ConfigError: names the first setting that the layout cannot hold.
+    """
+    config, model = checkpoint.config, checkpoint.model
+    _check_representable(config)
+    tensors = {their_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors[FREQUENCIES] = _frequencies(config.model)
+    clip = config.noise.clip
+    if clip is not None:
+        tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
+    with replaced_directory(Path(path)) as folder:
+        plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
+        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", _their_config(config, model.vocab_size))
+        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.json, encoding="utf-8")
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def _settings(
+    path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[TrainConfig, int]:
+    """What our settings say of a model that theirs describes, and V."""
+    try:
+        told = bool(meta.get("time_conditioning", False))
+        conditioned = "backbone.sigma_map.mlp.0.weight" in tensors
+        system = _system(path, meta, conditioned=conditioned, told=told)
+        model = ModelConfig(
+            width=int(meta["hidden_dim"]),
+            depth=int(meta["n_blocks"]),
+            heads=int(meta["n_heads"]),
+            cond_width=int(meta["cond_dim"]) if conditioned else 0,
+            time_conditioning=told,
+            dropout=float(meta.get("dropout", 0.0)),
+        )
+        noise = NoiseConfig()
+        if system != "ar":
+            noise = NoiseConfig(estimator="bernoulli", clip=_clip(tensors))
+        config = TrainConfig(
+            system=system,
+            seq_len=int(meta["model_length"]),
+            block_size=int(meta["block_size"]) if system == "bd3lm" else None,
+            tokenizer=TOKENIZER,
+            model=model,
+            noise=noise,
+        )
+        return config, int(meta["vocab_size"])
+    except KeyError as error:
+        raise CheckpointError(f"{path / 'config.json'} does not say {error.args[0]}") from error
+    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def _system(path: Path, meta: Mapping[str, Any], *, conditioned: bool, told: bool) -> SystemName:
+    """What the model is: its attention says most of it, the rest is convention.
+
+    AR is the only one without adaLN. A model over the whole row that is told the noise level is
+    SEDD unless ``parameterization`` says otherwise: the layout itself does not tell it from a
+    time-conditioned MDLM.
+    """
+    if meta.get("causal", not conditioned):
+        return "ar"
+    if meta.get("cross_attn", meta["model_type"] == "bd3lm"):
+        if told and int(meta["block_size"]) < int(meta["model_length"]):
+            raise CheckpointError(
+                f"{path} tells its clean stream the noise level; here that stream is always clean"
+            )
+        return "bd3lm"
+    parameterization = meta.get("parameterization", "sedd" if told else "subs")
+    return "sedd" if parameterization == "sedd" else "mdlm"
+
+
+def _clip(tensors: Mapping[str, Tensor]) -> tuple[float, float] | None:
+    """The levels it was last trained on, which a tuned run keeps among its weights."""
+    if not all(name in tensors for name in CLIP):
+        return None
+    low, high = (float(tensors[name]) for name in CLIP)
+    return low, high
+
+
+def _their_config(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of the original for one of our models."""
+    shape, clip = config.model, config.noise.clip
+    return {
+        "model_type": "bd3lm",
+        "architectures": ["BD3LM"],
+        "parameterization": {"ar": "ar", "sedd": "sedd"}.get(config.system, "subs"),
+        "block_size": config.block,
+        "vocab_size": vocab_size,
+        "model_length": config.seq_len,
+        "cross_attn": config.system == "bd3lm",
+        "causal": config.system == "ar",
+        "adaln": shape.cond_width > 0,
+        "attn_backend": "sdpa",
+        "hidden_dim": shape.width,
+        "cond_dim": shape.cond_width,
+        "n_blocks": shape.depth,
+        "n_heads": shape.heads,
+        "dropout": shape.dropout,
+        "time_conditioning": shape.time_conditioning,
+        "var_min": clip is not None,
+        "return_dict": False,
+    }
+
+
+def _check_representable(config: TrainConfig) -> None:
+    """Refuse what the layout has no place for."""
+    shape = config.model
+    kept = ModelConfig(
+        width=shape.width,
+        depth=shape.depth,
+        heads=shape.heads,
+        kv_heads=shape.heads,
+        mlp_width=4 * shape.width,
+        cond_width=shape.cond_width,
+        time_conditioning=shape.time_conditioning,
+        dropout=shape.dropout,
+        tied_embeddings=shape.tied_embeddings,
+    )
+    given = replace(shape, kv_heads=shape.num_kv_heads, mlp_width=shape.hidden)
+    for name, value in vars(given).items():
+        needed = getattr(kept, name)
+        allowed = f"the original's layout holds only {needed}"
+        check(value == needed, f"model.{name.replace('_', '-')}", value, allowed)
+    check(
+        not shape.time_conditioning or config.system != "bd3lm" or config.block == config.seq_len,
+        "model.time-conditioning",
+        True,
+        "the original tells its clean stream the noise level too, which this model never saw",
+    )
+
+
+def _frequencies(shape: ModelConfig) -> Tensor:
+    """The rotary frequencies that the original stores, float32 [Dh/2]."""
+    return 1.0 / (10_000 ** (torch.arange(0, shape.head_width, 2).float() / shape.head_width))
+
+
+def _tokenizer(path: Path, given: Tokenizer | str | None) -> Tokenizer:
+    if isinstance(given, Tokenizer):
+        return given
+    beside = path / "tokenizer.json"
+    return load_tokenizer(given or (beside if beside.is_file() else TOKENIZER))
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors, and the file that names them."""
+    for name, read in (("model.safetensors", read_tensors), ("pytorch_model.bin", _read_pickle)):
+        if (path / name).is_file():
+            return path / name, read(path / name)
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            tensors: dict[str, Tensor] = {}
+            for part in _parts(index):
+                tensors |= read(path / part)
+            return index, tensors
+    raise CheckpointError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _parts(index: Path) -> list[str]:
+    """Files of a checkpoint in parts, each a plain name beside its index."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of weight files") from error
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name}, which does not lie beside it")
+    return names
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """A ``.bin`` of plain tensors; one that wants to run code is refused.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds anything but tensors by name.
+    """
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing from the checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is damaged or holds more than tensors, which could run code; only plain "
+            "tensors are loaded"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    plain = isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())
+    if not plain:
+        raise CheckpointError(f"{file} does not hold tensors by name")
+    return tensors
