@@ -426,7 +426,9 @@ class TrainConfig:
     @property
     def block(self) -> int:
         """S: ``block_size``, or what the system has where nothing was said."""
-        return self.block_size or _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+        if self.block_size is not None:
+            return self.block_size
+        return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
 
     @property
     def estimator(self) -> EstimatorName:

@@ -108,9 +108,13 @@ def test_a_source_that_does_not_fit_is_refused(config, tmp_path):
     run_training(config, tmp_path / "pre", Silent())
     source = str(tmp_path / "pre" / "checkpoint")
     wide = dataclasses.replace(config.model, width=64)
+    heads = dataclasses.replace(config.model, heads=1)  # every tensor would fit
+    gelu = dataclasses.replace(config.model, mlp="gelu")
     adamw = dataclasses.replace(config.optim, optimizer="adamw")
     cases = [
         ({"model": wide}, CheckpointError, "this model needs"),
+        ({"model": heads}, CheckpointError, "was trained with model.heads = 2; this model has 1"),
+        ({"model": gelu}, CheckpointError, "was trained with model.mlp = relu2; this model has"),
         ({"init_from": "nowhere"}, Exception, "nowhere: no such checkpoint"),
         ({"optim": adamw, "init_optimizer": True}, CheckpointError, "another optimizer's state"),
     ]

@@ -9,6 +9,7 @@ import torch
 
 from bd3lm.config import ModelConfig, NoiseConfig, TrainConfig
 from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
+from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
 from bd3lm.model import Transformer, head_cross_entropy, head_score_entropy
@@ -59,6 +60,25 @@ def test_ar_is_the_chain_rule_of_its_own_next_tokens():
     result = evaluate_likelihood(Autoregressive(MASK_ID), model, rows, estimator="exact")
     assert (result.tokens, result.forwards, result.mc_error) == (20, 1, 0.0)
     assert result.nelbo * 20 == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["aligned", "best_fit"])
+def test_ar_reads_no_document_beside_it(plan):
+    """Several documents a row, each with a BOS of its own, and padding: Σ nats as one by one."""
+    model, system = tiny_model(), Autoregressive(MASK_ID)
+    documents = [[3, 4, 5], [6, 2], [7, 3, 2, 5]]
+
+    def nats(documents, plan):
+        special = {"bos_id": 0, "eos_id": 1, "mask_id": MASK_ID}
+        data = TokenArrays(documents, vocab_size=VOCAB_SIZE, **special)
+        rows = Rows(data, seq_len=16, block_size=1, plan=plan)
+        result = evaluate_likelihood(system, model, rows, estimator="exact")
+        return result.nelbo * result.tokens, result.tokens, len(rows)
+
+    total, tokens, rows = nats(documents, plan)
+    apart = [nats([document], plan) for document in documents]
+    assert (tokens, rows) == (9, 1)
+    assert total == pytest.approx(sum(value for value, *_ in apart), rel=1e-5)
 
 
 def test_ar_loss_is_its_likelihood_and_its_gradient_is_autograds():
@@ -243,6 +263,7 @@ def test_every_system_has_its_block_size(system, block):
     [
         ({"system": "ar", "block_size": 4}, "block-size = 4: 1, the one that system = ar has"),
         ({"system": "mdlm", "block_size": 4}, "block-size = 4: 128, the one that system = mdlm"),
+        ({"block_size": 0}, "block-size = 0: at least 1"),
         ({"system": "sedd"}, "model.time-conditioning = False: sedd needs it on"),
         (
             {"system": "ar", "noise": NoiseConfig(schedule="cosine")},

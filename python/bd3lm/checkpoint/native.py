@@ -56,7 +56,7 @@ class Checkpoint:
         Raises:
             ConfigError: a block size that its system cannot have.
         """
-        cfg = replace(self.config, block_size=block_size) if block_size else self.config
+        cfg = self.config if block_size is None else replace(self.config, block_size=block_size)
         return build_system(cfg, self.tokenizer.mask_id)
 
 

@@ -85,7 +85,7 @@ def evaluate(args: EvalArgs) -> None:
     # The run's own checks decide whether this combination is allowed.
     cfg = dataclasses.replace(
         loaded.config,
-        block_size=args.block_size or loaded.config.block_size,
+        block_size=loaded.config.block_size if args.block_size is None else args.block_size,
         precision=args.precision,
         eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
     )

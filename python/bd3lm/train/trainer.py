@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
-from bd3lm.config import TrainConfig
+from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Dataset, Loader, Rows
 from bd3lm.errors import Bd3lmError, CheckpointError
 from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, search_clip
@@ -260,9 +260,10 @@ class Trainer:
         The learning-rate schedule, the data order and the average begin anew.
 
         Raises:
-            CheckpointError: a model of another shape or vocabulary, or another optimizer.
+            CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
         """
         loaded = load_checkpoint(path, tokenizer=self.tokenizer)
+        _check_same_function(self.cfg.model, loaded.config.model, path)
         assign_weights(self.model, loaded.model.state_dict(), path)
         if self.cfg.init_optimizer:
             state = self._training_state(path)["optimizer"]
@@ -312,6 +313,24 @@ class Trainer:
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(file, "".join(line + "\n" for line in kept))
+
+
+def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) -> None:
+    """Refuse weights that would fit and mean something else: heads, norms, rotations.
+
+    Shapes are checked tensor by tensor where the weights are assigned. A model may begin to be
+    told the noise level, or stop; and dropout is no part of the function.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    for name in ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings"):
+        mine, theirs = getattr(wanted, name), getattr(found, name)
+        if mine != theirs:
+            raise CheckpointError(
+                f"init-from = {path}: was trained with model.{name.replace('_', '-')} = {theirs}; "
+                f"this model has {mine}"
+            )
 
 
 @contextmanager

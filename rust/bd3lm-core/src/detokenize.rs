@@ -188,7 +188,7 @@ mod tests {
             (
                 Detokenizer::Lm1b,
                 "He said , \" it 's here . \" ( really )",
-                "He said, \"it's here. \" (really)",
+                "He said, \"it's here.\" (really)",
             ),
             (
                 Detokenizer::Wikitext,
@@ -198,7 +198,7 @@ mod tests {
             (
                 Detokenizer::Ptb,
                 "it 's N N N $ N <unk>",
-                "it's 1 1 1 $ N ?",
+                "it's 1 1 1 $1 ?",
             ),
             (Detokenizer::Lambada, " “ so ” ", "\n\" so \""),
             (Detokenizer::AgNews, "Up $ 3 , or not ?", "Up $3, or not?"),
