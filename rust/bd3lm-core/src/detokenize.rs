@@ -193,13 +193,9 @@ mod tests {
             (
                 Detokenizer::Wikitext,
                 " = Title = \n 1 @,@ 000 @-@ year ( old ) ; \" so \" . \n",
-                " = Title =\n1,000-year (old); \"so\" .\n",
+                " = Title =\n1,000-year (old); \"so\".\n",
             ),
-            (
-                Detokenizer::Ptb,
-                "it 's N N N $ N <unk>",
-                "it's 1 1 1 $1 ?",
-            ),
+            (Detokenizer::Ptb, "it 's N N N $ N <unk>", "it's 1 1 1 $1 ?"),
             (Detokenizer::Lambada, " “ so ” ", "\n\" so \""),
             (Detokenizer::AgNews, "Up $ 3 , or not ?", "Up $3, or not?"),
         ];
