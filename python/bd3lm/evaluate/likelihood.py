@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.config import MAX_EXACT_BLOCK, EstimatorName, check
@@ -33,6 +34,8 @@ class Likelihood:
         data_error: standard error from the choice of rows.
         estimator: exact, stratified, count or bernoulli.
         forwards: denoiser forwards a row, the clean stream's one included.
+        row_nats: nats of each scored row, for paired comparisons.
+        row_tokens: scored tokens of each.
     """
 
     nelbo: float
@@ -44,10 +47,12 @@ class Likelihood:
     data_error: float
     estimator: str
     forwards: int
+    row_nats: NDArray[np.float64] = field(repr=False, compare=False)
+    row_tokens: NDArray[np.int64] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
+        """As plain JSON types, without the rows."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("row_")}
 
 
 class Draw(NamedTuple):
@@ -291,4 +296,6 @@ def _summarise(
         data_error=data,
         estimator=estimator,
         forwards=forwards,
+        row_nats=row_nats,
+        row_tokens=tokens.astype(np.int64),
     )

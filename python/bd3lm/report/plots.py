@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # files only: never look for a display
 
@@ -16,6 +18,67 @@ from matplotlib import pyplot as plt
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Lines of a ``metrics.jsonl``."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def plot_lines(
+    x: Sequence[float], lines: Mapping[str, Sequence[float]], file: Path, labels: tuple[str, ...]
+) -> None:
+    """Curves over a common axis, on a logarithmic scale where they span decades.
+
+    Args:
+        x: the common axis.
+        lines: curves by name.
+        file: the PNG to write.
+        labels: title, horizontal and vertical axis.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, y in lines.items():
+        axes.plot(x, y, linewidth=1.5, label=name)
+    values = [v for y in lines.values() for v in y if v > 0]
+    if values and max(values) / min(values) > 100:
+        axes.set_yscale("log")
+    axes.set(title=labels[0], xlabel=labels[1], ylabel=labels[2])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def plot_beside(
+    rows: Sequence[str],
+    ours: Sequence[float | None],
+    errors: Sequence[float | None],
+    paper: Sequence[float | None],
+    file: Path,
+    labels: tuple[str, str],
+) -> None:
+    """A column of a table as bars, the paper's beside ours, each on its own scale.
+
+    Args:
+        rows: names, from top to bottom.
+        ours: figures; None leaves a gap.
+        errors: standard errors; None draws none.
+        paper: the paper's figures.
+        file: the PNG to write.
+        labels: title and name of the column.
+    """
+    panels = [("ours", ours, errors)]
+    if any(value is not None for value in paper):
+        panels.append(("the paper's", paper, [None] * len(rows)))
+    height = 1.2 + 0.3 * len(rows)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), height), sharey=True, layout="constrained"
+    )
+    places = list(range(len(rows)))
+    for panel, (name, values, spread) in zip(np.atleast_1d(axes), panels, strict=True):
+        shown = [0.0 if value is None else value for value in values]
+        panel.barh(places, shown, xerr=[e or 0.0 for e in spread], color="#4477aa", height=0.7)
+        panel.set(yticks=places, yticklabels=rows, xlabel=f"{labels[1]}, {name}")
+        panel.grid(axis="x", alpha=0.3)
+    np.atleast_1d(axes)[0].invert_yaxis()
+    figure.suptitle(labels[0], fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def plot_loss(metrics: list[dict[str, Any]], file: Path, title: str) -> None:

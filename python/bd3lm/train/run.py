@@ -70,6 +70,27 @@ def run_training(
     return summary
 
 
+def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) -> None:
+    """Train to the last step and save: what other programs build on.
+
+    Args:
+        cfg: the settings; ``data`` and ``valid`` are not read.
+        splits: the text.
+        out: directory of the run, which exists and is empty.
+        reporter: told what happens.
+
+    Raises:
+        Bd3lmError: settings that do not fit the text, or a loss that is no number.
+    """
+    _check_early(cfg)
+    _check_data(cfg, splits)
+    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
+    if cfg.init_from is not None:
+        trainer.start_from(Path(cfg.init_from))
+    write_json(out / "config.json", to_dict(cfg))
+    trainer.run()
+
+
 def _check_early(cfg: TrainConfig) -> None:
     """Everything that can be refused before a single file is read."""
     check_attention(cfg.attention, resolve_device(cfg.device), cfg.model.head_width)

@@ -1,0 +1,61 @@
+"""The texts of the experiments: prepared once, told apart by their content."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from bd3lm.data import Dataset, load_tokenizer, prepare
+from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.experiments.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
+from bd3lm.experiments.spec import digest
+
+
+class Texts:
+    """The text behind each role.
+
+    Args:
+        corpora: where it is; the training roles fall back to the shipped text.
+        tokenizer: of all of them: ``default``, a file, a folder or a hub name.
+        work: directory for what has to be tokenized.
+    """
+
+    def __init__(self, corpora: Corpora, tokenizer: str, work: Path) -> None:
+        self.corpora, self.tokenizer, self.work = corpora, tokenizer, work
+        self.splits = cache(self._splits)
+        self.held_out = cache(self._held_out)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What each role's text is, by content: the same on every machine."""
+        found = {}
+        for role in TRAINING_ROLES:
+            splits = self.splits(role)
+            found[role] = digest([_content(splits.train), _content(splits.valid)])
+        for role in ZERO_SHOT_ROLES:
+            data = self.held_out(role)
+            found[role] = "none" if data is None else _content(data)
+        return found
+
+    def _splits(self, role: str) -> Splits:
+        path = self.corpora.paths.get(role)
+        name = role if path is not None else "shipped"
+        return open_splits(path, None, self.tokenizer, self.work / name, lambda _: None)
+
+    def _held_out(self, role: str) -> Dataset | None:
+        """The whole text of a zero-shot role; None where none was given."""
+        path = self.corpora.paths.get(role)
+        if path is None:
+            return None
+        if (Path(path) / "manifest.json").is_file():
+            return Dataset(Path(path))
+        target = self.work / role
+        if not target.is_dir():
+            prepare([path], load_tokenizer(self.tokenizer), target)
+        return Dataset(target)
+
+
+def _content(data: Dataset) -> str:
+    manifest = json.loads((data.path / "manifest.json").read_text(encoding="utf-8"))
+    return digest([manifest["tokenizer_sha256"], manifest["files"]])

@@ -1,0 +1,145 @@
+"""Makes what tables need, each thing once: runs by content address, a file for each measurement."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.evaluate import Likelihood
+from bd3lm.experiments.corpora import Texts
+from bd3lm.experiments.measures import AnyMeasure, Trained
+from bd3lm.experiments.spec import Measure, Run, Table, record_key
+from bd3lm.files import write_json
+from bd3lm.train import train_only
+
+
+class Events(Protocol):
+    """What a sweep tells whoever is watching."""
+
+    def planned(self, steps: int, measurements: int) -> None:
+        """Before anything runs: what is left to do."""
+
+    def training(self, run: Run, done: int) -> None:
+        """After every step."""
+
+    def measured(self, run: Run, measure: Measure, seconds: float) -> None:
+        """After every measurement."""
+
+
+class Sweep:
+    """Everything that a set of tables needs, below one directory.
+
+    ``runs/KEY/`` holds a run and ``cells/KEY.json`` a measurement; both are complete when they
+    are there under that name. Whatever is missing is made, so a sweep that was killed goes on
+    where it stopped, and two sweeps share what they have in common.
+
+    Args:
+        out: the directory.
+        texts: the text behind each role.
+    """
+
+    def __init__(self, out: Path, texts: Texts) -> None:
+        self.out, self.texts = out, texts
+
+    def record(self, run: Run, measure: Measure) -> dict[str, Any] | None:
+        """A measurement, or None while it has not been made."""
+        file = self._cell(run, measure)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def make(self, tables: Iterable[Table], events: Events) -> None:
+        """Make every run and measurement that is missing.
+
+        Raises:
+            Bd3lmError: a run that cannot be made; what was finished stays.
+        """
+        todo = [
+            pair
+            for pair in dict.fromkeys(pair for table in tables for pair in table.cells())
+            if self.record(*pair) is None
+        ]
+        runs = dict.fromkeys(part for run, _ in todo for part in run.lineage())
+        steps = sum(run.config.steps for run in runs if not self._folder(run).is_dir())
+        events.planned(steps, len(todo))
+        # All measurements of a run together: its weights are loaded once.
+        by_run: dict[Run, list[Measure]] = {}
+        for run, measure in todo:
+            by_run.setdefault(run, []).append(measure)
+        for run, measures in by_run.items():
+            trained = self._trained(run, events)
+            for measure in measures:
+                started = time.perf_counter()
+                assert isinstance(measure, AnyMeasure)
+                values = measure.take(trained)
+                seconds = time.perf_counter() - started
+                self._write(run, measure, values, seconds)
+                events.measured(run, measure, seconds)
+
+    def _trained(self, run: Run, events: Events) -> Trained:
+        for part in run.lineage():
+            self._train(part, events)
+        folder = self._folder(run)
+        loaded = load_checkpoint(folder / "checkpoint")
+        return Trained(
+            loaded=loaded,
+            folder=folder,
+            valid=self.texts.splits(run.corpus).valid,
+            text=self.texts.held_out,
+        )
+
+    def _train(self, run: Run, events: Events) -> None:
+        folder = self._folder(run)
+        if folder.is_dir():
+            return
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        source = None if run.init is None else str(self._folder(run.init) / "checkpoint")
+        partial.mkdir(parents=True)
+        config = replace(run.config, init_from=source)
+        train_only(config, self.texts.splits(run.corpus), partial, _Steps(run, events))
+        partial.rename(folder)
+
+    def _folder(self, run: Run) -> Path:
+        return self.out / "runs" / run.key(self.texts.fingerprints)
+
+    def _cell(self, run: Run, measure: Measure) -> Path:
+        return self.out / "cells" / f"{record_key(run, measure, self.texts.fingerprints)}.json"
+
+    def _write(self, run: Run, measure: Measure, values: dict[str, Any], seconds: float) -> None:
+        file = self._cell(run, measure)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        summary = {
+            "run": run.key(self.texts.fingerprints),
+            "system": run.config.system,
+            "block_size": run.config.block_size,
+            "steps": run.total_steps,
+            "seed": run.config.seed,
+            "measure": measure.kind,
+            "seconds": round(seconds, 3),
+            "values": values,
+        }
+        write_json(file, summary)
+
+
+class _Steps:
+    """A trainer's reporter that only counts."""
+
+    def __init__(self, run: Run, events: Events) -> None:
+        self._run, self._events = run, events
+
+    def step(self, done: int, metrics: dict[str, float]) -> None:
+        self._events.training(self._run, done)
+
+    def validation(self, step: int, result: Likelihood) -> None:
+        """Not asked for."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """Not asked for."""
+
+    def note(self, message: str) -> None:
+        """Not shown: a sweep has one line."""

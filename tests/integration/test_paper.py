@@ -1,0 +1,190 @@
+"""The paper's tables: what they hold, and that a stopped sweep goes on where it was."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bd3lm.cli import paper
+from bd3lm.config import TrainConfig
+from bd3lm.errors import ConfigError
+from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables
+from bd3lm.experiments.corpora import Texts
+from bd3lm.experiments.formulas import FORMULAS
+from bd3lm.experiments.make import chosen
+from bd3lm.experiments.render import difference, figure
+from bd3lm.experiments.runner import Sweep
+from bd3lm.experiments.scale import scale_named
+from bd3lm.experiments.spec import record_key
+from bd3lm.experiments.tables import Recipes
+
+TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
+
+
+class Silent:
+    """Counts what was made; may raise after a number of measurements."""
+
+    def __init__(self, stop_after=None):
+        self.steps, self.measured_runs, self.stop_after = 0, [], stop_after
+
+    def planned(self, steps, measurements):
+        self.plan = (steps, measurements)
+
+    def training(self, run, done):
+        self.steps += 1
+
+    def measured(self, run, measure, seconds):
+        self.measured_runs.append((run, measure.kind))
+        if self.stop_after is not None and len(self.measured_runs) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def roles(corpus):
+    return Corpora({"lm1b": str(corpus), "owt": str(corpus)})
+
+
+def make(names, out, roles, events):
+    return make_tables(
+        names, "smoke", out, roles, tokenizer="default", seeds=None, evaluator=None, events=events
+    )
+
+
+def test_a_stopped_sweep_loses_at_most_the_running_cell(tmp_path, roles):
+    stopped, rest, whole, again = Silent(stop_after=3), Silent(), Silent(), Silent()
+    with pytest.raises(KeyboardInterrupt):
+        make(["table1"], tmp_path / "a", roles, stopped)
+    assert len(list((tmp_path / "a" / "cells").glob("*.json"))) == 3
+    make(["table1"], tmp_path / "a", roles, rest)
+    make(["table1"], tmp_path / "b", roles, whole)
+    assert whole.plan == (12, 6)  # three models, two seeds, two steps
+    assert stopped.steps + rest.steps == whole.steps == 12
+    assert len(stopped.measured_runs) + len(rest.measured_runs) == 6
+    tables = [json.loads((tmp_path / x / "tables" / "table1.json").read_text()) for x in ("a", "b")]
+    assert tables[0] == tables[1]
+    make(["table1", "figure1"], tmp_path / "a", roles, again)
+    assert again.steps == 0  # the figure's runs are the table's
+    for name in ("table1.md", "table1.png", "figure1.png"):
+        assert (tmp_path / "a" / "tables" / name).stat().st_size > 0
+    text = (tmp_path / "a" / "tables" / "table1.md").read_text()
+    assert "| PPL, paper |" in text
+    assert "2231" in text
+
+
+def test_tables_with_every_kind_of_cell(tmp_path, roles, capsys):
+    args = ["--scale", "smoke", "--out", str(tmp_path), "--seeds", "1"]
+    for role, path in roles.paths.items():
+        args += ["--corpus", role, path]
+    paper.main(["table6", "table7", "table9", *args])
+    assert "Made 3 tables" in capsys.readouterr().out
+    table = json.loads((tmp_path / "tables" / "table7.json").read_text())
+    assert len(table["rows"]) == 6
+    for row in table["rows"]:
+        assert row["cells"]["Gen. PPL"]["mean"] is None  # no evaluator was named
+        assert row["cells"]["NFEs"]["mean"] <= row["cells"]["forwards"]["mean"]
+        assert row["cells"]["entropy"]["mean"] > 0
+
+
+def test_every_table_is_well_formed_at_every_scale():
+    for scale in ("smoke", "cpu", "full"):
+        recipes = Recipes(scale_named(scale))
+        for name, build in TABLES.items():
+            table = build(recipes)
+            assert table.name == name
+            labels = [row.label for row in table.rows]
+            assert len(set(labels)) == len(labels)
+            for row in table.rows:
+                assert set(row.cells) <= set(table.columns)
+                assert row.base is None or row.base in labels
+                assert all(len(label) == len(table.labels) for label in labels)
+    steps = {run.total_steps for run, _ in TABLES["table4"](Recipes(scale_named("full"))).cells()}
+    assert steps == {6000}
+
+
+def test_full_is_the_papers_protocol():
+    run = next(iter(TABLES["table3"](Recipes(scale_named("full"))).cells()))[0].config
+    assert (run.batch_size, run.seq_len, run.optim.lr, run.optim.warmup_steps) == (
+        512,
+        128,
+        3e-4,
+        2500,
+    )
+    tuned = TABLES["table2"](Recipes(scale_named("full"))).rows[2].cells["PPL"].run
+    assert (tuned.config.noise.clip, tuned.config.noise.resample) == ((0.3, 0.8), True)
+    assert tuned.init.config.block == 128
+    assert (tuned.init.config.steps, tuned.config.steps) == (400, 100)
+
+
+def test_names_of_runs_follow_what_made_them():
+    run = Run(TrainConfig(steps=5), "lm1b")
+    key = run.key(TEXTS)
+    same = dataclasses.replace(run.config, device="cpu", data="elsewhere", log_every=1)
+    assert Run(same, "lm1b").key(TEXTS) == key
+    assert run.seeded(1) == run
+    for other in (
+        run.seeded(2),
+        Run(dataclasses.replace(run.config, steps=6), "lm1b"),
+        Run(run.config, "owt"),
+        Run(run.config, "lm1b", init=run),
+    ):
+        assert other.key(TEXTS) != key
+    child = Run(run.config, "lm1b", init=run)
+    assert child.seeded(3).init.config.seed == 3
+    assert child.key(TEXTS | {"owt": "z"}) == child.key(TEXTS)
+    assert child.key(TEXTS | {"lm1b": "z"}) != child.key(TEXTS)
+
+
+def test_differences_are_paired_by_row_and_seed(tmp_path, roles):
+    """Two rows of known nats: the mean by hand, and an error of the differences alone."""
+    table = TABLES["table1"](Recipes(scale_named("smoke")))
+    sweep = Sweep(tmp_path, Texts(roles, "default", tmp_path / "data"))
+    fingerprints = sweep.texts.fingerprints
+    rng = np.random.default_rng(0)
+    shared = rng.normal(50, 10, 4)
+    (tmp_path / "cells").mkdir()
+    for index, row in enumerate(table.rows[:2]):
+        for seed in table.seeds:
+            cell = row.cells["PPL"]
+            run = cell.run.seeded(seed)
+            nats = shared + index * np.array([1.0, 2.0, 3.0, 4.0]) + index * 0.1 * seed
+            values = {"ppl": 7.0 + index, "row_nats": nats.tolist(), "row_tokens": [10] * 4}
+            file = tmp_path / "cells" / f"{record_key(run, cell.measure, fingerprints)}.json"
+            file.write_text(json.dumps({"values": values}))
+    row: Row = table.rows[0]
+    found = difference(sweep, table, row)
+    wanted = -np.array([[1, 2, 3, 4.0]]) - 0.1 * np.array([[1.0], [2.0]])
+    wanted = 4 * wanted / 40
+    assert found.mean == pytest.approx(wanted.mean())
+    by_row = wanted.mean(0).var(ddof=1) / 4
+    by_seed = wanted.mean(1).var(ddof=1) / 2
+    assert found.error == pytest.approx(math.sqrt(by_row + by_seed))
+    assert difference(sweep, table, table.rows[1]) is None  # it is the base
+    assert difference(sweep, table, table.rows[2]) is None  # not measured
+    shown = figure(sweep, table, row.cells["PPL"])
+    assert (shown.mean, shown.seeds, shown.error, shown.paper) == (7.0, 2, 0.0, 1893)
+
+
+def test_formulas_say_what_they_check():
+    nine = FORMULAS["table9"]().markdown
+    assert nine.count("within ") == 7
+    for line in nine.splitlines():
+        if "within" in line:
+            assert float(line.split("within ")[1].split(" ")[0]) < 1e-3
+    two = FORMULAS["figure2"]().markdown
+    assert "holds" in two
+    assert "fails" in two
+    lines = FORMULAS["table12"]().lines
+    np.testing.assert_allclose(lines["sigmoid"], lines["simple"], rtol=1e-12)
+
+
+def test_names_that_do_not_exist(tmp_path, capsys):
+    assert chosen(["all"]) == [*TABLES, *FORMULAS]
+    with pytest.raises(ConfigError, match="table = table99: one of table1, "):
+        chosen(["table99"])
+    for wrong in (["--scale", "huge"], ["--corpus", "moon", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            paper.main(["table1", "--out", str(tmp_path / "o"), *wrong])
+        assert stop.value.code == 2
+    assert not (tmp_path / "o").exists()
