@@ -24,7 +24,7 @@ ScheduleName = Literal[
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
 
-DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "ag_news", "scientific_papers"]
+DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_papers"]
 
 MAX_EXACT_BLOCK = 4
 """Largest S whose 2^S - 1 masks are all run by the exact estimator."""
@@ -320,7 +320,8 @@ class TrainConfig:
     """One training run."""
 
     data: str | None = None
-    """Training data: a prepared directory, or a text file (txt, jsonl, parquet; gz, xz, zst).
+    """Training data: a prepared directory, a text file (txt, jsonl, parquet; gz, xz, zst), or a
+    data set of the Hugging Face hub: hub:openwebtext, hub:lm1b, hub:PATH[:CONFIG]@SPLIT.
     None: the English text shipped with the package."""
     valid: str | None = None
     """Validation data, likewise. None: `valid/` inside `data`, or a share of its documents."""

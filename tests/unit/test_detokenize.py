@@ -57,7 +57,6 @@ def ptb(x):
 
 RULES = {
     "lm1b": lm1b,
-    "ag_news": lm1b,
     "wikitext": wikitext,
     "ptb": ptb,
     "lambada": lambda x: "\n" + x.replace("“", '"').replace("”", '"').strip(),

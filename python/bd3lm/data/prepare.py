@@ -44,7 +44,7 @@ def prepare(
         where: ``(field, value)``: only records whose field has that value.
         lines: txt: a document a line, instead of one a file.
         detokenizer: rules that put a tokenized benchmark text back as it was written: lm1b,
-            wikitext, ptb, lambada, ag_news or scientific_papers. Bytes are counted after them.
+            wikitext, ptb, lambada or scientific_papers. Bytes are counted after them.
         eos: end every document with EOS; without it they run into each other, as the paper's
             zero-shot texts do.
         valid_fraction: hold out that share of the documents, by a fixed hash of their number:
@@ -107,7 +107,7 @@ def detokenize(name: str, text: str) -> str:
     """A tokenized benchmark text as it was written, by the rules that the paper's code applies.
 
     Args:
-        name: lm1b, wikitext, ptb, lambada, ag_news or scientific_papers.
+        name: lm1b, wikitext, ptb, lambada or scientific_papers.
         text: one document.
 
     Raises:

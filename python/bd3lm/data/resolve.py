@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from bd3lm.data.hub import PREFIX, named, prepare_split
 from bd3lm.data.prepare import prepare
 from bd3lm.data.store import Dataset
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
@@ -46,6 +47,8 @@ def open_splits(
     """
     if data is None:
         return _default(tokenizer, work, note)
+    if data.startswith(PREFIX):
+        return _from_hub(data.removeprefix(PREFIX), valid, tokenizer, work, note)
     train = Path(data)
     if not train.exists():
         raise MissingFileError(f"{train}: no such file or directory")
@@ -67,6 +70,25 @@ def open_splits(
     return Splits(Dataset(work / "train"), Dataset(work / "valid"))
 
 
+def _from_hub(
+    name: str, valid: str | None, tokenizer: str, work: Path, note: Callable[[str], None]
+) -> Splits:
+    """A data set of the hub; its own validation split, or the one that is named."""
+    source = named(name)
+    if source.train is None:
+        raise ConfigError("data", PREFIX + name, "a data set with a training split")
+    held_out = source if valid is None else named(valid.removeprefix(PREFIX))
+    split = source.valid if valid is None else held_out.valid or held_out.train
+    if split is None:
+        raise ConfigError("valid", valid, "hub:PATH[:CONFIG]@SPLIT, for it has none of its own")
+    loaded = load_tokenizer(tokenizer)
+    for target, kind, part in (("train", source, source.train), ("valid", held_out, split)):
+        if not (work / target).is_dir():
+            note(f"preparing {PREFIX}{kind.path}, split {part}")
+            prepare_split(kind, part, loaded, work / target)
+    return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+
+
 def open_data(
     path: Path,
     tokenizer: str | Tokenizer,
@@ -85,6 +107,15 @@ def open_data(
         MissingFileError: the path does not exist.
         NotADatasetError: a directory that is not a prepared data set.
     """
+    if str(path).startswith(PREFIX):
+        source = named(str(path).removeprefix(PREFIX))
+        split = source.valid or source.train
+        assert split is not None, "every data set has one"
+        if not work.is_dir():
+            note(f"preparing {path}, split {split}")
+            loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+            prepare_split(source, split, loaded, work)
+        return Dataset(work)
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or directory")
     if path.is_dir():

@@ -19,19 +19,16 @@ pub enum Detokenizer {
     Ptb,
     /// Lambada.
     Lambada,
-    /// AG News, which is published as One Billion Words is.
-    AgNews,
     /// Scientific papers: Wikitext's rules, then One Billion Words'.
     ScientificPapers,
 }
 
 /// Names and values.
-const ALL: [(&str, Detokenizer); 6] = [
+const ALL: [(&str, Detokenizer); 5] = [
     ("lm1b", Detokenizer::Lm1b),
     ("wikitext", Detokenizer::Wikitext),
     ("ptb", Detokenizer::Ptb),
     ("lambada", Detokenizer::Lambada),
-    ("ag_news", Detokenizer::AgNews),
     ("scientific_papers", Detokenizer::ScientificPapers),
 ];
 
@@ -58,7 +55,7 @@ impl Detokenizer {
     pub fn apply(self, text: &str) -> String {
         let mut text = Text(Cow::Borrowed(text));
         match self {
-            Detokenizer::Lm1b | Detokenizer::AgNews => text.lm1b(),
+            Detokenizer::Lm1b => text.lm1b(),
             Detokenizer::Wikitext => text.wikitext(),
             Detokenizer::Ptb => text.ptb(),
             Detokenizer::Lambada => {
@@ -179,7 +176,7 @@ mod tests {
             assert_eq!(Detokenizer::named(name).unwrap(), value);
         }
         let message = Detokenizer::named("moses").unwrap_err().to_string();
-        assert!(message.contains("one of lm1b, wikitext, ptb, lambada, ag_news"));
+        assert!(message.contains("one of lm1b, wikitext, ptb, lambada, scientific_papers"));
     }
 
     #[test]
@@ -197,7 +194,7 @@ mod tests {
             ),
             (Detokenizer::Ptb, "it 's N N N $ N <unk>", "it's 1 1 1 $1 ?"),
             (Detokenizer::Lambada, " “ so ” ", "\n\" so \""),
-            (Detokenizer::AgNews, "Up $ 3 , or not ?", "Up $3, or not?"),
+            (Detokenizer::Lm1b, "Up $ 3 , or not ?", "Up $3, or not?"),
         ];
         for (which, text, wanted) in cases {
             assert_eq!(which.apply(text), wanted, "{which:?}");
