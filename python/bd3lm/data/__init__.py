@@ -9,6 +9,7 @@ from bd3lm.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from bd3lm.data.noise import NoiseSpec, Schedule, Weighting, draw_noise
+    from bd3lm.data.prefetch import Prefetcher
     from bd3lm.data.rows import Batch, Loader, Rows
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Loader",
     "Manifest",
     "NoiseSpec",
+    "Prefetcher",
     "Rows",
     "Schedule",
     "Tokenizer",
@@ -34,6 +36,7 @@ __all__ = [
 _WITH_TENSORS = {
     "Batch": "rows",
     "Loader": "rows",
+    "Prefetcher": "prefetch",
     "Rows": "rows",
     "NoiseSpec": "noise",
     "Schedule": "noise",

@@ -53,17 +53,11 @@ class Batch:
     doc_ids: Tensor | None
     num_noisable: int
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """The same batch on another device; pinned first where copies may overlap."""
-        if device.type == "cpu":
-            return self
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device; from pinned memory, without waiting for the copy."""
 
         def move(value: object) -> object:
-            if not isinstance(value, Tensor):
-                return value
-            return (value.pin_memory() if non_blocking else value).to(
-                device, non_blocking=non_blocking
-            )
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
@@ -148,10 +142,11 @@ class Loader:
         rows: what to draw from.
         batch_size: rows of the global batch.
         seed: of order and noise.
+        pinned: put batches into page-locked memory, from which a GPU copies while it computes.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+    def __init__(self, rows: Rows, batch_size: int, seed: int, *, pinned: bool = False) -> None:
+        self.rows, self.batch_size, self.seed, self.pinned = rows, batch_size, seed, pinned
 
     def batch(self, step: int, spec: NoiseSpec, *, part: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step, or an equal part of it.
@@ -174,11 +169,14 @@ class Loader:
         order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
         blocks = (size, self.rows.seq_len // self.rows.block_size)
-        x0, xt, masked = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+        pin = self.pinned
+        x0, xt, masked = (torch.empty(shape, dtype=torch.int64, pin_memory=pin) for _ in range(3))
+        doc_ids = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+        masked_weight = torch.empty(shape, pin_memory=pin)
+        mask_prob = torch.empty(blocks, pin_memory=pin)
+        # These two stay here.
         noisable, mask = (torch.empty(shape, dtype=torch.bool) for _ in range(2))
-        doc_ids = torch.empty(shape, dtype=torch.int32)
-        masked_weight = torch.empty(shape)
-        mask_prob, weight = torch.empty(blocks), torch.empty(blocks)
+        weight = torch.empty(blocks)
         num_noisable, count, padded = self.rows.core.gather_noised(
             spec._core,
             self.seed,

@@ -36,7 +36,9 @@ class Rotary:
     """
 
     def __init__(self, head_width: int, theta: float) -> None:
-        self.frequencies = 1.0 / theta ** (torch.arange(0, head_width, 2).double() / head_width)
+        # On the CPU even where the model is being made on another device, or on meta.
+        even = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu")
+        self.frequencies = 1.0 / theta ** (even / head_width)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode(False)  # kept for later calls, which may want gradients
@@ -49,7 +51,8 @@ class Rotary:
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
             size = max(128, 1 << (length - 1).bit_length())
-            angle = torch.arange(size).double()[:, None] * self.frequencies
+            position = torch.arange(size, dtype=torch.float64, device="cpu")
+            angle = position[:, None] * self.frequencies
             cos, sin = angle.cos().float(), angle.sin().float()
             known = (torch.cat([cos, cos], 1).to(device), torch.cat([-sin, sin], 1).to(device))
             self._tables[device] = known

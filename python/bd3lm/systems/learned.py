@@ -47,8 +47,8 @@ class CountLaw:
             count = torch.zeros_like(total).index_add_(0, block, torch.ones_like(nats.float()))
             square = (total / count.clamp(min=1)) ** 2
             if self._sums is None:
-                self._sums = torch.zeros(2, self.block_size + 1)
-            self._sums = self._sums.to(nats.device)
+                self._sums = torch.zeros(2, self.block_size + 1, device=nats.device)
+            self._sums = self._sums.to(nats.device)  # after a resume
             self._sums[0].index_add_(0, count.long(), square)
             self._sums[1].index_add_(0, count.long(), torch.ones_like(square))
 

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
 from bd3lm.config import ModelConfig, TrainConfig
-from bd3lm.data import Dataset, Loader, Rows
+from bd3lm.data import Dataset, Loader, Prefetcher, Rows
 from bd3lm.errors import Bd3lmError, CheckpointError
 from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, search_clip
 from bd3lm.files import write_text
@@ -81,7 +81,10 @@ class Trainer:
             plan=cfg.packing,
             row_eos=cfg.row_eos,
         )
-        self.loader = Loader(self.rows, cfg.batch_size, cfg.seed)
+        pinned = self.device.type == "cuda"
+        self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
+        self.parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
+        self.batches = Prefetcher(self.loader, cfg.steps, self.parts)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         self.model = model.to(self.device)
@@ -90,7 +93,9 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
-        self._window = [0.0, 0.0]  # Σ loss and steps since the last logged line
+        # Since the last logged line; the sum stays on the device until a line is due.
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_steps = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -110,16 +115,23 @@ class Trainer:
             DivergedError: the loss became infinite or NaN.
         """
         cfg = self.cfg
-        with _ctrl_c() as pressed:
+        with _ctrl_c() as pressed, closing(self.batches):
             while self.steps_done < cfg.steps:
                 started = time.perf_counter()
                 loss, norm = self.step()
-                self.seconds += time.perf_counter() - started
-                self._log(loss, norm)
+                self._loss_sum += loss
+                self._loss_steps += 1
+                # Before every checkpoint too: what is saved was seen to be finite.
                 done = self.steps_done
+                saves = done % cfg.checkpoint_every == 0 or done == cfg.steps
+                seen = self._look(norm) if saves or done % cfg.log_every == 0 else None
+                self.seconds += time.perf_counter() - started
+                if seen is not None:
+                    self._log(*seen)
+                self.reporter.step(done, self.last)
                 if cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps:
                     self.validate(quick=True)
-                if pressed or done % cfg.checkpoint_every == 0 or done == cfg.steps:
+                if pressed or saves:
                     self.save()
                 if pressed:
                     raise InterruptedRunError(
@@ -128,18 +140,20 @@ class Trainer:
                     )
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns the loss (nats a noisable token) and the gradient norm."""
+        """One optimizer step; the host runs ahead of the device and never waits for it.
+
+        Returns:
+            The loss (nats a noisable token) and the norm of its gradient, on the device.
+        """
         cfg, step = self.cfg, self.steps_done
         self.model.train()
         if cfg.model.dropout:
             torch.manual_seed((cfg.seed << 32) + step)  # a function of the step: resume is exact
-        parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
-        noise = self.system.noise(step)
-        batches = [self.loader.batch(step, noise, part=(i, parts)) for i in range(parts)]
+        batches = self.batches.get(step, self.system.noise(step))
         noisable = sum(batch.num_noisable for batch in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            batch = batch.to(self.device, non_blocking=True)
+            batch = batch.to(self.device)
             with autocast(cfg, self.device):
                 loss = self.system.loss(self.model, batch) / noisable
             loss.backward()
@@ -202,30 +216,28 @@ class Trainer:
 
     # --- logging ----------------------------------------------------------------------------
 
-    def _log(self, loss: Tensor, norm: Tensor) -> None:
+    def _look(self, norm: Tensor) -> tuple[float, float]:
+        """Mean loss since the last look, and the gradient's norm: one wait for the device."""
+        total, last_norm = torch.stack([self._loss_sum, norm.double()]).tolist()
+        mean = total / self._loss_steps
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        return mean, last_norm
+
+    def _log(self, mean: float, norm: float) -> None:
+        if not math.isfinite(mean):
+            raise DivergedError(
+                f"the loss is {mean} at step {self.steps_done}; lower optim.lr or "
+                f"optim.matrix-lr. The last checkpoint is {self.checkpoint}"
+            )
         cfg = self.cfg
-        self._window[0] += loss.item() if self.device.type == "cpu" else 0.0
-        self._window[1] += 1
-        done = self.steps_done
-        # Before every checkpoint too: what is saved was seen to be finite.
-        if done % cfg.log_every == 0 or done % cfg.checkpoint_every == 0 or done == cfg.steps:
-            mean = loss.item()  # the one synchronisation with the device
-            if self.device.type == "cpu":
-                mean = self._window[0] / self._window[1]
-            self._window = [0.0, 0.0]
-            if not math.isfinite(mean):
-                raise DivergedError(
-                    f"the loss is {mean} at step {self.steps_done}; lower optim.lr or "
-                    f"optim.matrix-lr. The last checkpoint is {self.checkpoint}"
-                )
-            self.last = {
-                "loss": mean,
-                "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
-                "grad_norm": norm.item(),
-                "tokens_per_second": self.tokens_done / self.seconds,
-            }
-            self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
-        self.reporter.step(self.steps_done, self.last)
+        self.last = {
+            "loss": mean,
+            "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
+            "grad_norm": norm,
+            "tokens_per_second": self.tokens_done / self.seconds,
+        }
+        self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -240,7 +252,7 @@ class Trainer:
         state: dict[str, Any] = {
             "seconds": self.seconds,
             "ema_updates": self.ema.updates,
-            "window": self._window,
+            "window": [self._loss_sum.item(), self._loss_steps],
             "last": self.last,
             "system": self.system.state(),
         }
@@ -291,7 +303,8 @@ class Trainer:
         self.steps_done = int(meta["step"])
         self.seconds = state["seconds"]
         self.ema.updates = state["ema_updates"]
-        self._window = state["window"]
+        self._loss_sum.fill_(state["window"][0])
+        self._loss_steps = state["window"][1]
         self.last = state["last"]
         self.system.load_state(state["system"])
         self._forget_metrics_after(self.steps_done)

@@ -1,0 +1,71 @@
+"""Batches made by a thread while the model computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from bd3lm.data.noise import NoiseSpec
+from bd3lm.data.rows import Batch, Loader
+
+AHEAD = 2
+"""Steps that are made before they are asked for: one to use, one to be late with."""
+
+
+class _Made(NamedTuple):
+    step: int
+    spec: NoiseSpec
+    batches: Future[list[Batch]]
+
+
+class Prefetcher:
+    """The batches of each step, those of the next ones already being made.
+
+    A batch is a function of (seed, step, noise), so what is made ahead is what would have been
+    made later, bit for bit. One made with noise that was replaced meanwhile is thrown away. The
+    work is done in Rust without the interpreter's lock, by one thread that starts with the first
+    batch and ends with :meth:`close`.
+
+    Args:
+        loader: makes the batches.
+        steps: of the run; nothing is made for later ones unless it is asked for.
+        parts: micro-batches of a step.
+    """
+
+    def __init__(self, loader: Loader, steps: int, parts: int = 1) -> None:
+        self._loader, self._steps, self._parts = loader, steps, parts
+        self._made: deque[_Made] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def get(self, step: int, spec: NoiseSpec) -> list[Batch]:
+        """The parts of one step's batch; then the next steps are begun with the same noise.
+
+        Raises:
+            ConfigError: noise that these rows do not allow.
+        """
+        while self._made and (self._made[0].step != step or self._made[0].spec is not spec):
+            self._made.popleft().batches.cancel()
+        if not self._made:
+            self._begin(step, spec)
+        wanted = self._made.popleft()
+        after = self._made[-1].step if self._made else step
+        for later in range(after + 1, min(step + AHEAD, self._steps - 1) + 1):
+            self._begin(later, spec)
+        return wanted.batches.result()
+
+    def close(self) -> None:
+        """Forget what was made ahead and end the thread, waiting for the batch it is at."""
+        self._made.clear()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+    def _begin(self, step: int, spec: NoiseSpec) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="bd3lm-prefetch")
+        self._made.append(_Made(step, spec, self._thread.submit(self._make, step, spec)))
+
+    def _make(self, step: int, spec: NoiseSpec) -> list[Batch]:
+        parts = self._parts
+        return [self._loader.batch(step, spec, part=(i, parts)) for i in range(parts)]
