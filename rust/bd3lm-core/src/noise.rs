@@ -104,7 +104,7 @@ impl NoiseSpec {
         schedule: Schedule,
         mut estimator: Estimator,
         mut clip: Option<(f64, f64)>,
-        resample: bool,
+        mut resample: bool,
         weighting: Weighting,
         gamma: Option<Arc<[f32]>>,
     ) -> Result<Self> {
@@ -118,7 +118,14 @@ impl NoiseSpec {
                 ));
             }
             if a == 1.0 {
-                (estimator, clip) = (Estimator::Full, None);
+                // Every share is 1, which is what resampling would ask for.
+                (estimator, clip, resample) = (Estimator::Full, None, false);
+            } else if estimator == Estimator::Full {
+                return Err(Error::config(
+                    "clip",
+                    shown,
+                    "the full estimator masks everything; a clip goes with bernoulli or count",
+                ));
             } else {
                 let a = a.max(MIN_LEVEL);
                 if a >= b {
@@ -220,12 +227,12 @@ impl NoiseSpec {
         }
         if self.resample {
             let (lo, hi) = self.count_bounds(block_size);
-            if lo > hi {
+            if lo > hi || hi == 0 {
                 let (a, b) = self.clip.unwrap_or((0.0, 1.0));
                 return Err(Error::config(
                     "clip",
                     format!("[{a}, {b}]"),
-                    format!("holds no k/{block_size}, so resample can never be met"),
+                    format!("holds no k/{block_size} of k >= 1, so resample leaves no loss"),
                 ));
             }
         }

@@ -239,6 +239,40 @@ fn a_clip_that_holds_no_count_is_refused() {
         "{message}"
     );
     s.check(16, 8).unwrap(); // 3/8 fits
+
+    // Only k = 0 fits at S = 1: nothing would ever be masked.
+    let bernoulli = Estimator::Bernoulli { strata: true };
+    let low = Some((0.0, 0.5));
+    let s = NoiseSpec::new(
+        Schedule::LogLinear,
+        bernoulli.clone(),
+        low,
+        true,
+        Weighting::Nelbo,
+        None,
+    )
+    .unwrap();
+    assert!(
+        s.check(16, 1)
+            .unwrap_err()
+            .to_string()
+            .contains("of k >= 1")
+    );
+    s.check(16, 2).unwrap();
+
+    // At [1, 1] every share is 1, so there is nothing left to resample.
+    let ones = Some((1.0, 1.0));
+    let s = NoiseSpec::new(
+        Schedule::LogLinear,
+        bernoulli,
+        ones,
+        true,
+        Weighting::Nelbo,
+        None,
+    )
+    .unwrap();
+    s.check(16, 1).unwrap();
+    assert_eq!(*s.estimator(), Estimator::Full);
 }
 
 #[test]
@@ -274,6 +308,7 @@ fn wrong_combinations_are_refused() {
     assert!(make(count.clone(), Some((0.3, 0.8)), true, None).is_err());
     assert!(make(count.clone(), Some((0.8, 0.3)), false, None).is_err());
     assert!(make(count, Some((0.0, 1e-3)), false, None).is_err());
+    assert!(make(Estimator::Full, Some((0.3, 0.8)), false, None).is_err());
     let paper = Schedule::bimodal((0.3, 0.2), (0.8, 0.2), 0.6, true).unwrap();
     let clip = Some((0.1, 0.9));
     let made = NoiseSpec::new(
@@ -333,6 +368,36 @@ fn count_weights_carry_the_mean_of_the_weighting() {
     )
     .unwrap();
     assert!((s.count_factor(3, 4) - 0.6).abs() < 1e-12);
+}
+
+/// With `simple` the total weight of a level is 1, so the factor of a count is k times the mean
+/// over t of the binomial law: for every schedule, the cosine's mass below ε included.
+#[test]
+fn count_weights_of_simple_are_means_over_t() {
+    for schedule in all() {
+        let estimator = Estimator::Count {
+            probs: None,
+            stratum: None,
+        };
+        let s = NoiseSpec::new(schedule, estimator, None, false, Weighting::Simple, None).unwrap();
+        for (k, n) in [(1usize, 1usize), (1, 4), (3, 4), (4, 4)] {
+            let nodes = 100_000;
+            let mean: f64 = (0..nodes)
+                .map(|i| {
+                    let p = schedule.mask_prob((f64::from(i) + 0.5) / f64::from(nodes));
+                    let (k, misses) = (k as i32, (n - k) as i32);
+                    CHOOSE[n][k as usize] * p.powi(k) * (1.0 - p).powi(misses)
+                })
+                .sum::<f64>()
+                / f64::from(nodes);
+            let (got, want) = (s.count_factor(k, n), k as f64 * mean);
+            assert!(
+                (got / want - 1.0).abs() < 1e-4,
+                "{} {k}/{n}: {got} {want}",
+                schedule.name()
+            );
+        }
+    }
 }
 
 /// Rarer tokens are masked more often, and the block's mean stays p.

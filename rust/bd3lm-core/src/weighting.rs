@@ -37,6 +37,8 @@ impl Weighting {
             Weighting::Iddpm => 1.0 / (0.5 * lambda).cosh(),
             Weighting::Sigmoid { k } => 1.0 / (1.0 + (lambda - k).exp()),
             Weighting::FlowMatching => (-0.5 * lambda).exp(),
+            // Levels below p(0) never occur: dt/dp is 0 there.
+            Weighting::Simple if p < schedule.mask_prob(0.0) => 0.0,
             Weighting::Simple => 1.0 / schedule.loss_weight(t),
         }
     }
@@ -66,6 +68,15 @@ mod tests {
             }
             close(Weighting::Simple, p);
         }
+    }
+
+    /// Under cosine no level lies below ε, and the mean over counts stays finite.
+    #[test]
+    fn simple_is_nothing_where_a_schedule_has_no_levels() {
+        let cosine = Schedule::cosine(1e-3).unwrap();
+        assert_eq!(Weighting::Simple.at(&cosine, 0.0, 0.9e-3), 0.0);
+        let got = Weighting::Simple.at(&cosine, 0.5, cosine.mask_prob(0.5));
+        assert!((got * cosine.loss_weight(0.5) - 1.0).abs() < 1e-12);
     }
 
     /// Under loglinear, sigmoid(0) and simple are the same function.
