@@ -132,7 +132,7 @@ class NoiseConfig:
     clip: tuple[float, float] | None = None
     """Restrict t to U[a, b]: a training objective, never a likelihood."""
     resample: bool = False
-    """With a clip: also force each block's masked fraction into [a, b]."""
+    """bernoulli with a clip: also force each block's masked fraction into [a, b]."""
     mu: float = 0.5
     """gaussian, bimodal_gaussian: mean of the (first) component."""
     sigma: float = 0.2
@@ -147,7 +147,8 @@ class NoiseConfig:
     """bimodal_gaussian: the paper's Eq. 5-7 literally, which count the bound twice; training with
     bernoulli and no clip only."""
     clip_search: bool = False
-    """At every validation, go on with the clip of least loss variance (MATH §6)."""
+    """At every validation, go on with the clip under which this estimator's NELBO varies least
+    between blocks (MATH §6)."""
     fit_counts: bool = False
     """count: learn q(k) from the training losses, for least variance (MATH §6)."""
     frequency_gap: float = 0.0
@@ -159,6 +160,19 @@ class NoiseConfig:
     """Shift k of the sigmoid weighting."""
 
     def __post_init__(self) -> None:
+        check(
+            self.estimator != "full"
+            or (self.clip is None and not self.clip_search and self.weighting == "nelbo"),
+            "noise.estimator",
+            "full",
+            "masks everything with weight 1; clips and weightings go with bernoulli or count",
+        )
+        check(
+            not self.resample or self.estimator == "bernoulli",
+            "noise.resample",
+            self.resample,
+            "goes with noise.estimator = bernoulli",
+        )
         gap = self.frequency_gap
         check(0 <= gap < 1, "noise.frequency-gap", gap, "in [0, 1)")
         check(
@@ -178,6 +192,12 @@ class NoiseConfig:
             "noise.paper-weights",
             self.paper_weights,
             "goes with noise.schedule = bimodal_gaussian",
+        )
+        check(
+            not self.paper_weights or not self.clip_search,
+            "noise.clip-search",
+            self.clip_search,
+            "goes without noise.paper-weights, whose p(t) has no inverse",
         )
         check(
             not self.clip_search or gap == 0,

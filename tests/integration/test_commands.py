@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bd3lm.cli import evaluate, judge, prepare, sample, train
@@ -65,6 +66,38 @@ def test_eval_reads_text_too(run, capsys, tmp_path):
     assert record["bpb"] == pytest.approx(
         record["nelbo"] * record["tokens"] / 0.6931471805599453 / len(story(3, 60)), rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "--schedule loglinear --estimator bernoulli --clip 0.3 0.8 --resample",
+        "--schedule square --weighting simple",
+        "--schedule square_root --clip 0.45 0.95 --weighting edm",
+        "--schedule logarithmic --estimator bernoulli --frequency-gap 0.5 --weighting sigmoid",
+        "--schedule cosine --weighting flow_matching --fit-counts",
+    ],
+)
+def test_kinds_of_noise_train_and_score(corpus, tmp_path, capsys, noise):
+    out = tmp_path / "run"
+    words = [f"--noise.{w[2:]}" if w.startswith("--") else w for w in noise.split()]
+    options = [o if o != "0" else "1" for o in TINY]  # a validation, and so a search, every step
+    train.main(["demo", "--data", str(corpus), "--out", str(out), *options, *words])
+    losses = [json.loads(line).get("loss", 0.0) for line in (out / "metrics.jsonl").open()]
+    assert np.isfinite(losses).all()
+    assert max(losses) > 0
+    valid = ["--data", str(corpus / "valid"), "--json"]
+    capsys.readouterr()
+    if "frequency-gap" in noise:
+        assert "a run that masks by frequency has no Var. NELBO" in refused(
+            capsys, evaluate.main, out / "checkpoint", "--variance", *valid
+        )
+        return
+    evaluate.main([str(out / "checkpoint"), "--variance", *valid])
+    record = json.loads(capsys.readouterr().out)
+    assert record["variance"] > 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert record["nelbo"] == pytest.approx(summary["val_nelbo"], rel=5e-3)
 
 
 def test_sample_is_reproducible_and_starts_with_the_prompt(run, capsys):

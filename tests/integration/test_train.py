@@ -108,6 +108,49 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"clip_search": True},
+        {"clip_search": True, "estimator": "bernoulli", "resample": True},
+        {"fit_counts": True},
+        {"fit_counts": True, "clip_search": True},
+        {"frequency_gap": 0.5, "estimator": "bernoulli"},
+    ],
+)
+def test_what_was_learned_of_the_noise_resumes_bitwise(config, tmp_path, monkeypatch, noise):
+    """A law and a clip that are new at step 2, and a stop at step 3."""
+    monkeypatch.setattr("bd3lm.systems.learned.EVERY", 2)
+    config = dataclasses.replace(
+        config,
+        noise=dataclasses.replace(config.noise, **noise),
+        eval=dataclasses.replace(config.eval, every=2, rows=4, repeats=2),
+    )
+    run_training(config, tmp_path / "whole", Silent())
+    _stopped(config, tmp_path / "parts", after=3)
+    learned = load_checkpoint(tmp_path / "parts" / "checkpoint").learned
+    searched = [tuple(line["clip"]) for line in metrics(tmp_path / "parts") if "clip" in line]
+    if "clip_search" in noise:
+        assert [tuple(learned["clip"])] == searched
+    if "fit_counts" in noise:
+        assert sum(learned["law"]["probs"]) == pytest.approx(1.0)
+        assert learned["law"]["probs"] != [0.25] * 4
+    run_training(saved_config(tmp_path / "parts"), tmp_path / "parts", Silent(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    clips = [
+        [(line["step"], line["clip"]) for line in metrics(tmp_path / name) if "clip" in line]
+        for name in ("whole", "parts")
+    ]
+    assert clips[0] == clips[1]
+    assert len(clips[0]) == (3 if "clip_search" in noise else 0)
+    if len(noise) == 1 and "frequency_gap" not in noise:  # used from step 3 on
+        plain = dataclasses.replace(config, noise=type(config.noise)(), steps=3)
+        run_training(plain, tmp_path / "plain", Silent())
+        first, second = losses(tmp_path / "whole"), losses(tmp_path / "plain")
+        assert first[:2] == second[:2]
+        assert first[2] != second[2]
+
+
 @pytest.mark.parametrize("packing", ["aligned", "best_fit"])
 @pytest.mark.parametrize("block_size", [1, 32])
 def test_other_packings_and_block_sizes_train(config, tmp_path, packing, block_size):

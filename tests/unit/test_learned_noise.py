@@ -60,9 +60,10 @@ def exact_clipped(model, system, batch, schedule, clip):
     nodes = np.linspace(low, high, 20001)
     p, dp = (nodes[1:] + nodes[:-1]) / 2, np.diff(nodes)
 
-    def weight(k, n):
-        return float((p ** (k - 1) * (1 - p) ** (n - k)) @ dp) / width
-
+    weight = torch.zeros(S + 1, S + 1, dtype=torch.float64)  # [n, k]
+    for n in range(1, S + 1):
+        for k in range(1, n + 1):
+            weight[n, k] = float((p ** (k - 1) * (1 - p) ** (n - k)) @ dp) / width
     score = system.scorer(model, batch.x0, None)
     noisable = batch.noisable.view(batch.x0.shape[0], -1, S)
     n = noisable.sum(-1)
@@ -75,9 +76,7 @@ def exact_clipped(model, system, batch, schedule, clip):
             nats[select] = score(xt, select, draw.mask_prob).double()
         y = nats.view(-1, S).sum(-1)
         k = draw.mask.view(-1, S).sum(-1)
-        for value, size, count in zip(y, k, n.flatten(), strict=True):
-            if size > 0:
-                total += value.item() * weight(int(size), int(count))
+        total += float(y @ weight[n.flatten(), k])
     return total / int(noisable.sum())
 
 
@@ -155,17 +154,29 @@ def trained():
     return model.eval(), data
 
 
-@pytest.mark.parametrize("resample", [False, True])
-@pytest.mark.parametrize("clip", [(1e-3, 1.0), (0.3, 0.8), (0.5, 1.0)])
-def test_the_integral_over_t_is_the_variance_of_drawn_noise(trained, clip, resample):
-    if resample and clip == (1e-3, 1.0):
-        pytest.skip("no bound binds: the same as without")
+@pytest.mark.parametrize(
+    ("clip", "how"),
+    [
+        ((1e-3, 1.0), {}),
+        ((0.3, 0.8), {}),
+        ((0.5, 1.0), {}),
+        ((0.3, 0.8), {"resample": True}),
+        ((0.5, 1.0), {"resample": True}),
+        ((1e-3, 1.0), {"count_probs": np.full(S, 1 / S)}),
+        ((0.3, 0.8), {"count_probs": np.array([0.1, 0.2, 0.3, 0.4])}),
+    ],
+)
+def test_the_integral_over_t_is_the_variance_of_drawn_noise(trained, clip, how):
     model, data = trained
     rows, system = Rows(data, seq_len=16, block_size=S), BlockDiffusion(S, MASK_ID)
     statistics = count_statistics(system, model, rows, max_rows=256, repeats=12)
     loglinear = Schedule("loglinear")
-    found = statistics.variance(loglinear, clip, resample=resample)
-    spec = NoiseSpec(loglinear, clip=clip, resample=resample, strata=False)
+    found = statistics.variance(loglinear, clip, **how)
+    if "count_probs" in how:
+        q = how["count_probs"].tolist()
+        spec = NoiseSpec(loglinear, estimator="count", clip=clip, count_probs=q)
+    else:
+        spec = NoiseSpec(loglinear, clip=clip, strata=False, **how)
     drawn = [
         nelbo_variance(system, model, rows, spec, batches=4, batch_size=64, seed=seed)
         for seed in range(12)
@@ -175,17 +186,25 @@ def test_the_integral_over_t_is_the_variance_of_drawn_noise(trained, clip, resam
     assert abs(found - np.mean(drawn)) < 4 * error + 0.05 * found
 
 
-def test_one_pass_picks_the_interval_of_36_passes(trained):
+@pytest.mark.parametrize("estimator", ["bernoulli", "count"])
+def test_one_pass_picks_the_interval_of_36_passes(trained, estimator):
     """Brute force draws every interval's own noise over the same rows."""
     model, data = trained
     rows, system = Rows(data, seq_len=16, block_size=S), BlockDiffusion(S, MASK_ID)
     loglinear = Schedule("loglinear")
     statistics = count_statistics(system, model, rows, max_rows=256, repeats=12)
-    best, variance = search_clip(statistics, loglinear)
-    assert variance == statistics.variance(loglinear, best)
+    cfg = NoiseConfig(estimator=estimator)
+    how = {"count_probs": BlockDiffusion(S, MASK_ID, cfg).count_probs}
+    best, variance = search_clip(statistics, loglinear, **how)
+    assert variance == statistics.variance(loglinear, best, **how)
     brute = {
         clip: nelbo_variance(
-            system, model, rows, NoiseSpec(loglinear, clip=clip), batches=4, batch_size=64
+            system,
+            model,
+            rows,
+            NoiseSpec(loglinear, clip=clip, estimator=estimator),
+            batches=4,
+            batch_size=64,
         )
         for clip in clip_candidates(S)
     }
@@ -193,11 +212,22 @@ def test_one_pass_picks_the_interval_of_36_passes(trained):
     assert best == min(brute, key=lambda clip: brute[clip])
 
 
-def test_a_search_with_resample_leaves_out_what_holds_no_share():
-    share, moments = np.array([0.0, 0.0, 1.0]), np.ones((3, 3))
-    statistics = CountStatistics(2, share, moments, moments)
-    clip, _ = search_clip(statistics, Schedule("loglinear"), resample=True)
-    assert any(clip[0] <= k / 2 <= clip[1] for k in range(3))
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_a_search_with_resample_leaves_out_what_holds_no_share(block_size):
+    """At S = 1 an interval below 1 would mask nothing, and nothing has no variance."""
+    share, moments = np.zeros(block_size + 1), np.zeros((2, block_size + 1, block_size + 1))
+    share[-1] = 1.0
+    moments[0, :, 1:], moments[1, :, 1:] = 2.0, 5.0
+    statistics = CountStatistics(block_size, share, *moments)
+    clip, variance = search_clip(statistics, Schedule("loglinear"), resample=True)
+    assert any(clip[0] <= k / block_size <= clip[1] for k in range(1, block_size + 1))
+    assert variance > 0
+    noise = NoiseConfig(estimator="bernoulli", resample=True, clip_search=True)
+    system = BlockDiffusion(block_size, MASK_ID, noise)
+    system.use_clip(clip)
+    system.noise(0).check(16, block_size)
+    batch = Loader(rows_of(300, block_size=block_size), 8, 1).batch(0, system.noise(0))
+    assert len(batch.masked) > 0
 
 
 @pytest.mark.parametrize("block_size", [4, 16])
@@ -326,6 +356,18 @@ def test_masking_by_frequency_goes_with_every_schedule_and_weighting(schedule, w
         ({"fit_counts": True, "estimator": "bernoulli"}, "goes with noise.estimator = count"),
         ({"paper_weights": True}, "goes with noise.schedule = bimodal_gaussian"),
         (
+            {
+                "paper_weights": True,
+                "schedule": "bimodal_gaussian",
+                "estimator": "bernoulli",
+                "clip_search": True,
+            },
+            "goes without noise.paper-weights",
+        ),
+        ({"resample": True, "clip_search": True}, "goes with noise.estimator = bernoulli"),
+        ({"estimator": "full", "clip": (0.3, 0.8)}, "masks everything with weight 1"),
+        ({"estimator": "full", "weighting": "simple"}, "masks everything with weight 1"),
+        (
             {"clip_search": True, "frequency_gap": 0.5, "estimator": "bernoulli"},
             "one pass finds no clip",
         ),
@@ -342,3 +384,28 @@ def test_a_model_that_is_told_the_level_has_no_clip_search():
     cfg = TrainConfig(model=model, noise=NoiseConfig(clip_search=True))
     with pytest.raises(ConfigError, match=r"needs model.time-conditioning = False"):
         build_system(cfg, MASK_ID)
+
+
+# --- the paper's bimodal form ----------------------------------------------------------------
+
+
+def test_paper_weights_are_for_training_alone():
+    """They count the bound twice, and their p(t) is not monotone: samplers take the same law."""
+    noise = NoiseConfig(
+        estimator="bernoulli", schedule="bimodal_gaussian", mu=0.3, paper_weights=True
+    )
+    model, rows = tiny_model(), rows_of(64 * 15)
+    plain = BlockDiffusion(S, MASK_ID, dataclasses.replace(noise, paper_weights=False))
+    paper = BlockDiffusion(S, MASK_ID, noise)
+    assert (np.diff(paper.level_grid(50)) < 0).all()
+    assert paper.level_grid(50).tolist() == plain.level_grid(50).tolist()
+    losses = {}
+    with torch.no_grad():
+        for name, system in (("paper", paper), ("plain", plain)):
+            batches = [Loader(rows, 64, 1).batch(i, system.noise(i)) for i in range(60)]
+            losses[name] = [float(system.loss(model, b)) / b.num_noisable for b in batches]
+    mean = {name: np.mean(values) for name, values in losses.items()}
+    error = {name: np.std(v, ddof=1) / math.sqrt(len(v)) for name, v in losses.items()}
+    gap = mean["paper"] - 2 * mean["plain"]
+    assert abs(gap) < 4.5 * math.hypot(error["paper"], 2 * error["plain"])
+    assert error["paper"] < 0.05 * mean["paper"]

@@ -42,6 +42,7 @@ class Checkpoint:
         tokenizer: the one it was trained with.
         step: optimizer steps it has seen.
         path: where it came from.
+        learned: what its system has learned of its noise.
     """
 
     config: TrainConfig
@@ -49,6 +50,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     step: int
     path: Path
+    learned: dict[str, Any] | None = None
 
     def system(self, block_size: int | None = None) -> System:
         """The system that scores and samples it, at its own block size or another.
@@ -56,8 +58,12 @@ class Checkpoint:
         Raises:
             ConfigError: a block size that its system cannot have.
         """
-        cfg = self.config if block_size is None else replace(self.config, block_size=block_size)
-        return build_system(cfg, self.tokenizer.mask_id)
+        same = block_size is None or block_size == self.config.block
+        cfg = self.config if same else replace(self.config, block_size=block_size)
+        system = build_system(cfg, self.tokenizer.mask_id)
+        if same and self.learned:  # what was learned is of that block size
+            system.load_state(self.learned)
+        return system
 
 
 def save_checkpoint(
@@ -218,7 +224,9 @@ def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     model = Transformer(config.model, tokenizer.vocab_size)
     file = path / "model.safetensors"
     assign_weights(model, _untie(read_tensors(file), config), file)
-    return Checkpoint(config, model.to(device).eval(), tokenizer, int(meta["step"]), path)
+    model = model.to(device).eval()
+    learned = meta["state"].get("system")
+    return Checkpoint(config, model, tokenizer, int(meta["step"]), path, learned)
 
 
 def _untie(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class EvalArgs:
     same under each of them, its error is not."""
     variance: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also the variance of the training loss between blocks (Var. NELBO), under the run's own
-    noise."""
+    noise: its estimator, its clip, what it learned of either."""
     stride: int | None = None
     """Let rows overlap and score only their last STRIDE tokens, which gives each token more
     context. None: rows do not overlap."""
@@ -82,6 +82,12 @@ def evaluate(args: EvalArgs) -> None:
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
+    check(
+        not args.variance or loaded.config.noise.frequency_gap == 0,
+        "variance",
+        args.variance,
+        "a run that masks by frequency has no Var. NELBO away from its training data",
+    )
     # The run's own checks decide whether this combination is allowed.
     cfg = dataclasses.replace(
         loaded.config,
@@ -108,7 +114,9 @@ def evaluate(args: EvalArgs) -> None:
                 repeats=args.repeats,
                 batch_size=args.batch_size,
                 num_bytes=data.manifest.num_bytes,
-                schedule=schedule_of(dataclasses.replace(cfg.noise, schedule=args.schedule)),
+                schedule=schedule_of(
+                    dataclasses.replace(cfg.noise, schedule=args.schedule, paper_weights=False)
+                ),
                 progress=lambda done, _: progress.update(task, completed=done),
             )
             variance = None

@@ -80,13 +80,21 @@ class CountStatistics:
     mean: NDArray[np.float64]
     square: NDArray[np.float64]
 
-    def variance(self, schedule: Schedule, clip: Clip, *, resample: bool = False) -> float:
-        """Var. NELBO under t ~ U[a, b] and independent masks, by integration over t.
+    def variance(
+        self,
+        schedule: Schedule,
+        clip: Clip,
+        *,
+        resample: bool = False,
+        count_probs: NDArray[np.float64] | None = None,
+    ) -> float:
+        """Var. NELBO under t ~ U[a, b], by integration over t.
 
         Args:
             schedule: p(t) and w(t).
             clip: (a, b); a = 0 means 1e-3, (1, 1) masks everything at weight 1.
             resample: the masked share of each block is forced into [a, b].
+            count_probs: q(k) for k = 1..S of the count estimator; None: independent masks.
         """
         low, high = max(clip[0], LOWEST), clip[1]
         if low >= 1.0:
@@ -100,9 +108,15 @@ class CountStatistics:
             law = _binomial(int(n), p)  # [t, k]
             if resample:
                 law = _within(law, clip)
-            mean, square = (law @ m[n, : n + 1] for m in (self.mean, self.square))
-            first += self.share[n] * float(step @ (weight * mean))
-            second += self.share[n] * float(step @ (weight**2 * square))
+            mean, square = (m[n, : n + 1] for m in (self.mean, self.square))
+            factor = (step * weight) @ law  # of Y_k in the clipped objective, by k
+            first += self.share[n] * float(factor @ mean)
+            if count_probs is None or low >= 1.0:
+                spread = (step * weight**2) @ law
+            else:
+                q = count_probs[:n] / count_probs[:n].sum()
+                spread = np.append(0.0, factor[1:] ** 2 / q)
+            second += self.share[n] * float(spread @ square)
         return (second - first**2) / self.block_size**2
 
 
@@ -157,11 +171,15 @@ def count_statistics(
 
 
 def search_clip(
-    statistics: CountStatistics, schedule: Schedule, *, resample: bool = False
+    statistics: CountStatistics,
+    schedule: Schedule,
+    *,
+    resample: bool = False,
+    count_probs: NDArray[np.float64] | None = None,
 ) -> tuple[Clip, float]:
-    """The interval of least Var. NELBO, and that variance."""
+    """The interval of least Var. NELBO, and that variance; arguments of the estimator as above."""
     found = {
-        clip: statistics.variance(schedule, clip, resample=resample)
+        clip: statistics.variance(schedule, clip, resample=resample, count_probs=count_probs)
         for clip in clip_candidates(statistics.block_size)
         if not resample or _holds_a_share(clip, statistics.block_size)
     }
@@ -255,4 +273,5 @@ def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
 
 
 def _holds_a_share(clip: Clip, block_size: int) -> bool:
-    return bool(_fits(np.arange(block_size + 1) / block_size, clip).any())
+    """Of at least one token: where only k = 0 fits, nothing is learned and nothing varies."""
+    return bool(_fits(np.arange(1, block_size + 1) / block_size, clip).any())

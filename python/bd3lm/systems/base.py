@@ -70,6 +70,11 @@ class System(ABC):
     def use_clip(self, clip: tuple[float, float] | None) -> None:
         """Train on this clip from the next step on; None: on all levels."""
 
+    @property
+    def count_probs(self) -> NDArray[np.float64] | None:
+        """q(k) for k = 1..S by which masked counts are drawn; None where levels are."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What :meth:`adapt` and :meth:`use_clip` have learned, as plain JSON."""
         return {}

@@ -18,8 +18,13 @@ from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of
 from bd3lm.systems.learned import CountLaw, rarity_exponents
 
 
-def schedule_of(cfg: NoiseConfig) -> Schedule:
+def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:
     """The noise schedule of these settings.
+
+    Args:
+        cfg: the settings.
+        training: literally, where ``paper_weights`` asks for it; a likelihood or a sampler takes
+            the same law of p with its own weight and an inverse.
 
     Raises:
         ConfigError: a parameter out of range.
@@ -34,7 +39,7 @@ def schedule_of(cfg: NoiseConfig) -> Schedule:
             "mu2": cfg.mu2,
             "sigma2": cfg.sigma2,
             "mixture": cfg.mixture,
-            "paper_weights": cfg.paper_weights,
+            "paper_weights": cfg.paper_weights and training,
         }
     return Schedule(cfg.schedule, **params)
 
@@ -58,7 +63,7 @@ def noise_spec(
         ConfigError: a schedule parameter, clip or combination that MATH §2–4 does not allow.
     """
     return NoiseSpec(
-        schedule_of(cfg),
+        schedule_of(cfg, training=True),
         estimator=cfg.estimator,
         clip=clip,
         resample=cfg.resample and clip is not None,
@@ -122,6 +127,15 @@ class BlockDiffusion(System):
         """Train on these levels from the next step on."""
         self.clip = clip
         self._renew()
+
+    @property
+    def count_probs(self) -> NDArray[np.float64] | None:
+        """The fitted law or the uniform one, where counts are drawn."""
+        if self._cfg.estimator != "count":
+            return None
+        if self._law is not None and self._law.probs is not None:
+            return np.array(self._law.probs)
+        return np.full(self.block_size, 1.0 / self.block_size)
 
     def state(self) -> dict[str, Any]:
         """The clip in use and the fitted law."""

@@ -94,7 +94,7 @@ def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) 
 def _check_early(cfg: TrainConfig) -> None:
     """Everything that can be refused before a single file is read."""
     check_attention(cfg.attention, resolve_device(cfg.device), cfg.model.head_width)
-    build_system(cfg, mask_id=0).noise(0)
+    build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
 
 
 def _check_data(cfg: TrainConfig, splits: Splits) -> None:

@@ -210,7 +210,12 @@ class Trainer:
             repeats=self.cfg.eval.repeats,
             batch_size=self.cfg.eval.batch_size,
         )
-        clip, variance = search_clip(statistics, schedule_of(noise), resample=noise.resample)
+        clip, variance = search_clip(
+            statistics,
+            schedule_of(noise),
+            resample=noise.resample,
+            count_probs=self.system.count_probs,
+        )
         self.system.use_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
