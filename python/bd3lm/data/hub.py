@@ -87,7 +87,9 @@ def named(name: str) -> HubData:
 
 
 def prepare_split(source: HubData, split: str, tokenizer: Tokenizer, out: Path) -> None:
-    """Stream one split into a prepared directory, without a copy of the text on disk.
+    """Stream one split into a prepared directory, in bounded memory.
+
+    ``datasets`` keeps what it loads in its own cache; no other copy of the text is made.
 
     Args:
         source: the data set.
