@@ -80,3 +80,16 @@ def test_what_cannot_be_loaded_says_so_and_leaves_nothing(folder, tmp_path):
         prepare_split(named(f"{folder}@test"), "test", tokenizer, taken)
     assert not (tmp_path / "set").exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_stream_that_breaks_off_leaves_no_half_set(monkeypatch, tmp_path):
+    from bd3lm.data import hub
+
+    def broken(source, split):
+        yield {"text": "one document"}
+        raise RuntimeError("the connection is gone")
+
+    monkeypatch.setattr(hub, "_load", broken)
+    with pytest.raises(ConfigError, match=r"reads to its end .the connection is gone."):
+        prepare_split(named("lm1b"), "train", load_tokenizer("default"), tmp_path / "set")
+    assert not (tmp_path / "set").exists()

@@ -100,7 +100,7 @@ def measures(records: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = max(sum(lengths), 1)
     return {
         "samples": len(records),
-        "entropy": statistics.fmean(token_entropy(r["ids"]) for r in records if r["ids"]),
+        "entropy": statistics.fmean(token_entropy(r["ids"]) if r["ids"] else 0.0 for r in records),
         "distinct_2": distinct_n([record["text"] for record in records]),
         "length_median": float(statistics.median(lengths)),
         "length_max": max(lengths),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping
@@ -104,13 +105,19 @@ def prepare_split(source: HubData, split: str, tokenizer: Tokenizer, out: Path) 
     with tempfile.TemporaryDirectory() as folder:
         pipe = Path(folder) / f"{source.path.replace('/', '-')}-{split}.jsonl"
         os.mkfifo(pipe)
-        writer = threading.Thread(target=_write, args=(documents, source.field, pipe), daemon=True)
+        failed: list[Exception] = []
+        arguments = (documents, source.field, pipe, failed)
+        writer = threading.Thread(target=_write, args=arguments, daemon=True)
         writer.start()
         try:
             prepare([pipe], tokenizer, out, detokenizer=source.detokenizer)
         finally:
             _release(pipe)
             writer.join()
+    if failed:  # what was read so far looked like all there is
+        shutil.rmtree(out, ignore_errors=True)
+        where = f"{PREFIX}{source.path}@{split}"
+        raise ConfigError("data", where, f"a data set that reads to its end ({failed[0]})")
 
 
 def _load(source: HubData, split: str) -> Any:
@@ -132,13 +139,17 @@ def _load(source: HubData, split: str) -> Any:
     return data
 
 
-def _write(documents: Iterable[Mapping[str, Any]], field: str, pipe: Path) -> None:
+def _write(
+    documents: Iterable[Mapping[str, Any]], field: str, pipe: Path, failed: list[Exception]
+) -> None:
     try:
         with pipe.open("w", encoding="utf-8") as lines:
             for document in documents:
                 lines.write(json.dumps({"text": document[field]}, ensure_ascii=False) + "\n")
     except BrokenPipeError:
         pass  # the reader has met an error of its own, which is the one to report
+    except Exception as error:
+        failed.append(error)
 
 
 def _release(pipe: Path) -> None:
