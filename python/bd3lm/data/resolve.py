@@ -107,23 +107,21 @@ def open_data(
         MissingFileError: the path does not exist.
         NotADatasetError: a directory that is not a prepared data set.
     """
-    if str(path).startswith(PREFIX):
-        source = named(str(path).removeprefix(PREFIX))
+    source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
+    if source is None and not path.exists():
+        raise MissingFileError(f"{path}: no such file or directory")
+    if source is None and path.is_dir():
+        return Dataset(path)
+    if work.is_dir():
+        return Dataset(work)
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    note(f"tokenizing {path}")
+    if source is None:
+        prepare([path], loaded, work, lines=lines, detokenizer=detokenizer, eos=eos)
+    else:
         split = source.valid or source.train
         assert split is not None, "every data set has one"
-        if not work.is_dir():
-            note(f"preparing {path}, split {split}")
-            loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-            prepare_split(source, split, loaded, work)
-        return Dataset(work)
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file or directory")
-    if path.is_dir():
-        return Dataset(path)
-    if not work.is_dir():
-        note(f"tokenizing {path}")
-        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        prepare([path], loaded, work, lines=lines, detokenizer=detokenizer, eos=eos)
+        prepare_split(source, split, loaded, work)
     return Dataset(work)
 
 

@@ -179,7 +179,6 @@ def evaluate_likelihood(
     block_size = system.block_size
     _check_estimator(estimator, block_size, repeats, model.cfg.time_conditioning)
     model.eval()
-    device = next(model.parameters()).device
     total = len(rows)
     chosen = np.arange(total, dtype=np.uint64)
     if max_rows is not None and max_rows < total:
@@ -206,9 +205,7 @@ def evaluate_likelihood(
                 num_rows=len(chosen),
                 schedule=schedule or Schedule("loglinear"),
             )
-        x0 = batch.x0.to(device)
-        doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
-        score = system.scorer(model, x0, doc_ids)
+        score, x0 = batch_scorer(system, model, batch)
         used = system.preparing_forwards(x0.shape[1])
         for draw in draws:
             nats[draw.group, part] += draw.share * _weighted_nats(
@@ -257,14 +254,35 @@ def _weighted_nats(
     block_size: int,
 ) -> np.ndarray:
     """Σ weight·CE of each row under one draw, float64 [B]."""
-    mask = draw.mask.to(x0.device)
+    weight = draw.weight.double().repeat_interleave(block_size, dim=1)
+    nats = masked_nats(score, x0, draw.mask, draw.mask_prob, mask_id)
+    return (nats * weight).sum(1).numpy()
+
+
+def batch_scorer(system: System, model: Transformer, batch: CleanBatch) -> tuple[Scorer, Tensor]:
+    """A scorer of these rows on the model's device, and their clean ids there."""
+    device = next(model.parameters()).device
+    x0 = batch.x0.to(device)
+    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
+    return system.scorer(model, x0, doc_ids), x0
+
+
+def masked_nats(score: Scorer, x0: Tensor, mask: Tensor, mask_prob: Tensor, mask_id: int) -> Tensor:
+    """Unweighted loss of the masked positions, 0 elsewhere: float64 [B, L], on the CPU.
+
+    Args:
+        score: of these rows.
+        x0: clean ids [B, L], where the model is.
+        mask: bool [B, L].
+        mask_prob: level of each block [B, K].
+        mask_id: the noise.
+    """
+    mask = mask.to(x0.device)
     select = mask.flatten().nonzero().squeeze(1)
     xt = torch.where(mask, mask_id, x0)
-    nll = score(xt, select, draw.mask_prob.to(x0.device)).double().cpu()
-    weight = draw.weight.double().repeat_interleave(block_size, dim=1)
     values = torch.zeros(x0.numel(), dtype=torch.float64)
-    values[select.cpu()] = nll
-    return (values.view_as(weight) * weight).sum(1).numpy()
+    values[select.cpu()] = score(xt, select, mask_prob.to(x0.device)).double().cpu()
+    return values.view(x0.shape)
 
 
 def _summarise(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bd3lm.config import check
 from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
 from bd3lm.data.rows import CleanBatch
+from bd3lm.evaluate.likelihood import batch_scorer, masked_nats
 from bd3lm.model import Transformer
-from bd3lm.systems import Scorer, System
+from bd3lm.systems import System
 
 Clip = tuple[float, float]
 
@@ -56,8 +56,9 @@ def nelbo_variance(
         mask, level, weight = draw_noise(
             spec, batch.x0, batch.noisable, system.block_size, seed=seed, step=index
         )
-        score = _scorer(system, model, batch)
-        total = _block_nats(score, system, batch, mask, level)
+        score, x0 = batch_scorer(system, model, batch)
+        nats = masked_nats(score, x0, mask, level, system.mask_id)
+        total = nats.view(*level.shape, -1).sum(-1).numpy()
         found.append(np.var(total * weight.numpy() / system.block_size, ddof=1))
     return float(np.mean(found))
 
@@ -157,12 +158,13 @@ def count_statistics(
         batch = rows.batch(chosen[start : start + batch_size])
         noisable = batch.noisable.view(-1, size).sum(1).numpy()
         shares += np.bincount(noisable, minlength=size + 1)
-        score = _scorer(system, model, batch)
+        score, x0 = batch_scorer(system, model, batch)
         for repeat in range(repeats):
             mask, level, _ = draw_noise(
                 spec, batch.x0, batch.noisable, size, seed=seed + repeat, step=0, first_row=start
             )
-            total = _block_nats(score, system, batch, mask, level).reshape(-1)
+            nats = masked_nats(score, x0, mask, level, system.mask_id)
+            total = nats.view(-1, size).sum(-1).numpy()
             count = mask.view(-1, size).sum(1).numpy()
             for moment, values in enumerate((np.ones_like(total), total, total**2)):
                 np.add.at(sums[moment], (noisable, count), values)
@@ -205,23 +207,6 @@ def clip_candidates(block_size: int) -> list[Clip]:
 def _rows(rows: Rows, first: int, count: int) -> CleanBatch:
     last = min(first + count, len(rows))
     return rows.batch(np.arange(first, last, dtype=np.uint64))
-
-
-def _scorer(system: System, model: Transformer, batch: CleanBatch) -> Scorer:
-    device = next(model.parameters()).device
-    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
-    return system.scorer(model, batch.x0.to(device), doc_ids)
-
-
-def _block_nats(
-    score: Scorer, system: System, batch: CleanBatch, mask: Tensor, level: Tensor
-) -> NDArray[np.float64]:
-    """Σ of the unweighted loss over each block's masked tokens, [B, K]."""
-    select = mask.flatten().nonzero().squeeze(1)
-    xt = torch.where(mask, system.mask_id, batch.x0)
-    nats = torch.zeros(mask.numel(), dtype=torch.float64)
-    nats[select] = score(xt, select, level).double().cpu()
-    return nats.view(mask.shape[0], -1, system.block_size).sum(-1).numpy()
 
 
 def _moments(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

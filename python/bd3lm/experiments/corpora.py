@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from bd3lm.data import Dataset, load_tokenizer, prepare
@@ -26,7 +26,7 @@ class Texts:
         self.splits = cache(self._splits)
         self.held_out = cache(self._held_out)
 
-    @property
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What each role's text is, by content: the same on every machine."""
         found = {}

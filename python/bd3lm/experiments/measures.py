@@ -28,7 +28,7 @@ class Trained:
 
     Attributes:
         loaded: its averaged weights.
-        folder: its directory, with ``metrics.jsonl`` and ``summary.json``.
+        folder: its directory, with ``metrics.jsonl``.
         valid: held-out text of its own corpus.
         text: held-out text of another role, tokenized with the run's tokenizer; None where no
             text was given for it.

@@ -117,7 +117,8 @@ def to_json(sweep: Sweep, table: Table) -> dict[str, Any]:
 
 def to_markdown(sweep: Sweep, table: Table) -> str:
     """The table for people: ours (± standard error over seeds), then the paper's."""
-    paired = any(difference(sweep, table, row) is not None for row in table.rows)
+    changes = [difference(sweep, table, row) for row in table.rows]
+    paired = any(change is not None for change in changes)
     has_paper = {
         column: any(
             row.cells[column].paper is not None for row in table.rows if column in row.cells
@@ -133,7 +134,7 @@ def to_markdown(sweep: Sweep, table: Table) -> str:
         header.append("nats less base ± paired s.e.")
     lines = [f"### {_heading(table.name)}: {table.title}", ""]
     lines += [_line(header), _line(["---"] * len(header))]
-    for row in table.rows:
+    for row, change in zip(table.rows, changes, strict=True):
         texts = list(row.label)
         for column in table.columns:
             cell = row.cells.get(column)
@@ -142,7 +143,6 @@ def to_markdown(sweep: Sweep, table: Table) -> str:
             if has_paper[column]:
                 texts.append("" if shown.paper is None else f"{shown.paper:g}")
         if paired:
-            change = difference(sweep, table, row)
             same = "base" if row.base == row.label else ""
             texts.append(same if change is None else f"{change.mean:+.4f} ± {change.error:.4f}")
         lines.append(_line(texts))

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from bd3lm.config import TrainConfig, to_dict
 
@@ -131,7 +131,7 @@ class Table:
         rows: its lines.
         seeds: every run is made once for each.
         remark: what must be known to read the paper's own figures.
-        drawing: how the picture is drawn: ``bars``, ``curves``, ``schedules`` or ``quality``.
+        drawing: how the picture is drawn: bars of the first column, or training curves.
     """
 
     name: str
@@ -141,7 +141,7 @@ class Table:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (1,)
     remark: str = ""
-    drawing: str = "bars"
+    drawing: Literal["bars", "curves"] = "bars"
 
     def cells(self) -> Iterator[tuple[Run, Measure]]:
         """What has to be measured, each once."""

@@ -288,7 +288,6 @@ def table7(r: Recipes) -> Table:
         tuple(rows),
         remark="A repeated sentence has the best generative perplexity of all, so the entropy of "
         "the samples' tokens stands beside it.",
-        drawing="quality",
     )
 
 

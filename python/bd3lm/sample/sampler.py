@@ -259,14 +259,11 @@ class Sampler:
         """
         grid = None if cfg.steps is None else self.system.level_grid(cfg.steps)
         for forward in plan_block(uniform[..., 0], masked, cfg, grid):
-            rows, spots, numbers = (
-                torch.from_numpy(x).to(self.device, non_blocking=True)
-                for x in (forward.rows, forward.spots, uniform[forward.rows, forward.spots, 1])
-            )
+            chosen = forward.rows, forward.spots
+            rows, spots, numbers = self._send(*chosen, uniform[(*chosen, 1)])
             logits = self._logits(batch, rows, spots, forward.level)
             self._reveal(batch, cfg, logits, rows, spots, numbers)
-            for place in np.unique(forward.rows):
-                batch.rows[place].nfe += 1
+            batch.took_part(forward.rows)
             yield
 
     def _adaptive(
@@ -280,16 +277,13 @@ class Sampler:
         while left.any():
             rows, spots = left.nonzero()
             hidden = np.where(left, uniform[..., 0], -1.0)
-            places, where, numbers = (
-                torch.from_numpy(x).to(self.device) for x in (rows, spots, uniform[rows, spots, 1])
-            )
+            places, where, numbers = self._send(rows, spots, uniform[rows, spots, 1])
             logits = self._logits(batch, places, where, hidden.max(axis=1).astype(np.float32))
             chosen = spots == hidden.argmax(axis=1)[rows]
             chosen |= self._sure(cfg, logits, rows, chosen)
             keep = torch.from_numpy(chosen).to(self.device)
             self._reveal(batch, cfg, logits[keep], places[keep], where[keep], numbers[keep])
-            for place in np.unique(rows):
-                batch.rows[place].nfe += 1
+            batch.took_part(rows)
             left[rows[chosen], spots[chosen]] = False
             yield
 
@@ -329,9 +323,7 @@ class Sampler:
             rows, spots = left.nonzero()
             if len(rows) == 0:
                 return
-            places, where, numbers = (
-                torch.from_numpy(x).to(self.device) for x in (rows, spots, uniform[rows, spots, 1])
-            )
+            places, where, numbers = self._send(rows, spots, uniform[rows, spots, 1])
             told = np.full(len(batch.rows), grid[index], dtype=np.float32)
             logits = self._logits(batch, places, where, told)
             if index < steps:
@@ -344,8 +336,7 @@ class Sampler:
                 now = np.ones(len(rows), dtype=bool)
             keep = torch.from_numpy(now).to(self.device)
             self._reveal(batch, cfg, logits[keep], places[keep], where[keep], numbers[keep])
-            for place in np.unique(rows):
-                batch.rows[place].nfe += 1
+            batch.took_part(rows)
             left[rows[now], spots[now]] = False
             yield
 
@@ -369,6 +360,10 @@ class Sampler:
         )
         batch.committed = start
         return self.system.logits(self.model, features)
+
+    def _send(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Arrays of the host as tensors of the device, without waiting for the copies."""
+        return [torch.from_numpy(x).to(self.device, non_blocking=True) for x in arrays]
 
     def _sigma(self, level: np.ndarray, waiting: int) -> Tensor:
         """Levels told of every block of the forward, [B, blocks]: finished ones are clean."""
@@ -494,6 +489,11 @@ class _Rows:
 
     def __post_init__(self) -> None:
         self.given = ~self.masked
+
+    def took_part(self, places: np.ndarray) -> None:
+        """Count a forward for each of these rows, once."""
+        for place in np.unique(places):
+            self.rows[place].nfe += 1
 
     def ids(self, place: int, end: int) -> list[int]:
         """Tokens of a row after BOS."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from bd3lm.config import NoiseConfig, TrainConfig, check
-from bd3lm.data import Batch, NoiseSpec, Schedule
-from bd3lm.model import Transformer, head_cross_entropy
+from bd3lm.data import Batch, NoiseSpec
+from bd3lm.model import Transformer
 from bd3lm.systems.base import Scorer, System, flat_targets
 
 
@@ -26,7 +25,7 @@ class Autoregressive(System):
 
     def __init__(self, mask_id: int) -> None:
         super().__init__(1, mask_id)
-        self._all = NoiseSpec(Schedule("loglinear"), estimator="full")
+        self._all = NoiseSpec(self.schedule, estimator="full")
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
@@ -50,16 +49,14 @@ class Autoregressive(System):
         """Σ of the next-token cross-entropy, in nats."""
         features = self._features(model, batch.x0, batch.masked, batch.doc_ids)
         target = flat_targets(batch.x0, batch.masked)
-        return self._cross_entropy(model, features, target, batch.weight)[0]
+        return self.head_loss(model, features, target, batch.weight)[0]
 
     def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
         """One causal forward a call; what is masked and how much does not matter."""
 
         def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
             features = self._features(model, x0, select, doc_ids)
-            target = flat_targets(x0, select)
-            weight = torch.ones_like(target, dtype=torch.float32)
-            return self._cross_entropy(model, features, target, weight)[1]
+            return self.nats(model, features, x0, select)
 
         return score
 
@@ -71,9 +68,3 @@ class Autoregressive(System):
         Position 0 of a row or a document is a BOS and never selected, so there always is one.
         """
         return model.encode(x0, 1, select=select - self.looks_back, doc_ids=doc_ids)
-
-    def _cross_entropy(
-        self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        head = model.head
-        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.config import TrainConfig
-from bd3lm.data import Batch, Dataset, NoiseSpec
+from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
-from bd3lm.model import Transformer
+from bd3lm.model import Transformer, head_cross_entropy
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0), or an upper bound on it,
@@ -32,6 +32,7 @@ class System(ABC):
     Args:
         block_size: S.
         mask_id: id of the mask token, whose probability is zero.
+        schedule: p(t) and w(t) of its levels; None: loglinear.
     """
 
     name: ClassVar[str]
@@ -44,9 +45,10 @@ class System(ABC):
     """Whether scores need not sum to one, so that how much an ancestral step reveals depends on
     what the network says."""
 
-    def __init__(self, block_size: int, mask_id: int) -> None:
+    def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
         self.block_size = block_size
         self.mask_id = mask_id
+        self.schedule = schedule or Schedule("loglinear")
 
     @classmethod
     @abstractmethod
@@ -86,6 +88,19 @@ class System(ABC):
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Σ weight·nats over the batch; the trainer divides by the global noisable count."""
 
+    def head_loss(
+        self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Σ weight·CE and every position's CE, from features [M, D]."""
+        head = model.head
+        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
+
+    def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
+        """Unweighted loss of the selected positions [M], from their features [M, D]."""
+        target = flat_targets(x0, select)
+        weight = torch.ones_like(target, dtype=torch.float32)
+        return self.head_loss(model, features, target, weight)[1]
+
     @abstractmethod
     def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
         """Prepare clean rows for scoring many noised versions of them (MATH §4).
@@ -107,8 +122,9 @@ class System(ABC):
         return logits
 
     def level_grid(self, steps: int) -> NDArray[np.float64]:
-        """p(t_i) of ancestral sampling, t_i = 1 - i/N and p(t_N) = 0: float64 [N+1], falling."""
-        return np.linspace(1.0, 0.0, steps + 1)
+        """p(t_i) of ancestral sampling, t_i = 1 - i/N and p(t_N) = 0: float64 [N+1] (MATH §8)."""
+        grid = self.schedule.mask_prob(np.linspace(1.0, 0.0, steps + 1)[:-1])
+        return np.append(grid, 0.0)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
         """Σ_y of the scores of an ancestral step, float64 [R]; one unless :attr:`has_mass`."""

@@ -13,7 +13,7 @@ from bd3lm.config import NoiseConfig, TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
-from bd3lm.model import KVCache, Transformer, head_cross_entropy
+from bd3lm.model import KVCache, Transformer
 from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of
 from bd3lm.systems.learned import CountLaw, rarity_exponents
 
@@ -83,11 +83,10 @@ class BlockDiffusion(System):
     name = "bd3lm"
 
     def __init__(self, block_size: int, mask_id: int, noise: NoiseConfig | None = None) -> None:
-        super().__init__(block_size, mask_id)
         self._cfg = noise or NoiseConfig()
+        super().__init__(block_size, mask_id, schedule_of(self._cfg))
         if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
             raise ConfigError("noise.resample", True, "goes with noise.clip or noise.clip-search")
-        self.schedule = schedule_of(self._cfg)
         self.clip = self._cfg.clip
         self._gamma: NDArray[np.float32] | None = None
         self._law = CountLaw(block_size) if self._cfg.fit_counts else None
@@ -196,24 +195,10 @@ class BlockDiffusion(System):
                 features = model.denoise_cached(
                     xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
                 )
-            target = flat_targets(x0, select)
-            weight = torch.ones_like(target, dtype=torch.float32)
-            return self.head_loss(model, features, target, weight)[1]
+            return self.nats(model, features, x0, select)
 
         return score
 
     def preparing_forwards(self, seq_len: int) -> int:
         """The clean stream's one, where there is a clean stream."""
         return int(self.block_size < seq_len)
-
-    def level_grid(self, steps: int) -> NDArray[np.float64]:
-        """The schedule's levels at t_i = 1 - i/N, with p(t_N) = 0 (MATH §8)."""
-        grid = self.schedule.mask_prob(np.linspace(1.0, 0.0, steps + 1)[:-1])
-        return np.append(grid, 0.0)
-
-    def head_loss(
-        self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Σ weight·CE and every position's CE, from features [M, D]."""
-        head = model.head
-        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)

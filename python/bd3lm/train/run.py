@@ -53,14 +53,7 @@ def run_training(
     _check_early(cfg)
     with _run_directory(out, resume):
         splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
-        _check_data(cfg, splits)
-        trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
-        if resume:
-            trainer.resume()
-        else:
-            if cfg.init_from is not None:
-                trainer.start_from(Path(cfg.init_from))
-            write_json(out / "config.json", to_dict(cfg))
+        trainer = _trainer(cfg, splits, out, reporter, resume=resume)
     reporter.note(_headline(trainer, splits))
     trainer.run()
     result = trainer.validate(quick=False)
@@ -83,12 +76,22 @@ def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) 
         Bd3lmError: settings that do not fit the text, or a loss that is no number.
     """
     _check_early(cfg)
+    _trainer(cfg, splits, out, reporter).run()
+
+
+def _trainer(
+    cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter, *, resume: bool = False
+) -> Trainer:
+    """A trainer at its first step or, resuming, at the one it had reached."""
     _check_data(cfg, splits)
     trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
+    if resume:
+        trainer.resume()
+        return trainer
     if cfg.init_from is not None:
         trainer.start_from(Path(cfg.init_from))
     write_json(out / "config.json", to_dict(cfg))
-    trainer.run()
+    return trainer
 
 
 def _check_early(cfg: TrainConfig) -> None:

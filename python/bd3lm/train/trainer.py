@@ -23,7 +23,6 @@ from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, se
 from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.systems import build_system
-from bd3lm.systems.bd3lm import schedule_of
 from bd3lm.train.device import autocast, resolve_device
 from bd3lm.train.ema import Ema
 from bd3lm.train.optim import Optimizers, lr_factor
@@ -212,7 +211,7 @@ class Trainer:
         )
         clip, variance = search_clip(
             statistics,
-            schedule_of(noise),
+            self.system.schedule,
             resample=noise.resample,
             count_probs=self.system.count_probs,
         )
