@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from bd3lm.cli import paper
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
-from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables
+from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables, runner
+from bd3lm.experiments.budget import step_flops
 from bd3lm.experiments.corpora import Texts
 from bd3lm.experiments.formulas import FORMULAS
 from bd3lm.experiments.make import chosen
@@ -19,6 +21,7 @@ from bd3lm.experiments.runner import Sweep
 from bd3lm.experiments.scale import scale_named
 from bd3lm.experiments.spec import record_key
 from bd3lm.experiments.tables import Recipes
+from bd3lm.train import train_only
 
 TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
 
@@ -32,8 +35,8 @@ class Silent:
     def planned(self, steps, measurements):
         self.plan = (steps, measurements)
 
-    def training(self, run, done):
-        self.steps += 1
+    def training(self, run, steps):
+        self.steps += steps
 
     def measured(self, run, measure, seconds):
         self.measured_runs.append((run, measure.kind))
@@ -71,6 +74,44 @@ def test_a_stopped_sweep_loses_at_most_the_running_cell(tmp_path, roles):
     text = (tmp_path / "a" / "tables" / "table1.md").read_text()
     assert "| PPL, paper |" in text
     assert "2231" in text
+
+
+def test_sweeps_at_the_same_time_share_the_work(tmp_path, roles, monkeypatch):
+    trained = []
+
+    def counted(config, *rest):
+        trained.append(config)
+        train_only(config, *rest)
+
+    monkeypatch.setattr(runner, "train_only", counted)
+    both = [Silent(), Silent()]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(make, ["table1"], tmp_path, roles, events) for events in both]:
+            done.result()
+    assert len(trained) == 6  # three models, two seeds: each by one of the two
+    for events in both:
+        assert events.steps == events.plan[0]
+        assert len(events.measured_runs) == events.plan[1]
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 6
+
+
+def test_operations_of_a_step_follow_from_the_shape():
+    width, depth, vocab, length, rows = 16, 1, 100, 32, 4
+    recipes = Recipes(scale_named("smoke"))
+    ar = step_flops(recipes.train("ar", "lm1b", 1, (1,)), vocab)
+    layer = 4 * width**2 + 8 * width**2  # four projections, and an MLP four times as wide
+    pairs = length * (length + 1) / 2
+    expected = depth * (length * layer + 2 * width * pairs) + length * width * vocab
+    assert ar == 6 * rows * expected
+    mdlm = step_flops(recipes.train("mdlm", "lm1b", 0, (1,)), vocab)
+    half = length / 2
+    expected = length * 3 * width**2 + half * 9 * width**2 + 2 * width * length**2
+    assert mdlm == 6 * rows * (expected + half * width * vocab)
+    # Two streams: keys and values of 2L positions, twice the pairs of a causal mask.
+    bd3lm = step_flops(recipes.train("bd3lm", "lm1b", 4, (1,)), vocab)
+    expected = length * width**2 + 2 * length * 2 * width**2 + half * 9 * width**2
+    expected += 2 * width * length * (length + 4)
+    assert bd3lm == 6 * rows * (expected + half * width * vocab)
 
 
 def test_tables_with_every_kind_of_cell(tmp_path, roles, capsys):

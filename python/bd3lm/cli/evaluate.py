@@ -40,7 +40,8 @@ class EvalArgs:
     tokenizer: str | None = None
     """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: Path | None = None
-    """A prepared directory or a text file. None: the validation split of the checkpoint's run."""
+    """A prepared directory, a text file or hub:NAME. None: the validation split of the
+    checkpoint's run."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A text file holds a document a line."""
     detokenizer: DetokenizerName | None = None
@@ -137,10 +138,10 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
                 f"{args.checkpoint} has no run with validation data beside it; name --data"
             )
     check(
-        path.is_file() or (args.detokenizer is None and args.eos and not args.lines),
+        not path.is_dir() or (args.detokenizer is None and args.eos and not args.lines),
         "data",
         path,
-        "lines, detokenizer and no-eos are for text files; a prepared set has its own",
+        "lines, detokenizer and no-eos are for text; a prepared set has its own",
     )
     data = open_data(
         path,

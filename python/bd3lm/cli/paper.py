@@ -21,11 +21,13 @@ class PaperArgs:
     """Train what the paper's tables compare, measure it, and write the paper's figures beside ours.
 
     Every run and every measurement is made once and kept in OUT, named by what made it: a sweep
-    that was stopped goes on where it was when the same command is given again.
+    that was stopped goes on where it was when the same command is given again. The command may run
+    several times at once: small models are best served by one process a core, each started with
+    OMP_NUM_THREADS=1.
     """
 
     tables: tyro.conf.Positional[tuple[str, ...]]
-    """table1 … table13, figure1, figure2, combined, or all."""
+    """table1 … table13, figure1, figure2, combined, budgets, speed, or all."""
     out: Path
     """Directory of runs, measurements, tables and pictures."""
     scale: ScaleName = "cpu"
@@ -92,9 +94,9 @@ class Watch:
         self._train = self._progress.add_task("training", total=steps, now="")
         self._measure = self._progress.add_task("measuring", total=measurements, now="")
 
-    def training(self, run: Run, done: int) -> None:
-        """After a step."""
-        self._progress.update(self._train, advance=1, now=run.label)
+    def training(self, run: Run, steps: int) -> None:
+        """After a step, or when another sweep has trained a run."""
+        self._progress.update(self._train, advance=steps, now=run.label)
 
     def measured(self, run: Run, measure: Measure, seconds: float) -> None:
         """After a measurement."""

@@ -58,7 +58,8 @@ KNOWN: Mapping[str, HubData] = {
     "ptb": HubData(
         "ptb_text_only", None, "train", "validation", field="sentence", detokenizer="ptb"
     ),
-    "lambada": HubData("lambada", None, None, "test", detokenizer="lambada"),
+    # OpenAI's plain text, which the paper's code downloads; "lambada" itself is tokenized.
+    "lambada": HubData("EleutherAI/lambada_openai", None, None, "test", detokenizer="lambada"),
     "ag_news": HubData("ag_news", None, "train", "test"),
     "scientific_papers_pubmed": HubData(
         "scientific_papers", "pubmed", None, "validation", "article", "scientific_papers"
@@ -87,7 +88,9 @@ def named(name: str) -> HubData:
     return HubData(path, config or None, train=split, valid=None)
 
 
-def prepare_split(source: HubData, split: str, tokenizer: Tokenizer, out: Path) -> None:
+def prepare_split(
+    source: HubData, split: str, tokenizer: Tokenizer, out: Path, *, eos: bool = True
+) -> None:
     """Stream one split into a prepared directory, in bounded memory.
 
     ``datasets`` keeps what it loads in its own cache; no other copy of the text is made.
@@ -97,6 +100,7 @@ def prepare_split(source: HubData, split: str, tokenizer: Tokenizer, out: Path) 
         split: one of its splits, slices allowed.
         tokenizer: what makes the ids.
         out: directory to make.
+        eos: end every document with EOS.
 
     Raises:
         ConfigError: it cannot be loaded here (no network, no such name, split or field).
@@ -110,7 +114,7 @@ def prepare_split(source: HubData, split: str, tokenizer: Tokenizer, out: Path) 
         writer = threading.Thread(target=_write, args=arguments, daemon=True)
         writer.start()
         try:
-            prepare([pipe], tokenizer, out, detokenizer=source.detokenizer)
+            prepare([pipe], tokenizer, out, detokenizer=source.detokenizer, eos=eos)
         finally:
             _release(pipe)
             writer.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -99,15 +99,18 @@ def open_data(
     detokenizer: str | None = None,
     eos: bool = True,
 ) -> Dataset:
-    """Open a prepared directory, or tokenize one text file into ``work`` and open that.
+    """Open a prepared directory, or tokenize a text file or hub data set into ``work``.
 
-    ``lines``, ``detokenizer`` and ``eos`` are those of :func:`bd3lm.data.prepare`, for text.
+    ``lines``, ``detokenizer`` and ``eos`` are those of :func:`bd3lm.data.prepare`, for text; a
+    data set of the hub has a detokenizer of its own where none is named.
 
     Raises:
         MissingFileError: the path does not exist.
         NotADatasetError: a directory that is not a prepared data set.
     """
     source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
+    if source is not None and detokenizer is not None:
+        source = replace(source, detokenizer=detokenizer)
     if source is None and not path.exists():
         raise MissingFileError(f"{path}: no such file or directory")
     if source is None and path.is_dir():
@@ -121,7 +124,7 @@ def open_data(
     else:
         split = source.valid or source.train
         assert split is not None, "every data set has one"
-        prepare_split(source, split, loaded, work)
+        prepare_split(source, split, loaded, work, eos=eos)
     return Dataset(work)
 
 

@@ -6,10 +6,14 @@ import json
 from functools import cache, cached_property
 from pathlib import Path
 
-from bd3lm.data import Dataset, load_tokenizer, prepare
-from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.data import Dataset
+from bd3lm.data.resolve import Splits, open_data, open_splits
 from bd3lm.experiments.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
 from bd3lm.experiments.spec import digest
+
+DETOKENIZERS = {"zero_lm1b": "lm1b", "lambada": "lambada", "wikitext": "wikitext"}
+"""Zero-shot texts are put back as they were written, and run together without EOS, as the paper's
+code does; a directory that ``bd3lm-prepare`` made is taken as it is."""
 
 
 class Texts:
@@ -48,12 +52,15 @@ class Texts:
         path = self.corpora.paths.get(role)
         if path is None:
             return None
-        if (Path(path) / "manifest.json").is_file():
-            return Dataset(Path(path))
-        target = self.work / role
-        if not target.is_dir():
-            prepare([path], load_tokenizer(self.tokenizer), target)
-        return Dataset(target)
+        return open_data(
+            Path(path),
+            self.tokenizer,
+            self.work / role,
+            lambda _: None,
+            lines=True,  # of a .txt: one of LM1B holds a sentence a line
+            detokenizer=DETOKENIZERS[role],
+            eos=False,
+        )
 
 
 def _content(data: Dataset) -> str:

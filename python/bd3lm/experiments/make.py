@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bd3lm.config import check
+from bd3lm.data import load_tokenizer
 from bd3lm.errors import ConfigError
 from bd3lm.experiments.corpora import Texts
 from bd3lm.experiments.formulas import FORMULAS
@@ -16,7 +17,7 @@ from bd3lm.experiments.scale import Corpora, scale_named
 from bd3lm.experiments.spec import Table
 from bd3lm.experiments.tables import TABLES, Recipes
 from bd3lm.files import write_json, write_text
-from bd3lm.report.plots import plot_beside, plot_lines
+from bd3lm.report.plots import plot_beside, plot_lines, plot_points
 
 
 def make_tables(
@@ -47,15 +48,16 @@ def make_tables(
         Bd3lmError: a run that cannot be made; what was finished stays.
     """
     check(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
-    recipes = Recipes(scale_named(scale), evaluator)
     wanted = chosen(names)
+    recipes = Recipes(scale_named(scale), evaluator, load_tokenizer(tokenizer).vocab_size)
     tables = [TABLES[name](recipes) for name in wanted if name in TABLES]
     if seeds is not None:
         tables = [replace(table, seeds=tuple(range(1, seeds + 1))) for table in tables]
-    written = [(name, str(write_formula(out, name))) for name in wanted if name in FORMULAS]
+    sweep = Sweep(out, Texts(corpora, tokenizer, out / "data"))
     if tables:
-        sweep = Sweep(out, Texts(corpora, tokenizer, out / "data"))
         sweep.make(tables, events)
+    with sweep.claim("tables"):  # another sweep may end at the same moment
+        written = [(name, str(write_formula(out, name))) for name in wanted if name in FORMULAS]
         written += [(table.name, str(write_table(sweep, table))) for table in tables]
     return sorted(written, key=lambda entry: wanted.index(entry[0]))
 
@@ -87,6 +89,17 @@ def write_table(sweep: Sweep, table: Table) -> Path:
     picture = folder / f"{table.name}.png"
     if table.drawing == "curves":
         _draw_curves(sweep, table, picture)
+        return file
+    if table.drawing == "scatter":
+        across, up = table.columns[:2]
+        points = {
+            " ".join(row.label): (
+                figure(sweep, table, row.cells[across]).mean,
+                figure(sweep, table, row.cells[up]).mean,
+            )
+            for row in table.rows
+        }
+        plot_points(points, picture, (table.title, across, up))
         return file
     column = table.columns[0]
     rows = [row for row in table.rows if column in row.cells]

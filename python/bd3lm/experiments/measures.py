@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,24 +141,36 @@ class Generated:
         length: tokens of each, at most.
         top_p: nucleus.
         evaluator: the judge; None: none.
+        steps: as of :class:`~bd3lm.config.SampleConfig`.
+        tokens_per_forward: as there.
     """
 
     num: int
     length: int
     top_p: float = 0.9
     evaluator: str | None = None
+    steps: int | None = None
+    tokens_per_forward: int = 1
 
     kind = "samples"
     texts = ()
 
     def take(self, trained: Trained) -> Values:
         """``entropy``, ``nfe``, ``nfe_paper``, ``ms_per_token``, the texts, ``gen_ppl``."""
-        samples = draw(trained, self.num, self.length, self.top_p)
+        config = SampleConfig(
+            num=self.num,
+            length=self.length,
+            top_p=self.top_p,
+            steps=self.steps,
+            tokens_per_forward=self.tokens_per_forward,
+        )
+        draw(trained, replace(config, num=1, steps=self.steps and 1))  # the first is never timed
+        samples = draw(trained, config)
         tokens = sum(len(sample.ids) for sample in samples)
         texts = [trained.loaded.tokenizer.decode(sample.ids) for sample in samples]
         judged = {}
         if self.evaluator is not None:
-            judge = CausalLM(self.evaluator, torch.device("cpu"))
+            judge = _judge(self.evaluator)
             judged = generative_perplexity(judge, texts).to_dict()
         return {
             **judged,
@@ -186,7 +199,7 @@ class Lengths:
 
     def take(self, trained: Trained) -> Values:
         """``median``, ``max``, ``stops`` and ``eos``, the share that ended by itself."""
-        samples = draw(trained, self.num, self.length)
+        samples = draw(trained, SampleConfig(num=self.num, length=self.length))
         lengths = [len(sample.ids) for sample in samples]
         stops = [sample.stop for sample in samples]
         return {
@@ -214,10 +227,31 @@ class Curve:
         return {"steps": steps, "loss": loss, "last": statistics.fmean(tail)}
 
 
-AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve
+@dataclass(frozen=True)
+class Cost:
+    """What the last phase of a training took."""
+
+    kind = "cost"
+    texts = ()
+
+    def take(self, trained: Trained) -> Values:
+        """``steps``, ``tokens`` and ``seconds``."""
+        cfg = trained.loaded.config
+        lines = (trained.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        seconds = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
+        tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+        return {"steps": cfg.steps, "tokens": tokens, "seconds": seconds[-1]}
 
 
-def draw(trained: Trained, num: int, length: int, top_p: float = 0.9) -> list[Sample]:
-    """Samples of a trained model, a few rows at a time."""
-    sampler = Sampler.from_checkpoint(trained.loaded)
-    return sampler.generate(SampleConfig(num=num, length=length, top_p=top_p), [[]] * num)
+AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve | Cost
+
+
+def draw(trained: Trained, config: SampleConfig) -> list[Sample]:
+    """Samples of a trained model, all rows at once."""
+    return Sampler.from_checkpoint(trained.loaded).generate(config, [[]] * config.num)
+
+
+@cache
+def _judge(name: str) -> CausalLM:
+    """A causal language model, loaded once."""
+    return CausalLM(name, torch.device("cpu"))

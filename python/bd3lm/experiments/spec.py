@@ -124,14 +124,15 @@ class Table:
     """A table or figure of the paper.
 
     Attributes:
-        name: table1 … table13, figure1, figure2, combined.
+        name: table1 … table13, figure1, figure2, combined, budgets, speed.
         title: what it shows.
         labels: names of the label columns.
         columns: names of the number columns, in order.
         rows: its lines.
         seeds: every run is made once for each.
         remark: what must be known to read the paper's own figures.
-        drawing: how the picture is drawn: bars of the first column, or training curves.
+        drawing: how the picture is drawn: bars of the first column, training curves, or the
+            second column over the first.
     """
 
     name: str
@@ -141,7 +142,7 @@ class Table:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (1,)
     remark: str = ""
-    drawing: Literal["bars", "curves"] = "bars"
+    drawing: Literal["bars", "curves", "scatter"] = "bars"
 
     def cells(self) -> Iterator[tuple[Run, Measure]]:
         """What has to be measured, each once."""

@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.experiments.measures import Curve, Generated, Lengths, Perplexity, Variance, ZeroShot
+from bd3lm.experiments.budget import step_flops
+from bd3lm.experiments.measures import (
+    Cost,
+    Curve,
+    Generated,
+    Lengths,
+    Perplexity,
+    Variance,
+    ZeroShot,
+)
 from bd3lm.experiments.scale import Scale
 from bd3lm.experiments.spec import Cell, Row, Run, Table
 
@@ -22,8 +31,10 @@ original work, which Table 2 leaves out."""
 class Recipes:
     """Runs of one scale, by the words that the tables use."""
 
-    def __init__(self, scale: Scale, evaluator: str | None = None) -> None:
-        self.scale, self.evaluator = scale, evaluator
+    def __init__(
+        self, scale: Scale, evaluator: str | None = None, vocab_size: int = 50_258
+    ) -> None:
+        self.scale, self.evaluator, self.vocab_size = scale, evaluator, vocab_size
 
     def train(
         self, system: System, corpus: str, block: int, phases: tuple[int, ...], **noise: Any
@@ -493,6 +504,94 @@ def combined(r: Recipes) -> Table:
     )
 
 
+SYSTEMS: list[tuple[str, System, int]] = [
+    ("BD3-LM S = 4", "bd3lm", 4),
+    ("AR", "ar", 1),
+    ("SEDD", "sedd", 0),
+    ("MDLM", "mdlm", 0),
+]
+
+
+def budgets(r: Recipes) -> Table:
+    """The four systems at equal tokens, operations and seconds of training."""
+    steps = r.scale.budget_steps
+
+    def configured(system: System, block: int, count: float) -> TrainConfig:
+        config = r.train(system, "lm1b", block, (1,))
+        return replace(config, steps=max(round(count), 1))
+
+    reference = step_flops(configured("bd3lm", 4, 1), r.vocab_size)
+    rows = []
+    for label, system, block in SYSTEMS:
+        flops = step_flops(configured(system, block, 1), r.vocab_size) / reference
+        costs = {"tokens": 1.0, "FLOPs": flops}
+        if r.scale.step_seconds:
+            costs["seconds"] = r.scale.step_seconds[system] / r.scale.step_seconds["bd3lm"]
+        for equal, cost in {"all": 1.0}.items() if system == "bd3lm" else costs.items():
+            run = Run(configured(system, block, steps / cost), "lm1b")
+            cells = {
+                "PPL": r.perplexity(run, None),
+                "steps": Cell(run, Cost(), "steps"),
+                "training seconds": Cell(run, Cost(), "seconds"),
+            }
+            rows.append(Row((label, equal), cells, base=(SYSTEMS[0][0], "all")))
+    return Table(
+        "budgets",
+        "The systems at equal tokens, operations and seconds of training",
+        ("model", "equal"),
+        ("PPL", "steps", "training seconds"),
+        tuple(rows),
+        remark="All from scratch by one recipe, no fine-tuning; the learning rate decays over each "
+        "run's own steps. Numbers of steps at equal seconds follow from the seconds of a step "
+        "measured beforehand.",
+    )
+
+
+def speed(r: Recipes) -> Table:
+    """Quality of samples against the time they take."""
+    scale, length = r.scale, r.scale.sample_length
+    exact = Generated(num=scale.samples, length=length, evaluator=r.evaluator)
+    ways: dict[str, list[tuple[str, Generated]]] = {
+        "SEDD": [
+            ("a level a token", replace(exact, steps=length)),
+            ("a level every 4 tokens", replace(exact, steps=length // 4)),
+        ],
+        "MDLM": [
+            ("first hitting", exact),
+            ("4 tokens a forward", replace(exact, tokens_per_forward=4)),
+        ],
+    }
+    rows = []
+    for label, run, _ in _models(r, "owt", (400, 100), [None] * 6):
+        chosen = ways.get(label, [("", exact)])
+        if label.startswith("BD3-LM"):
+            chosen = [
+                ("first hitting", exact),
+                ("2 tokens a forward", replace(exact, tokens_per_forward=2)),
+                ("4 tokens a forward", replace(exact, tokens_per_forward=4)),
+            ]
+        for way, measure in chosen:
+            alone = replace(measure, num=1, evaluator=None)
+            cells = {
+                "ms a token": Cell(run, measure, "ms_per_token"),
+                "Gen. PPL": Cell(run, measure, "gen_ppl"),
+                "entropy": Cell(run, measure, "entropy"),
+                "forwards": Cell(run, measure, "nfe"),
+                "ms a token, one row": Cell(run, alone, "ms_per_token"),
+            }
+            rows.append(Row((label, way), cells))
+    return Table(
+        "speed",
+        "Quality of samples against seconds",
+        ("model", "way"),
+        ("ms a token", "Gen. PPL", "entropy", "forwards", "ms a token, one row"),
+        tuple(rows),
+        remark=f"{scale.samples} rows at once, and one alone. Times mean something only where "
+        "nothing else ran beside.",
+        drawing="scatter",
+    )
+
+
 def figure1(r: Recipes) -> Table:
     """Training curves of table 1."""
     rows = []
@@ -513,7 +612,7 @@ TABLES: dict[str, Callable[[Recipes], Table]] = {
     f.__name__: f
     for f in (
         *(table1, table2, table3, table4, table5, table6, table7, table8, table10, table11),
-        *(table13, combined, figure1),
+        *(table13, combined, budgets, speed, figure1),
     )
 }
 """Tables that need training. Tables 9 and 12 and figure 2 are formulas: see ``formulas.py``."""

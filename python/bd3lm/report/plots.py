@@ -44,6 +44,28 @@ def plot_lines(
     plt.close(figure)
 
 
+def plot_points(
+    points: Mapping[str, tuple[float | None, float | None]], file: Path, labels: tuple[str, ...]
+) -> None:
+    """Named points in the plane, both axes logarithmic; one without a figure is left out.
+
+    Args:
+        points: horizontal and vertical figure by name.
+        file: the PNG to write.
+        labels: title, horizontal and vertical axis.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, (x, y)) in enumerate(points.items()):
+        if x is not None and y is not None:
+            marker = "os^vDPX*"[index % 8]
+            axes.plot(x, y, marker, markersize=7, label=name)
+    axes.set(title=labels[0], xlabel=labels[1], ylabel=labels[2], xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def plot_beside(
     rows: Sequence[str],
     ours: Sequence[float | None],
