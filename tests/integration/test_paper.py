@@ -51,7 +51,7 @@ def roles(corpus):
 
 def make(names, out, roles, events):
     return make_tables(
-        names, "smoke", out, roles, tokenizer="default", seeds=None, evaluator=None, events=events
+        names, "smoke", out, roles, seeds=None, evaluator=None, page=None, events=events
     )
 
 
@@ -152,7 +152,16 @@ def test_full_is_the_papers_protocol():
         3e-4,
         2500,
     )
-    tuned = TABLES["table2"](Recipes(scale_named("full"))).rows[2].cells["PPL"].run
+    full = scale_named("full")
+    assert (full.corpora.paths["lm1b"], full.corpora.tokenizer("lm1b")) == (
+        "hub:lm1b",
+        "bert-base-uncased",
+    )
+    assert (full.corpora.tokenizer("owt"), full.corpora.tokenizer("wikitext")) == ("gpt2", "gpt2")
+    owt = next(iter(TABLES["table4"](Recipes(full)).cells()))[0].config
+    assert (owt.batch_size, owt.seq_len) == (512, 1024)
+    assert (owt.model.width, owt.model.dropout) == (256, 0.1)
+    tuned = TABLES["table2"](Recipes(full)).rows[2].cells["PPL"].run
     assert (tuned.config.noise.clip, tuned.config.noise.resample) == ((0.3, 0.8), True)
     assert tuned.init.config.block == 128
     assert (tuned.init.config.steps, tuned.config.steps) == (400, 100)
@@ -180,7 +189,7 @@ def test_names_of_runs_follow_what_made_them():
 def test_differences_are_paired_by_row_and_seed(tmp_path, roles):
     """Two rows of known nats: the mean by hand, and an error of the differences alone."""
     table = TABLES["table1"](Recipes(scale_named("smoke")))
-    sweep = Sweep(tmp_path, Texts(roles, "default", tmp_path / "data"))
+    sweep = Sweep(tmp_path, Texts(roles, tmp_path / "data"))
     fingerprints = sweep.texts.fingerprints
     rng = np.random.default_rng(0)
     shared = rng.normal(50, 10, 4)
@@ -220,11 +229,51 @@ def test_formulas_say_what_they_check():
     np.testing.assert_allclose(lines["sigmoid"], lines["simple"], rtol=1e-12)
 
 
+def test_a_text_is_tokenized_anew_when_it_or_its_tokenizer_changes(tmp_path, tokenizer):
+    text = tmp_path / "text.jsonl"
+    lines = (json.dumps({"text": f"Document number {i}."}) for i in range(40))
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = set()
+    own = tmp_path / "own.json"
+    own.write_text(tokenizer.json, encoding="utf-8")
+    for name in ("default", str(own), "default"):
+        texts = Texts(Corpora({"lm1b": str(text)}, {"lm1b": name}), tmp_path / "data")
+        found.add(texts.splits("lm1b").train.path)
+    assert len(found) == 2
+    before = texts.fingerprints["lm1b"]
+    with text.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "One document more."}) + "\n")
+    after = Texts(Corpora({"lm1b": str(text)}), tmp_path / "data")
+    assert after.fingerprints["lm1b"] != before
+
+
+def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- table9 -->\nold\n<!-- /table9 -->\nAfter.\n", encoding="utf-8")
+    for _ in range(2):  # filling it again changes nothing
+        make_tables(
+            ["table9"],
+            "smoke",
+            tmp_path / "out",
+            Corpora(),
+            seeds=None,
+            evaluator=None,
+            page=page,
+            events=Silent(),
+        )
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("Before.\n<!-- table9 -->\n### Table 9: ")
+        assert text.endswith("![table9](out/tables/table9.png)\n<!-- /table9 -->\nAfter.\n")
+        assert "old" not in text
+
+
 def test_names_that_do_not_exist(tmp_path, capsys):
     assert chosen(["all"]) == [*TABLES, *FORMULAS]
     with pytest.raises(ConfigError, match="table = table99: one of table1, "):
         chosen(["table99"])
-    for wrong in (["--scale", "huge"], ["--corpus", "moon", "x"]):
+    absent = str(tmp_path / "page.md")
+    wrongs = (["--scale", "huge"], ["--corpus", "moon", "x"], ["--tokenizer", "wikitext", "gpt2"])
+    for wrong in (*wrongs, ["--page", absent]):
         with pytest.raises(SystemExit) as stop:
             paper.main(["table1", "--out", str(tmp_path / "o"), *wrong])
         assert stop.value.code == 2

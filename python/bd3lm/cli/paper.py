@@ -37,12 +37,16 @@ class PaperArgs:
     """Seeds of every table. None: as many as the scale has, more where rows compete closely."""
     corpus: dict[str, str] = field(default_factory=dict)
     """Text of each role: lm1b and owt to train on, zero_lm1b, lambada and wikitext to score; what
-    --data of bd3lm-train takes. Missing training text: the English text shipped."""
+    --data of bd3lm-train takes. What is missing: at full scale the paper's data sets from the
+    hub, else the English text shipped to train on and nothing to score."""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """Tokenizer of lm1b, and of owt with all that is scored: default, a file, a folder or a hub
+    name. What is missing: at full scale bert-base-uncased and gpt2, else the default."""
     evaluator: str | None = None
-    """Causal language model that judges samples (table 7): what bd3lm-judge takes. None: no Gen.
-    PPL."""
-    tokenizer: str = "default"
-    """Of all texts: default, a file, a folder or a hub name."""
+    """Causal language model that judges samples (table 7, speed): what bd3lm-judge takes. None:
+    gpt2-large at full scale, else none and no Gen. PPL."""
+    page: Path | None = None
+    """Markdown page to put the tables into, between <!-- table1 --> and <!-- /table1 -->."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,10 +62,10 @@ def paper(args: PaperArgs) -> None:
             args.tables,
             args.scale,
             args.out,
-            Corpora(args.corpus),
-            tokenizer=args.tokenizer,
+            Corpora(args.corpus, args.tokenizer),
             seeds=args.seeds,
             evaluator=args.evaluator,
+            page=args.page,
             events=watch,
         )
     facts(console, f"Made {len(written)} tables", dict(written))

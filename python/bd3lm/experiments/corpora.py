@@ -20,13 +20,12 @@ class Texts:
     """The text behind each role.
 
     Args:
-        corpora: where it is; the training roles fall back to the shipped text.
-        tokenizer: of all of them: ``default``, a file, a folder or a hub name.
+        corpora: where it is, and the tokenizers.
         work: directory for what has to be tokenized.
     """
 
-    def __init__(self, corpora: Corpora, tokenizer: str, work: Path) -> None:
-        self.corpora, self.tokenizer, self.work = corpora, tokenizer, work
+    def __init__(self, corpora: Corpora, work: Path) -> None:
+        self.corpora, self.work = corpora, work
         self.splits = cache(self._splits)
         self.held_out = cache(self._held_out)
 
@@ -43,24 +42,37 @@ class Texts:
         return found
 
     def _splits(self, role: str) -> Splits:
-        path = self.corpora.paths.get(role)
-        name = role if path is not None else "shipped"
-        return open_splits(path, None, self.tokenizer, self.work / name, lambda _: None)
+        path, tokenizer = self.corpora.paths.get(role), self.corpora.tokenizer(role)
+        return open_splits(path, None, tokenizer, self._place(path, tokenizer), lambda _: None)
 
     def _held_out(self, role: str) -> Dataset | None:
         """The whole text of a zero-shot role; None where none was given."""
         path = self.corpora.paths.get(role)
         if path is None:
             return None
+        tokenizer, detokenizer = self.corpora.tokenizer(role), DETOKENIZERS[role]
         return open_data(
             Path(path),
-            self.tokenizer,
-            self.work / role,
+            tokenizer,
+            self._place(path, tokenizer, detokenizer),
             lambda _: None,
             lines=True,  # of a .txt: one of LM1B holds a sentence a line
-            detokenizer=DETOKENIZERS[role],
+            detokenizer=detokenizer,
             eos=False,
         )
+
+    def _place(self, path: str | None, *how: str) -> Path:
+        """Where a text is tokenized to: another place for another text, tokenizer or rule."""
+        name = "shipped" if path is None else Path(path.replace(":", "-")).stem
+        return self.work / f"{name}-{digest([_stamp(part) for part in (path, *how)])}"
+
+
+def _stamp(name: str | None) -> list[object]:
+    """A name; where it is a file's, with its size and time of change."""
+    if name is None or not Path(name).is_file():
+        return [name]
+    facts = Path(name).stat()
+    return [name, facts.st_size, facts.st_mtime_ns]
 
 
 def _content(data: Dataset) -> str:

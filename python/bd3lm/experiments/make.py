@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bd3lm.config import check
-from bd3lm.data import load_tokenizer
 from bd3lm.errors import ConfigError
 from bd3lm.experiments.corpora import Texts
 from bd3lm.experiments.formulas import FORMULAS
@@ -26,9 +26,9 @@ def make_tables(
     out: Path,
     corpora: Corpora,
     *,
-    tokenizer: str,
     seeds: int | None,
     evaluator: str | None,
+    page: Path | None,
     events: Events,
 ) -> list[tuple[str, str]]:
     """Make the named tables below ``out``; returns each one's name and Markdown file.
@@ -37,29 +37,52 @@ def make_tables(
         names: of :data:`TABLES`, or ``all``.
         scale: smoke, cpu or full.
         out: directory.
-        corpora: the texts.
-        tokenizer: of all of them.
+        corpora: texts and tokenizers that replace the scale's.
         seeds: 1..seeds for every table; None: the scale's own choice.
-        evaluator: causal language model of table 7, as ``bd3lm-judge`` takes it; None: no Gen. PPL.
+        evaluator: causal language model that judges samples, as ``bd3lm-judge`` takes it; None:
+            the scale's.
+        page: Markdown page to put the tables into (:func:`fill_page`), or None.
         events: told what happens.
 
     Raises:
-        ConfigError: an unknown table, scale or role, before anything is run.
+        ConfigError: an unknown table, scale or role, or no such page, before anything is run.
         Bd3lmError: a run that cannot be made; what was finished stays.
     """
     check(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
+    check(page is None or page.is_file(), "page", page, "a Markdown file that exists")
     wanted = chosen(names)
-    recipes = Recipes(scale_named(scale), evaluator, load_tokenizer(tokenizer).vocab_size)
-    tables = [TABLES[name](recipes) for name in wanted if name in TABLES]
-    if seeds is not None:
-        tables = [replace(table, seeds=tuple(range(1, seeds + 1))) for table in tables]
-    sweep = Sweep(out, Texts(corpora, tokenizer, out / "data"))
-    if tables:
+    sizes = scale_named(scale)
+    sweep = Sweep(out, Texts(sizes.corpora.updated(corpora), out / "data"))
+    tables: list[Table] = []
+    if any(name in TABLES for name in wanted):
+        recipes = Recipes(sizes, evaluator or sizes.evaluator, sweep.open_texts())
+        tables = [TABLES[name](recipes) for name in wanted if name in TABLES]
+        if seeds is not None:
+            tables = [replace(table, seeds=tuple(range(1, seeds + 1))) for table in tables]
         sweep.make(tables, events)
     with sweep.claim("tables"):  # another sweep may end at the same moment
-        written = [(name, str(write_formula(out, name))) for name in wanted if name in FORMULAS]
-        written += [(table.name, str(write_table(sweep, table))) for table in tables]
-    return sorted(written, key=lambda entry: wanted.index(entry[0]))
+        written = {name: write_formula(out, name) for name in wanted if name in FORMULAS}
+        written |= {table.name: write_table(sweep, table) for table in tables}
+        if page is not None:
+            fill_page(page, written)
+    return [(name, str(written[name])) for name in wanted]
+
+
+def fill_page(page: Path, written: Mapping[str, Path]) -> None:
+    """Put tables and pictures into a page, between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+
+    What stands elsewhere on the page stays: it is for what people have to say of the tables.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, file in written.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if found and closed:
+            picture = os.path.relpath(file.with_suffix(".png"), page.parent)
+            table = file.read_text(encoding="utf-8")
+            text = f"{before}{start}{table}\n![{name}]({picture})\n{end}{after}"
+    write_text(page, text)
 
 
 def chosen(names: Sequence[str]) -> list[str]:
@@ -91,15 +114,12 @@ def write_table(sweep: Sweep, table: Table) -> Path:
         _draw_curves(sweep, table, picture)
         return file
     if table.drawing == "scatter":
-        across, up = table.columns[:2]
+        columns = table.columns[:3]
         points = {
-            " ".join(row.label): (
-                figure(sweep, table, row.cells[across]).mean,
-                figure(sweep, table, row.cells[up]).mean,
-            )
+            " ".join(row.label): [figure(sweep, table, row.cells[c]).mean for c in columns]
             for row in table.rows
         }
-        plot_points(points, picture, (table.title, across, up))
+        plot_points(points, picture, table.title, columns)
         return file
     column = table.columns[0]
     rows = [row for row in table.rows if column in row.cells]

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bd3lm.checkpoint import Checkpoint
@@ -198,7 +199,7 @@ class Lengths:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``median``, ``max``, ``stops`` and ``eos``, the share that ended by itself."""
+        """``median`` and ``max``; how many rows ended by each reason, and ``lengths``."""
         samples = draw(trained, SampleConfig(num=self.num, length=self.length))
         lengths = [len(sample.ids) for sample in samples]
         stops = [sample.stop for sample in samples]
@@ -206,8 +207,7 @@ class Lengths:
             "median": statistics.median(lengths),
             "max": max(lengths),
             "lengths": lengths,
-            "stops": {stop: stops.count(stop) for stop in sorted(set(stops))},
-            "eos": stops.count("eos") / len(stops),
+            **{stop: stops.count(stop) for stop in ("eos", "degenerate", "length")},
         }
 
 
@@ -235,12 +235,17 @@ class Cost:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``steps``, ``tokens`` and ``seconds``."""
+        """``steps``, ``tokens`` and ``seconds``: the median time of a step times their number.
+
+        What else the machine did for a while does not count.
+        """
         cfg = trained.loaded.config
         lines = (trained.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        seconds = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
+        seen = [(m["step"], m["seconds"]) for m in map(json.loads, lines) if "seconds" in m]
+        steps, seconds = np.diff([(0, 0.0), *seen], axis=0).T
         tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-        return {"steps": cfg.steps, "tokens": tokens, "seconds": seconds[-1]}
+        median = float(np.median(seconds / steps))
+        return {"steps": cfg.steps, "tokens": tokens, "seconds": median * cfg.steps}
 
 
 AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve | Cost

@@ -57,14 +57,23 @@ class Sweep:
         file = self._cell(run, measure)
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
+    def open_texts(self) -> int:
+        """Tokenize what has not been; returns V of the ids of ``lm1b``.
+
+        Raises:
+            Bd3lmError: a text or tokenizer that does not load.
+        """
+        with self.claim("texts"):
+            _ = self.texts.fingerprints
+        return self.texts.splits("lm1b").train.tokenizer.vocab_size
+
     def make(self, tables: Iterable[Table], events: Events) -> None:
         """Make every run and measurement that is missing.
 
         Raises:
             Bd3lmError: a run that cannot be made; what was finished stays.
         """
-        with self.claim("texts"):
-            _ = self.texts.fingerprints  # tokenizes what has not been
+        self.open_texts()
         todo = [
             pair
             for pair in dict.fromkeys(pair for table in tables for pair in table.cells())

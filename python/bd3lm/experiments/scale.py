@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bd3lm.config import EvalConfig, ModelConfig, NoiseConfig, OptimConfig, TrainConfig, check, tiny
@@ -19,19 +19,32 @@ ZERO_SHOT_ROLES = ("zero_lm1b", "lambada", "wikitext")
 
 @dataclass(frozen=True)
 class Corpora:
-    """Where the text of each role is: a path, a name that ``--data`` takes, or the shipped text.
+    """Where the text of each role is, and what makes its ids.
 
     Attributes:
-        paths: by role; a training role that is missing is played by the shipped text, a
-            zero-shot role that is missing leaves its column empty.
+        paths: by role, what ``--data`` takes; a training role that is missing is played by the
+            shipped text, a zero-shot role that is missing leaves its column empty.
+        tokenizers: by training role, what ``--tokenizer`` takes; zero-shot texts have the one of
+            ``owt``, on which the models that score them were trained.
     """
 
-    paths: Mapping[str, str]
+    paths: Mapping[str, str] = field(default_factory=dict)
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         roles = TRAINING_ROLES + ZERO_SHOT_ROLES
         for role in self.paths:
             check(role in roles, "corpus", role, f"one of {', '.join(roles)}")
+        for role in self.tokenizers:
+            check(role in TRAINING_ROLES, "tokenizer", role, f"one of {', '.join(TRAINING_ROLES)}")
+
+    def tokenizer(self, role: str) -> str:
+        """Name or path of the tokenizer of a role's text."""
+        return self.tokenizers.get(role if role in TRAINING_ROLES else "owt", "default")
+
+    def updated(self, other: Corpora) -> Corpora:
+        """With what ``other`` names in place of what is named here."""
+        return Corpora({**self.paths, **other.paths}, {**self.tokenizers, **other.tokenizers})
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,11 @@ class Scale:
     Attributes:
         name: of the scale.
         base: settings that every run shares.
-        owt_seq_len: L where the paper trains on OpenWebText.
+        corpora: texts and tokenizers where the user names none.
+        evaluator: causal language model that judges samples where the user names none; None: no
+            Gen. PPL.
+        owt_seq_len: L where the paper trains on OpenWebText…
+        owt_batch_size: …and the rows of a step there.
         step_divisor: the paper's step counts are divided by this…
         step_range: …and kept in this range.
         close_seeds: seeds of tables whose rows compete closely.
@@ -58,7 +75,10 @@ class Scale:
 
     name: ScaleName
     base: TrainConfig
+    corpora: Corpora
+    evaluator: str | None
     owt_seq_len: int
+    owt_batch_size: int
     step_divisor: float
     step_range: tuple[int, int]
     close_seeds: tuple[int, ...]
@@ -80,6 +100,10 @@ class Scale:
         """L of a corpus."""
         return self.owt_seq_len if corpus == "owt" else self.base.seq_len
 
+    def batch_size(self, corpus: str) -> int:
+        """Rows of a step on a corpus."""
+        return self.owt_batch_size if corpus == "owt" else self.base.batch_size
+
 
 def _full() -> Scale:
     """PROTOCOL exactly: the paper's tiny DiT, 512 rows a step, 2,500 steps of warm-up."""
@@ -87,7 +111,19 @@ def _full() -> Scale:
     return Scale(
         name="full",
         base=replace(base, row_eos=True, seq_len=128, batch_size=512, micro_batch=64),
+        corpora=Corpora(
+            {
+                "lm1b": "hub:lm1b",
+                "owt": "hub:openwebtext",
+                "zero_lm1b": "hub:lm1b",
+                "lambada": "hub:lambada",
+                "wikitext": "hub:wikitext103",
+            },
+            {"lm1b": "bert-base-uncased", "owt": "gpt2"},
+        ),
+        evaluator="gpt2-large",
         owt_seq_len=1024,
+        owt_batch_size=512,
         step_divisor=1,
         step_range=(1, 1 << 30),
         close_seeds=(1,),
@@ -125,7 +161,10 @@ def _cpu() -> Scale:
     return Scale(
         name="cpu",
         base=base,
+        corpora=Corpora(),
+        evaluator=None,
         owt_seq_len=256,
+        owt_batch_size=4,
         step_divisor=4,
         step_range=(50, 150),
         close_seeds=(1, 2, 3),
@@ -135,7 +174,7 @@ def _cpu() -> Scale:
         sample_length=128,
         long_samples=4,
         long_length=16_384,
-        budget_steps=800,
+        budget_steps=500,
         # One thread of a Xeon with AMX, 16,384 ids: the output head outweighs the rest, and AR
         # predicts every position where the others predict half of them.
         step_seconds={"ar": 1.5, "sedd": 1.21, "mdlm": 0.74, "bd3lm": 1.0},
@@ -157,6 +196,7 @@ def _smoke() -> Scale:
         name="smoke",
         base=base,
         owt_seq_len=32,
+        owt_batch_size=4,
         step_divisor=1e9,
         step_range=(2, 2),
         close_seeds=(1, 2),

@@ -132,7 +132,7 @@ class Table:
         seeds: every run is made once for each.
         remark: what must be known to read the paper's own figures.
         drawing: how the picture is drawn: bars of the first column, training curves, or the
-            second column over the first.
+            second and third columns over the first.
     """
 
     name: str

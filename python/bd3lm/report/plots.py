@@ -45,25 +45,40 @@ def plot_lines(
 
 
 def plot_points(
-    points: Mapping[str, tuple[float | None, float | None]], file: Path, labels: tuple[str, ...]
+    points: Mapping[str, Sequence[float | None]], file: Path, title: str, columns: Sequence[str]
 ) -> None:
-    """Named points in the plane, both axes logarithmic; one without a figure is left out.
+    """Named points: each further column over the first, a panel each.
+
+    An axis that spans a factor of three is logarithmic. A missing figure leaves its point out, and
+    a panel without points its place.
 
     Args:
-        points: horizontal and vertical figure by name.
+        points: figures by name, one a column.
         file: the PNG to write.
-        labels: title, horizontal and vertical axis.
+        title: of the figure.
+        columns: names of the axes, the horizontal one first.
     """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for index, (name, (x, y)) in enumerate(points.items()):
-        if x is not None and y is not None:
-            marker = "os^vDPX*"[index % 8]
-            axes.plot(x, y, marker, markersize=7, label=name)
-    axes.set(title=labels[0], xlabel=labels[1], ylabel=labels[2], xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    seen = [[row[i] for row in points.values() if row[i] is not None] for i in range(len(columns))]
+    panels = [i for i in range(1, len(columns)) if seen[i]]
+    width = 4.5 * len(panels) + 2.5
+    figure, grid = plt.subplots(
+        1, max(len(panels), 1), figsize=(width, 4.5), layout="constrained", squeeze=False
+    )
+    for axes, column in zip(grid[0], panels, strict=False):
+        for index, (name, row) in enumerate(points.items()):
+            if row[0] is not None and row[column] is not None:
+                axes.plot(row[0], row[column], "os^vDPX*"[index % 8], markersize=7, label=name)
+        axes.set(xlabel=columns[0], ylabel=columns[column])
+        axes.set(xscale=_scale(seen[0]), yscale=_scale(seen[column]))
+        axes.grid(alpha=0.3, which="both")
+    grid[0][-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def _scale(values: Sequence[Any]) -> str:
+    return "log" if min(values) > 0 and max(values) > 3 * min(values) else "linear"
 
 
 def plot_beside(
