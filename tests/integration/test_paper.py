@@ -12,7 +12,7 @@ from bd3lm.cli import paper
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
 from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables, runner
-from bd3lm.experiments.budget import step_flops
+from bd3lm.train.flops import step_flops
 from bd3lm.experiments.corpora import Texts
 from bd3lm.experiments.formulas import FORMULAS
 from bd3lm.experiments.make import chosen

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.experiments.budget import step_flops
+from bd3lm.train.flops import step_flops
 from bd3lm.experiments.measures import (
     Cost,
     Curve,
