@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, attend
-from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, rotate
+from bd3lm.model.elementwise import dropout_add
+from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, gated_linear, rotate
 
 
 class Block(nn.Module):
@@ -31,7 +32,6 @@ class Block(nn.Module):
         self.out = nn.Linear(cfg.width, cfg.width, bias=False)
         self.norm2 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         self.mlp = Mlp(cfg)
-        self.dropout = nn.Dropout(cfg.dropout)
         if cfg.cond_width:
             self.ada = nn.Linear(cfg.cond_width, 6 * cfg.width)
         self.reset_parameters()
@@ -100,7 +100,7 @@ class Block(nn.Module):
             [B, Tq, D], or [M, D] with ``select``.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
-        q, k, v = self.heads(_modulate(self.norm1(h), shift1, scale1), rope, queries)
+        q, k, v = self.heads(self.norm1(h, shift1, scale1), rope, queries)
         if cache is not None:
             cache.write(layer, k, v)
             if queries == 0:
@@ -119,22 +119,22 @@ class Block(nn.Module):
         gate1, shift2, scale2, gate2 = (
             _pick(m, queries, select) for m in (gate1, shift2, scale2, gate2)
         )
-        h = h + _gate(self.dropout(self.out(attended)), gate1)
-        x = _modulate(self.norm2(h), shift2, scale2)
-        return h + _gate(self.dropout(self.mlp(x)), gate2)
+        dropout = self.cfg.dropout if self.training else 0.0
+        h = dropout_add(h, gated_linear(self.out, attended, gate1), dropout)
+        return dropout_add(h, self.mlp(self.norm2(h, shift2, scale2), gate2), dropout)
 
     def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
         if cond is None:
             return (None,) * 6
-        return self.ada(cond).chunk(6, dim=-1)
+        return _modulation(self.ada, cond).chunk(6, dim=-1)
 
 
-def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None or scale is None else x * (1 + scale) + shift
-
-
-def _gate(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else gate * x
+def _modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
+    """Shifts, scales and gates; those of one row in float32, for they go into weights."""
+    if cond.numel() > cond.shape[-1]:
+        return ada(cond)
+    with torch.autocast(cond.device.type, enabled=False):
+        return ada(cond)
 
 
 def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tensor | None:
@@ -327,8 +327,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         if cond is None:
             return self.norm(h)
-        shift, scale = (_pick(m, queries, select) for m in self.ada(cond).chunk(2, dim=-1))
-        return _modulate(self.norm(h), shift, scale)
+        modulation = _modulation(self.ada, cond).chunk(2, dim=-1)
+        shift, scale = (_pick(m, queries, select) for m in modulation)
+        return self.norm(h, shift, scale)
 
     def _condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
         """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C]."""
@@ -336,7 +337,8 @@ class Transformer(nn.Module):
             return None
         if sigma is None or not self.cfg.time_conditioning:
             zero = torch.zeros(1, 1, device=self.embed.weight.device)
-            return F.silu(self.time(zero))
+            with torch.autocast(zero.device.type, enabled=False):
+                return F.silu(self.time(zero))
         sigma = sigma.repeat_interleave(block_size, dim=1)
         if noised:  # the clean stream sees sigma = 0
             sigma = torch.cat([sigma, torch.zeros_like(sigma)], dim=1)
