@@ -1,6 +1,8 @@
-"""A training step of the original implementation on the CPU, on demand: a child of training_step.py.
+"""A training step of the original implementation on the CPU: a child of training_step.py.
 
-Its own code and settings, imported from the folder that ``BD3LM_PEER`` names and run by the
+It runs a step whenever it is asked to.
+
+Its own code and settings are imported from the folder that ``BD3LM_PEER`` names and run by the
 interpreter that ``BD3LM_PEER_PYTHON`` names. What its trainer does in a step is done here in the
 same order: loss, metric, backward pass, clipping, AdamW, weight average.
 
@@ -14,6 +16,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -80,8 +83,7 @@ def serve() -> None:
         begun = time.perf_counter()
         loss = step()
         took = time.perf_counter() - begun
-        status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-        peak = int(status["VmHWM"].split()[0]) * 1024
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
         print(json.dumps({"seconds": took, "peak": peak, "loss": loss}), file=answer, flush=True)
 
 

@@ -2,7 +2,9 @@
 
 Both take the shapes and the recipe of ``bd3lm-train tiny`` (width 256, depth 8, adaLN, dropout,
 AdamW, weight average) and run in processes of their own, so that each has its own peak of resident
-memory; their steps take turns, and a ratio is of neighbours. The original is imported from the
+memory; their steps take turns, and a ratio is of neighbours. The original is run in fp32, which is
+what its code does on a CPU (its autocasts are for CUDA), and under a bf16 autocast that we put
+around it, which is what ours uses. It is imported from the
 folder that ``BD3LM_PEER`` names, by the interpreter that ``BD3LM_PEER_PYTHON`` names (with
 hydra-core, lightning, transformers, einops and timm); without them its columns are left out.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -106,7 +109,8 @@ class Child:
         )
 
     def step(self) -> dict[str, float]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -180,7 +184,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="the peer's")
+    precisions = ("fp32", "bf16")
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--serve", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "training_step.json")
     args = parser.parse_args()
@@ -189,14 +194,14 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     results = []
-    for key in args.cases:
-        result = measure(key, args.threads, args.rounds, args.precision)
+    for key, precision in itertools.product(args.cases, args.precision):
+        result = measure(key, args.threads, args.rounds, precision)
         results.append(result)
         line = f"{result['case']}: {result['seconds']['median']:.3f} s a step"
         line += f", {result['memory'] / 1e9:.2f} GB, MFU {result['mfu']['median']:.1%}"
         line += f" of {result['peak_flops'] / 1e9:.0f} GF/s"
         if "ratio" in result:
-            line += f"; the original {result['peer_seconds']['median']:.2f} s"
+            line += f"; the original in {precision} {result['peer_seconds']['median']:.2f} s"
             line += f", {result['peer_memory'] / 1e9:.2f} GB: {result['ratio']['median']:.1f} times"
             line += f" as long, {result['memory_ratio']:.1f} times the memory"
         print(line, flush=True)

@@ -6,9 +6,12 @@ Dh head width, M selected positions, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, attend
@@ -164,6 +167,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vocab_size = vocab_size
+        self.recompute = False  # activation checkpointing in denoise and encode
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -225,9 +229,9 @@ class Transformer(nn.Module):
         h = self.embed(torch.cat([xt, x0], dim=1))
         mask = BlockMask.training(seq_len, block_size, doc_ids)
         for block in self.blocks[:-1]:
-            h = block(h, mask, rope, cond)
+            h = self._run(block, h, mask, rope, cond)
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
-        h = self.blocks[-1](h, mask, rope, cond, queries=seq_len, select=select)
+        h = self._run(self.blocks[-1], h, mask, rope, cond, queries=seq_len, select=select)
         return self._finish(h, cond, seq_len, select)
 
     def encode(
@@ -270,7 +274,8 @@ class Transformer(nn.Module):
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            h = block(
+            h = self._run(
+                block,
                 h,
                 mask,
                 rope,
@@ -317,6 +322,12 @@ class Transformer(nn.Module):
             past = clean.read(layer, seq_len)
             h = block(h, mask, rope, cond, select=select if last else None, past=past)
         return self._finish(h, cond, None, select)
+
+    def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """One block; where asked to, all that it computed is forgotten until the backward pass."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **options)
+        return block(*args, **options)
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores [..., V] of features [..., D]."""

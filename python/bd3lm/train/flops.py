@@ -42,7 +42,7 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     return 6.0 * cfg.batch_size * (products + attention)
 
 
-PEAK_SIZE = 2048
+PEAK_SIZE = 1024
 """Rows and columns of the square product whose speed is the peak."""
 
 
@@ -50,7 +50,7 @@ PEAK_SIZE = 2048
 def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """Floating-point operations a second of the best of a few large matrix products there.
 
-    Measured once a process, in about a tenth of a second; a machine that is busy meanwhile looks
+    Measured once a process, in a fraction of a second; a machine that is busy meanwhile looks
     slower than it is.
 
     Args:
@@ -62,7 +62,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     a, b = (torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     with torch.inference_mode():
-        for _ in range(4):
+        for _ in range(10):
             begun = time.perf_counter()
             (a @ b)[0, 0].item()  # waits for the device
             best = min(best, time.perf_counter() - begun)
