@@ -47,7 +47,97 @@ class Section(NamedTuple):
     render: Callable[[Any], str]
 
 
-SECTIONS: dict[str, Section] = {}
+def training_step(results: list[dict[str, Any]]) -> str:
+    """Ours and the original's, a row a shape and precision of the original."""
+    rows = []
+    for r in results:
+        peer = ["–", "–", "–", "–"]
+        if "ratio" in r:
+            peer = [
+                f"{r['peer_precision']}: {r['peer_seconds']['median']:.2f} s",
+                f"{r['peer_memory'] / 1e9:.2f} GB",
+                ratio(r["ratio"]),
+                f"1/{r['memory_ratio']:.1f}",
+            ]
+        ours = [f"{r['seconds']['median']:.2f} s", f"{r['memory'] / 1e9:.2f} GB"]
+        floor = "10×, 1/4, 30%" if "L=128" in r["case"] else "12×, 1/4"
+        mfu = f"{r['mfu']['median']:.0%} of {r['peak_flops'] / 1e9:.0f} GF/s"
+        rows.append([r["case"], *ours, mfu, *peer, floor])
+    head = (
+        "shape | ours, bf16 | peak memory | MFU | the original | its peak memory | "
+        "time ratio (least–most) | memory | floor: time, memory, MFU"
+    )
+    return table(head, rows)
+
+
+FLOORS = {("float32", 1024): 8.0, ("float32", 128): 3.0, ("bfloat16", 1024): 6.5}
+"""Of the ratio to dense attention at S = 16, H = 8, on one thread."""
+
+
+def attention(results: dict[str, Any]) -> str:
+    """Milliseconds of ours, and what the peers take in multiples of it."""
+    rows = []
+    for r in results["cases"]:
+        c = r["case"]
+        shape = f"B{c['batch']} H{c['heads']} L{c['seq_len']} D{c['width']} S{c['block']}"
+        floor = FLOORS.get((c["dtype"], c["seq_len"]))
+        asked = r["threads"] == 1 and c["block"] == 16 and c["heads"] == 8
+        low, high = r["dense_ratio_quartiles"]
+        rows.append(
+            [
+                f"{c['dtype']} {shape}",
+                r["threads"],
+                f"{r['rust_ms']:.0f} ms",
+                f"{r['gflops']:.0f}",
+                f"**{r['dense_ratio']:.1f}×** ({low:.1f}–{high:.1f})",
+                f"{r['hierarchical_ratio']:.1f}×",
+                f"{floor:.1f}×" if asked and floor else "",
+            ]
+        )
+    head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch | floor"
+    notes = [
+        f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
+        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s): "
+        "PyTorch's threads and ours do not fight."
+        for m in results["alternation"]
+    ]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
+def growth(results: dict[str, Any]) -> str:
+    """µs a token over L and over S, and memory over L."""
+    kinds = [(dtype, n) for dtype in ("bfloat16", "float32") for n in (1, 2)]
+
+    def cells(over: str, value: int) -> list[str]:
+        found = [
+            r["microseconds"]
+            for kind in kinds
+            for r in results["times"]
+            if r["over"] == over and r[over] == value and (r["dtype"], r["threads"]) == kind
+        ]
+        return [f"{x:.1f}" for x in found]
+
+    def values(over: str) -> list[int]:
+        return sorted({r[over] for r in results["times"] if r["over"] == over})
+
+    heads = " | ".join(f"{dtype}, {n} thread(s)" for dtype, n in kinds)
+    lengths = [
+        [n, *cells("length", n), f"{results['memory'][str(n)] / 1e6:.0f} MB"]
+        for n in values("length")
+    ]
+    blocks = [[n, *cells("block", n)] for n in values("block")]
+    return (
+        table(f"L, at S = 16 | {heads} | memory, bf16, one row", lengths)
+        + "\n\n"
+        + table(f"S, at L = 1024 | {heads}", blocks)
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "training-step": Section("training_step.json", training_step),
+    "attention": Section("cpu_attention.json", attention),
+    "growth": Section("growth.json", growth),
+}
 
 
 def put(document: str, name: str, text: str) -> str:
