@@ -97,8 +97,7 @@ def attention(results: dict[str, Any]) -> str:
     head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch | floor"
     notes = [
         f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
-        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s): "
-        "PyTorch's threads and ours do not fight."
+        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
         for m in results["alternation"]
     ]
     return table(head, rows) + "\n\n" + "\n".join(notes)
