@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,13 +41,18 @@ class Profile(NamedTuple):
 
 
 def component_of(event: FunctionEvent) -> str:
-    """The component of the innermost operation around an event that belongs to one."""
+    """The first component that the event, or an operation around it, belongs to.
+
+    So a matrix product inside the head's loss or Muon is theirs.
+    """
+    around: list[str] = []
     at: FunctionEvent | None = event
     while at is not None:
-        for component, names in _COMPONENTS.items():
-            if any(name in at.name for name in names):
-                return component
+        around.append(at.name)
         at = at.cpu_parent
+    for component, names in _COMPONENTS.items():
+        if any(name in operation for name in names for operation in around):
+            return component
     return OTHER
 
 
@@ -62,7 +67,7 @@ class StepProfiler:
         self._wait = min(WARM_UP, max(steps - STEPS, 0))
         self._left = min(STEPS, steps)
         self._seconds: list[float] = []
-        self._components: Counter[str] = Counter()
+        self._components: defaultdict[str, float] = defaultdict(float)
 
     def run(self, step: Callable[[], T]) -> T:
         """Run one step, and watch it if it is one of those."""
@@ -85,5 +90,6 @@ class StepProfiler:
     def result(self) -> Profile:
         """Means over the steps that were watched, of which there was at least one."""
         steps = len(self._seconds)
-        parts = {name: value / steps for name, value in self._components.most_common()}
+        most_first = sorted(self._components.items(), key=lambda item: -item[1])
+        parts = {name: value / steps for name, value in most_first}
         return Profile(sum(self._seconds) / steps, parts)
