@@ -13,7 +13,7 @@ const CHUNK: usize = 1 << 14;
 const TILE: usize = 256;
 
 /// Slope of the logistic that stands in for GELU's tanh: 2·√(2/π).
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
 /// 1/(1+e^−z).
