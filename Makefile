@@ -54,9 +54,12 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup ## Rust benches, and the Python ones against their peers
+BENCHES := training_step cpu_attention growth data_path compression gpu_attention
+
+bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench
-	for bench in benches/python/*.py; do $(BIN)/python $$bench || exit 1; done
+	for bench in $(BENCHES); do $(BIN)/python benches/python/$$bench.py || exit 1; done
+	$(BIN)/python benches/python/report.py
 
 wheel: $(VENV)/.packages ## an installable wheel in dist/
 	$(BIN)/maturin build --release -q --out dist

@@ -1,6 +1,6 @@
 """Forward + backward of the Rust CPU attention against dense SDPA and the best pure PyTorch form.
 
-    python benches/python/cpu_attention.py --threads 1 2 --rounds 9 --json cpu_attention.json
+    python benches/python/cpu_attention.py --threads 1 2 --rounds 9 [--out FILE]
 
 The three are timed in turn within each round, so that a busy machine slows all of them; what is
 reported is the median over rounds of the ratio within a round. Every case is first checked
@@ -10,16 +10,14 @@ against the dense result.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, seconds, write
 from torch import Tensor
 
 from bd3lm.model.attention import BlockMask, rust
@@ -147,12 +145,6 @@ def _bias(part: Part, q: Tensor) -> Tensor | None:
     return bias.repeat(q.shape[0], 1, 1, 1)
 
 
-def seconds(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
 def measure(case: Case, threads: int, rounds: int) -> dict:
     """Median milliseconds of each, and the median ratios of the peers to ours."""
     torch.set_num_threads(threads)
@@ -241,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_attention.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     header = f"{'B':>3} {'H':>3} {'L':>5} {'D':>3} {'S':>4} {'dtype':>9} {'threads':>7}"
@@ -263,11 +255,7 @@ def main() -> None:
             f"{r['threads']} threads, products {r['products_ms']:.2f} ms and attention "
             f"{r['attention_ms']:.2f} ms: in turn {r['together_over_sum']:.2f} of their sum"
         )
-    if args.json:
-        machine = {"processor": platform.processor(), "isas": rust.available_isas()}
-        machine |= {"torch": torch.__version__}
-        report = {"machine": machine, "cases": results, "alternation": mixed}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(args.out, {"isas": rust.available_isas(), "cases": results, "alternation": mixed})
 
 
 if __name__ == "__main__":

@@ -176,3 +176,29 @@ def cross_entropy(
     nll: NDArray[np.float32],
     threads: int,
 ) -> None: ...
+def gelu(
+    x: NDArray[np.float32] | NDArray[np.int16],
+    out: NDArray[np.float32] | NDArray[np.int16],
+    threads: int,
+) -> None: ...
+def gelu_backward(
+    x: NDArray[np.float32] | NDArray[np.int16],
+    d_out: NDArray[np.float32] | NDArray[np.int16],
+    d_x: NDArray[np.float32] | NDArray[np.int16],
+    threads: int,
+) -> None: ...
+def dropout_add(
+    h: NDArray[np.float32],
+    x: NDArray[np.float32] | NDArray[np.int16],
+    seed: int,
+    p: float,
+    out: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def dropout_add_backward(
+    d_out: NDArray[np.float32],
+    seed: int,
+    p: float,
+    d_x: NDArray[np.float32] | NDArray[np.int16],
+    threads: int,
+) -> None: ...

@@ -379,6 +379,9 @@ class TrainConfig:
     """auto: bf16 autocast where the device has it."""
     attention: Literal["auto", "cuda", "flash", "flex", "rust", "dense"] = "auto"
     """What computes attention. auto: our kernels for CUDA or the CPU, else flex or dense."""
+    recompute: bool = False
+    """Keep only the residual stream of each block and compute the rest again in the backward pass
+    (activation checkpointing): less memory, more time, the same gradients."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
     log_every: int = 10

@@ -12,7 +12,6 @@ from bd3lm.cli import paper
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
 from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables, runner
-from bd3lm.experiments.budget import step_flops
 from bd3lm.experiments.corpora import Texts
 from bd3lm.experiments.formulas import FORMULAS
 from bd3lm.experiments.make import chosen
@@ -22,6 +21,7 @@ from bd3lm.experiments.scale import scale_named
 from bd3lm.experiments.spec import record_key
 from bd3lm.experiments.tables import Recipes
 from bd3lm.train import train_only
+from bd3lm.train.flops import step_flops
 
 TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
 

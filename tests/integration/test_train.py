@@ -20,6 +20,7 @@ SUMMARY = {
     "tokens",
     "seconds",
     "tokens_per_second",
+    "mfu",
     "val_nelbo",
     "val_ppl",
     "val_bpb",
@@ -245,3 +246,15 @@ def test_divergence_is_told_before_it_is_saved(config, tmp_path):
     with pytest.raises(DivergedError, match=r"lower optim\.lr"):
         trainer.run()
     assert not trainer.checkpoint.exists()
+
+
+def test_a_profile_says_where_a_step_went(config, tmp_path):
+    out = tmp_path / "run"
+    summary = run_training(config, out, Silent(), profile=True)
+    profile = json.loads((out / "profile.json").read_text())
+    assert profile == summary["profile"]
+    parts = profile["components"]
+    assert parts.keys() >= {"attention", "matrix products", "head and loss", "optimizer", "data"}
+    assert all(value >= 0 for value in parts.values())
+    assert sum(parts.values()) == pytest.approx(profile["seconds"], rel=0.2)
+    assert 0 < summary["mfu"] < 1

@@ -55,6 +55,7 @@ class RichReporter:
         detail = ""
         if metrics:
             detail = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+            detail += f"  MFU {metrics['mfu']:.0%}"
         self._progress.start_task(self._train)
         self._progress.update(self._train, completed=done, detail=detail)
         if not self._console.is_terminal and done % max(self._steps // 10, 1) == 0:

@@ -27,7 +27,8 @@ def training_summary(console: Console, summary: Mapping[str, Any], out: Path) ->
     rows = {
         "validation": likelihood_line(summary),
         "trained": f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), {summary['steps']} steps",
+        f"({summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.0%}), "
+        f"{summary['steps']} steps",
         "samples": f"{summary['sample_known_words']:.1%} of sampled words occur in the training "
         f"text; distinct-2 {summary['sample_distinct_2']:.3f} "
         f"(validation text: {summary['valid_distinct_2']:.3f}); "
@@ -36,7 +37,19 @@ def training_summary(console: Console, summary: Mapping[str, Any], out: Path) ->
         "next": f"bd3lm-sample {out}/checkpoint --prompt 'The old house'",
         "": f"bd3lm-eval {out}/checkpoint",
     }
+    if "profile" in summary:
+        facts(console, "Where a step's time went", _profile_rows(summary["profile"]))
     facts(console, f"Trained in {out}", rows)
+
+
+def _profile_rows(profile: Mapping[str, Any]) -> dict[str, str]:
+    """Milliseconds and share of each component, and the step itself."""
+    total = profile["seconds"]
+    rows = {
+        name: f"{1e3 * value:8.1f} ms {value / total:6.1%}"
+        for name, value in profile["components"].items()
+    }
+    return rows | {"a step": f"{1e3 * total:8.1f} ms (watched; profile.json)"}
 
 
 def likelihood_line(summary: Mapping[str, Any]) -> str:

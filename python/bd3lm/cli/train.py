@@ -35,6 +35,8 @@ class TrainArgs:
     """Directory of the run. None: runs/PRESET, or the first free runs/PRESET-N."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in --out with its own settings."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also say where the time of a step went, at the end and in profile.json."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +68,7 @@ def train(argv: list[str]) -> None:
         cfg = saved_config(out)
     console = Console()
     with RichReporter(console, cfg.steps) as reporter:
-        summary = run_training(cfg, out, reporter, resume=args.resume)
+        summary = run_training(cfg, out, reporter, resume=args.resume, profile=args.profile)
     title = f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}"
     plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
     training_summary(console, summary, out)

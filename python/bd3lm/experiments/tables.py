@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.experiments.budget import step_flops
 from bd3lm.experiments.measures import (
     Cost,
     Curve,
@@ -19,6 +18,7 @@ from bd3lm.experiments.measures import (
 )
 from bd3lm.experiments.scale import Scale
 from bd3lm.experiments.spec import Cell, Row, Run, Table
+from bd3lm.train.flops import step_flops
 
 System = Literal["ar", "sedd", "mdlm", "bd3lm"]
 Clip = tuple[float, float] | None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bd3lm.model.softmax import cross_entropy_
 
-CHUNK_BYTES = 16 << 20
-"""Size of the logits of one chunk: large enough for the matrix product, near the caches."""
+CHUNK_BYTES = 32 << 20
+"""Size of the logits of one chunk: each costs another pass over the gradient of the head."""
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
@@ -44,15 +44,17 @@ class _ChunkedLoss(torch.autograd.Function):
             None if bias is None else torch.zeros_like(bias),
         )
         values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, grads)
-        ctx.save_for_backward(*(g for g in grads if g is not None))
-        ctx.has_bias = bias is not None
+        ctx.grads = grads
         ctx.mark_non_differentiable(values)
         return (values * weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [grad * upstream[0] for grad in ctx.saved_tensors]
-        return saved[0], saved[1], saved[2] if ctx.has_bias else None, None, None, None, None
+        grads, ctx.grads = ctx.grads, None  # scaled in place, so there is one pass and no copy
+        if grads is None:
+            raise RuntimeError("the gradient of this loss was already taken, and is not kept")
+        scaled = (None if grad is None else grad.mul_(upstream[0]) for grad in grads)
+        return (*scaled, None, None, None, None)
 
 
 class _Gradients(NamedTuple):
@@ -76,23 +78,29 @@ def _in_chunks(
     """Value of each position, float32 [M]; fills ``grads`` where they are wanted."""
     dtype = _compute_dtype(features)
     matrix = head.to(dtype)
+    offset = None if bias is None else bias.to(dtype)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * head.shape[0]))
     values = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
+    # Two buffers for all chunks: fresh ones of this size would come from the system each time.
+    room = matrix.new_empty(min(rows, len(features)), head.shape[0])
+    product = None if grads is None else torch.empty_like(matrix)
     for start in range(0, features.shape[0], rows):
         part = slice(start, start + rows)
         x = features[part].to(dtype)
-        logits = x @ matrix.T
-        if bias is not None:
-            logits += bias
+        logits = room[: len(x)]
+        if offset is None:
+            torch.mm(x, matrix.T, out=logits)
+        else:
+            torch.addmm(offset, x, matrix.T, out=logits)
         if grads is None:
             values[part] = kernel(logits, target[part], None, mask_id)
             continue
         values[part] = kernel(logits, target[part], weight[part].float(), mask_id)
         # The logits have become their own gradient.
-        grads.features[part] = (logits @ matrix).to(features.dtype)
-        grads.head.add_(logits.T @ x)
+        grads.features[part] = logits @ matrix
+        grads.head.add_(torch.mm(logits.T, x, out=product))
         if grads.bias is not None:
-            grads.bias.add_(logits.sum(0, dtype=torch.float32))
+            grads.bias.add_(logits.sum(0))
     return values
 
 

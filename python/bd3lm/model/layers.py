@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3lm.config import ModelConfig
+from bd3lm.model.elementwise import gelu
 
 
 class Norm(nn.Module):
@@ -21,11 +22,24 @@ class Norm(nn.Module):
         self.kind = kind
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Normalise the last axis, then ``x * (1 + scale) + shift`` where there is adaLN.
+
+        A modulation of one row [..., 1, D] goes into the weight, which costs nothing.
+        """
+        if shift is None or scale is None:
+            return self._scaled(x, self.weight, None)
+        if shift.numel() == shift.shape[-1]:
+            return self._scaled(x, self.weight * (1 + scale.flatten()), shift.flatten())
+        return self._scaled(x, self.weight, None) * (1 + scale) + shift
+
+    def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind == "layernorm":
-            return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        x = F.rms_norm(x, weight.shape, weight, self.eps)
+        return x if bias is None else x + bias
 
 
 class Rotary:
@@ -65,6 +79,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
+def gated_linear(linear: nn.Linear, x: Tensor, gate: Tensor | None) -> Tensor:
+    """``gate * linear(x)``; a gate of one row [..., 1, D] goes into the smaller of the factors."""
+    if gate is None:
+        return linear(x)
+    if gate.numel() > gate.shape[-1] or x.numel() < linear.weight.numel():
+        return gate * linear(x)
+    gate = gate.flatten()
+    bias = None if linear.bias is None else gate * linear.bias
+    return F.linear(x, gate[:, None] * linear.weight, bias)
+
+
 class _SquaredRelu(torch.autograd.Function):
     """max(x, 0)² with a gradient of two passes over memory, where autograd's own takes five."""
 
@@ -90,17 +115,17 @@ class Mlp(nn.Module):
         self.up = nn.Linear(cfg.width, up, bias=cfg.mlp_bias)
         self.down = nn.Linear(cfg.hidden, cfg.width, bias=cfg.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[..., D] to [..., D], times ``gate``."""
         h = self.up(x)
         if self.kind == "gelu":
-            h = F.gelu(h, approximate="tanh")
+            h = gelu(h)
         elif self.kind == "relu2":
             h = _SquaredRelu.apply(h)
         else:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        return self.down(h)
+            open_, value = h.chunk(2, dim=-1)
+            h = F.silu(open_) * value
+        return gated_linear(self.down, h, gate)
 
 
 class TimeEmbedding(nn.Module):

@@ -6,13 +6,17 @@ Dh head width, M selected positions, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, attend
-from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, rotate
+from bd3lm.model.elementwise import dropout_add
+from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, gated_linear, rotate
 
 
 class Block(nn.Module):
@@ -31,7 +35,6 @@ class Block(nn.Module):
         self.out = nn.Linear(cfg.width, cfg.width, bias=False)
         self.norm2 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         self.mlp = Mlp(cfg)
-        self.dropout = nn.Dropout(cfg.dropout)
         if cfg.cond_width:
             self.ada = nn.Linear(cfg.cond_width, 6 * cfg.width)
         self.reset_parameters()
@@ -100,7 +103,7 @@ class Block(nn.Module):
             [B, Tq, D], or [M, D] with ``select``.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
-        q, k, v = self.heads(_modulate(self.norm1(h), shift1, scale1), rope, queries)
+        q, k, v = self.heads(self.norm1(h, shift1, scale1), rope, queries)
         if cache is not None:
             cache.write(layer, k, v)
             if queries == 0:
@@ -119,22 +122,22 @@ class Block(nn.Module):
         gate1, shift2, scale2, gate2 = (
             _pick(m, queries, select) for m in (gate1, shift2, scale2, gate2)
         )
-        h = h + _gate(self.dropout(self.out(attended)), gate1)
-        x = _modulate(self.norm2(h), shift2, scale2)
-        return h + _gate(self.dropout(self.mlp(x)), gate2)
+        dropout = self.cfg.dropout if self.training else 0.0
+        h = dropout_add(h, gated_linear(self.out, attended, gate1), dropout)
+        return dropout_add(h, self.mlp(self.norm2(h, shift2, scale2), gate2), dropout)
 
     def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
         if cond is None:
             return (None,) * 6
-        return self.ada(cond).chunk(6, dim=-1)
+        return _modulation(self.ada, cond).chunk(6, dim=-1)
 
 
-def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None or scale is None else x * (1 + scale) + shift
-
-
-def _gate(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else gate * x
+def _modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
+    """Shifts, scales and gates; those of one row in float32, for they go into weights."""
+    if cond.numel() > cond.shape[-1]:
+        return ada(cond)
+    with torch.autocast(cond.device.type, enabled=False):
+        return ada(cond)
 
 
 def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tensor | None:
@@ -164,6 +167,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vocab_size = vocab_size
+        self.recompute = False  # activation checkpointing in denoise and encode
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -225,9 +229,9 @@ class Transformer(nn.Module):
         h = self.embed(torch.cat([xt, x0], dim=1))
         mask = BlockMask.training(seq_len, block_size, doc_ids)
         for block in self.blocks[:-1]:
-            h = block(h, mask, rope, cond)
+            h = self._run(block, h, mask, rope, cond)
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
-        h = self.blocks[-1](h, mask, rope, cond, queries=seq_len, select=select)
+        h = self._run(self.blocks[-1], h, mask, rope, cond, queries=seq_len, select=select)
         return self._finish(h, cond, seq_len, select)
 
     def encode(
@@ -270,7 +274,8 @@ class Transformer(nn.Module):
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            h = block(
+            h = self._run(
+                block,
                 h,
                 mask,
                 rope,
@@ -318,6 +323,12 @@ class Transformer(nn.Module):
             h = block(h, mask, rope, cond, select=select if last else None, past=past)
         return self._finish(h, cond, None, select)
 
+    def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """One block; where asked to, all that it computed is forgotten until the backward pass."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **options)
+        return block(*args, **options)
+
     def logits(self, features: Tensor) -> Tensor:
         """Scores [..., V] of features [..., D]."""
         return self.head(features)
@@ -327,8 +338,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         if cond is None:
             return self.norm(h)
-        shift, scale = (_pick(m, queries, select) for m in self.ada(cond).chunk(2, dim=-1))
-        return _modulate(self.norm(h), shift, scale)
+        modulation = _modulation(self.ada, cond).chunk(2, dim=-1)
+        shift, scale = (_pick(m, queries, select) for m in modulation)
+        return self.norm(h, shift, scale)
 
     def _condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
         """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C]."""
@@ -336,7 +348,8 @@ class Transformer(nn.Module):
             return None
         if sigma is None or not self.cfg.time_conditioning:
             zero = torch.zeros(1, 1, device=self.embed.weight.device)
-            return F.silu(self.time(zero))
+            with torch.autocast(zero.device.type, enabled=False):
+                return F.silu(self.time(zero))
         sigma = sigma.repeat_interleave(block_size, dim=1)
         if noised:  # the clean stream sees sigma = 0
             sigma = torch.cat([sigma, torch.zeros_like(sigma)], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager
 
 import torch
@@ -43,6 +44,19 @@ def check_attention(backend: str, device: torch.device, head_width: int) -> None
     choose(q, q, q, BlockMask.clean(2, 1), backend)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next step, where it is glibc.
+
+    By default it hands large blocks back to the system: 38,000 page faults a step of the tiny
+    model, 7% of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 there."""
     if device.type == "cuda":
@@ -51,7 +65,13 @@ def has_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a run's matrix products."""
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def autocast(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
     """The autocast of a run: bf16, or nothing for fp32."""
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(device))
+    bf16 = compute_dtype(cfg, device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bd3lm.checkpoint.native import read_meta
-from bd3lm.config import TrainConfig, from_dict, to_dict
+from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, open_splits
 from bd3lm.errors import CheckpointError, ConfigError, ExistsError
@@ -21,6 +21,7 @@ from bd3lm.files import write_json, write_text
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
 from bd3lm.train.device import check_attention, resolve_device
+from bd3lm.train.profile import StepProfiler
 from bd3lm.train.trainer import Reporter, Trainer
 
 
@@ -36,7 +37,12 @@ def saved_config(out: Path) -> TrainConfig:
 
 
 def run_training(
-    cfg: TrainConfig, out: Path, reporter: Reporter, *, resume: bool = False
+    cfg: TrainConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Train, score the validation split, draw samples; returns what ``summary.json`` holds.
 
@@ -45,20 +51,28 @@ def run_training(
         out: directory of the run. New, unless resuming.
         reporter: told what happens.
         resume: continue from ``out/checkpoint``.
+        profile: also watch a few steps, for ``out/profile.json``.
 
     Raises:
         ExistsError: ``out`` already holds files and ``resume`` is off.
         Bd3lmError: any bad input, before training starts and with nothing left behind.
     """
     _check_early(cfg)
+    on_cpu = resolve_device(cfg.device).type == "cpu"
+    check(on_cpu or not profile, "profile", profile, "watches the CPU; there use device = cpu")
     with _run_directory(out, resume):
         splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
         trainer = _trainer(cfg, splits, out, reporter, resume=resume)
     reporter.note(_headline(trainer, splits))
+    if profile:
+        trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
     trainer.run()
     result = trainer.validate(quick=False)
     samples, quality = _sample(trainer, splits)
     summary = _summary(trainer, result, samples, quality)
+    if trainer.profiler is not None:
+        summary["profile"] = trainer.profiler.result()._asdict()
+        write_json(out / "profile.json", summary["profile"])
     write_json(out / "summary.json", summary)
     return summary
 
@@ -187,6 +201,7 @@ def _summary(
         "tokens": trainer.tokens_done,
         "seconds": trainer.seconds,
         "tokens_per_second": trainer.tokens_done / trainer.seconds,
+        "mfu": trainer.mfu,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
         "val_nelbo": result.nelbo,

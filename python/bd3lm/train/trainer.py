@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
@@ -23,9 +24,11 @@ from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, se
 from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.systems import build_system
-from bd3lm.train.device import autocast, resolve_device
+from bd3lm.train.device import autocast, compute_dtype, keep_freed_memory, resolve_device
 from bd3lm.train.ema import Ema
+from bd3lm.train.flops import peak_flops, step_flops
 from bd3lm.train.optim import Optimizers, lr_factor
+from bd3lm.train.profile import AVERAGE, DATA, StepProfiler
 
 
 class Reporter(Protocol):
@@ -71,6 +74,8 @@ class Trainer:
         self.cfg, self.out, self.reporter = cfg, out, reporter
         self.valid, self.tokenizer = valid, train.tokenizer
         self.device = resolve_device(cfg.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.system = build_system(cfg, self.tokenizer.mask_id)
         self.system.see(train)
         self.rows = Rows(
@@ -86,12 +91,14 @@ class Trainer:
         self.batches = Prefetcher(self.loader, cfg.steps, self.parts)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
+        model.recompute = cfg.recompute
         self.model = model.to(self.device)
         self.optimizers = Optimizers(self.model, cfg.optim)
         self.ema = Ema(self.model, cfg.optim.ema_decay)
         self.steps_done = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
+        self.profiler: StepProfiler | None = None
         # Since the last logged line; the sum stays on the device until a line is due.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_steps = 0
@@ -106,6 +113,14 @@ class Trainer:
         """Tokens of x0 trained on, each counted once (not once a stream)."""
         return self.steps_done * self.cfg.batch_size * self.cfg.seq_len
 
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: the run's share of the machine's fastest matrix products."""
+        dtype = compute_dtype(self.cfg, self.device)
+        peak = peak_flops(self.device, dtype, torch.get_num_threads())
+        flops = step_flops(self.cfg, self.tokenizer.vocab_size)
+        return flops * self.steps_done / self.seconds / peak
+
     def run(self) -> None:
         """Train to the last step, saving on the way.
 
@@ -117,7 +132,7 @@ class Trainer:
         with _ctrl_c() as pressed, closing(self.batches):
             while self.steps_done < cfg.steps:
                 started = time.perf_counter()
-                loss, norm = self.step()
+                loss, norm = self.step() if self.profiler is None else self.profiler.run(self.step)
                 self._loss_sum += loss
                 self._loss_steps += 1
                 # Before every checkpoint too: what is saved was seen to be finite.
@@ -148,7 +163,8 @@ class Trainer:
         self.model.train()
         if cfg.model.dropout:
             torch.manual_seed((cfg.seed << 32) + step)  # a function of the step: resume is exact
-        batches = self.batches.get(step, self.system.noise(step))
+        with record_function(DATA):
+            batches = self.batches.get(step, self.system.noise(step))
         noisable = sum(batch.num_noisable for batch in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
@@ -161,7 +177,8 @@ class Trainer:
             self.model.parameters(), cfg.optim.grad_clip, foreach=True
         )
         self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim))
-        self.ema.update()
+        with record_function(AVERAGE):
+            self.ema.update()
         self.steps_done += 1
         self.system.adapt(self.steps_done)
         return total, norm
@@ -240,6 +257,7 @@ class Trainer:
             "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
             "grad_norm": norm,
             "tokens_per_second": self.tokens_done / self.seconds,
+            "mfu": self.mfu,
         }
         self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
 

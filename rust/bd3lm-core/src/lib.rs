@@ -16,12 +16,14 @@
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`elementwise`] | GELU, and dropout with the sum after it |
 //! | [`softmax`] | cross-entropy of logits and its gradient, in place |
 //! | [`error`] | one enum, a variant a cause |
 
 pub mod attention;
 pub mod batch;
 pub mod detokenize;
+pub mod elementwise;
 pub mod error;
 pub mod noise;
 pub mod order;

@@ -20,6 +20,8 @@ pub enum Domain {
     Strata = 3,
     /// Order of the rows of an epoch.
     Order = 4,
+    /// What dropout drops: 16 bits a number.
+    Dropout = 5,
 }
 
 /// The ten rounds of Philox4x32.

@@ -2,17 +2,18 @@
 //! the cache, where separate operations would each go through memory.
 
 use crate::attention::{Isa, pool};
+use crate::elementwise::Loops;
 use crate::error::{Error, Result};
 
-/// A logit as it is stored: `f32`, or the bits of a bf16 in an `i16`.
-pub trait Logit: Copy + Send + Sync {
+/// A number as it is stored: `f32`, or the bits of a bf16 in an `i16`.
+pub trait Stored: Copy + Send + Sync + Loops {
     /// Its value.
     fn get(self) -> f32;
     /// The nearest that can be stored.
     fn of(x: f32) -> Self;
 }
 
-impl Logit for f32 {
+impl Stored for f32 {
     #[inline(always)]
     fn get(self) -> f32 {
         self
@@ -24,7 +25,7 @@ impl Logit for f32 {
     }
 }
 
-impl Logit for i16 {
+impl Stored for i16 {
     #[inline(always)]
     fn get(self) -> f32 {
         f32::from_bits(u32::from(self as u16) << 16)
@@ -45,7 +46,7 @@ const ROWS: usize = 8;
 
 /// e^x for x <= 0 to about 1e-7, zero below -87; −∞ gives zero.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     // Adding 1.5·2²³ rounds to an integer and leaves it in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
@@ -68,7 +69,7 @@ fn larger(a: f32, b: f32) -> f32 {
 
 /// −log softmax(row)[target]; with a weight the row becomes weight·(softmax − one-hot).
 #[inline(always)]
-fn one_row<T: Logit>(row: &mut [T], target: usize, weight: Option<f32>) -> f32 {
+fn one_row<T: Stored>(row: &mut [T], target: usize, weight: Option<f32>) -> f32 {
     let goal = row[target].get();
     let mut tops = [f32::NEG_INFINITY; LANES];
     let mut chunks = row.chunks_exact(LANES);
@@ -103,7 +104,7 @@ fn one_row<T: Logit>(row: &mut [T], target: usize, weight: Option<f32>) -> f32 {
 }
 
 #[inline(always)]
-fn rows<T: Logit>(
+fn rows<T: Stored>(
     logits: &mut [T],
     vocab: usize,
     target: &[i64],
@@ -119,7 +120,7 @@ fn rows<T: Logit>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-fn rows_avx512<T: Logit>(
+fn rows_avx512<T: Stored>(
     logits: &mut [T],
     vocab: usize,
     target: &[i64],
@@ -132,7 +133,7 @@ fn rows_avx512<T: Logit>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn rows_avx2<T: Logit>(
+fn rows_avx2<T: Stored>(
     logits: &mut [T],
     vocab: usize,
     target: &[i64],
@@ -152,7 +153,7 @@ fn rows_avx2<T: Logit>(
 ///
 /// # Errors
 /// A buffer of another size, or an id outside the vocabulary.
-pub fn cross_entropy<T: Logit>(
+pub fn cross_entropy<T: Stored>(
     logits: &mut [T],
     target: &[i64],
     weight: Option<&[f32]>,
@@ -301,12 +302,12 @@ mod tests {
             1e-40,
         ] {
             assert_eq!(
-                <i16 as Logit>::of(x).get(),
+                <i16 as Stored>::of(x).get(),
                 half::bf16::from_f32(x).to_f32()
             );
         }
         assert_eq!(
-            <i16 as Logit>::of(f32::NEG_INFINITY).get(),
+            <i16 as Stored>::of(f32::NEG_INFINITY).get(),
             f32::NEG_INFINITY
         );
         let mut row = [0i16, 0x3F80, -16512]; // 0, 1, -4

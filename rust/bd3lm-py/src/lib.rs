@@ -1,6 +1,7 @@
 //! Python bindings of `bd3lm-core`: convert, release the GIL, map errors. No algorithm.
 
 mod attention;
+mod elementwise;
 mod errors;
 mod noise;
 mod rows;
@@ -17,5 +18,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     rows::register(m)?;
     attention::register(m)?;
     softmax::register(m)?;
+    elementwise::register(m)?;
     Ok(())
 }

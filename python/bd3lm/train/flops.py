@@ -1,6 +1,14 @@
-"""What a training step costs in floating-point operations: the common measure of the systems."""
+"""What a training step costs in floating-point operations, and what the machine could do.
+
+Their quotient over the time is the model FLOPs utilization (MFU).
+"""
 
 from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
 
 from bd3lm.config import TrainConfig
 
@@ -32,3 +40,30 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     pairs = length * (length + block) / 2 * (2 if two_streams else 1)
     attention = 2 * model.width * pairs * model.depth
     return 6.0 * cfg.batch_size * (products + attention)
+
+
+PEAK_SIZE = 1024
+"""Rows and columns of the square product whose speed is the peak."""
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """Floating-point operations a second of the best of a few large matrix products there.
+
+    Measured once a process, in a fraction of a second; a machine that is busy meanwhile looks
+    slower than it is.
+
+    Args:
+        device: where.
+        dtype: of the factors.
+        threads: PyTorch's, to measure again after a change.
+    """
+    assert device.type != "cpu" or threads == torch.get_num_threads()
+    a, b = (torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(10):
+            begun = time.perf_counter()
+            (a @ b)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - begun)
+    return 2 * PEAK_SIZE**3 / best

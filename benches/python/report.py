@@ -1,0 +1,164 @@
+"""Write the benchmarks' tables into docs/performance.md, each between its markers.
+
+Each benchmark writes ``benches/results/NAME.json`` (``--out``) as {"machine": …, "results": …};
+the function of its section turns that into Markdown. A section without a file is left alone.
+
+Run: python benches/python/report.py [SECTION …]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import RESULTS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; ``head`` holds the titles between bars."""
+    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def ratio(value: dict[str, Any]) -> str:
+    """A median with its extremes."""
+    return f"**{value['median']:.1f}×** ({value['low']:.1f}–{value['high']:.1f})"
+
+
+def where(machine: dict[str, Any]) -> str:
+    """One sentence on what ran it."""
+    flags = ", ".join(flag.upper().replace("AVX512F", "AVX-512") for flag in machine["flags"])
+    return (
+        f"{machine['cores']} cores of an {machine['processor']} ({flags}), "
+        f"{machine['memory_gb']} GB; Python {machine['python']}, PyTorch {machine['torch']}; "
+        f"{machine['date']}."
+    )
+
+
+class Section(NamedTuple):
+    """A marker's file in ``benches/results`` and what makes its Markdown."""
+
+    file: str
+    render: Callable[[Any], str]
+
+
+def training_step(results: list[dict[str, Any]]) -> str:
+    """Ours and the original's, a row a shape and precision of the original."""
+    rows = []
+    for r in results:
+        peer = ["–", "–", "–", "–"]
+        if "ratio" in r:
+            peer = [
+                f"{r['peer_precision']}: {r['peer_seconds']['median']:.2f} s",
+                f"{r['peer_memory'] / 1e9:.2f} GB",
+                ratio(r["ratio"]),
+                f"1/{r['memory_ratio']:.1f}",
+            ]
+        ours = [f"{r['seconds']['median']:.2f} s", f"{r['memory'] / 1e9:.2f} GB"]
+        floor = "10×, 1/4, 30%" if "L=128" in r["case"] else "12×, 1/4"
+        mfu = f"{r['mfu']['median']:.0%} of {r['peak_flops'] / 1e9:.0f} GF/s"
+        rows.append([r["case"], *ours, mfu, *peer, floor])
+    head = (
+        "shape | ours, bf16 | peak memory | MFU | the original | its peak memory | "
+        "time ratio (least–most) | memory | floor: time, memory, MFU"
+    )
+    return table(head, rows)
+
+
+FLOORS = {("float32", 1024): 8.0, ("float32", 128): 3.0, ("bfloat16", 1024): 6.5}
+"""Of the ratio to dense attention at S = 16, H = 8, on one thread."""
+
+
+def attention(results: dict[str, Any]) -> str:
+    """Milliseconds of ours, and what the peers take in multiples of it."""
+    rows = []
+    for r in results["cases"]:
+        c = r["case"]
+        shape = f"B{c['batch']} H{c['heads']} L{c['seq_len']} D{c['width']} S{c['block']}"
+        floor = FLOORS.get((c["dtype"], c["seq_len"]))
+        asked = r["threads"] == 1 and c["block"] == 16 and c["heads"] == 8
+        low, high = r["dense_ratio_quartiles"]
+        rows.append(
+            [
+                f"{c['dtype']} {shape}",
+                r["threads"],
+                f"{r['rust_ms']:.0f} ms",
+                f"{r['gflops']:.0f}",
+                f"**{r['dense_ratio']:.1f}×** ({low:.1f}–{high:.1f})",
+                f"{r['hierarchical_ratio']:.1f}×",
+                f"{floor:.1f}×" if asked and floor else "",
+            ]
+        )
+    head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch | floor"
+    notes = [
+        f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
+        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
+        for m in results["alternation"]
+    ]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
+def growth(results: dict[str, Any]) -> str:
+    """µs a token over L and over S, and memory over L."""
+    kinds = [(dtype, n) for dtype in ("bfloat16", "float32") for n in (1, 2)]
+
+    def cells(over: str, value: int) -> list[str]:
+        found = [
+            r["microseconds"]
+            for kind in kinds
+            for r in results["times"]
+            if r["over"] == over and r[over] == value and (r["dtype"], r["threads"]) == kind
+        ]
+        return [f"{x:.1f}" for x in found]
+
+    def values(over: str) -> list[int]:
+        return sorted({r[over] for r in results["times"] if r["over"] == over})
+
+    heads = " | ".join(f"{dtype}, {n} thread(s)" for dtype, n in kinds)
+    lengths = [
+        [n, *cells("length", n), f"{results['memory'][str(n)] / 1e6:.0f} MB"]
+        for n in values("length")
+    ]
+    blocks = [[n, *cells("block", n)] for n in values("block")]
+    return (
+        table(f"L, at S = 16 | {heads} | memory, bf16, one row", lengths)
+        + "\n\n"
+        + table(f"S, at L = 1024 | {heads}", blocks)
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "training-step": Section("training_step.json", training_step),
+    "attention": Section("cpu_attention.json", attention),
+    "growth": Section("growth.json", growth),
+}
+
+
+def put(document: str, name: str, text: str) -> str:
+    """``document`` with ``text`` between ``<!-- name -->`` and ``<!-- /name -->``."""
+    before, rest = document.split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->")[1]
+    return f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}"
+
+
+def main() -> None:
+    """Write the sections that are named, or all that have a file."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for name in sys.argv[1:] or SECTIONS:
+        file = RESULTS / SECTIONS[name].file
+        if not file.is_file():
+            print(f"{name}: no {file.name}, left as it is")
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        text = f"{where(record['machine'])}\n\n{SECTIONS[name].render(record['results'])}"
+        document = put(document, name, text)
+    DOCUMENT.write_text(document, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
