@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bd3lm.model.attention.cuda import backward, decode, forward
+from bd3lm.model.attention.cuda.common import SIZES
 from bd3lm.model.attention.cuda.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -77,8 +78,8 @@ def compile_function(
             signature[name] = f"*{kind}"
         else:
             signature[name] = "fp32" if name in ("scale", "inv_sqrt") else "i32"
-        if name.isupper() or name.startswith("stride_"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if name not in SIZES and name not in ("scale", "inv_sqrt"):
+            attributes[(index,)] = [["tt.divisibility", 16]]  # as ``launch.laid_out`` sees to
     source = ASTSource(
         fn=function,
         signature=signature,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
@@ -19,6 +20,9 @@ from bd3lm.model.attention.mask import BlockMask
 
 NEEDS = "needs an NVIDIA GPU of compute capability 8.0 or newer and the triton package"
 LIMITS = "takes fp16, bf16 or fp32 tensors of one dtype on a GPU, with heads of up to 256 features"
+# Heads of other widths are copied into ones that are a multiple of this, so that rows begin where
+# wide loads may.
+WIDTH_STEP = 16
 # A cache this long, asked by so few rows, leaves most of the device idle unless it is split.
 DECODE_ROWS = 64
 DECODE_KEYS = 512
@@ -55,10 +59,15 @@ def cuda_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         [B, H, Tq, D]; zero for queries that see nothing.
     """
     keys, queries = ranges(mask, str(q.device))
-    scale = q.shape[-1] ** -0.5
+    width = q.shape[-1]
+    scale = width**-0.5
+    if width % WIDTH_STEP:
+        q, k, v = (F.pad(x, (0, -width % WIDTH_STEP)) for x in (q, k, v))
     if _is_decoding(q, k, v, mask):
-        return ops.decode_attention(q, k, v, None, keys[:, 0], keys[:, 1], scale, 0)
-    return ops.block_attention(q, k, v, keys, queries, mask.noised, scale)[0]
+        out = ops.decode_attention(q, k, v, None, keys[:, 0], keys[:, 1], scale, 0)
+    else:
+        out = ops.block_attention(q, k, v, keys, queries, mask.noised, scale)[0]
+    return out[..., :width]
 
 
 def paged_attention(
