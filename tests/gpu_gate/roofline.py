@@ -48,8 +48,27 @@ def pairs(mask: BlockMask) -> int:
     return int((clean + intervals.noised_hi - intervals.noised_lo).sum())
 
 
+def tile_work(tile: Tensor, other: int) -> tuple[int, int]:
+    """Full and partial tiles that one tile of rows meets, by the rule of ``tile_span``.
+
+    Args:
+        tile: its ranges, int32 [4, rows].
+        other: columns of a tile.
+    """
+    full = partial = 0
+    for lo, hi in (tile[:2], tile[2:]):
+        seen = hi > lo
+        if not seen.any():
+            continue
+        first, last = int(lo[seen].min()) // other, -(-int(hi[seen].max()) // other)
+        inside = max(0, int(hi.min()) // other - max(-(-int(lo.max()) // other), first))
+        full += inside
+        partial += last - first - inside
+    return full, partial
+
+
 def visited(rows: Tensor, per_stream: int, own: int, other: int) -> tuple[int, int]:
-    """Full and partial tiles that a kernel visits, by the rule of ``tile_span``.
+    """Full and partial tiles that a kernel visits.
 
     Args:
         rows: int32 [1, 4, T], as :func:`bd3lm.model.attention.cuda.ranges.ranges` gives.
@@ -57,18 +76,12 @@ def visited(rows: Tensor, per_stream: int, own: int, other: int) -> tuple[int, i
         own: rows of a tile.
         other: columns of a tile.
     """
-    full = partial = 0
-    for stream in rows[0].split(per_stream, dim=1):
-        for tile in stream.split(own, dim=1):
-            for lo, hi in (tile[:2], tile[2:]):
-                seen = hi > lo
-                if not seen.any():
-                    continue
-                first, last = int(lo[seen].min()) // other, -(-int(hi[seen].max()) // other)
-                inside = max(0, int(hi.min()) // other - max(-(-int(lo.max()) // other), first))
-                full += inside
-                partial += last - first - inside
-    return full, partial
+    tiles = [
+        tile_work(tile, other)
+        for stream in rows[0].split(per_stream, dim=1)
+        for tile in stream.split(own, dim=1)
+    ]
+    return sum(full for full, _ in tiles), sum(partial for _, partial in tiles)
 
 
 def row(kernel: Kernel, part: Part, mask: BlockMask, width: int) -> str:

@@ -162,3 +162,26 @@ class KVCache:
         """Keep only the given rows of the batch, in that order."""
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
+
+
+class CacheAt:
+    """A cache written at positions that stand on the device, and always read as a whole.
+
+    Args:
+        cache: what is written and read.
+        position: int64 [T], where the next keys and values go.
+    """
+
+    length = 0
+
+    def __init__(self, cache: KVCache, position: Tensor) -> None:
+        self.cache, self.position = cache, position
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put [B, T, Hkv, Dh] at the positions of one layer."""
+        for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            kept.index_copy_(1, self.position, new.to(kept.dtype))
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """All positions of one layer, [B, Hkv, capacity, Dh], also those not filled."""
+        return self.cache.read(layer, self.cache.k[layer].shape[1])
