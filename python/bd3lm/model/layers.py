@@ -125,6 +125,9 @@ class TimeEmbedding(nn.Module):
 class KVCache:
     """Rotated keys and values of committed positions, preallocated for ``capacity`` of them.
 
+    They are float32, or on CUDA what autocast computes in when the cache is made: the kernels there
+    take queries and keys of one dtype.
+
     Attributes:
         length: positions that are filled.
         k: one tensor a layer, [B, Hkv, capacity, Dh].
@@ -137,8 +140,11 @@ class KVCache:
         batch: int,
         capacity: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype is None:
+            cast = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+            dtype = torch.get_autocast_dtype("cuda") if cast else torch.float32
         # Stored [B, capacity, Hkv, Dh] so that a write is contiguous; read as heads first.
         shape = (batch, capacity, cfg.num_kv_heads, cfg.head_width)
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
