@@ -28,6 +28,9 @@ FUNCTIONS = {
     "decode": decode.decode_kernel,
 }
 # Those that multiply no matrices are launched the same everywhere (launch.py).
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")
+# Heads of other widths are padded to the next multiple of 16 before they come here.
+WIDTHS = (32, 48, 64, 80, 96, 112, 128, 192, 256)
 PLAIN = {
     "delta": (backward.delta_kernel, Tiles(64, 0, 4, 3)),
     "combine": (decode.combine_kernel, Tiles(0, 0, 4, 3)),
