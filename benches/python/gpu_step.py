@@ -6,7 +6,7 @@ do (:func:`bd3lm.experiments.budget.step_flops`), whatever a backend computes be
 their rate over the data sheet's dense bf16 peak. Tokens are those of x0. Never run so far
 (docs/gpu.md).
 
-Usage: ``python benches/python/gpu_step.py [PRESET] [--seq-len L] [--block-size S] [--batch-size B]``.
+Usage: ``python benches/python/gpu_step.py [PRESET] [--seq-len L] [--block-size S]``.
 """
 
 from __future__ import annotations

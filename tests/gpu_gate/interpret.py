@@ -2,8 +2,9 @@
 
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Reads
 named lists of jobs from standard input, each ``{"mutation": null or [file, old, new], "cases":
-[...], "decode": [...], "order": bool, "backward": bool}``, and prints under the same name a list of lists of
-``{"out": ..., "dq": ..., ...}``. Under the name "traced" it prints what :mod:`traced` finds.
+[...], "decode": [...], "order": bool, "backward": bool}``, and prints under the same name a list of
+lists of ``{"out": ..., "dq": ..., ...}``. Under the name "traced" it prints what :mod:`traced`
+finds.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -74,6 +75,6 @@ def sound(
     }
     for first in range(0, pairs, section):
         run = [weight[s, t] for s, t, p in launched if first <= p < first + section]
-        if any(later > earlier + 1 for earlier, later in zip(run, run[1:], strict=False)):
+        if any(later > earlier + 1 for earlier, later in pairwise(run)):
             return False
     return True

@@ -1,4 +1,4 @@
-"""The decoding step that a GPU can replay, on the CPU: same numbers, fixed addresses, no waiting."""
+"""The decoding step that a GPU can replay, on the CPU: same numbers and addresses, no waiting."""
 
 from __future__ import annotations
 

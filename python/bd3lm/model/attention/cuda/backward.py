@@ -63,7 +63,8 @@ def key_step(dk, dv, k, v, q, dout, probs, delta, INTERPRET: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, RANGES,
-    scale, inv_sqrt, pairs, section, heads, group, queries, stream_queries, keys, stream_keys, clean_offset,
+    scale, inv_sqrt, pairs, section, heads, group, queries, stream_queries, keys, stream_keys,
+    clean_offset,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
     stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt, stride_rb,

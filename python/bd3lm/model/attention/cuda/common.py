@@ -69,8 +69,7 @@ def late_first(rank, tiles, streams):
 
 @triton.jit
 def early_first(rank, tiles, streams):
-    """(stream, tile) of a tile of keys: early clean ones are seen by most queries, and noised ones,
-    which are seen by their block alone, come last."""
+    """(stream, tile) of a tile of keys: early clean ones are seen most, noised ones by a block."""
     return streams - 1 - rank // tiles, rank % tiles
 
 
