@@ -22,6 +22,7 @@ ScheduleName = Literal[
     "loglinear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal_gaussian"
 ]
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
+AttentionName = Literal["auto", "cuda", "flash", "flex", "rust", "dense"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
 
 DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_papers"]
@@ -377,7 +378,7 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device has it."""
-    attention: Literal["auto", "cuda", "flash", "flex", "rust", "dense"] = "auto"
+    attention: AttentionName = "auto"
     """What computes attention. auto: our kernels for CUDA or the CPU, else flex or dense."""
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bd3lm.config import ModelConfig
+from bd3lm.model import DecodeStep, KVCache, Transformer
 from bd3lm.model.attention import BACKENDS, BlockMask, attend
 from bd3lm.model.attention.cuda import cuda_attention, paged_attention
 
@@ -51,7 +53,7 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> None:
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("width", [32, 48, 64, 128, 256])
+@pytest.mark.parametrize("width", [32, 40, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_float64(name: str, width: int, dtype: torch.dtype, backend: str) -> None:
     mask = MASKS[name]
@@ -141,3 +143,35 @@ def test_a_decoding_step_is_captured_as_a_graph() -> None:
     lengths.fill_(900)
     graph.replay()
     assert torch.equal(out, paged_attention(q, *pool, pages, lengths, 4))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_replayed_forward_equals_encode(precision: str) -> None:
+    block, rows, device = 4, 3, torch.device("cuda")
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(width=128, depth=2, heads=2), 50).to(device).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(50, (rows, 1024), device=device)
+    every = torch.arange(rows * block, device=device)
+    last = every // block * 2 * block + block + every % block
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+    with torch.inference_mode(), autocast:
+        mine, theirs = (KVCache(model.cfg, rows, 1024, device) for _ in range(2))
+        for cache in (mine, theirs):
+            model.encode(ids[:, :600], block, select=every[:0], cache=cache, commit=600)
+        step = DecodeStep(model, mine, block, model.logits)
+        for _ in range(3):
+            for length, select, commit in ((2 * block, last, block), (block, every, 0)):
+                now = ids[:, mine.length : mine.length + length]
+                found = step(now, select, commit=commit).clone()
+                features = model.encode(now, block, select=select, cache=theirs, commit=commit)
+                close(found, model.logits(features).double(), LIMITS[torch.bfloat16])
+
+
+def test_more_pairs_of_row_and_head_than_a_grid_is_high() -> None:
+    mask = BlockMask.clean(16, 4)
+    q, k, v = (torch.randn(8200, 8, 16, 64, device="cuda").bfloat16() for _ in range(3))
+    found = attend(q, k, v, mask, backend="cuda")
+    wanted = attend(q.float(), k.float(), v.float(), mask, backend="dense")
+    close(found, wanted.double(), 1e-2)

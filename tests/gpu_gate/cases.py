@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,8 @@ class Case:
     first: int = 0
     documents: tuple[tuple[int, ...], ...] = ()
     """Lengths of the documents of each row; what is left of the row is padding."""
+    far: bool = False
+    """Rows so far apart that their offsets need 64 bits."""
 
     def mask(self) -> BlockMask:
         """The mask of this case, on the CPU."""
@@ -45,12 +48,13 @@ class Case:
         return getattr(BlockMask, self.form)(self.seq_len, self.block_size, doc_ids)
 
     def inputs(self, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of the output, each inside a buffer of NaN."""
+        """q, k, v and the gradient of the output, each inside a buffer of NaN, or far apart."""
+        place = spread if self.far else guarded
         generator = torch.Generator().manual_seed(self.seq_len * 1009 + self.block_size)
         shapes = [(self.heads, mask.num_queries), *[(self.kv_heads, mask.num_keys)] * 2]
         shapes.append(shapes[0])
         return tuple(  # type: ignore[return-value]
-            guarded(
+            place(
                 torch.randn(self.batch, heads, rows, self.width, generator=generator),
                 DTYPES[self.dtype],
             )
@@ -65,6 +69,21 @@ def guarded(x: Tensor, dtype: torch.dtype) -> Tensor:
     view = buffer[:, :, 32 : 32 + rows, 8 : 8 + width]
     view.copy_(x)
     return view
+
+
+NO_RESERVE = 0x4000
+"""MAP_NORESERVE of Linux: the memory need not be there until it is touched."""
+FAR = 1 << 25
+"""Elements between rows of :func:`spread`: 64 of them are 2^31."""
+
+
+def spread(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` [1, 1, T, D] as a view whose rows lie :data:`FAR` apart, in memory mostly untouched."""
+    rows, width = x.shape[2:]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = mmap.mmap(-1, rows * FAR * dtype.itemsize, flags=flags)
+    view = torch.frombuffer(memory, dtype=dtype).as_strided((1, 1, rows, width), (0, 0, FAR, 1))
+    return view.copy_(x)
 
 
 def reference(
@@ -106,6 +125,10 @@ def error(found: Tensor, wanted: Tensor) -> float:
 TILES_NOTHING_DIVIDES = Case("training", 37, 5, 24, heads=2)
 PACKED = Case("training", 50, 8, 16, batch=2, documents=((13, 21, 9), (50,)))
 
+# More pairs of row and head than a section of the launch order holds.
+BATCHED = Case("denoise", 37, 4, 16, batch=3)
+FAR_ROWS = Case("clean", 66, 4, 16, far=True)
+
 QUICK = (
     TILES_NOTHING_DIVIDES,
     PACKED,
@@ -118,6 +141,8 @@ QUICK = (
     Case("clean", 40, 4, 16, batch=2, documents=((7, 25), (19, 21))),
     Case("training", 40, 16, 64, "bf16", heads=2),
     Case("training", 33, 3, 40, "fp16"),
+    BATCHED,
+    FAR_ROWS,
 )
 
 EXHAUSTIVE = tuple(

@@ -57,11 +57,13 @@ def job(
     decode: Iterable[dict[str, Any]] = (),
     mutation: list[str] | None = None,
     backward: bool = True,
+    order: bool = False,
 ) -> dict[str, Any]:
     """One job as :mod:`interpret` reads it."""
     return {
         "mutation": mutation,
         "backward": backward,
+        "order": order,
         "cases": [dataclasses.asdict(case) for case in cases],
         "decode": list(decode),
     }
@@ -69,11 +71,13 @@ def job(
 
 def mutation_jobs() -> list[dict[str, Any]]:
     """The probes on the kernels as they are, then on every mutation."""
-    probes = {m.case for m in MUTATIONS if m.case is not None}
-    jobs = [job(sorted(probes, key=repr), [DECODE])]
+    probes = {m.probe for m in MUTATIONS if isinstance(m.probe, Case)}
+    jobs = [job(sorted(probes, key=repr), [DECODE], order=True)]
     for m in MUTATIONS:
-        cases, decode = ([], [DECODE]) if m.case is None else ([m.case], [])
-        jobs.append(job(cases, decode, [m.file, m.old, m.new], m.backward))
+        cases = [m.probe] if isinstance(m.probe, Case) else []
+        decode = [DECODE] if m.probe == "decode" else []
+        text = [m.file, m.old, m.new]
+        jobs.append(job(cases, decode, text, m.backward, order=m.probe == "order"))
     return jobs
 
 

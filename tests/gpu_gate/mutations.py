@@ -3,9 +3,9 @@
 # ruff: noqa: E501  (the text of the kernels is quoted as it stands)
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from cases import Case
+from cases import BATCHED, FAR_ROWS, Case
 
 # Small, yet with full, partial and empty tiles in every kernel, and padded columns.
 PROBE = Case("denoise", 70, 5, 24)
@@ -26,13 +26,13 @@ class Mutation(NamedTuple):
     file: str
     old: str
     new: str
-    case: Case | None = PROBE
-    """What it is run on; None: :data:`DECODE`."""
+    probe: Case | Literal["decode", "order"] = PROBE
+    """What it is run on: a case, :data:`DECODE`, or the order of launches."""
 
     @property
     def backward(self) -> bool:
         """Whether it can only show in the gradients, which cost most of a probe."""
-        return self.file == "backward.py" or self.case is ONE_BLOCK or "lse" in self.what
+        return self.file == "backward.py" or self.probe is ONE_BLOCK or "lse" in self.what
 
 
 MUTATIONS = (
@@ -52,8 +52,13 @@ MUTATIONS = (
     Mutation("tiles: partial taken for full", "common.py", "(tl.max(lo, 0) + TILE - 1) // TILE", "tl.max(lo, 0) // TILE", DOCUMENTS),
     Mutation("tiles: last one dropped", "common.py", "last = (end + TILE - 1) // TILE", "last = end // TILE"),
     Mutation("tiles: full ones outlast the range", "common.py", ", full_first), last)", ", full_first), 999)", ONE_BLOCK),
-    Mutation("loads: one row past the end", "common.py", "(row < stop)", "(row <= stop)"),
+    Mutation("loads: one row past the end", "common.py", "(start + row < stop)", "(start + row <= stop)"),
     Mutation("loads: columns past the head", "common.py", "(col < D)[None, :], other", "(col < DP)[None, :], other"),
+    Mutation("rows: addressed in 32 bits", "common.py", "start.to(tl.int64) * stride", "start * stride", FAR_ROWS),
+    Mutation("order: sections overlap", "common.py", "first + left % width", "left % width", BATCHED),
+    Mutation("order: a tile twice, another never", "common.py", "tiles - 1 - rank // streams", "tiles - 1 - rank // streams // 2", BATCHED),
+    Mutation("order: light tiles of queries first", "common.py", "tiles - 1 - rank // streams", "rank // streams", "order"),
+    Mutation("order: light tiles of keys first", "common.py", "streams - 1 - rank // tiles", "rank // tiles", "order"),
     Mutation("dK: delta dropped", "backward.py", "dprobs - delta[None, :]", "dprobs"),
     Mutation("dQ: delta dropped", "backward.py", "dprobs - delta[:, None]", "dprobs"),
     Mutation("dK/dV: mask dropped", "backward.py", "probs = tl.where(seen, tl.exp2(scores * scale - lse[None, :]), 0.0)", "probs = tl.exp2(scores * scale - lse[None, :])"),
@@ -61,8 +66,8 @@ MUTATIONS = (
     Mutation("dQ: mask dropped", "backward.py", "probs = tl.where(seen, tl.exp2(scores * scale - lse[:, None]), 0.0)", "probs = tl.exp2(scores * scale - lse[:, None])"),
     Mutation("dK/dV: one head of the group", "backward.py", "range(0, group)", "range(0, 1)", GROUPED),
     Mutation("dK: scale dropped", "backward.py", "dk * inv_sqrt", "dk"),
-    Mutation("decode: page offset dropped", "decode.py", "(key % PAGE) * stride_t", "0 * stride_t", None),
-    Mutation("decode: chunks weigh the same", "decode.py", "weight = tl.exp2(lse - tl.where(peak == float(\"-inf\"), 0.0, peak))", "weight = tl.where(used, 1.0, 0.0)", None),
-    Mutation("decode: last tile of a chunk dropped", "decode.py", "tl.minimum(chunk * each + each, tiles)", "tl.minimum(chunk * each + each, tiles) - 1", None),
-    Mutation("decode: bound ignored", "decode.py", "& (key[None, :] < hi[:, None])", "", None),
+    Mutation("decode: page offset dropped", "decode.py", "(key % PAGE) * stride_t", "0 * stride_t", "decode"),
+    Mutation("decode: chunks weigh the same", "decode.py", "weight = tl.exp2(lse - tl.where(peak == float(\"-inf\"), 0.0, peak))", "weight = tl.where(used, 1.0, 0.0)", "decode"),
+    Mutation("decode: last tile of a chunk dropped", "decode.py", "tl.minimum(chunk * each + each, tiles)", "tl.minimum(chunk * each + each, tiles) - 1", "decode"),
+    Mutation("decode: bound ignored", "decode.py", "& (key[None, :] < hi[:, None])", "", "decode"),
 )  # fmt: skip

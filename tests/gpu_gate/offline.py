@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bd3lm.model.attention.cuda import backward, decode, forward
+from bd3lm.model.attention.cuda.common import SIZES
 from bd3lm.model.attention.cuda.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -27,6 +28,9 @@ FUNCTIONS = {
     "decode": decode.decode_kernel,
 }
 # Those that multiply no matrices are launched the same everywhere (launch.py).
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")
+# Heads of other widths are padded to the next multiple of 16 before they come here.
+WIDTHS = (32, 48, 64, 80, 96, 112, 128, 192, 256)
 PLAIN = {
     "delta": (backward.delta_kernel, Tiles(64, 0, 4, 3)),
     "combine": (decode.combine_kernel, Tiles(0, 0, 4, 3)),
@@ -77,8 +81,8 @@ def compile_function(
             signature[name] = f"*{kind}"
         else:
             signature[name] = "fp32" if name in ("scale", "inv_sqrt") else "i32"
-        if name.isupper() or name.startswith("stride_"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if name not in SIZES and name not in ("scale", "inv_sqrt"):
+            attributes[(index,)] = [["tt.divisibility", 16]]  # as ``launch.laid_out`` sees to
     source = ASTSource(
         fn=function,
         signature=signature,

@@ -14,11 +14,9 @@ import roofline
 from cases import BACKWARD_LIMIT, EXHAUSTIVE, FORWARD_LIMIT, QUICK
 from interpreter import DECODES, finish, job, mutation_jobs, start, too_large
 from mutations import MUTATIONS
-from offline import FUNCTIONS, SHARED_LIMIT, compile_kernel
+from offline import ARCHS, FUNCTIONS, SHARED_LIMIT, WIDTHS, Compiled, compile_kernel
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
-ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")
-WIDTHS = (32, 64, 96, 128, 256)
 
 
 def numerics(answers: dict[str, Any]) -> str:
@@ -46,23 +44,23 @@ def numerics(answers: dict[str, Any]) -> str:
 
 def compiled() -> str:
     """What each kernel became on each part."""
+    limits = [f"{arch} ({SHARED_LIMIT[arch] // 1024} KiB)" for arch in ARCHS]
     lines = [
-        "| kernel | D | target | queries × keys, warps, stages | registers | spills | shared KiB "
-        "(limit) | HMMA | HGMMA | async copies |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(["kernel", "D", *limits, "spills"]) + " |",
+        "| --- " * (3 + len(ARCHS)) + "|",
     ]
-    for kernel, width, arch in itertools.product(FUNCTIONS, WIDTHS, ARCHS):
-        found = compile_kernel(kernel, arch, width)
-        launch = found.tiles
-        lines.append(
-            f"| {kernel} | {width} | {arch} "
-            f"| {launch.block_m} × {launch.block_n}, {launch.num_warps}, {launch.num_stages} "
-            f"| {found.registers} | {found.spills} "
-            f"| {found.shared / 1024:.0f} ({SHARED_LIMIT[arch] // 1024}) "
-            f"| {found.tensor_core['HMMA']} | {found.tensor_core['HGMMA']} "
-            f"| {found.async_copies} |"
-        )
+    for kernel, width in itertools.product(FUNCTIONS, WIDTHS):
+        found = [compile_kernel(kernel, arch, width) for arch in ARCHS]
+        cells = [kernel, str(width), *map(cell, found), str(sum(f.spills for f in found))]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(found: Compiled) -> str:
+    """Tiles, registers, shared memory and matrix instructions of one kernel on one part."""
+    m, n, warps, stages = found.tiles
+    products = " and ".join(name for name, count in found.tensor_core.items() if count)
+    return f"{m} × {n}, {warps}, {stages}: {found.registers}, {found.shared / 1024:.0f}, {products}"
 
 
 def mutations(answers: dict[str, Any]) -> str:

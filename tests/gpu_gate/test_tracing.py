@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.attention as attention
 from bd3lm.config import ModelConfig
-from bd3lm.model import Transformer
+from bd3lm.model import KVCache, Transformer
 
 
 def test_training_forward_on_a_fake_gpu_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have no GPU behind them; the autograd engine wants one, so forward only."""
+    """Fake tensors have no GPU behind them; the autograd engine wants one, so forward only.
+
+    The backward is traced on the CPU, below.
+    """
     there = attention.BACKENDS["cuda"]._replace(available=lambda: True)
     monkeypatch.setitem(attention.BACKENDS, "cuda", there)
     graphs: list[torch.fx.GraphModule] = []
@@ -44,9 +51,68 @@ def test_training_forward_on_a_fake_gpu_is_one_graph(monkeypatch: pytest.MonkeyP
     assert not any("scaled_dot_product" in target for target in targets)
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_scoring_and_decoding_on_a_fake_gpu_go_through_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys from a cache have the dtype of the queries, or the slow backend would take over."""
+    there = attention.BACKENDS["cuda"]._replace(available=lambda: True)
+    monkeypatch.setitem(attention.BACKENDS, "cuda", there)
+    with FakeTensorMode(), torch.device("cuda"), torch.inference_mode():
+        model = Transformer(ModelConfig(width=144, depth=2, heads=2, qk_norm=True), 100)
+        ids = torch.zeros(2, 32, dtype=torch.long)
+        select = torch.zeros(20, dtype=torch.long)
+        with bf16_autocast(), Called() as called:
+            cache = KVCache(model.cfg, 2, 64, torch.device("cuda"))
+            assert cache.k[0].dtype == torch.bfloat16
+            model.encode(ids, 4, select=select[:0], cache=cache, commit=32)
+            assert called.take() == {"bd3lm::block_attention": 1}  # the last layer only fills
+            model.denoise_cached(ids, cache, 4, select)
+            assert called.take() == {"bd3lm::block_attention": 2}
+            start = torch.zeros((), dtype=torch.long)
+            model.encode_at(ids[:, :8], start, 4, select, cache)
+            assert called.take() == {"bd3lm::decode_attention": 2}
+
+
+@contextmanager
+def bf16_autocast() -> Iterator[None]:
+    """What ``torch.autocast`` sets; itself it does nothing where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
+
+
+class Called(TorchDispatchMode):
+    """Counts what computes attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if "attention" in name or "softmax" in name:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def take(self) -> dict[str, int]:
+        """What was called since the last time."""
+        seen, self.seen = dict(self.seen), Counter()
+        return seen
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed", "sharded"])
 def test_training_step_equals_dense(traced: dict[str, Any], how: str) -> None:
     assert traced[how] <= 1e-5
+
+
+def test_head_widths_that_are_padded_equal_dense(traced: dict[str, Any]) -> None:
+    assert traced["padded"] <= 5e-6
 
 
 def test_decoding_operators_equal_dense(traced: dict[str, Any]) -> None:

@@ -1,16 +1,21 @@
 """A training step through the operators on the CPU, in Triton's interpreter.
 
-Compiled without a graph break, and checkpointed, each against the dense backend; and PyTorch's
-own checks of the operators. Called by ``interpret.py``.
+Compiled without a graph break, checkpointed, and sharded, each against the dense backend; and
+PyTorch's own checks of the operators. Called by ``interpret.py``.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import bd3lm.model.attention as attention
@@ -42,9 +47,12 @@ def step(model: Transformer, xt: Tensor, x0: Tensor, select: Tensor, doc_ids: Te
     return torch.nn.functional.cross_entropy(logits, x0.flatten()[select])
 
 
-def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
-    """Loss and gradients of one step."""
+def gradients(
+    run: Callable[..., Tensor], prepare: Callable[[Transformer], object] = lambda model: None
+) -> list[Tensor]:
+    """Loss and gradients of one step of the model that ``prepare`` has changed."""
     model = small_model()
+    prepare(model)
     x0 = torch.arange(2 * LENGTH).view(2, LENGTH) % 50
     xt = torch.where(x0 % 3 == 0, 49, x0)
     select = (xt == 49).flatten().nonzero().flatten()
@@ -52,7 +60,36 @@ def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
     doc_ids[0, 5:], doc_ids[1, 10:] = 1, -1
     loss = run(model, xt, x0, select, doc_ids)
     loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [loss.detach(), *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)]
+
+
+def shard(model: Transformer) -> None:
+    """FSDP over a group of this process alone: each block gathers its weights when it runs."""
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # The root gathers its own weights, embedding and head, around these calls as around forward.
+    for name in ("denoise", "logits"):
+        register_fsdp_forward_method(model, name)
+
+
+def sharded() -> list[Tensor]:
+    """Loss and gradients under FSDP with activation checkpointing inside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+        def prepare(model: Transformer) -> None:
+            for index, block in enumerate(model.blocks):
+                model.blocks[index] = checkpoint_wrapper(block)
+            shard(model)
+
+        try:
+            return gradients(step, prepare)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -106,6 +143,19 @@ def decoded() -> float:
     return max(difference([plain], [wanted]), difference([paged], [wanted]))
 
 
+def padded() -> float:
+    """A head width that is no multiple of 16, output and gradients, against dense."""
+    torch.manual_seed(2)
+    mask = BlockMask.training(21, 4)
+    qkv = [torch.randn(1, h, 42, 24, requires_grad=True) for h in (2, 1, 1)]
+    dout = torch.randn(1, 2, 42, 24)
+    found, wanted = (
+        [out, *torch.autograd.grad(out, qkv, dout)]
+        for out in (cuda.cuda_attention(*qkv, mask), attention.attend(*qkv, mask, backend="dense"))
+    )
+    return difference(found, wanted)
+
+
 def run() -> dict[str, Any]:
     """What ``test_tracing.py`` asserts."""
     attention.AUTO["cpu"] = ("dense",)
@@ -119,6 +169,8 @@ def run() -> dict[str, Any]:
         "checkpointed": difference(
             gradients(lambda *args: checkpoint(step, *args, use_reentrant=False)), wanted
         ),
+        "sharded": difference(sharded(), wanted),
+        "padded": padded(),
         "decoded": decoded(),
         "operators": checked_operators(),
     }

@@ -242,3 +242,11 @@ assert threading.active_count() == 1
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("command_of", [sample, evaluate])
+def test_attention_that_cannot_run_here_is_one_sentence(run, capsys, command_of):
+    said = refused(
+        capsys, command_of.main, run[0] / "checkpoint", "--device", "cpu", "--attention", "flash"
+    )
+    assert said.startswith("error: attention = flash: needs an NVIDIA GPU and the flash-attn")

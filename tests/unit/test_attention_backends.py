@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3lm.errors import ConfigError
-from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, attend, flash
+from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, attend, choose, flash
 from bd3lm.model.attention.cuda.ranges import queries_of_keys
 from bd3lm.model.attention.flex import TILE, tile_coverage
 
@@ -208,6 +210,55 @@ def test_what_flash_is_asked_is_the_mask(mask: BlockMask, causal: bool | None) -
     assert torch.equal(allowed, full.tril(mask.seq_len - mask.num_queries) if causal else full)
     if mask.noised:
         assert not mask.dense()[0, :, mask.seq_len :].any()
+
+
+def stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """``flash_attn_func`` by its documentation: [B, T, H, D], causal aligned to the last key."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril(k.shape[2] - q.shape[2])
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        BlockMask.clean(33, 1),
+        BlockMask.clean(33, 33),
+        BlockMask.clean(33, 1, first=20),
+        BlockMask.clean(33, 4, first=32),
+        BlockMask.denoise(33, 33),
+    ],
+    ids=["causal", "full", "causal, cached", "decoding", "denoise, S=L"],
+)
+def test_flash_is_handed_what_dense_computes(
+    mask: BlockMask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    q, k, v = inputs(mask, False)
+    found, wanted = flash.attention(q, k, v, mask), attend(q, k, v, mask, backend="dense")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_on_a_gpu_auto_tries_ours_then_flex_then_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = MASKS["training"]
+    with FakeTensorMode(), torch.device("cuda"):
+        qkv = [torch.empty(1, 2, mask.num_queries, 64, dtype=torch.bfloat16) for _ in range(3)]
+        for gone in ("", "cuda", "flex"):
+            if gone:
+                left = BACKENDS[gone]._replace(available=lambda: False)
+                monkeypatch.setitem(BACKENDS, gone, left)
+            else:
+                there = BACKENDS["cuda"]._replace(available=lambda: True)
+                monkeypatch.setitem(BACKENDS, "cuda", there)
+            found = choose(*qkv, mask)
+            expected = {"": "cuda", "cuda": "flex", "flex": "dense"}[gone]
+            assert found is BACKENDS[expected]
+        assert AUTO["cpu"] == ("rust", "dense")
 
 
 def test_masks_made_in_inference_mode_serve_training() -> None:

@@ -17,13 +17,20 @@ from rich.progress import Progress
 from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts, likelihood_line
-from bd3lm.config import DetokenizerName, EstimatorName, EvalConfig, ScheduleName, check
+from bd3lm.config import (
+    AttentionName,
+    DetokenizerName,
+    EstimatorName,
+    EvalConfig,
+    ScheduleName,
+    check,
+)
 from bd3lm.data import Dataset, Rows
 from bd3lm.data.resolve import open_data
 from bd3lm.errors import MissingFileError
 from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance
 from bd3lm.systems.bd3lm import schedule_of
-from bd3lm.train.device import autocast, resolve_device
+from bd3lm.train.device import autocast, check_attention, resolve_device
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class EvalArgs:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Arithmetic of the forwards."""
+    attention: AttentionName = "auto"
+    """What computes attention."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
@@ -94,8 +103,11 @@ def evaluate(args: EvalArgs) -> None:
         loaded.config,
         block_size=loaded.config.block_size if args.block_size is None else args.block_size,
         precision=args.precision,
+        attention=args.attention,
         eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
     )
+    check_attention(cfg, device)
+    loaded.model.use_attention(args.attention)
     with tempfile.TemporaryDirectory() as work:
         data = _open(args, loaded, Path(work), console)
         rows = Rows(

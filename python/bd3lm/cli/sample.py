@@ -15,9 +15,9 @@ from rich.progress import Progress
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli.common import run
-from bd3lm.config import SampleConfig, TrainConfig, check
+from bd3lm.config import AttentionName, SampleConfig, check
 from bd3lm.sample import Sampler
-from bd3lm.train.device import autocast, resolve_device
+from bd3lm.train.device import autocast, check_attention, resolve_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class SampleArgs:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forwards; draws are always float64."""
+    attention: AttentionName = "auto"
+    """What computes attention."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object a sample and nothing else."""
 
@@ -60,7 +62,11 @@ def sample(args: SampleArgs) -> None:
     sampler = Sampler.from_checkpoint(loaded, args.block_size)
     length = sampler.length(cfg)
     prompt = tokenizer.encode(args.prompt)
-    precision = TrainConfig(precision=args.precision)
+    precision = dataclasses.replace(
+        loaded.config, precision=args.precision, attention=args.attention
+    )
+    check_attention(precision, device)
+    loaded.model.use_attention(args.attention)
     with autocast(precision, device), Progress(console=console, transient=True) as progress:
         task = progress.add_task("sampling", total=cfg.num * length)
         for first in range(0, cfg.num, args.batch_size):

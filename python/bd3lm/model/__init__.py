@@ -1,7 +1,14 @@
 """The one Transformer and its attention."""
 
+from bd3lm.model.decoding import DecodeStep
 from bd3lm.model.head import head_cross_entropy, head_score_entropy
 from bd3lm.model.layers import KVCache
 from bd3lm.model.transformer import Transformer
 
-__all__ = ["KVCache", "Transformer", "head_cross_entropy", "head_score_entropy"]
+__all__ = [
+    "DecodeStep",
+    "KVCache",
+    "Transformer",
+    "head_cross_entropy",
+    "head_score_entropy",
+]

@@ -150,6 +150,9 @@ class TimeEmbedding(nn.Module):
 class KVCache:
     """Rotated keys and values of committed positions, preallocated for ``capacity`` of them.
 
+    They are float32, or on CUDA what autocast computes in when the cache is made: the kernels there
+    take queries and keys of one dtype.
+
     Attributes:
         length: positions that are filled.
         k: one tensor a layer, [B, Hkv, capacity, Dh].
@@ -162,8 +165,11 @@ class KVCache:
         batch: int,
         capacity: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype is None:
+            cast = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+            dtype = torch.get_autocast_dtype("cuda") if cast else torch.float32
         # Stored [B, capacity, Hkv, Dh] so that a write is contiguous; read as heads first.
         shape = (batch, capacity, cfg.num_kv_heads, cfg.head_width)
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
@@ -187,3 +193,26 @@ class KVCache:
         """Keep only the given rows of the batch, in that order."""
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
+
+
+class CacheAt:
+    """A cache written at positions that stand on the device, and always read as a whole.
+
+    Args:
+        cache: what is written and read.
+        position: int64 [T], where the next keys and values go.
+    """
+
+    length = 0
+
+    def __init__(self, cache: KVCache, position: Tensor) -> None:
+        self.cache, self.position = cache, position
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put [B, T, Hkv, Dh] at the positions of one layer."""
+        for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            kept.index_copy_(1, self.position, new.to(kept.dtype))
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """All positions of one layer, [B, Hkv, capacity, Dh], also those not filled."""
+        return self.cache.read(layer, self.cache.k[layer].shape[1])

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig
-from bd3lm.model.attention import BlockMask, attend
+from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.elementwise import dropout_add
-from bd3lm.model.layers import KVCache, Mlp, Norm, Rotary, TimeEmbedding, gated_linear, rotate
+from bd3lm.model.layers import (
+    CacheAt,
+    KVCache,
+    Mlp,
+    Norm,
+    Rotary,
+    TimeEmbedding,
+    gated_linear,
+    rotate,
+)
 
 
 class Block(nn.Module):
@@ -75,13 +84,13 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,
-        mask: BlockMask,
+        mask: BlockMask | CachedMask,
         rope: tuple[Tensor, Tensor],
         cond: Tensor | None,
         *,
         queries: int | None = None,
         select: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheAt | None = None,
         layer: int = 0,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -288,6 +297,47 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += commit
         return h if fill else self._finish(h, cond, None, select)
+
+    def encode_at(
+        self,
+        ids: Tensor,
+        start: Tensor,
+        block_size: int,
+        select: Tensor,
+        cache: KVCache,
+        *,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`encode` with a cache whose length is a number on the device.
+
+        No shape, no address and nothing on the host depends on that number, so the work can be
+        recorded once and replayed; the length that the cache itself knows is not read.
+
+        Args:
+            ids: [B, T].
+            start: int64 [], the number of cached positions, a multiple of S.
+            block_size: S.
+            select: flat indices b*T+i [M].
+            cache: keys and values of ``ids`` are written behind those of earlier positions.
+            sigma: as for :meth:`encode`.
+
+        Returns:
+            Normalised features [M, D].
+        """
+        length = ids.shape[1]
+        position = start + torch.arange(length, device=ids.device)
+        last = ((position // block_size + 1) * block_size).minimum(start + length)
+        mask = CachedMask(last.int()[None])
+        table = self.rotary.table(cache.k[0].shape[1], ids.device)
+        rope = (table[0][position], table[1][position])
+        cond = self._condition(sigma, block_size, noised=False)
+        here = CacheAt(cache, position)
+        h = self.embed(ids)
+        for layer, block in enumerate(self.blocks):
+            last_one = layer == len(self.blocks) - 1
+            chosen = select if last_one else None
+            h = block(h, mask, rope, cond, select=chosen, cache=here, layer=layer)
+        return self._finish(h, cond, None, select)
 
     def denoise_cached(
         self,

@@ -34,14 +34,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_attention(backend: str, device: torch.device, head_width: int) -> None:
-    """Check that a named attention backend can run before anything else is done.
+def check_attention(cfg: TrainConfig, device: torch.device) -> None:
+    """Check that the attention backend of a run can work before anything else is done.
 
     Raises:
-        ConfigError: it is not available here, or does not take such heads.
+        ConfigError: it is not available here, or does not take such heads or this precision.
     """
-    q = torch.empty(1, 1, 2, head_width, device=device)
-    choose(q, q, q, BlockMask.clean(2, 1), backend)
+    with autocast(cfg, device):
+        cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if cast else torch.float32
+    q = torch.empty(1, 1, 2, cfg.model.head_width, device=device, dtype=dtype)
+    choose(q, q, q, BlockMask.clean(2, 1), cfg.attention)
 
 
 def keep_freed_memory() -> None:

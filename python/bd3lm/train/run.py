@@ -110,7 +110,7 @@ def _trainer(
 
 def _check_early(cfg: TrainConfig) -> None:
     """Everything that can be refused before a single file is read."""
-    check_attention(cfg.attention, resolve_device(cfg.device), cfg.model.head_width)
+    check_attention(cfg, resolve_device(cfg.device))
     build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
 
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import cuda, flash, flex, rust
-from bd3lm.model.attention.dense import dense_attention
-from bd3lm.model.attention.mask import BlockMask, Intervals
+from bd3lm.model.attention.dense import dense_attention, dense_cached
+from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals
 
-__all__ = ["AUTO", "BACKENDS", "Backend", "BlockMask", "Intervals", "attend", "choose"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "Backend",
+    "BlockMask",
+    "CachedMask",
+    "Intervals",
+    "attend",
+    "choose",
+]
 
 
 class Backend(NamedTuple):
@@ -20,21 +29,38 @@ class Backend(NamedTuple):
 
     available: Callable[[], bool]
     """Whether this machine has what it needs."""
-    supports: Callable[[Tensor, Tensor, Tensor, BlockMask], bool]
+    supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
     """Whether it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
     needs: str
     """What to say where it is not available."""
     limits: str
     """What to say where it does not take the inputs."""
+    run_cached: Callable[[Tensor, Tensor, Tensor, CachedMask], Tensor] | None = None
+    """The same over a cache whose length is on the device; None: it cannot."""
+
+    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
+        """Whether it computes this."""
+        if isinstance(mask, CachedMask) and self.run_cached is None:
+            return False
+        return self.supports(q, k, v, mask)
 
 
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend(cuda.available, cuda.supports, cuda.cuda_attention, cuda.NEEDS, cuda.LIMITS),
+    "cuda": Backend(
+        cuda.available,
+        cuda.supports,
+        cuda.cuda_attention,
+        cuda.NEEDS,
+        cuda.LIMITS,
+        cuda.cached_attention,
+    ),
     "flash": Backend(flash.available, flash.supports, flash.attention, flash.NEEDS, flash.LIMITS),
     "flex": Backend(flex.available, flex.supports, flex.attention, flex.NEEDS, flex.LIMITS),
     "rust": Backend(lambda: True, rust.supports, rust.rust_attention, "", rust.LIMITS),
-    "dense": Backend(lambda: True, lambda q, k, v, mask: True, dense_attention, "", ""),
+    "dense": Backend(
+        lambda: True, lambda q, k, v, mask: True, dense_attention, "", "", dense_cached
+    ),
 }
 # By kind of device, what "auto" tries, best first; dense takes everything.
 AUTO: dict[str, tuple[str, ...]] = {
@@ -43,7 +69,9 @@ AUTO: dict[str, tuple[str, ...]] = {
 }
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "auto") -> Backend:
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
+) -> Backend:
     """The backend of that name, or with ``auto`` the best one for these inputs.
 
     Raises:
@@ -51,7 +79,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "aut
     """
     if backend == "auto":
         for name in AUTO.get(q.device.type, ()):
-            if BACKENDS[name].available() and BACKENDS[name].supports(q, k, v, mask):
+            if BACKENDS[name].available() and BACKENDS[name].takes(q, k, v, mask):
                 return BACKENDS[name]
         return BACKENDS["dense"]
     if backend not in BACKENDS:
@@ -59,19 +87,22 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "aut
     found = BACKENDS[backend]
     if not found.available():
         raise ConfigError("attention", backend, found.needs)
-    if not found.supports(q, k, v, mask):
+    if not found.takes(q, k, v, mask):
         raise ConfigError("attention", backend, found.limits)
     return found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
+) -> Tensor:
     """Attention of ``q`` over ``k, v`` under a block-diffusion mask.
 
     Args:
-        q: queries [B, H, Tq, Dh], ``Tq = mask.num_queries``.
+        q: queries [B, H, Tq, Dh]; with a :class:`BlockMask`, ``Tq = mask.num_queries``.
         k: keys [B, Hkv, Tk, Dh], ``Tk = mask.num_keys``; H is a multiple of Hkv.
         v: values, shaped as the keys.
-        mask: the description of MATH §7 that every backend reads.
+        mask: the description of MATH §7 that every backend reads, or how far each query sees in
+            a cache (``cuda`` and ``dense`` alone).
         backend: a name in :data:`BACKENDS`, or ``auto``: what :data:`AUTO` lists for the device.
 
     Returns:
@@ -80,4 +111,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str = "aut
     Raises:
         ConfigError: ``backend`` names none, or one that cannot run here or on these inputs.
     """
-    return choose(q, k, v, mask, backend).run(q, k, v, mask)
+    found = choose(q, k, v, mask, backend)
+    if isinstance(mask, CachedMask):
+        assert found.run_cached is not None
+        return found.run_cached(q, k, v, mask)
+    return found.run(q, k, v, mask)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.mask import BlockMask, CachedMask
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -28,3 +29,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     empty = ~allowed.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, enable_gqa=gqa)
     return out.masked_fill(empty, 0.0)
+
+
+def dense_cached(q: Tensor, k: Tensor, v: Tensor, mask: CachedMask) -> Tensor:
+    """As :func:`dense_attention` over a cache [B, Hkv, capacity, Dh], filled or not."""
+    key = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+    allowed = key < mask.end[..., None]  # [B or 1, Tq, capacity]
+    # What was never written may be NaN, which a weight of zero does not silence.
+    unused = ~allowed.any(dim=1)[:, None, :, None]
+    k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], enable_gqa=gqa)

@@ -108,6 +108,16 @@ class BlockMask:
         return _materialise(self.intervals(device), self.seq_len, self.noised)
 
 
+class CachedMask(NamedTuple):
+    """Block-causal attention over a cache of which only the device knows how much is filled.
+
+    Query ``q`` sees keys ``j < end[q]``; keys from the largest end on may hold anything.
+    """
+
+    end: Tensor
+    """int32 [B or 1, Tq], each at least 1."""
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for later calls, which may want gradients
 def _intervals(

@@ -10,15 +10,19 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention.cuda import ops
 from bd3lm.model.attention.cuda.ranges import ranges
-from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.mask import BlockMask, CachedMask
 
 NEEDS = "needs an NVIDIA GPU of compute capability 8.0 or newer and the triton package"
 LIMITS = "takes fp16, bf16 or fp32 tensors of one dtype on a GPU, with heads of up to 256 features"
+# Heads of other widths are copied into ones that are a multiple of this, so that rows begin where
+# wide loads may.
+WIDTH_STEP = 16
 # A cache this long, asked by so few rows, leaves most of the device idle unless it is split.
 DECODE_ROWS = 64
 DECODE_KEYS = 512
@@ -32,7 +36,7 @@ def available() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
     """Whether the kernels take these inputs."""
     return (
         q.is_cuda
@@ -55,10 +59,32 @@ def cuda_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         [B, H, Tq, D]; zero for queries that see nothing.
     """
     keys, queries = ranges(mask, str(q.device))
-    scale = q.shape[-1] ** -0.5
+    width = q.shape[-1]
+    scale = width**-0.5
+    q, k, v = _widened(q, k, v)
     if _is_decoding(q, k, v, mask):
-        return ops.decode_attention(q, k, v, None, keys[:, 0], keys[:, 1], scale, 0)
-    return ops.block_attention(q, k, v, keys, queries, mask.noised, scale)[0]
+        out = ops.decode_attention(q, k, v, None, keys[:, 0], keys[:, 1], scale, 0)
+    else:
+        out = ops.block_attention(q, k, v, keys, queries, mask.noised, scale)[0]
+    return out[..., :width]
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: CachedMask) -> Tensor:
+    """Attention over a cache filled to where only the device knows; no gradient.
+
+    Args:
+        q: fp16, bf16 or fp32 [B, H, Tq, D], D up to 256.
+        k: [B, Hkv, capacity, D].
+        v: as ``k``.
+        mask: how far each query sees.
+
+    Returns:
+        [B, H, Tq, D].
+    """
+    width = q.shape[-1]
+    q, k, v = _widened(q, k, v)
+    lo = torch.zeros_like(mask.end)
+    return ops.decode_attention(q, k, v, None, lo, mask.end, width**-0.5, 0)[..., :width]
 
 
 def paged_attention(
@@ -72,7 +98,7 @@ def paged_attention(
 
     Args:
         q: [B, H, Tq, D].
-        k_pages: [P, Hkv, page size, D], any strides with the last one 1.
+        k_pages: [P, Hkv, page size, D], D a multiple of 16; any strides with the last one 1.
         v_pages: as ``k_pages``.
         pages: int32 [B, N]; position j lies in page ``pages[b, j // page size]``.
         lengths: int32 [B], at least Tq.
@@ -86,12 +112,20 @@ def paged_attention(
     """
     if pages.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
         raise ConfigError("pages", tuple(pages.shape), f"one row for each of {q.shape[0]} queries")
+    if q.shape[-1] % WIDTH_STEP:
+        raise ConfigError("head width", q.shape[-1], f"a multiple of {WIDTH_STEP} in a paged cache")
     position = (
         lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     )
     hi = ((position // block_size + 1) * block_size).minimum(lengths[:, None]).int()
     lo = torch.zeros_like(hi)
     return ops.decode_attention(q, k_pages, v_pages, pages, lo, hi, q.shape[-1] ** -0.5, 0)
+
+
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With zero columns up to the next multiple of :data:`WIDTH_STEP`; no score changes."""
+    missing = -tensors[0].shape[-1] % WIDTH_STEP
+    return tuple(F.pad(x, (0, missing)) for x in tensors) if missing else tensors
 
 
 def _is_decoding(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:

@@ -15,34 +15,39 @@ import triton
 import triton.language as tl
 
 from bd3lm.model.attention.cuda.common import (
+    SIZES,
     cast,
     dot,
+    early_first,
+    late_first,
     load_ranges,
     load_rows,
     load_rows_below,
     nth_full,
     nth_partial,
+    place,
     store_rows,
     tile_span,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
     OUT, DOUT, DELTA, heads, queries,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Sum out * dout over D into delta [B, H, Tq]; grid (ceil(Tq / BM), B * H)."""
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    row_ok = row < queries
-    row = tl.minimum(row, queries - 1)
-    out = load_rows(OUT + batch * stride_ob + head * stride_oh, row, stride_ot, D, DP)
-    dout = load_rows(DOUT + batch * stride_gb + head * stride_gh, row, stride_gt, D, DP)
+    """Sum out * dout over D into delta [B, H, Tq]; grid (B * H, ceil(Tq / BM))."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    start = tl.program_id(1) * BM
+    row = tl.arange(0, BM)
+    row_ok = row < queries - start
+    row = tl.minimum(row, queries - start - 1)
+    out = load_rows(OUT + batch * stride_ob + head * stride_oh, start, row, stride_ot, D, DP)
+    dout = load_rows(DOUT + batch * stride_gb + head * stride_gh, start, row, stride_gt, D, DP)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(DELTA + (batch * heads + head) * queries + row, delta, mask=row_ok)
+    tl.store(DELTA + (batch * heads + head) * queries + start + row, delta, mask=row_ok)
 
 
 @triton.jit
@@ -55,35 +60,36 @@ def key_step(dk, dv, k, v, q, dout, probs, delta, INTERPRET: tl.constexpr):
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, RANGES,
-    scale, inv_sqrt, heads, group, queries, stream_queries, keys, stream_keys, clean_offset,
+    scale, inv_sqrt, pairs, section, heads, group, queries, stream_queries, keys, stream_keys,
+    clean_offset,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
     stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt, stride_rb,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of keys; grid (streams * ceil(stream_keys / BN), B * Hkv).
+    """Gradients of one tile of keys; grid (streams * ceil(stream_keys / BN) * B * Hkv).
 
     RANGES is int32 [B or 1, 4, Tk]: the clean and the noised queries that see each key. ``heads``
     is Hkv, each answering ``group`` query heads, which are summed here; ``keys`` is Tk, of which
     each stream has ``stream_keys``; clean queries begin at row ``clean_offset``. ``scale`` is
-    log2(e) / sqrt(D) and ``inv_sqrt`` 1 / sqrt(D).
+    log2(e) / sqrt(D) and ``inv_sqrt`` 1 / sqrt(D). ``pairs`` is B * Hkv.
     """
     tiles = tl.cdiv(stream_keys, BN)
     streams = keys // stream_keys
-    program = tl.program_id(0)
-    # Early clean keys are seen by most queries: first. Noised ones, only by their block: last.
-    stream = streams - 1 - program // tiles
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
+    stream, tile = early_first(rank, tiles, streams)
+    head = (pair % heads).to(tl.int64)
+    batch = (pair // heads).to(tl.int64)
 
-    row = (program % tiles) * BN + tl.arange(0, BN)
-    row_ok = row < stream_keys
-    row = stream * stream_keys + tl.minimum(row, stream_keys - 1)
-    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, keys, row)
+    row = tl.arange(0, BN)
+    row_ok = row < stream_keys - tile * BN
+    row = tl.minimum(row, stream_keys - tile * BN - 1)
+    start = stream * stream_keys + tile * BN
+    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, keys, start + row)
     c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BM)
     n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BM)
     c_full = c_full_last - c_full_first
@@ -91,8 +97,8 @@ def key_kernel(
     n_head = n_full_first - n_first
     c_count = c_head + c_last - c_full_last
 
-    k = load_rows(K + batch * stride_kb + head * stride_kh, row, stride_kt, D, DP)
-    v = load_rows(V + batch * stride_vb + head * stride_vh, row, stride_vt, D, DP)
+    k = load_rows(K + batch * stride_kb + head * stride_kh, start, row, stride_kt, D, DP)
+    v = load_rows(V + batch * stride_vb + head * stride_vh, start, row, stride_vt, D, DP)
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
     col = tl.arange(0, BM)
@@ -105,11 +111,11 @@ def key_kernel(
 
         for t in range(0, c_full + n_full_last - n_full_first):
             index, noised = nth_full(t, c_full_first, c_full, n_full_first)
-            query = tl.where(noised, 0, clean_offset) + index * BM + col
-            q = load_rows(q_base, query, stride_qt, D, DP)
-            dout = load_rows(g_base, query, stride_gt, D, DP)
-            lse = tl.load(lse_base + query)
-            delta = tl.load(delta_base + query)
+            first = tl.where(noised, 0, clean_offset) + index * BM
+            q = load_rows(q_base, first, col, stride_qt, D, DP)
+            dout = load_rows(g_base, first, col, stride_gt, D, DP)
+            lse = tl.load(lse_base + first + col)
+            delta = tl.load(delta_base + first + col)
             scores = dot(k, tl.trans(q), None, INTERPRET)
             probs = tl.exp2(scores * scale - lse[None, :])
             dk, dv = key_step(dk, dv, k, v, q, dout, probs, delta, INTERPRET)
@@ -121,8 +127,9 @@ def key_kernel(
             offset = tl.where(noised, 0, clean_offset)
             query = index * BM + col
             inside = query < stream_queries
-            q = load_rows_below(q_base, query, offset, stream_queries, stride_qt, D, DP)
-            dout = load_rows_below(g_base, query, offset, stream_queries, stride_gt, D, DP)
+            first = index * BM
+            q = load_rows_below(q_base, first, col, offset, stream_queries, stride_qt, D, DP)
+            dout = load_rows_below(g_base, first, col, offset, stream_queries, stride_gt, D, DP)
             lse = tl.load(lse_base + offset + query, mask=inside, other=float("inf"))
             delta = tl.load(delta_base + offset + query, mask=inside, other=0.0)
             lo = tl.where(noised, n_lo, c_lo)
@@ -133,9 +140,11 @@ def key_kernel(
             dk, dv = key_step(dk, dv, k, v, q, dout, probs, delta, INTERPRET)
 
     dk = cast(dk * inv_sqrt, DK.dtype.element_ty, INTERPRET)
-    store_rows(DK + batch * stride_dkb + head * stride_dkh, row, row_ok, stride_dkt, dk, D, DP)
+    base = DK + batch * stride_dkb + head * stride_dkh
+    store_rows(base, start, row, row_ok, stride_dkt, dk, D, DP)
     dv = cast(dv, DV.dtype.element_ty, INTERPRET)
-    store_rows(DV + batch * stride_dvb + head * stride_dvh, row, row_ok, stride_dvt, dv, D, DP)
+    base = DV + batch * stride_dvb + head * stride_dvh
+    store_rows(base, start, row, row_ok, stride_dvt, dv, D, DP)
 
 
 @triton.jit
@@ -146,10 +155,10 @@ def query_step(dq, dout, k, v, probs, delta, INTERPRET: tl.constexpr):
     return dot(cast(dscores, k.dtype, INTERPRET), k, dq, INTERPRET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     Q, K, V, DOUT, LSE, DELTA, DQ, RANGES,
-    scale, inv_sqrt, heads, group, queries, stream_queries, keys, clean_offset,
+    scale, inv_sqrt, pairs, section, heads, group, queries, stream_queries, keys, clean_offset,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
     stride_dqb, stride_dqh, stride_dqt, stride_rb,
@@ -159,23 +168,23 @@ def query_kernel(
     """Gradient of one tile of queries; grid and arguments as in the forward kernel."""
     tiles = tl.cdiv(stream_queries, BM)
     streams = queries // stream_queries
-    program = tl.program_id(0)
-    stream = program % streams
-    tile = tiles - 1 - program // streams
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
+    stream, tile = late_first(rank, tiles, streams)
+    head = (pair % heads).to(tl.int64)
+    batch = (pair // heads).to(tl.int64)
 
-    row = tile * BM + tl.arange(0, BM)
-    row_ok = row < stream_queries
-    row = stream * stream_queries + tl.minimum(row, stream_queries - 1)
-    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, row)
+    row = tl.arange(0, BM)
+    row_ok = row < stream_queries - tile * BM
+    row = tl.minimum(row, stream_queries - tile * BM - 1)
+    start = stream * stream_queries + tile * BM
+    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, start + row)
     c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BN)
     n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BN)
 
-    q = load_rows(Q + batch * stride_qb + head * stride_qh, row, stride_qt, D, DP)
-    dout = load_rows(DOUT + batch * stride_gb + head * stride_gh, row, stride_gt, D, DP)
-    lse = tl.load(LSE + (batch * heads + head) * queries + row)
-    delta = tl.load(DELTA + (batch * heads + head) * queries + row)
+    q = load_rows(Q + batch * stride_qb + head * stride_qh, start, row, stride_qt, D, DP)
+    dout = load_rows(DOUT + batch * stride_gb + head * stride_gh, start, row, stride_gt, D, DP)
+    lse = tl.load(LSE + (batch * heads + head) * queries + start + row)
+    delta = tl.load(DELTA + (batch * heads + head) * queries + start + row)
     k_base = K + batch * stride_kb + (head // group) * stride_kh
     v_base = V + batch * stride_vb + (head // group) * stride_vh
     dq = tl.zeros([BM, DP], tl.float32)
@@ -184,9 +193,9 @@ def query_kernel(
     c_full = c_full_last - c_full_first
     for t in range(0, c_full + n_full_last - n_full_first):
         index, noised = nth_full(t, c_full_first, c_full, n_full_first)
-        key = tl.where(noised, 0, clean_offset) + index * BN + col
-        k = load_rows(k_base, key, stride_kt, D, DP)
-        v = load_rows(v_base, key, stride_vt, D, DP)
+        first = tl.where(noised, 0, clean_offset) + index * BN
+        k = load_rows(k_base, first, col, stride_kt, D, DP)
+        v = load_rows(v_base, first, col, stride_vt, D, DP)
         scores = dot(q, tl.trans(k), None, INTERPRET)
         probs = tl.exp2(scores * scale - lse[:, None])
         dq = query_step(dq, dout, k, v, probs, delta, INTERPRET)
@@ -200,8 +209,8 @@ def query_kernel(
         )
         offset = tl.where(noised, 0, clean_offset)
         key = index * BN + col
-        k = load_rows_below(k_base, key, offset, keys, stride_kt, D, DP)
-        v = load_rows_below(v_base, key, offset, keys, stride_vt, D, DP)
+        k = load_rows_below(k_base, index * BN, col, offset, keys, stride_kt, D, DP)
+        v = load_rows_below(v_base, index * BN, col, offset, keys, stride_vt, D, DP)
         lo = tl.where(noised, n_lo, c_lo)
         hi = tl.where(noised, n_hi, c_hi)
         seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
@@ -210,4 +219,5 @@ def query_kernel(
         dq = query_step(dq, dout, k, v, probs, delta, INTERPRET)
 
     dq = cast(dq * inv_sqrt, DQ.dtype.element_ty, INTERPRET)
-    store_rows(DQ + batch * stride_dqb + head * stride_dqh, row, row_ok, stride_dqt, dq, D, DP)
+    base = DQ + batch * stride_dqb + head * stride_dqh
+    store_rows(base, start, row, row_ok, stride_dqt, dq, D, DP)

@@ -16,6 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton compiles an integer argument anew when it is 1 or a multiple of 16. For these it must not:
+# no second compilation for another length, and what was compiled offline is what runs. Strides
+# are specialized, since wide loads need their multiples of 16 (``launch.laid_out`` sees to it).
+SIZES = (
+    "pairs", "section", "heads", "group", "queries", "stream_queries", "keys", "stream_keys",
+    "clean_offset", "stride_rb", "chunks", "page_width", "rows",
+)  # fmt: skip
+
 
 @triton.jit
 def dot(a, b, acc, INTERPRET: tl.constexpr):
@@ -41,34 +49,66 @@ def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, row, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Rows [T, DP] of a matrix [*, D], all of them in bounds; columns past D read as zero."""
+def place(program, ranks, pairs, section):
+    """What a program of a one-dimensional grid works on: (rank of its tile, pair of row and head).
+
+    Rank 0 is the heaviest tile. Pairs go section by section, as many at a time as the L2 cache
+    holds the keys of; within a section the tiles of one rank start before those of the next.
+    """
+    first = program // (ranks * section) * section
+    width = tl.minimum(section, pairs - first)
+    left = program - first * ranks
+    return left // width, first + left % width
+
+
+@triton.jit
+def late_first(rank, tiles, streams):
+    """(stream, tile) of a tile of queries: late ones see most keys, in either stream."""
+    return rank % streams, tiles - 1 - rank // streams
+
+
+@triton.jit
+def early_first(rank, tiles, streams):
+    """(stream, tile) of a tile of keys: early clean ones are seen most, noised ones by a block."""
+    return streams - 1 - rank // tiles, rank % tiles
+
+
+@triton.jit
+def rows_from(base, start, stride):
+    """Where row ``start`` of a matrix begins: in 64 bits, which a row times a stride may need."""
+    return base + start.to(tl.int64) * stride
+
+
+@triton.jit
+def load_rows(base, start, row, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows ``start + row`` [T, DP] of a matrix [*, D], all in bounds; columns past D are zero."""
     col = tl.arange(0, DP)
-    ptr = base + row[:, None] * stride + col[None, :]
+    ptr = rows_from(base, start, stride) + row[:, None] * stride + col[None, :]
     if D == DP:
         return tl.load(ptr)
     return tl.load(ptr, mask=(col < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_rows_below(base, row, offset, stop, stride, D: tl.constexpr, DP: tl.constexpr):
-    """As :func:`load_rows` for rows ``offset + row``, but zero where ``row >= stop``."""
+def load_rows_below(base, start, row, offset, stop, stride, D: tl.constexpr, DP: tl.constexpr):
+    """As :func:`load_rows` for rows ``offset + start + row``, but zero from row ``stop`` on."""
     col = tl.arange(0, DP)
-    ptr = base + (offset + row)[:, None] * stride + col[None, :]
-    inside = (row < stop)[:, None]
+    ptr = rows_from(base, offset + start, stride) + row[:, None] * stride + col[None, :]
+    inside = (start + row < stop)[:, None]
     if D != DP:
         inside = inside & (col < D)[None, :]
     return tl.load(ptr, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, row, ok, stride, x, D: tl.constexpr, DP: tl.constexpr):
-    """Write rows [T, DP] where ``ok``, without the columns past D."""
+def store_rows(base, start, row, ok, stride, x, D: tl.constexpr, DP: tl.constexpr):
+    """Write rows ``start + row`` [T, DP] where ``ok``, without the columns past D."""
     col = tl.arange(0, DP)
     inside = ok[:, None]
     if D != DP:
         inside = inside & (col < D)[None, :]
-    tl.store(base + row[:, None] * stride + col[None, :], x, mask=inside)
+    ptr = rows_from(base, start, stride) + row[:, None] * stride + col[None, :]
+    tl.store(ptr, x, mask=inside)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bd3lm.model.attention.cuda.common import cast, dot, load_rows, store_rows
+from bd3lm.model.attention.cuda.common import SIZES, cast, dot
 from bd3lm.model.attention.cuda.forward import softmax_step
 
 
@@ -27,7 +27,7 @@ def key_rows(PAGES, batch, key, inside, stride_b, stride_t, page_width, PAGE: tl
     return page.to(tl.int64) * stride_b + (key % PAGE) * stride_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     Q, K, V, PAGES, LO, HI, PART, PART_LSE,
     scale, heads, group, queries, chunks, page_width,
@@ -36,7 +36,7 @@ def decode_kernel(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the keys of one tile of rows; grid (ceil(group * Tq / BM), B * Hkv, C).
+    """One chunk of the keys of one tile of rows; grid (ceil(group * Tq / BM) * B * Hkv, C).
 
     K and V are [B, Hkv, T, D] by strides, or pages [P, Hkv, PAGE, D] where ``stride_kb`` leads from
     page to page, PAGES being the pages of each row, int32 [B, page_width]. LO and HI are the keys
@@ -44,11 +44,13 @@ def decode_kernel(
     [C, B, H, Tq, D], PART_LSE its log2-sum-exp, -inf where a chunk holds no key of the row.
     ``heads`` is Hkv.
     """
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    chunk = tl.program_id(2)
+    row_tiles = tl.cdiv(group * queries, BM)
+    pair = tl.program_id(0) // row_tiles
+    head = (pair % heads).to(tl.int64)
+    batch = (pair // heads).to(tl.int64)
+    chunk = tl.program_id(1)
 
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
     row_ok = row < group * queries
     row = tl.minimum(row, group * queries - 1)
     query = row % queries
@@ -60,13 +62,14 @@ def decode_kernel(
     tiles = tl.cdiv(end, BN) - first
     each = tl.cdiv(tiles, chunks)
 
-    q = load_rows(Q + batch * stride_qb, q_head * stride_qh + query * stride_qt, 1, D, DP)
+    col = tl.arange(0, DP)
+    q_ptr = Q + batch * stride_qb + (q_head * stride_qh + query * stride_qt)[:, None] + col[None, :]
+    q = tl.load(q_ptr, mask=(col < D)[None, :], other=0.0)
     k_base = K + head * stride_kh
     v_base = V + head * stride_vh
     acc = tl.zeros([BM, DP], tl.float32)
     total = tl.zeros([BM], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
-    col = tl.arange(0, DP)
     for t in range(chunk * each, tl.minimum(chunk * each + each, tiles)):
         key = (first + t) * BN + tl.arange(0, BN)
         inside = key < end
@@ -80,12 +83,14 @@ def decode_kernel(
         acc, total, peak = softmax_step(acc, total, peak, scores, v, scale, True, INTERPRET)
 
     safe = tl.where(total == 0.0, 1.0, total)
-    out_row = ((chunk * tl.num_programs(1) + tl.program_id(1)) * group).to(tl.int64) * queries + row
-    store_rows(PART, out_row, row_ok, D, acc / safe[:, None], D, DP)
+    pairs = tl.num_programs(0) // row_tiles
+    out_row = (chunk.to(tl.int64) * pairs + pair) * group * queries + row
+    out_ptr = PART + out_row[:, None] * D + col[None, :]
+    tl.store(out_ptr, acc / safe[:, None], mask=row_ok[:, None] & (col < D)[None, :])
     tl.store(PART_LSE + out_row, peak + tl.log2(safe), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     PART, PART_LSE, OUT, heads, queries, chunks, rows, stride_ob, stride_oh, stride_ot,
     D: tl.constexpr, DP: tl.constexpr, CP: tl.constexpr, INTERPRET: tl.constexpr,

@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 
 from bd3lm.model.attention.cuda.common import (
+    SIZES,
     cast,
     dot,
+    late_first,
     load_ranges,
     load_rows,
     load_rows_below,
     nth_full,
     nth_partial,
+    place,
     store_rows,
     tile_span,
 )
@@ -45,42 +48,41 @@ def softmax_step(acc, total, peak, scores, v, scale, GUARD: tl.constexpr, INTERP
     return acc, total, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     Q, K, V, OUT, LSE, RANGES,
-    scale, heads, group, queries, stream_queries, keys, clean_offset,
+    scale, pairs, section, heads, group, queries, stream_queries, keys, clean_offset,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, stride_rb,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head; grid (streams * ceil(stream_queries / BM), B * H).
+    """One tile of queries of one head; grid (streams * ceil(stream_queries / BM) * B * H).
 
     Q, K, V and OUT are [B, heads, T, D] by strides, the last one 1. LSE is float32 [B, H, Tq], the
     log2 of the sum of exponentials, +inf where a row sees nothing. RANGES is int32 [B or 1, 4, Tq]
     with batch stride ``stride_rb`` (0 where shared). ``scale`` is log2(e) / sqrt(D), ``group`` the
     query heads of a key head; ``queries`` is Tq, of which each stream has ``stream_queries``;
-    ``keys`` is L, and clean keys begin at row ``clean_offset``, noised ones at row 0.
+    ``keys`` is L, and clean keys begin at row ``clean_offset``, noised ones at row 0. ``pairs`` is
+    B * H, of which ``section`` at a time share the L2 cache.
     """
     tiles = tl.cdiv(stream_queries, BM)
     streams = queries // stream_queries
-    program = tl.program_id(0)
-    # Late tiles see most keys: first, so that the short ones fill the tail. The two streams of a
-    # tile are neighbours and find each other's keys in the L2 cache.
-    stream = program % streams
-    tile = tiles - 1 - program // streams
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
+    stream, tile = late_first(rank, tiles, streams)
+    head = (pair % heads).to(tl.int64)
+    batch = (pair // heads).to(tl.int64)
 
-    row = tile * BM + tl.arange(0, BM)
-    row_ok = row < stream_queries
+    row = tl.arange(0, BM)
+    row_ok = row < stream_queries - tile * BM
     # Rows past the end repeat the last one: no mask, and no influence on the tile lists.
-    row = stream * stream_queries + tl.minimum(row, stream_queries - 1)
-    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, row)
+    row = tl.minimum(row, stream_queries - tile * BM - 1)
+    start = stream * stream_queries + tile * BM
+    c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, start + row)
     c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BN)
     n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BN)
 
-    q = load_rows(Q + batch * stride_qb + head * stride_qh, row, stride_qt, D, DP)
+    q = load_rows(Q + batch * stride_qb + head * stride_qh, start, row, stride_qt, D, DP)
     k_base = K + batch * stride_kb + (head // group) * stride_kh
     v_base = V + batch * stride_vb + (head // group) * stride_vh
     acc = tl.zeros([BM, DP], tl.float32)
@@ -91,9 +93,9 @@ def forward_kernel(
     c_full = c_full_last - c_full_first
     for t in range(0, c_full + n_full_last - n_full_first):
         index, noised = nth_full(t, c_full_first, c_full, n_full_first)
-        key = tl.where(noised, 0, clean_offset) + index * BN + col
-        k = load_rows(k_base, key, stride_kt, D, DP)
-        v = load_rows(v_base, key, stride_vt, D, DP)
+        first = tl.where(noised, 0, clean_offset) + index * BN
+        k = load_rows(k_base, first, col, stride_kt, D, DP)
+        v = load_rows(v_base, first, col, stride_vt, D, DP)
         scores = dot(q, tl.trans(k), None, INTERPRET)
         acc, total, peak = softmax_step(acc, total, peak, scores, v, scale, False, INTERPRET)
 
@@ -106,8 +108,8 @@ def forward_kernel(
         )
         offset = tl.where(noised, 0, clean_offset)
         key = index * BN + col
-        k = load_rows_below(k_base, key, offset, keys, stride_kt, D, DP)
-        v = load_rows_below(v_base, key, offset, keys, stride_vt, D, DP)
+        k = load_rows_below(k_base, index * BN, col, offset, keys, stride_kt, D, DP)
+        v = load_rows_below(v_base, index * BN, col, offset, keys, stride_vt, D, DP)
         lo = tl.where(noised, n_lo, c_lo)
         hi = tl.where(noised, n_hi, c_hi)
         seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
@@ -117,6 +119,7 @@ def forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out = cast(acc / total[:, None], OUT.dtype.element_ty, INTERPRET)
-    store_rows(OUT + batch * stride_ob + head * stride_oh, row, row_ok, stride_ot, out, D, DP)
+    base = OUT + batch * stride_ob + head * stride_oh
+    store_rows(base, start, row, row_ok, stride_ot, out, D, DP)
     lse = tl.where(empty, float("inf"), peak + tl.log2(total))
-    tl.store(LSE + (batch * heads + head) * queries + row, lse, mask=row_ok)
+    tl.store(LSE + (batch * heads + head) * queries + start + row, lse, mask=row_ok)

@@ -35,14 +35,35 @@ def choose(kernel: Kernel, x: Tensor) -> Tiles:
     return tiles(kernel, arch, x.shape[-1], x.dtype == torch.float32)
 
 
-def rowwise(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, which is all the kernels ask."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def laid_out(x: Tensor) -> Tensor:
+    """``x``, or a copy whose rows are contiguous and begin where wide loads may (16 bytes).
+
+    Triton would compile other code for other alignments, and what was checked is this one.
+    """
+    wide = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
+    if x.stride(-1) == 1 and (wide or INTERPRETED):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(*xs: Tensor) -> list[int]:
     """Batch, head and row strides of each tensor."""
     return [x.stride(i) for x in xs for i in range(3)]
+
+
+def section(x: Tensor, pairs: int, rows: int) -> int:
+    """How many pairs of batch row and head are worked on together (``common.place``).
+
+    Args:
+        x: on the device, [..., D].
+        pairs: all of them.
+        rows: rows of two matrices that the tiles of one pair share.
+    """
+    if INTERPRETED:
+        return min(2, pairs)
+    cache = torch.cuda.get_device_properties(x.device).L2_cache_size
+    # Half of it: outputs and what runs beside pass through the cache, too.
+    return max(1, min(pairs, cache // 2 // (2 * rows * x.shape[-1] * x.element_size())))
 
 
 def batch_stride(ranges: Tensor) -> int:
@@ -60,18 +81,20 @@ def run_forward(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: Tensor, noised: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Tq, D] and log2-sum-exp float32 [B, H, Tq]."""
-    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    q, k, v = laid_out(q), laid_out(k), laid_out(v)
     batch, heads, queries, width = q.shape
+    group = heads // k.shape[1]
+    pairs = batch * heads
     length = k.shape[2] // (2 if noised else 1)
     per_stream = length if noised else queries
     out = empty_rows(q)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     tile = choose("forward", q)
     programs = queries // per_stream * triton.cdiv(per_stream, tile.block_m)
-    forward.forward_kernel[(programs, batch * heads)](
+    forward.forward_kernel[(programs * pairs,)](
         q, k, v, out, lse, key_ranges,
-        scale * LOG2E, heads, heads // k.shape[1], queries, per_stream, length,
-        length if noised else 0,
+        scale * LOG2E, pairs, section(k, pairs, triton.cdiv(k.shape[2], group)), heads, group,
+        queries, per_stream, length, length if noised else 0,
         *strides(q, k, v, out), batch_stride(key_ranges),
         D=width, DP=padded(width), BM=tile.block_m, BN=tile.block_n, INTERPRET=INTERPRETED,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -84,7 +107,7 @@ def run_backward(
     key_ranges: Tensor, query_ranges: Tensor, noised: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, shaped as they are."""
-    dout, q, k, v = rowwise(dout), rowwise(q), rowwise(k), rowwise(v)
+    dout, q, k, v = laid_out(dout), laid_out(q), laid_out(k), laid_out(v)
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     length = keys // (2 if noised else 1)
@@ -94,15 +117,17 @@ def run_backward(
     shape = {"D": width, "DP": padded(width)}
 
     delta = torch.empty_like(lse)
-    backward.delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
+    backward.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
         out, dout, delta, heads, queries, *strides(out, dout), BM=64, **shape
     )
     dk, dv = empty_rows(k), empty_rows(v)
     tile = choose("keys", q)
     programs = keys // length * triton.cdiv(length, tile.block_n)
-    backward.key_kernel[(programs, batch * kv_heads)](
+    pairs = batch * kv_heads
+    backward.key_kernel[(programs * pairs,)](
         q, k, v, dout, lse, delta, dk, dv, query_ranges,
-        scale * LOG2E, scale, kv_heads, group, queries, per_stream, keys, length, offset,
+        scale * LOG2E, scale, pairs, section(q, pairs, group * queries), kv_heads, group,
+        queries, per_stream, keys, length, offset,
         *strides(q, k, v, dout, dk, dv), batch_stride(query_ranges),
         BM=tile.block_m, BN=tile.block_n, INTERPRET=INTERPRETED,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shape,
@@ -110,9 +135,11 @@ def run_backward(
     dq = empty_rows(q)
     tile = choose("queries", q)
     programs = queries // per_stream * triton.cdiv(per_stream, tile.block_m)
-    backward.query_kernel[(programs, batch * heads)](
+    pairs = batch * heads
+    backward.query_kernel[(programs * pairs,)](
         q, k, v, dout, lse, delta, dq, key_ranges,
-        scale * LOG2E, scale, heads, group, queries, per_stream, length, offset,
+        scale * LOG2E, scale, pairs, section(k, pairs, triton.cdiv(keys, group)), heads, group,
+        queries, per_stream, length, offset,
         *strides(q, k, v, dout, dq), batch_stride(key_ranges),
         BM=tile.block_m, BN=tile.block_n, INTERPRET=INTERPRETED,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shape,
@@ -125,7 +152,7 @@ def run_decode(
     scale: float, chunks: int,
 ) -> Tensor:  # fmt: skip
     """Output [B, H, Tq, D] over a cache; ``chunks`` of 0 fills the device."""
-    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    q, k, v = laid_out(q), laid_out(k), laid_out(v)
     batch, heads, queries, width = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -139,7 +166,7 @@ def run_decode(
     part = q.new_empty(chunks, rows, width, dtype=torch.float32)
     part_lse = q.new_empty(chunks, rows, dtype=torch.float32)
     shape = {"D": width, "DP": padded(width), "INTERPRET": INTERPRETED}
-    decode.decode_kernel[(row_tiles, batch * kv_heads, chunks)](
+    decode.decode_kernel[(row_tiles * batch * kv_heads, chunks)](
         q, k, v, lo if pages is None else pages, lo, hi, part, part_lse,
         scale * LOG2E, kv_heads, group, queries, chunks, 0 if pages is None else pages.shape[1],
         *strides(q, k, v), batch_stride(lo),
