@@ -412,18 +412,8 @@ class TrainConfig:
                 self.micro_batch,
                 f"a divisor of batch-size = {self.batch_size}",
             )
-        check(
-            self.eval.estimator != "exact" or self.block <= MAX_EXACT_BLOCK,
-            "eval.estimator",
-            self.eval.estimator,
-            f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {self.block}); use stratified",
-        )
-        check(
-            self.eval.estimator != "exact" or not self.model.time_conditioning,
-            "eval.estimator",
-            self.eval.estimator,
-            "a model that is told the noise level has no exact sum; use stratified",
-        )
+        told = self.model.time_conditioning
+        check_estimator(self.estimator, self.block, self.eval.repeats, told, "eval.")
         if self.eval.stride is not None:
             check(
                 self.eval.stride % self.block == 0 and 0 < self.eval.stride < self.seq_len,
@@ -431,6 +421,18 @@ class TrainConfig:
                 self.eval.stride,
                 f"a multiple of block-size = {self.block} below seq-len = {self.seq_len}",
             )
+            check(
+                self.packing == "wrap" and not self.row_eos,
+                "eval.stride",
+                self.eval.stride,
+                "goes with packing = wrap without row-eos: other rows do not overlap",
+            )
+        check(
+            self.packing == "wrap" or not self.row_eos,
+            "row-eos",
+            self.row_eos,
+            f"goes with packing = wrap, not {self.packing}",
+        )
 
     def _check_block(self) -> None:
         own = _own_block(self.system, self.seq_len)
@@ -465,6 +467,44 @@ class TrainConfig:
 
 
 DEFAULT_BLOCK = 4
+
+
+def check_estimator(
+    estimator: EstimatorName, block_size: int, repeats: int, told: bool, prefix: str = ""
+) -> None:
+    """Raise :class:`ConfigError` where an estimator does not go with a model or its repeats.
+
+    Args:
+        estimator: of the likelihood, not ``auto``.
+        block_size: S.
+        repeats: forwards of the sampled estimators.
+        told: whether the model is told the noise level.
+        prefix: of the settings' names in the message.
+    """
+    check(
+        estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
+        f"{prefix}estimator",
+        estimator,
+        f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {block_size}); use stratified",
+    )
+    check(
+        estimator != "exact" or not told,
+        f"{prefix}estimator",
+        estimator,
+        "a model that is told the noise level has no exact sum; use stratified",
+    )
+    check(
+        estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),
+        f"{prefix}repeats",
+        repeats,
+        "an even number, at least 2, for stratified",
+    )
+    check(
+        estimator in ("exact", "stratified") or repeats >= 2,
+        f"{prefix}repeats",
+        repeats,
+        "at least 2, so that the error can be estimated",
+    )
 
 
 def _own_block(system: SystemName, seq_len: int) -> int | None:

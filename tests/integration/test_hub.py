@@ -1,14 +1,18 @@
 """Data sets by name: a local folder stands for the hub."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
+from bd3lm.cli import evaluate
 from bd3lm.data import load_tokenizer
 from bd3lm.data.hub import KNOWN, named, prepare_split
 from bd3lm.data.resolve import open_data, open_splits
 from bd3lm.errors import ConfigError
-from tests.integration.conftest import story
+from bd3lm.train import run_training
+from tests.integration.conftest import Silent, story
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,24 @@ def test_splits_are_streamed_and_cut_as_they_are_named(folder, tmp_path):
     assert documents(scored) == [story(seed, 60) for seed in range(40, 45)]
     # A second time it is there.
     assert open_data(f"hub:{folder}@gone", "default", tmp_path / "test", print).num_documents == 5
+
+
+def test_a_named_set_is_scored_with_and_without_eos(config, folder, tmp_path, capsys):
+    run_training(dataclasses.replace(config, steps=1), tmp_path / "run", Silent())
+    args = [str(tmp_path / "run" / "checkpoint"), "--data", f"hub:{folder}@test", "--json"]
+    texts = [story(seed, 60) for seed in range(40, 45)]
+    tokens = [len(load_tokenizer("default").encode(text)) for text in texts]
+    for extra, eos in ([], 1), (["--no-eos"], 0):
+        evaluate.main([*args, *extra])
+        record = json.loads(capsys.readouterr().out)
+        assert record["tokens"] == sum(tokens) + eos * len(texts)
+        assert record["coverage"] == 1.0
+        bits = record["nelbo"] * record["tokens"] / math.log(2)
+        assert record["bpb"] == pytest.approx(bits / sum(map(len, texts)))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*args, "--lines"])
+    assert stop.value.code == 2
+    assert "lines = True: is for text files" in capsys.readouterr().err
 
 
 def test_the_papers_data_sets_have_their_splits_and_rules():

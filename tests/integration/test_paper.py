@@ -13,7 +13,7 @@ from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
 from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables, runner
 from bd3lm.experiments.corpora import Texts
-from bd3lm.experiments.formulas import FORMULAS
+from bd3lm.experiments.formulas import FORMULAS, schedules
 from bd3lm.experiments.make import chosen
 from bd3lm.experiments.render import difference, figure
 from bd3lm.experiments.runner import Sweep
@@ -217,7 +217,12 @@ def test_differences_are_paired_by_row_and_seed(tmp_path, roles):
 
 
 def test_formulas_say_what_they_check():
-    nine = FORMULAS["table9"]().markdown
+    made = FORMULAS["table9"]()
+    for lines, value in zip(made.panels.values(), ("mask_prob", "loss_weight"), strict=True):
+        assert list(lines) == list(schedules())
+        for name, schedule in schedules().items():
+            np.testing.assert_array_equal(lines[name], getattr(schedule, value)(made.x))
+    nine = made.markdown
     assert nine.count("within ") == 7
     for line in nine.splitlines():
         if "within" in line:
@@ -225,7 +230,7 @@ def test_formulas_say_what_they_check():
     two = FORMULAS["figure2"]().markdown
     assert "holds" in two
     assert "fails" in two
-    lines = FORMULAS["table12"]().lines
+    (lines,) = FORMULAS["table12"]().panels.values()
     np.testing.assert_allclose(lines["sigmoid"], lines["simple"], rtol=1e-12)
 
 

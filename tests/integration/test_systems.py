@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
 
 from bd3lm.checkpoint import load_checkpoint
-from bd3lm.cli import evaluate, sample
+from bd3lm.cli import evaluate, sample, train
 from bd3lm.config import preset
-from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
+from bd3lm.data import Dataset, Loader, NoiseSpec, Rows, Schedule
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.train import Trainer, run_training, saved_config
+from bd3lm.train import Trainer, run_training
 from tests.integration.conftest import Silent
-from tests.integration.test_train import _stopped, assert_same_run
+from tests.integration.test_train import assert_same_run
 
 
 def settings(config, system):
@@ -29,19 +30,46 @@ def settings(config, system):
     )
 
 
-@pytest.mark.parametrize("system", ["ar", "mdlm", "sedd"])
-def test_a_system_trains_resumes_scores_and_samples(config, tmp_path, capsys, system):
-    cfg = settings(config, system)
-    summary = run_training(cfg, tmp_path / "whole", Silent())
+TINY = (
+    "--seq-len 32 --steps 6 --batch-size 8 --device cpu --log-every 1 --eval.every 0 "
+    "--eval.repeats 2 --model.width 32 --model.depth 2 --model.heads 2 "
+    "--sample.num 1 --sample.length 24"
+).split()
+
+
+@pytest.mark.parametrize("system", ["bd3lm", "mdlm", "sedd", "ar"])
+def test_a_system_by_the_command_line(corpus, tmp_path, capsys, monkeypatch, system):
+    """Trained, stopped by Ctrl-C, resumed, scored and sampled as a user does it."""
+
+    def trained(name):
+        return ["--system", system, "--data", str(corpus), "--out", str(tmp_path / name), *TINY]
+
+    train.main(["demo", *trained("whole")])
+    assert "bits per byte" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["system"] == system
-    assert summary["block_size"] == {"ar": 1, "mdlm": 32, "sedd": 32}[system]
+    assert summary["block_size"] == {"bd3lm": 4, "ar": 1, "mdlm": 32, "sedd": 32}[system]
     assert summary["val_coverage"] == 1.0
-    _stopped(cfg, tmp_path / "parts", after=3)
-    run_training(saved_config(tmp_path / "parts"), tmp_path / "parts", Silent(), resume=True)
+
+    step = Trainer.step
+
+    def third_is_the_last(trainer):
+        if trainer.steps_done == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", third_is_the_last)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["demo", *trained("parts")])
+    assert stop.value.code == 130
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stopped after step 3 of 6; the run is saved" in told
+    train.main(["--out", str(tmp_path / "parts"), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
-    checkpoint = tmp_path / "whole" / "checkpoint"
-    valid = f"{cfg.data}/valid"
+    checkpoint, valid = tmp_path / "whole" / "checkpoint", str(corpus / "valid")
+    capsys.readouterr()
     evaluate.main([str(checkpoint), "--data", valid, "--repeats", "2", "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["system"] == system
@@ -54,6 +82,24 @@ def test_a_system_trains_resumes_scores_and_samples(config, tmp_path, capsys, sy
         with pytest.raises(SystemExit):
             evaluate.main([str(checkpoint), "--data", valid, "--block-size", "8"])
         assert f"the one that system = {system} has" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("packing", [{"row_eos": True}, {"packing": "aligned"}])
+def test_rows_are_scored_as_they_are_trained(config, tmp_path, capsys, packing):
+    """By validation and by the command: every token once, EOS of rows besides."""
+    cfg = dataclasses.replace(config, **packing)
+    summary = run_training(cfg, tmp_path / "run", Silent())
+    assert summary["val_coverage"] == 1.0
+    valid = f"{cfg.data}/valid"
+    tokens = Dataset(valid).manifest.num_tokens
+    rows = -(-tokens // 30) if cfg.row_eos else 0
+    assert summary["val_tokens"] == tokens + rows
+    evaluate.main([str(tmp_path / "run" / "checkpoint"), "--data", valid, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert (record["tokens"], record["coverage"]) == (tokens + rows, 1.0)
+    assert record["nelbo"] == pytest.approx(summary["val_nelbo"], rel=2e-2)
+    with pytest.raises(ConfigError, match="other rows do not overlap"):
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, stride=16))
 
 
 def losses_of(model, system, data, seq_len):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bd3lm.config import PRESETS, TrainConfig, from_dict, preset, to_dict
+from bd3lm.config import PRESETS, EvalConfig, TrainConfig, from_dict, preset, to_dict
 from bd3lm.errors import ConfigError
 
 
@@ -30,6 +30,10 @@ def test_tuples_and_none_survive_json():
         ({"seq_len": 1, "block_size": 1}, "seq-len = 1"),
         ({"steps": 0}, "steps = 0: at least 1"),
         ({"micro_batch": 3}, "micro-batch = 3: a divisor of batch-size = 512"),
+        ({"eval": EvalConfig(repeats=3), "block_size": 8}, "eval.repeats = 3: an even number"),
+        ({"eval": EvalConfig(estimator="count", repeats=1)}, "eval.repeats = 1: at least 2"),
+        ({"row_eos": True, "packing": "aligned"}, "row-eos = True: goes with packing = wrap"),
+        ({"eval": EvalConfig(stride=64), "row_eos": True}, "other rows do not overlap"),
     ],
 )
 def test_wrong_values_name_field_value_and_range(changes, message):

@@ -269,11 +269,11 @@ def test_every_system_has_its_block_size(system, block):
         ({"system": "sedd"}, "model.time-conditioning = False: sedd needs it on"),
         (
             {"system": "ar", "noise": NoiseConfig(schedule="cosine")},
-            "noise = .*: the default: ar draws no noise",
+            "noise.schedule = cosine: ar draws no noise",
         ),
         (
             {"system": "ar", "model": ModelConfig(cond_width=8, time_conditioning=True)},
-            "model.time-conditioning = True: False: ar has no noise level",
+            "model.time-conditioning = True: must be off, for ar has no",
         ),
     ],
 )

@@ -25,10 +25,11 @@ from bd3lm.config import (
     ScheduleName,
     check,
 )
-from bd3lm.data import Dataset, Rows
+from bd3lm.data import Dataset, NoiseSpec
+from bd3lm.data.hub import PREFIX
 from bd3lm.data.resolve import open_data
 from bd3lm.errors import MissingFileError
-from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance
+from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance, scoring_rows
 from bd3lm.systems.bd3lm import schedule_of
 from bd3lm.train.device import autocast, check_attention, resolve_device
 
@@ -55,6 +56,9 @@ class EvalArgs:
     """Rules that put a tokenized benchmark text back as it was written."""
     eos: bool = True
     """End documents of a text file with EOS. --no-eos: the paper's zero-shot texts."""
+    row_eos: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Close every row with an EOS that is scored, as the paper's code does. A run that was trained
+    on such rows is always scored on them."""
     estimator: Literal["auto"] | EstimatorName = "auto"
     """auto: exact up to block size 4, stratified above. bernoulli is the paper's."""
     block_size: int | None = None
@@ -65,8 +69,9 @@ class EvalArgs:
     """bernoulli: draw levels by this schedule, with the run's own parameters; the bound is the
     same under each of them, its error is not."""
     variance: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also the variance of the training loss between blocks (Var. NELBO), under the run's own
-    noise: its estimator, its clip, what it learned of either."""
+    """Also the variance of the loss between blocks (Var. NELBO). With --estimator count or
+    bernoulli: of that one, over all levels. Else of the training loss, under the run's own noise:
+    its estimator, its clip, what it learned of either."""
     stride: int | None = None
     """Let rows overlap and score only their last STRIDE tokens, which gives each token more
     context. None: rows do not overlap."""
@@ -92,11 +97,13 @@ def evaluate(args: EvalArgs) -> None:
     console = Console(stderr=args.json)
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
+    named = args.estimator in ("count", "bernoulli")
     check(
-        not args.variance or loaded.config.noise.frequency_gap == 0,
+        not args.variance or named or loaded.config.noise.frequency_gap == 0,
         "variance",
         args.variance,
-        "a run that masks by frequency has no Var. NELBO away from its training data",
+        "a run that masks by frequency has no Var. NELBO away from its training data; name "
+        "--estimator count or bernoulli for that of the bound",
     )
     # The run's own checks decide whether this combination is allowed.
     cfg = dataclasses.replace(
@@ -104,18 +111,16 @@ def evaluate(args: EvalArgs) -> None:
         block_size=loaded.config.block_size if args.block_size is None else args.block_size,
         precision=args.precision,
         attention=args.attention,
+        row_eos=loaded.config.row_eos or args.row_eos,
         eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
     )
     check_attention(cfg, device)
     loaded.model.use_attention(args.attention)
     with tempfile.TemporaryDirectory() as work:
         data = _open(args, loaded, Path(work), console)
-        rows = Rows(
-            data,
-            seq_len=cfg.seq_len,
-            block_size=cfg.block,
-            stride=args.stride,
-            keep_last=True,
+        rows = scoring_rows(cfg, data)
+        schedule = schedule_of(
+            dataclasses.replace(cfg.noise, schedule=args.schedule, paper_weights=False)
         )
         with autocast(cfg, device), Progress(console=console) as progress:
             task = progress.add_task("scoring", total=len(rows))
@@ -127,16 +132,17 @@ def evaluate(args: EvalArgs) -> None:
                 repeats=args.repeats,
                 batch_size=args.batch_size,
                 num_bytes=data.manifest.num_bytes,
-                schedule=schedule_of(
-                    dataclasses.replace(cfg.noise, schedule=args.schedule, paper_weights=False)
-                ),
+                schedule=schedule,
                 progress=lambda done, _: progress.update(task, completed=done),
             )
             variance = None
             if args.variance:
                 system = loaded.system(args.block_size)
+                spec = system.noise(0)
+                if named:
+                    spec = NoiseSpec(schedule, estimator=args.estimator)
                 variance = nelbo_variance(
-                    system, loaded.model, rows, system.noise(0), batch_size=args.batch_size
+                    system, loaded.model, rows, spec, batch_size=args.batch_size
                 )
     _report(args, loaded, result, variance, cfg.block, console)
 
@@ -154,6 +160,12 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
         "data",
         path,
         "lines, detokenizer and no-eos are for text; a prepared set has its own",
+    )
+    check(
+        not args.lines or not str(path).startswith(PREFIX),
+        "lines",
+        args.lines,
+        "is for text files; a data set of the hub has records",
     )
     data = open_data(
         path,
@@ -200,5 +212,7 @@ def _report(
         "forwards": f"{result.forwards} a row",
     }
     if variance is not None:
-        rows["variance"] = f"{variance:.4f} (Var. NELBO, {loaded.config.noise.estimator})"
+        named = args.estimator in ("count", "bernoulli")
+        estimator = args.estimator if named else loaded.config.noise.estimator
+        rows["variance"] = f"{variance:.4f} (Var. NELBO, {estimator})"
     facts(console, f"Scored {args.checkpoint}", rows)

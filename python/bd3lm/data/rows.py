@@ -94,7 +94,7 @@ class Rows:
         keep_last: bool = False,
         documents: bool | None = None,
     ) -> None:
-        self.seq_len, self.block_size = seq_len, block_size
+        self.seq_len, self.block_size, self.row_eos = seq_len, block_size, row_eos
         self.documents = plan != "wrap" if documents is None else documents
         self.core = _core.RowPlan(
             data.core,

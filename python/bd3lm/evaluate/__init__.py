@@ -1,6 +1,6 @@
 """Likelihood, its variance, and sample quality."""
 
-from bd3lm.evaluate.likelihood import Likelihood, evaluate_likelihood
+from bd3lm.evaluate.likelihood import Likelihood, evaluate_likelihood, scoring_rows
 from bd3lm.evaluate.quality import distinct_n, known_word_share
 from bd3lm.evaluate.variance import count_statistics, nelbo_variance, search_clip
 
@@ -11,5 +11,6 @@ __all__ = [
     "evaluate_likelihood",
     "known_word_share",
     "nelbo_variance",
+    "scoring_rows",
     "search_clip",
 ]

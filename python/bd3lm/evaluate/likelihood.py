@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3lm.config import MAX_EXACT_BLOCK, EstimatorName, check
-from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
+from bd3lm.config import EstimatorName, TrainConfig, check_estimator
+from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule, draw_noise
 from bd3lm.data.rows import CleanBatch
 from bd3lm.model import Transformer
 from bd3lm.systems import Scorer, System
@@ -29,7 +29,7 @@ class Likelihood:
         ppl: exp(nelbo).
         bpb: bits a UTF-8 byte of the raw text; None unless the whole set was scored.
         tokens: scored tokens (EOS included; BOS, padding and context are not).
-        coverage: scored tokens / tokens of the data set.
+        coverage: share of the data set's tokens that were scored.
         mc_error: standard error of ``nelbo`` from the estimator's own randomness; 0 for exact.
         data_error: standard error from the choice of rows.
         estimator: exact, stratified, count or bernoulli.
@@ -53,6 +53,24 @@ class Likelihood:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types, without the rows."""
         return {k: v for k, v in vars(self).items() if not k.startswith("row_")}
+
+
+def scoring_rows(cfg: TrainConfig, data: Dataset) -> Rows:
+    """The rows a run is scored on: packed as its training rows are, with nothing left out.
+
+    Args:
+        cfg: settings of the run; ``eval.stride`` lets the rows overlap.
+        data: what to score.
+    """
+    return Rows(
+        data,
+        seq_len=cfg.seq_len,
+        block_size=cfg.block,
+        plan=cfg.packing,
+        row_eos=cfg.row_eos,
+        stride=cfg.eval.stride,
+        keep_last=True,
+    )
 
 
 class Draw(NamedTuple):
@@ -177,7 +195,7 @@ def evaluate_likelihood(
         ConfigError: an estimator the block size does not allow, or too few repeats.
     """
     block_size = system.block_size
-    _check_estimator(estimator, block_size, repeats, model.cfg.time_conditioning)
+    check_estimator(estimator, block_size, repeats, model.cfg.time_conditioning)
     model.eval()
     total = len(rows)
     chosen = np.arange(total, dtype=np.uint64)
@@ -217,33 +235,6 @@ def evaluate_likelihood(
             progress(part.stop, len(chosen))
     complete = len(chosen) == total
     return _summarise(nats, tokens, estimator, forwards, rows, num_bytes if complete else None)
-
-
-def _check_estimator(estimator: EstimatorName, block_size: int, repeats: int, told: bool) -> None:
-    check(
-        estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
-        "estimator",
-        estimator,
-        f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {block_size}); use stratified",
-    )
-    check(
-        estimator != "exact" or not told,
-        "estimator",
-        estimator,
-        "a model that is told the noise level has no exact sum; use stratified",
-    )
-    check(
-        estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),
-        "repeats",
-        repeats,
-        "an even number, at least 2, for stratified",
-    )
-    check(
-        estimator in ("exact", "stratified") or repeats >= 2,
-        "repeats",
-        repeats,
-        "at least 2, so that the error can be estimated",
-    )
 
 
 def _weighted_nats(
@@ -309,7 +300,7 @@ def _summarise(
         ppl=math.exp(min(nelbo, 700.0)),
         bpb=bpb,
         tokens=int(scored),
-        coverage=float(scored / rows.num_stream_tokens),
+        coverage=float((scored - rows.row_eos * count) / rows.num_stream_tokens),
         mc_error=math.sqrt(variance) / scored,
         data_error=data,
         estimator=estimator,

@@ -32,16 +32,16 @@ class Formula:
     Attributes:
         markdown: the table.
         title: of the picture.
-        axis: what its vertical axis shows.
         x: its horizontal axis.
-        lines: its curves by name.
+        panels: its curves by name, by what the vertical axis shows.
+        band: part of the horizontal axis to shade, and what it is.
     """
 
     markdown: str
     title: str
-    axis: str
     x: NDArray[np.float64]
-    lines: dict[str, NDArray[np.float64]]
+    panels: dict[str, dict[str, NDArray[np.float64]]]
+    band: tuple[float, float, str] | None = None
 
 
 def table9() -> Formula:
@@ -56,11 +56,17 @@ def table9() -> Formula:
         error = float(np.max(np.abs(slope / p / w - 1)))
         values = [f"{a:.3f}, {b:.3f}" for a, b in zip(p, w, strict=True)]
         rows.append([name, *values, f"within {error:.0e}"])
-    note = "The paper writes loss_scaling = −w. Gaussian schedules: μ = 0.5; 0.3 and 0.8; σ = 0.2."
-    t = np.linspace(0.01, 0.99, 99)
-    lines = {name: schedule.mask_prob(t) for name, schedule in schedules().items()}
+    note = (
+        "The paper writes loss_scaling = −w. Gaussian schedules: μ = 0.5; 0.3 and 0.8; σ = 0.2. A "
+        "clip draws t from a part of the axis (shaded: U[0.3, 0.8]) and leaves p and w as they are."
+    )
+    t = np.linspace(0.005, 1.0, 200)
+    panels = {
+        "p(t), mask probability": {n: s.mask_prob(t) for n, s in schedules().items()},
+        "w(t), weight of a masked token": {n: s.loss_weight(t) for n, s in schedules().items()},
+    }
     text = _markdown("### Table 9: Noise schedules", head, rows, note)
-    return Formula(text, "Mask probability", "p(t)", t, lines)
+    return Formula(text, "Noise schedules", t, panels, (0.3, 0.8, "a clip: t ~ U[0.3, 0.8]"))
 
 
 def table12() -> Formula:
@@ -77,7 +83,7 @@ def table12() -> Formula:
     t = np.linspace(0.02, 0.98, 97)
     lines = {name: Weighting(name).at(loglinear, t) for name in WEIGHTINGS}
     text = _markdown("### Table 12: Weighting functions (loglinear)", head, rows, note)
-    return Formula(text, "Weighting of the bound", "w̃(t)", t, lines)
+    return Formula(text, "Weighting of the bound", t, {"w̃(t)": lines})
 
 
 def figure2() -> Formula:
@@ -100,7 +106,8 @@ def figure2() -> Formula:
     loglinear, t = Schedule("loglinear"), np.linspace(0.02, 0.98, 97)
     total = {n: Weighting(n).at(loglinear, t) * loglinear.loss_weight(t) for n in WEIGHTINGS}
     text = _markdown("### Figure 2: Reweightings, and their condition", head, rows, note)
-    return Formula(text, "Weight of a masked token's loss (loglinear)", "w̃(t)·w(t)", t, total)
+    title = "Weight of a masked token's loss (loglinear)"
+    return Formula(text, title, t, {"w̃(t)·w(t)": total})
 
 
 FORMULAS = {f.__name__: f for f in (table9, table12, figure2)}

@@ -17,7 +17,7 @@ from bd3lm.experiments.scale import Corpora, scale_named
 from bd3lm.experiments.spec import Table
 from bd3lm.experiments.tables import TABLES, Recipes
 from bd3lm.files import write_json, write_text
-from bd3lm.report.plots import plot_beside, plot_lines, plot_points
+from bd3lm.report.plots import plot_beside, plot_lines, plot_panels, plot_points
 
 
 def make_tables(
@@ -152,9 +152,12 @@ def write_formula(out: Path, name: str) -> Path:
     folder = out / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     made = FORMULAS[name]()
-    lines = {key: list(values) for key, values in made.lines.items()}
-    labels = (made.title, "t", made.axis)
-    plot_lines(list(made.x), lines, folder / f"{name}.png", labels)
+    panels = {
+        axis: {key: list(values) for key, values in lines.items()}
+        for axis, lines in made.panels.items()
+    }
+    picture = folder / f"{name}.png"
+    plot_panels(list(made.x), panels, picture, (made.title, "t"), made.band)
     file = folder / f"{name}.md"
     write_text(file, made.markdown)
     return file

@@ -31,15 +31,40 @@ def plot_lines(
         file: the PNG to write.
         labels: title, horizontal and vertical axis.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, y in lines.items():
-        axes.plot(x, y, linewidth=1.5, label=name)
-    values = [v for y in lines.values() for v in y if v > 0]
-    if values and max(values) / min(values) > 100:
-        axes.set_yscale("log")
-    axes.set(title=labels[0], xlabel=labels[1], ylabel=labels[2])
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    plot_panels(x, {labels[2]: lines}, file, labels[:2])
+
+
+def plot_panels(
+    x: Sequence[float],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    file: Path,
+    labels: tuple[str, ...],
+    band: tuple[float, float, str] | None = None,
+) -> None:
+    """Panels side by side with the same curves' names, each as :func:`plot_lines` draws it.
+
+    Args:
+        x: the common axis.
+        panels: curves by name, by what the vertical axis shows.
+        file: the PNG to write.
+        labels: title and horizontal axis.
+        band: part of the horizontal axis to shade, and what it is.
+    """
+    figure, row = plt.subplots(
+        1, len(panels), figsize=(7 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for axes, (name, lines) in zip(row[0], panels.items(), strict=True):
+        for curve, y in lines.items():
+            axes.plot(x, y, linewidth=1.5, label=curve)
+        values = [v for y in lines.values() for v in y if v > 0]
+        if values and max(values) > max(1.0, 100 * min(values)):  # not of probabilities
+            axes.set_yscale("log")
+        if band is not None:
+            axes.axvspan(band[0], band[1], color="0.5", alpha=0.15, label=band[2])
+        axes.set(xlabel=labels[1], ylabel=name)
+        axes.grid(alpha=0.3)
+    row[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(labels[0])
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -35,10 +35,12 @@ class Autoregressive(System):
             ConfigError: time conditioning, or noise that would never be used.
         """
         conditioned = cfg.model.time_conditioning
-        allowed = "False: ar has no noise level"
+        allowed = "must be off, for ar has no noise level"
         check(not conditioned, "model.time-conditioning", conditioned, allowed)
-        allowed = "the default: ar draws no noise"
-        check(cfg.noise == NoiseConfig(), "noise", cfg.noise, allowed)
+        for name, default in vars(NoiseConfig()).items():
+            value = getattr(cfg.noise, name)
+            field = f"noise.{name.replace('_', '-')}"
+            check(value == default, field, value, "ar draws no noise; leave all of it as it is")
         return cls(mask_id)
 
     def noise(self, step: int) -> NoiseSpec:

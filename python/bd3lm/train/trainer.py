@@ -20,7 +20,13 @@ from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, sav
 from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Dataset, Loader, Prefetcher, Rows
 from bd3lm.errors import Bd3lmError, CheckpointError
-from bd3lm.evaluate import Likelihood, count_statistics, evaluate_likelihood, search_clip
+from bd3lm.evaluate import (
+    Likelihood,
+    count_statistics,
+    evaluate_likelihood,
+    scoring_rows,
+    search_clip,
+)
 from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.systems import build_system
@@ -190,13 +196,7 @@ class Trainer:
             quick: only ``eval.rows`` rows; otherwise everything.
         """
         cfg = self.cfg.eval
-        rows = Rows(
-            self.valid,
-            seq_len=self.cfg.seq_len,
-            block_size=self.cfg.block,
-            stride=cfg.stride,
-            keep_last=True,
-        )
+        rows = scoring_rows(self.cfg, self.valid)
         with self.ema.applied(), autocast(self.cfg, self.device):
             result = evaluate_likelihood(
                 self.system,

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use statrs::function::beta::{beta_reg, inv_beta_reg, ln_beta};
+use statrs::function::beta::{beta_reg, ln_beta};
 
 use crate::error::{Error, Result};
 use crate::order::Permutation;
 use crate::rng::{Domain, Stream, key_of};
-use crate::schedule::{MIN_LEVEL, Schedule};
+use crate::schedule::{MIN_LEVEL, Schedule, root};
 use crate::simd::multiversion;
 use crate::weighting::Weighting;
 
@@ -430,10 +430,18 @@ impl NoiseSpec {
     /// p given k masked of n: Beta(k, n−k+1), restricted to the clip.
     fn level_given_count(&self, k: usize, n: usize, (a, b): (f64, f64), v: f64) -> f64 {
         let (x, y) = (k as f64, (n - k + 1) as f64);
-        let lo = beta_reg(x, y, self.schedule.mask_prob(a));
-        let hi = beta_reg(x, y, self.schedule.mask_prob(b));
-        let v = lo + (hi - lo) * v;
-        if n == 1 { v } else { inv_beta_reg(x, y, v) }
+        let (pa, pb) = (
+            self.schedule.mask_prob(a),
+            self.schedule.mask_prob(b).min(1.0),
+        );
+        let (lo, hi) = (beta_reg(x, y, pa), beta_reg(x, y, pb));
+        let goal = lo + (hi - lo) * v;
+        let norm = ln_beta(x, y);
+        let excess = |p: f64| {
+            let slope = ((x - 1.0) * p.ln() + (y - 1.0) * (1.0 - p).ln() - norm).exp();
+            (beta_reg(x, y, p) - goal, slope)
+        };
+        root(excess, (pa, pb), x / (x + y))
     }
 
     fn table(&self, n: usize) -> Arc<CountTable> {

@@ -370,6 +370,36 @@ fn count_weights_carry_the_mean_of_the_weighting() {
     assert!((s.count_factor(3, 4) - 0.6).abs() < 1e-12);
 }
 
+/// The level of a clipped count has the Beta law inside the clip; for the large blocks of MDLM
+/// too, where the library's own inverse never comes to an end.
+#[test]
+fn levels_of_clipped_counts_are_quantiles() {
+    for (a, b) in [(0.0, 0.1), (0.3, 0.8), (0.95, 1.0)] {
+        let clip = Some((a, b));
+        let counts = Estimator::Count {
+            probs: None,
+            stratum: None,
+        };
+        let s = spec(Schedule::LogLinear, counts, clip);
+        for n in [1usize, 2, 4, 127, 1023] {
+            for k in [1, n / 2 + 1, n - n / 8] {
+                let (x, y) = (k as f64, (n - k + 1) as f64);
+                let (lo, hi) = (beta_reg(x, y, a), beta_reg(x, y, b));
+                for v in [1e-9, 0.3, 0.999] {
+                    let p = s.level_given_count(k, n, (a, b), v);
+                    assert!((a..=b).contains(&p), "{k}/{n} in [{a}, {b}]: {p}");
+                    let got = beta_reg(x, y, p) - lo;
+                    assert!((got - v * (hi - lo)).abs() < 1e-9, "{k}/{n}: {p}");
+                }
+            }
+        }
+        // Rows of one large block: every seed comes to an end.
+        for step in 0..200 {
+            draw(&s, key(step, 0, 1), &[1; 1024], 1024);
+        }
+    }
+}
+
 /// With `simple` the total weight of a level is 1, so the factor of a count is k times the mean
 /// over t of the binomial law: for every schedule, the cosine's mass below ε included.
 #[test]

@@ -1,6 +1,6 @@
 //! Noise schedules: mask probability, NELBO weight and inverse (MATH §2). The only place they stand.
 
-use std::f64::consts::{FRAC_PI_2, LN_2};
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_PI_2, FRAC_PI_4, LN_2};
 
 use statrs::distribution::{Continuous, ContinuousCDF, Normal};
 
@@ -15,7 +15,11 @@ pub const MIN_LEVEL: f64 = 1e-3;
 pub struct Truncated {
     mu: f64,
     sigma: f64,
-    below: f64,
+    /// −1 where (0, 1) lies in the upper tail: areas are then measured from above, for 1 − tiny
+    /// keeps no digits of the tiny.
+    sign: f64,
+    /// Area of the tail before p = 0, in that direction.
+    before: f64,
     mass: f64,
 }
 
@@ -28,8 +32,9 @@ impl Truncated {
         if !(sigma.is_finite() && sigma > 0.0) {
             return Err(Error::config(names[1], sigma, "must be greater than 0"));
         }
-        let below = standard().cdf(-mu / sigma);
-        let mass = standard().cdf((1.0 - mu) / sigma) - below;
+        let sign = if mu < 0.0 { -1.0 } else { 1.0 };
+        let before = area_below(-sign * mu / sigma);
+        let mass = sign * (area_below(sign * (1.0 - mu) / sigma) - before);
         if mass < 1e-12 {
             return Err(Error::config(
                 names[0],
@@ -40,13 +45,14 @@ impl Truncated {
         Ok(Truncated {
             mu,
             sigma,
-            below,
+            sign,
+            before,
             mass,
         })
     }
 
     fn z(&self, t: f64) -> f64 {
-        standard().inverse_cdf(self.below + t * self.mass)
+        self.sign * standard().inverse_cdf(self.before + self.sign * t * self.mass)
     }
 
     fn quantile(&self, t: f64) -> f64 {
@@ -59,7 +65,8 @@ impl Truncated {
     }
 
     fn cdf(&self, p: f64) -> f64 {
-        (standard().cdf((p - self.mu) / self.sigma) - self.below) / self.mass
+        let area = area_below(self.sign * (p - self.mu) / self.sigma);
+        self.sign * (area - self.before) / self.mass
     }
 
     fn pdf(&self, p: f64) -> f64 {
@@ -69,6 +76,11 @@ impl Truncated {
 
 fn standard() -> Normal {
     Normal::standard()
+}
+
+/// Φ(z), to the last digits in both tails; that of `statrs` has ten.
+fn area_below(z: f64) -> f64 {
+    0.5 * libm::erfc(-z * FRAC_1_SQRT_2)
 }
 
 /// A noise schedule on t in (0, 1].
@@ -160,7 +172,8 @@ impl Schedule {
             Schedule::Square => t * t,
             Schedule::SquareRoot => t.sqrt(),
             Schedule::Logarithmic => t.ln_1p() / LN_2,
-            Schedule::Cosine { eps } => 1.0 - (1.0 - eps) * (FRAC_PI_2 * t).cos(),
+            // 1 − cos x = 2 sin²(x/2) keeps the digits of a small t.
+            Schedule::Cosine { eps } => eps + (1.0 - eps) * 2.0 * (FRAC_PI_4 * t).sin().powi(2),
             Schedule::Gaussian(g) => g.quantile(t),
             Schedule::BimodalGaussian {
                 first,
@@ -223,7 +236,8 @@ impl Schedule {
             Schedule::SquareRoot => p * p,
             Schedule::Logarithmic => (p * LN_2).exp_m1(),
             Schedule::Cosine { eps } => {
-                ((1.0 - p) / (1.0 - eps)).clamp(0.0, 1.0).acos() / FRAC_PI_2
+                let half = 0.5 * ((p - eps) / (1.0 - eps)).clamp(0.0, 1.0);
+                half.sqrt().asin() / FRAC_PI_4
             }
             Schedule::Gaussian(g) => g.cdf(p),
             Schedule::BimodalGaussian {
@@ -287,18 +301,31 @@ fn branch(first: Truncated, second: Truncated, weight: f64, t: f64) -> (Truncate
     }
 }
 
-/// F⁻¹(t) of the mixture: Newton steps, halving the bracket where one would leave it.
+/// F⁻¹(t) of the mixture.
 fn mixture_quantile(first: Truncated, second: Truncated, weight: f64, t: f64) -> f64 {
-    let (mut lo, mut hi) = (0.0f64, 1.0f64);
-    let mut p = t.clamp(lo, hi);
-    while hi - lo > 1e-15 {
+    let excess = |p: f64| {
+        let slope = weight * first.pdf(p) + (1.0 - weight) * second.pdf(p);
         let excess = weight * first.cdf(p) + (1.0 - weight) * second.cdf(p) - t;
+        (excess, slope)
+    };
+    root(excess, (0.0, 1.0), t)
+}
+
+/// Where an increasing function of p in [lo, hi] is zero: Newton steps, halving the bracket where
+/// one would leave it, so that it always ends.
+///
+/// `f` gives the value and the slope, `start` the first guess.
+pub(crate) fn root(f: impl Fn(f64) -> (f64, f64), (lo, hi): (f64, f64), start: f64) -> f64 {
+    let (mut lo, mut hi) = (lo, hi);
+    let mut p = start.clamp(lo, hi);
+    while hi - lo > 1e-15 {
+        let (excess, slope) = f(p);
         if excess < 0.0 {
             lo = p;
         } else {
             hi = p;
         }
-        let newton = p - excess / (weight * first.pdf(p) + (1.0 - weight) * second.pdf(p));
+        let newton = p - excess / slope;
         let next = if lo < newton && newton < hi {
             newton
         } else {
@@ -367,6 +394,36 @@ pub(crate) mod tests {
                 assert!((back - t).abs() < 1e-10, "{} at {t}", schedule.name());
             }
         }
+    }
+
+    /// p(t) near its ends and under Gaussians far from (0, 1), from 60-digit arithmetic.
+    #[test]
+    fn thin_tails_keep_their_digits() {
+        for (mu, sigma, t, p) in [
+            (0.5, 0.2, 1e-6, 1.126_761_974_264_682e-5),
+            (-1.0, 0.15, 0.5, 0.015_156_072_289_390_1),
+            (-1.0, 0.15, 1.0 - 1e-6, 0.269_376_820_822_647_1),
+            (2.0, 0.15, 1e-6, 0.730_623_179_176_850_1),
+        ] {
+            let got = Schedule::gaussian(mu, sigma).unwrap();
+            let error = got.mask_prob(t) / p - 1.0;
+            assert!(
+                error.abs() < 1e-9,
+                "mu = {mu}, sigma = {sigma}, t = {t}: {error}"
+            );
+            let back = got.inverse(p).unwrap() / t - 1.0;
+            assert!(
+                back.abs() < 1e-9,
+                "mu = {mu}, sigma = {sigma}, t = {t}: {back}"
+            );
+        }
+        let cosine = Schedule::cosine(1e-3).unwrap();
+        let above = cosine.mask_prob(1e-6) - 1e-3; // (1 − ε)(π·10⁻⁶)²/8
+        assert!(
+            (above / 1.232_466_849_585_78e-12 - 1.0).abs() < 1e-6,
+            "{above}"
+        );
+        assert!((cosine.inverse(cosine.mask_prob(1e-3)).unwrap() / 1e-3 - 1.0).abs() < 1e-9);
     }
 
     #[test]
