@@ -1,7 +1,8 @@
 """The one Transformer and its attention."""
 
 from bd3lm.model.head import head_cross_entropy, head_score_entropy
+from bd3lm.model.inference import for_inference
 from bd3lm.model.layers import KVCache
 from bd3lm.model.transformer import Transformer
 
-__all__ = ["KVCache", "Transformer", "head_cross_entropy", "head_score_entropy"]
+__all__ = ["KVCache", "Transformer", "for_inference", "head_cross_entropy", "head_score_entropy"]

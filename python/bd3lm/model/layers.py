@@ -13,19 +13,23 @@ from bd3lm.config import ModelConfig
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with a weight and no bias."""
+    """LayerNorm or RMSNorm with a weight; a bias only where a constant was folded into it."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, width: int, kind: str, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", None)
         self.kind = kind
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
         if self.kind == "layernorm":
-            return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        x = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return x if self.bias is None else x + self.bias
 
 
 class Rotary:

@@ -16,13 +16,17 @@
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`draw`] | tokens from logits: temperature, top-k, nucleus |
+//! | [`linear`] | products with a matrix laid out beforehand |
 //! | [`softmax`] | cross-entropy of logits and its gradient, in place |
 //! | [`error`] | one enum, a variant a cause |
 
 pub mod attention;
 pub mod batch;
 pub mod detokenize;
+pub mod draw;
 pub mod error;
+pub mod linear;
 pub mod noise;
 pub mod order;
 pub mod pack;

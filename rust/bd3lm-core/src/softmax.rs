@@ -45,7 +45,7 @@ const ROWS: usize = 8;
 
 /// e^x for x <= 0 to about 1e-7, zero below -87; −∞ gives zero.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     // Adding 1.5·2²³ rounds to an integer and leaves it in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;

@@ -2,6 +2,7 @@
 
 mod attention;
 mod errors;
+mod linear;
 mod noise;
 mod rows;
 mod softmax;
@@ -17,5 +18,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     rows::register(m)?;
     attention::register(m)?;
     softmax::register(m)?;
+    linear::register(m)?;
     Ok(())
 }
