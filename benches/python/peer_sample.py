@@ -60,6 +60,7 @@ def serve() -> None:
     for name in ("length", "block", "vocab", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
+    strides = args.length // args.block
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     answer, sys.stdout = sys.stdout, sys.stderr  # its own prints go elsewhere
@@ -71,7 +72,7 @@ def serve() -> None:
         begun = time.perf_counter()
         with torch.no_grad():
             model._semi_ar_sampler(
-                n_samples=1, num_steps=5000, num_strides=args.length // args.block, seqlen=args.length
+                n_samples=1, num_steps=5000, num_strides=strides, seqlen=args.length
             )
         took = time.perf_counter() - begun
         print(json.dumps({"seconds": took, "forwards": forwards[0]}), file=answer, flush=True)

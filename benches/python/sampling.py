@@ -45,7 +45,9 @@ def our_sampler(dtype: torch.dtype) -> tuple[Sampler, int]:
         for weight in model.parameters():
             if not weight.any():
                 weight.normal_(std=0.02)
-    layers = (b.get_submodule(n) for b in model.blocks for n in ("qkv", "out", "mlp.up", "mlp.down"))
+    layers = (
+        b.get_submodule(n) for b in model.blocks for n in ("qkv", "out", "mlp.up", "mlp.down")
+    )
     values = sum(layer.weight.numel() for layer in (*layers, model.head))  # type: ignore[union-attr]
     system = BlockDiffusion(BLOCK, mask_id=IDS)
     ready = for_inference(model, dtype)
@@ -124,7 +126,13 @@ def main() -> None:
     rate = read_rate()
     floor = DRAWN / (forwards["1 row"] * weight_bytes / rate)
     peer = speeds.pop("the original, 1 row")
-    results = {"floor": {"tokens_per_second": floor, "bytes": weight_bytes, "bytes_per_second": rate}}
+    results = {
+        "floor": {
+            "tokens_per_second": floor,
+            "bytes": weight_bytes,
+            "bytes_per_second": rate,
+        }
+    }
     for name, values in speeds.items():
         ratios = [a / b for a, b in zip(values, peer, strict=bool(peer))]
         results[name] = summary(values, ratios, forwards[name])
@@ -132,7 +140,9 @@ def main() -> None:
     if peer:
         results["peer"] = summary(peer, [], forwards["the original, 1 row"])
         print(f"the original, fp32, 1 row: {describe(results['peer'])}")
-    print(f"floor, 1 row: {floor:.0f} tokens/s: {weight_bytes / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s")
+    print(
+        f"floor, 1 row: {floor:.0f} tokens/s: {weight_bytes / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s"
+    )
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

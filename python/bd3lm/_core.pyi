@@ -190,13 +190,12 @@ def draw(
     threads: int,
 ) -> None: ...
 
-@final
 class PackedLinear:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         weight: NDArray[np.float32],
         bias: NDArray[np.float32] | None,
         inputs: int,
         bf16: bool,
-    ) -> None: ...
+    ) -> PackedLinear: ...
     def apply(self, x: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...

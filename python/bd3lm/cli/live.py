@@ -1,4 +1,4 @@
-"""Samples while they are drawn: blocks that denoise in a terminal, or text as blocks are finished."""
+"""Samples while they are drawn: blocks that denoise in a terminal, elsewhere finished ones."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from bd3lm import _core
 from bd3lm.config import SampleConfig
 
+
 def draw(
     logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
