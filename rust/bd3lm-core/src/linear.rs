@@ -289,11 +289,11 @@ macro_rules! kernel {
 kernel!(
     avx512bf16,
     Avx512Bf16,
-    8,
+    12,
     "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma"
 );
 #[cfg(target_arch = "x86_64")]
-kernel!(avx512, Avx512, 8, "avx512f,avx512dq,avx512bw,avx512vl,fma");
+kernel!(avx512, Avx512, 12, "avx512f,avx512dq,avx512bw,avx512vl,fma");
 #[cfg(target_arch = "x86_64")]
 kernel!(avx2, Avx2, 4, "avx2,fma");
 kernel!(portable, Portable, 4);
