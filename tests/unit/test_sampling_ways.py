@@ -238,7 +238,7 @@ def test_a_nucleus_may_hold_half_of_a_vocabulary(dtype):
     logits = torch.zeros(5000, 5000, dtype=dtype)
     uniform = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
     tokens, log_p = draw(logits, uniform, config(top_p=0.5))
-    assert len(tokens.unique()) == 2500
+    assert len(tokens.unique()) in (2500, 2501)  # sums of 1/5000 round
     assert (tokens.bincount(minlength=5000) <= 2).all()
     torch.testing.assert_close(log_p, torch.full_like(log_p, -math.log(5000)), atol=1e-6, rtol=0)
 
