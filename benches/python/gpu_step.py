@@ -21,9 +21,9 @@ import torch
 from bd3lm.config import preset
 from bd3lm.data import load_tokenizer, prepare
 from bd3lm.data.resolve import open_splits
-from bd3lm.experiments.budget import step_flops
 from bd3lm.model.attention import BACKENDS
 from bd3lm.train import Trainer
+from bd3lm.train.flops import step_flops
 
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "L40S": 362e12}
 """Dense bf16 operations a second with float32 sums, of NVIDIA's data sheets, by a part of the

@@ -202,3 +202,26 @@ def dropout_add_backward(
     d_x: NDArray[np.float32] | NDArray[np.int16],
     threads: int,
 ) -> None: ...
+def draw(
+    logits: NDArray[np.float32],
+    shaped: NDArray[np.float32] | None,
+    uniform: NDArray[np.float64],
+    token: NDArray[np.int64],
+    log_p: NDArray[np.float64],
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    forbidden: Sequence[int],
+    threads: int,
+) -> None: ...
+
+class PackedLinear:
+    def __new__(
+        cls,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        inputs: int,
+        bf16: bool,
+    ) -> PackedLinear: ...
+    def apply(self, x: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...

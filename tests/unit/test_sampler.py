@@ -210,7 +210,7 @@ def test_what_is_not_allowed_says_so():
 def test_draws_invert_the_distribution_function():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64))
     uniform = torch.tensor([0.0, 0.49, 0.5, 0.79, 0.81, 0.9999], dtype=torch.float64)
-    tokens = draw(logits.expand(6, 3), uniform, config())
+    tokens = draw(logits.expand(6, 3), uniform, config())[0]
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -221,14 +221,14 @@ def test_draws_are_exact_over_a_large_vocabulary():
     prob[0] = 1 - tail * (vocab - 1)
     wanted = torch.tensor([1, 2, 777, 25_000, vocab - 2, vocab - 1])
     middle = prob[0] + tail * (wanted - 0.5)
-    tokens = draw(prob.log().expand(len(wanted), vocab), middle, config())
+    tokens = draw(prob.log().expand(len(wanted), vocab), middle, config())[0]
     assert tokens.tolist() == wanted.tolist()
 
 
 def test_the_nucleus_keeps_the_token_that_crosses():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64))
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logits.expand(1000, 3), uniform, config(top_p=0.6))
+    tokens = draw(logits.expand(1000, 3), uniform, config(top_p=0.6))[0]
     share = tokens.bincount(minlength=3) / 1000
     torch.testing.assert_close(share, torch.tensor([0.0, 5 / 9, 4 / 9]), atol=2e-3, rtol=0)
 
@@ -236,9 +236,9 @@ def test_the_nucleus_keeps_the_token_that_crosses():
 def test_temperature_sharpens():
     logits = torch.log(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logits.expand(1000, 2), uniform, config(temperature=0.5))
+    tokens = draw(logits.expand(1000, 2), uniform, config(temperature=0.5))[0]
     assert (tokens == 0).double().mean().item() == pytest.approx(0.36 / 0.52, abs=2e-3)
-    assert draw(logits, uniform[-1:], config(temperature=0.0)).item() == 0
+    assert draw(logits, uniform[-1:], config(temperature=0.0))[0].item() == 0
 
 
 def test_degenerate_text_is_told():

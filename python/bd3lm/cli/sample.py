@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli.common import run
+from bd3lm.cli.live import show
 from bd3lm.config import AttentionName, SampleConfig, check
 from bd3lm.sample import Sampler
-from bd3lm.train.device import autocast, check_attention, resolve_device
+from bd3lm.train.device import autocast, check_attention, compute_dtype, resolve_device
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,15 @@ class SampleArgs:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forwards; draws are always float64."""
+    """Matrices of the forwards. auto: bf16 where the device multiplies it faster; logits and
+    probabilities are summed in wider types."""
     attention: AttentionName = "auto"
     """What computes attention."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object a sample and nothing else."""
+    live: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show samples while they are drawn, one after the other: in a terminal how each block
+    denoises, elsewhere its text when it is finished."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,15 +66,21 @@ def sample(args: SampleArgs) -> None:
     tokenizer = loaded.tokenizer
     cfg = args.draw
     check(args.batch_size >= 1, "batch-size", args.batch_size, "at least 1")
-    sampler = Sampler.from_checkpoint(loaded, args.block_size)
+    check(not (args.json and args.live), "json, live", "both", "one of them")
+    how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
+    check_attention(how, device)
+    loaded.model.use_attention(args.attention)
+    on_cpu = device.type == "cpu"
+    matrices = compute_dtype(how, device) if on_cpu else torch.float32
+    sampler = Sampler.from_checkpoint(loaded, args.block_size, matrices)
     length = sampler.length(cfg)
     prompt = tokenizer.encode(args.prompt)
-    precision = dataclasses.replace(
-        loaded.config, precision=args.precision, attention=args.attention
-    )
-    check_attention(precision, device)
-    loaded.model.use_attention(args.attention)
-    with autocast(precision, device), Progress(console=console, transient=True) as progress:
+    arithmetic = nullcontext() if on_cpu else autocast(how, device)
+    if args.live:
+        with arithmetic:
+            show(sampler, cfg, prompt, tokenizer, console)
+        return
+    with arithmetic, Progress(console=console, transient=True) as progress:
         task = progress.add_task("sampling", total=cfg.num * length)
         for first in range(0, cfg.num, args.batch_size):
             rows = min(args.batch_size, cfg.num - first)

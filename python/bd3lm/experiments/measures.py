@@ -15,8 +15,8 @@ import torch
 
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig
-from bd3lm.data import Dataset, Rows
-from bd3lm.evaluate import evaluate_likelihood, nelbo_variance
+from bd3lm.data import Dataset
+from bd3lm.evaluate import evaluate_likelihood, nelbo_variance, scoring_rows
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample import Sample, Sampler
 from bd3lm.sample.stopping import token_entropy
@@ -63,7 +63,7 @@ class Perplexity:
 
     def _score(self, trained: Trained, data: Dataset) -> Values:
         cfg, system = trained.loaded.config, trained.loaded.system()
-        rows = Rows(data, seq_len=cfg.seq_len, block_size=cfg.block, keep_last=True)
+        rows = scoring_rows(cfg, data)
         result = evaluate_likelihood(
             system,
             trained.loaded.model,
@@ -121,7 +121,7 @@ class Variance:
     def take(self, trained: Trained) -> Values:
         """``variance``."""
         cfg, system = trained.loaded.config, trained.loaded.system()
-        rows = Rows(trained.valid, seq_len=cfg.seq_len, block_size=cfg.block, keep_last=True)
+        rows = scoring_rows(cfg, trained.valid)
         variance = nelbo_variance(
             system,
             trained.loaded.model,

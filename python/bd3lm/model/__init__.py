@@ -2,6 +2,7 @@
 
 from bd3lm.model.decoding import DecodeStep
 from bd3lm.model.head import head_cross_entropy, head_score_entropy
+from bd3lm.model.inference import for_inference
 from bd3lm.model.layers import KVCache
 from bd3lm.model.transformer import Transformer
 
@@ -9,6 +10,7 @@ __all__ = [
     "DecodeStep",
     "KVCache",
     "Transformer",
+    "for_inference",
     "head_cross_entropy",
     "head_score_entropy",
 ]

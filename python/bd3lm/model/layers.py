@@ -14,11 +14,14 @@ from bd3lm.model.elementwise import gelu
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with a weight and no bias."""
+    """LayerNorm or RMSNorm with a weight; a bias only where a constant was folded into it."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, width: int, kind: str, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", None)
         self.kind = kind
         self.eps = eps
 
@@ -30,7 +33,7 @@ class Norm(nn.Module):
         A modulation of one row [..., 1, D] goes into the weight, which costs nothing.
         """
         if shift is None or scale is None:
-            return self._scaled(x, self.weight, None)
+            return self._scaled(x, self.weight, self.bias)
         if shift.numel() == shift.shape[-1]:
             return self._scaled(x, self.weight * (1 + scale.flatten()), shift.flatten())
         return self._scaled(x, self.weight, None) * (1 + scale) + shift

@@ -66,10 +66,10 @@ class Block(nn.Module):
         Args:
             x: normalised residual stream [B, T, D].
             rope: cosines and signed sines of every row [T, Dh].
-            queries: how many of the first rows ask; None for all.
+            queries: how many of the first rows ask; None for all. With 0 no one uses the queries.
         """
         width = self.cfg.width
-        if queries is None or queries == x.shape[1]:
+        if not queries or queries == x.shape[1]:
             q, k, v = self.qkv(x).split([width, self.kv_width, self.kv_width], dim=-1)
         else:
             weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         seq_len = x0.shape[1]
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos]), torch.cat([sin, sin]))
-        cond = self._condition(sigma, block_size, noised=True)
+        cond = self.condition(sigma, block_size, noised=True)
         h = self.embed(torch.cat([xt, x0], dim=1))
         mask = BlockMask.training(seq_len, block_size, doc_ids)
         for block in self.blocks[:-1]:
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary.table(first + length, ids.device)
         rope = (cos[first:], sin[first:])
         mask = BlockMask.clean(first + length, block_size, doc_ids, first=first)
-        cond = self._condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size, noised=False)
         fill = cache is not None and select is not None and select.numel() == 0
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
@@ -365,7 +365,7 @@ class Transformer(nn.Module):
         seq_len = xt.shape[1]
         rope = self.rotary.table(seq_len, xt.device)
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
-        cond = self._condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size, noised=False)
         h = self.embed(xt)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
@@ -392,8 +392,14 @@ class Transformer(nn.Module):
         shift, scale = (_pick(m, queries, select) for m in modulation)
         return self.norm(h, shift, scale)
 
-    def _condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
-        """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C]."""
+    def condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
+        """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C].
+
+        Args:
+            sigma: -log(alpha) of every block [B, K]; None means clean.
+            block_size: S.
+            noised: whether a clean stream follows the rows of the blocks.
+        """
         if self.time is None:
             return None
         if sigma is None or not self.cfg.time_conditioning:

@@ -1,47 +1,88 @@
-"""Exact categorical draws from a whole vocabulary, from one uniform number a draw."""
+"""Exact categorical draws from a whole vocabulary, from one uniform number a draw (MATH §8)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bd3lm import _core
 from bd3lm.config import SampleConfig
 
-HEAD = 512
-"""Most probable tokens that are looked at first: a nucleus is seldom larger."""
 
-
-def draw(logits: Tensor, uniform: Tensor, cfg: SampleConfig) -> Tensor:
-    """One token a row by inverting the cumulative distribution in float64.
+def draw(
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution, and how probable it was.
 
     Temperature, then the ``top_k`` most probable tokens, then the nucleus: the smallest set of
-    most probable tokens whose mass reaches ``top_p``; the token that crosses it is kept.
+    most probable tokens whose mass reaches ``top_p``; the token that crosses it is kept. Sums are
+    float64 on any device; on the CPU a Rust kernel takes float32 logits, whose exponentials are
+    right to about 1e-7 of themselves, in the tail as at the top.
 
     Args:
-        logits: [R, V]; -inf is never drawn.
+        logits: of the model itself [R, V]; -inf is never drawn.
         uniform: float64 [R], in [0, 1).
-        cfg: temperature (0 takes the most probable token), top_p and top_k.
+        cfg: temperature (0 takes the most probable token), top_p, top_k and forbidden.
+        shaped: what is drawn from [R, V]; None: the logits.
 
     Returns:
-        int64 [R].
+        Tokens, int64 [R], and their log-probabilities under ``logits``, float64 [R], in nats.
+
+    Raises:
+        ConfigError: on the CPU, a row of logits with a NaN, or in which no token is possible.
     """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return _draw_on_cpu(logits, uniform, cfg, shaped)
+    return composed_draw(logits, uniform, cfg, shaped)
+
+
+def _draw_on_cpu(
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    token = torch.empty(len(uniform), dtype=torch.int64)
+    log_p = torch.empty(len(uniform), dtype=torch.float64)
+    _core.draw(
+        logits.reshape(-1).numpy(),
+        None if shaped is None else shaped.reshape(-1).numpy(),
+        uniform.numpy(),
+        token.numpy(),
+        log_p.numpy(),
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        forbidden=cfg.forbidden,
+        threads=torch.get_num_threads(),
+    )
+    return token, log_p
+
+
+def composed_draw(
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's own operations, on any device and in any dtype."""
+    source = logits if shaped is None else shaped
+    if cfg.forbidden:
+        source = source.clone()
+        source[:, list(cfg.forbidden)] = -torch.inf
+    token = _choose(source, uniform, cfg)
+    log_p = logits.gather(1, token[:, None]).squeeze(1).double()
+    return token, log_p - torch.logsumexp(logits.double(), dim=-1)
+
+
+def _choose(logits: Tensor, uniform: Tensor, cfg: SampleConfig) -> Tensor:
     if cfg.temperature == 0:
         return logits.argmax(dim=-1)
     prob = torch.softmax(logits.double() / cfg.temperature, dim=-1)
     if cfg.top_p >= 1 and cfg.top_k is None:
         return _invert(prob, uniform)
     vocab = prob.shape[-1]
-    if cfg.top_k is not None:
-        top, order = prob.topk(min(cfg.top_k, vocab), dim=-1)
-        goal = cfg.top_p * top.sum(-1, keepdim=True)
-    else:
-        top, order = prob.topk(min(HEAD, vocab), dim=-1)
-        goal = torch.full_like(uniform, cfg.top_p)[:, None]
-        if not bool((top.sum(-1, keepdim=True) >= goal).all()):
-            top, order = prob.topk(vocab, dim=-1)
+    # Nothing may be read back here: the whole vocabulary is sorted rather than looked at.
+    top, order = prob.topk(min(cfg.top_k or vocab, vocab), dim=-1)
+    goal = cfg.top_p * top.sum(-1, keepdim=True)
     before = top.cumsum(dim=-1) - top
-    kept = top.masked_fill(before >= goal, 0.0)
-    return order.gather(-1, _invert(kept, uniform)[:, None]).squeeze(1)
+    kept = top.masked_fill(before >= goal, 0.0) if cfg.top_p < 1 else top
+    # Back in the order of ids, as the kernel has them.
+    return _invert(torch.zeros_like(prob).scatter_(1, order, kept), uniform)
 
 
 def _invert(mass: Tensor, uniform: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
-from bd3lm.model import KVCache, Transformer
+from bd3lm.model import KVCache, Transformer, for_inference
 from bd3lm.sample.draw import discourage, draw
 from bd3lm.sample.plan import block_uniforms, plan_block
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
@@ -95,15 +95,25 @@ class Sampler:
         self.device = next(model.parameters()).device
 
     @classmethod
-    def from_checkpoint(cls, loaded: Checkpoint, block_size: int | None = None) -> Sampler:
+    def from_checkpoint(
+        cls,
+        loaded: Checkpoint,
+        block_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Sampler:
         """The sampler of a trained model, with its own blocks or with others.
+
+        Args:
+            loaded: is copied, and left as it is.
+            block_size: None: the trained one.
+            dtype: of the matrices on a CPU, see :func:`bd3lm.model.for_inference`.
 
         Raises:
             ConfigError: a block size that does not divide the trained length, or that the
-                system cannot have.
+                system cannot have; a dtype that the processor does not multiply.
         """
         return cls(
-            loaded.model,
+            for_inference(loaded.model, dtype),
             loaded.system(block_size),
             window=loaded.config.seq_len,
             bos_id=loaded.tokenizer.bos_id,
@@ -380,25 +390,14 @@ class Sampler:
         spots: Tensor,
         uniform: Tensor,
     ) -> None:
-        token, log_p = self._draw(batch, cfg, logits, rows, uniform)
-        batch.tokens[rows, batch.start + spots] = token
-        batch.log_prob.index_add_(0, rows, log_p)
-
-    def _draw(
-        self, batch: _Rows, cfg: SampleConfig, logits: Tensor, rows: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [M] and their log-probability under the model itself, float64 [M]."""
-        shaped = logits
+        shaped = None
         if cfg.repetition_penalty != 1:
             seen = torch.zeros(len(batch.rows), logits.shape[1], dtype=torch.bool).to(self.device)
             seen.scatter_(1, batch.tokens[:, 1 : batch.start + self.block_size], True)
-            shaped = discourage(shaped, seen[rows], cfg.repetition_penalty)
-        if cfg.forbidden:
-            shaped = shaped.clone()
-            shaped[:, list(cfg.forbidden)] = -torch.inf
-        token = draw(shaped, uniform, cfg)
-        log_p = logits.gather(1, token[:, None]).squeeze(1).double()
-        return token, log_p - torch.logsumexp(logits.double(), dim=-1)
+            shaped = discourage(logits, seen[rows], cfg.repetition_penalty)
+        token, log_p = draw(logits, uniform, cfg, shaped)
+        batch.tokens[rows, batch.start + spots] = token
+        batch.log_prob.index_add_(0, rows, log_p)
 
     # --- ends -------------------------------------------------------------------------------
 

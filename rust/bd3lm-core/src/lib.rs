@@ -16,15 +16,19 @@
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`draw`] | tokens from logits: temperature, top-k, nucleus |
 //! | [`elementwise`] | GELU, and dropout with the sum after it |
+//! | [`linear`] | products with a matrix laid out beforehand |
 //! | [`softmax`] | cross-entropy of logits and its gradient, in place |
 //! | [`error`] | one enum, a variant a cause |
 
 pub mod attention;
 pub mod batch;
 pub mod detokenize;
+pub mod draw;
 pub mod elementwise;
 pub mod error;
+pub mod linear;
 pub mod noise;
 pub mod order;
 pub mod pack;

@@ -3,6 +3,7 @@
 mod attention;
 mod elementwise;
 mod errors;
+mod linear;
 mod noise;
 mod rows;
 mod softmax;
@@ -19,5 +20,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     attention::register(m)?;
     softmax::register(m)?;
     elementwise::register(m)?;
+    linear::register(m)?;
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Cross-entropy of logits, in place.
+//! What is done with logits: cross-entropy in place, and draws.
 
-use bd3lm_core::softmax;
+use bd3lm_core::{draw as drawing, softmax};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
@@ -8,7 +8,8 @@ use crate::errors::to_py;
 
 /// Adds this module's functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_function(wrap_pyfunction!(cross_entropy, m)?)
+    m.add_function(wrap_pyfunction!(cross_entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(draw, m)?)
 }
 
 /// Logits in either width; bf16 comes as the bits in an int16 array, for NumPy has no bf16.
@@ -43,4 +44,35 @@ fn cross_entropy(
         }
     }
     .map_err(to_py)
+}
+
+/// Fills `token` and `log_p`.
+#[pyfunction]
+#[pyo3(signature = (logits, shaped, uniform, token, log_p, *, temperature, top_k, top_p, forbidden,
+    threads))]
+#[allow(clippy::too_many_arguments)]
+fn draw(
+    py: Python<'_>,
+    logits: PyReadonlyArray1<'_, f32>,
+    shaped: Option<PyReadonlyArray1<'_, f32>>,
+    uniform: PyReadonlyArray1<'_, f64>,
+    mut token: PyReadwriteArray1<'_, i64>,
+    mut log_p: PyReadwriteArray1<'_, f64>,
+    temperature: f32,
+    top_k: Option<usize>,
+    top_p: f64,
+    forbidden: Vec<usize>,
+    threads: usize,
+) -> PyResult<()> {
+    let (logits, uniform) = (logits.as_slice()?, uniform.as_slice()?);
+    let shaped = shaped.as_ref().map(|s| s.as_slice()).transpose()?;
+    let (token, log_p) = (token.as_slice_mut()?, log_p.as_slice_mut()?);
+    let shaping = drawing::Shaping {
+        temperature,
+        top_k,
+        top_p,
+        forbidden: &forbidden,
+    };
+    py.detach(|| drawing::draw(logits, shaped, uniform, shaping, token, log_p, threads))
+        .map_err(to_py)
 }

@@ -15,7 +15,7 @@ use super::simd::Simd;
 /// # Safety
 /// The pointers cover what the strides reach.
 #[inline(always)]
-pub(super) unsafe fn product<S: Simd, const MR: usize, const N: usize>(
+pub(crate) unsafe fn product<S: Simd, const MR: usize, const N: usize>(
     a: *const f32,
     (rs, cs): (usize, usize),
     b: *const f32,

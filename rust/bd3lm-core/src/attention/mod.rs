@@ -19,12 +19,12 @@ mod backward;
 mod check;
 mod decode;
 mod forward;
-mod kernels;
+pub(crate) mod kernels;
 mod pack;
 mod plan;
 pub(crate) mod pool;
 mod scratch;
-mod simd;
+pub(crate) mod simd;
 #[cfg(test)]
 mod tests;
 

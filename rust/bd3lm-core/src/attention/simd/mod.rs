@@ -5,10 +5,10 @@
 //! are neighbours along the summed axis, so that the loops over both are the same.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx512;
-pub(super) mod portable;
+pub(crate) mod avx512;
+pub(crate) mod portable;
 
 /// Instruction sets that the kernels are compiled for, best last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,7 +73,7 @@ pub(super) const EXP2_MIN: f32 = -126.0;
 /// # Safety
 /// Every method needs the instruction set of the implementation; those that take pointers need
 /// `W` readable or writable 32-bit values there (no alignment).
-pub(super) trait Simd: Copy + 'static {
+pub(crate) trait Simd: Copy + 'static {
     /// Lanes.
     type V: Copy;
     /// One truth value a lane.

@@ -1,0 +1,149 @@
+"""A model prepared for decoding is the same function, and rows in it do not see each other."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bd3lm.errors import ConfigError
+from bd3lm.model import KVCache, for_inference
+from bd3lm.sample import Sampler
+from bd3lm.systems import BlockDiffusion
+from bd3lm.train.device import has_bf16
+from tests.conftest import MASK_ID, random_ids, tiny_model
+from tests.unit.test_sampler import config, sampler
+
+SHAPES = [
+    {},
+    {"cond_width": 8},
+    {"cond_width": 8, "norm": "rmsnorm", "mlp": "swiglu", "mlp_bias": False, "kv_heads": 1},
+    {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True, "qk_norm": True},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+@torch.no_grad()
+def test_features_and_logits_are_the_models(changes):
+    model, ids = tiny_model(**changes), random_ids(3, 12)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ready = for_inference(model)
+    sigma = torch.full((3, 3), 0.7) if model.cfg.time_conditioning else None
+    expected = model.logits(model.encode(ids, 4, sigma=sigma))
+    found = ready.logits(ready.encode(ids, 4, sigma=sigma))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    # What is told no level has nothing left that could be told one.
+    assert (ready.time is None) == (not model.cfg.time_conditioning)
+
+
+@torch.no_grad()
+def test_bf16_matrices_give_float32_logits_near_the_models():
+    if not has_bf16(torch.device("cpu")):
+        with pytest.raises(ConfigError, match="no bf16 products"):
+            for_inference(tiny_model(), torch.bfloat16)
+        return
+    model, ids = tiny_model(), random_ids(3, 12)
+    ready = for_inference(model, torch.bfloat16)
+    found, expected = ready.logits(ready.encode(ids, 4)), model.logits(model.encode(ids, 4))
+    assert found.dtype == torch.float32
+    error = (found - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.03
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        for_inference(tiny_model(), torch.float16)
+
+
+@torch.inference_mode()
+def test_a_row_alone_and_among_fifteen_has_the_same_bits():
+    """Through the cache, in both dtypes where the processor has them."""
+    dtypes = [torch.float32] + [torch.bfloat16] * has_bf16(torch.device("cpu"))
+    ids = random_ids(16, 12)
+    for dtype in dtypes:
+        model = for_inference(tiny_model(width=64, heads=4, cond_width=8), dtype)
+
+        def logits(rows, model=model):
+            cache = KVCache(model.cfg, len(rows), 12, torch.device("cpu"))
+            nothing = torch.empty(0, dtype=torch.int64)
+            model.encode(rows[:, :8], 4, select=nothing, cache=cache, commit=8)
+            return model.logits(model.encode(rows[:, 8:], 4, cache=cache))
+
+        together = logits(ids)
+        for row in range(16):
+            assert torch.equal(logits(ids[row : row + 1])[0], together[row])
+
+
+def test_samples_of_the_prepared_model_are_the_models_alone_and_in_a_batch():
+    model = tiny_model(cond_width=8)
+    ready = for_inference(model)
+    cfg = config(length=37, top_p=0.9)
+    plain = sampler(model).generate(cfg, [[]] * 16)
+    found = sampler(ready).generate(cfg, [[]] * 16)
+    assert [x.ids for x in found] == [x.ids for x in plain]
+    for index in (0, 7, 15):
+        alone = sampler(ready).generate(cfg, [[]], first=index)[0]
+        assert (alone.ids, alone.log_prob) == (found[index].ids, found[index].log_prob)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts operations after which the host waits for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        reads_mask = name == "index" and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        self.count += name in self.WAITS or reads_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 3}, {"top_p": 0.9, "repetition_penalty": 1.2}])
+def test_nothing_is_read_back_inside_a_block(changes):
+    """float64 logits, as they are composed on other devices: the CPU's kernel reads them anyway."""
+
+    class Wide(BlockDiffusion):
+        def logits(self, model, features):
+            return super().logits(model, features).double()
+
+    s = Sampler(tiny_model(), Wide(4, MASK_ID), window=16, bos_id=0, eos_id=99)
+    steps = s.stream(config(length=16, **changes), [[], [3, 4]], every_step=False)
+    inside = []
+    fill = s._fill_block
+
+    def counted(batch, cfg):
+        with Syncs() as syncs:
+            yield from fill(batch, cfg)
+        inside.append(syncs.count)
+
+    s._fill_block = counted
+    for _ in steps:
+        pass
+    assert inside == [0] * 4
+
+
+def test_a_read_would_be_seen():
+    with Syncs() as syncs:
+        bool((torch.ones(3) > 0).all())
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert syncs.count == 2
+
+
+def test_the_decode_step_is_one_graph():
+    model = tiny_model(cond_width=8).eval()
+    cache = KVCache(model.cfg, 2, 16, torch.device("cpu"))
+    ids, select = random_ids(2, 8), torch.tensor([5, 14])
+
+    def step(ids, select):
+        return model.logits(model.encode(ids, 4, select=select, cache=cache))
+
+    with torch.no_grad():
+        expected = step(ids, select)
+        found = torch.compile(step, backend="eager", fullgraph=True)(ids, select)
+    torch.testing.assert_close(found, expected)
