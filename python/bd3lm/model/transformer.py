@@ -330,7 +330,7 @@ class Transformer(nn.Module):
         mask = CachedMask(last.int()[None])
         table = self.rotary.table(cache.k[0].shape[1], ids.device)
         rope = (table[0][position], table[1][position])
-        cond = self._condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size, noised=False)
         here = CacheAt(cache, position)
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
