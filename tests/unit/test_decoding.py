@@ -112,7 +112,8 @@ def test_it_is_one_graph_for_every_position() -> None:
             start = torch.tensor(mine.length)
             found = model.logits(compiled(model, ids, start, BLOCK, select, step.cache))
             mine.length += commit
-            assert torch.equal(found, wanted)
+            # Not bit for bit: where it compiles, PyTorch computes GELU, elsewhere Rust.
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 2  # with and without a commit
 
 
