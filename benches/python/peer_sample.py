@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import time
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -47,11 +48,20 @@ def peer(length: int, block: int, vocab: int):
     with hydra.initialize_config_dir(os.path.join(os.environ["BD3LM_PEER"], "configs"), "1.3"):
         config = hydra.compose("config", settings)
     model = Diffusion(config, tokenizer=tokenizer).eval()
+    model.backbone.reset_kv_cache = MethodType(_empty_cache, model.backbone)
     with torch.no_grad():
         for weight in model.backbone.parameters():
             if not weight.any():
                 weight.normal_(std=0.02)
     return model
+
+
+def _empty_cache(backbone: Any, **_: object) -> None:
+    """Its own makes the cache on a GPU, and is not called as it is defined."""
+    for block in backbone.blocks:
+        shape = (1, backbone.max_seqlen, 3 * backbone.config.model.hidden_size)
+        block.kv_cache = torch.zeros(shape)
+        block.cache_idx = 0
 
 
 def serve() -> None:

@@ -132,10 +132,35 @@ def growth(results: dict[str, Any]) -> str:
     )
 
 
+def sampling(results: dict[str, Any]) -> str:
+    """Tokens a second of ours and of the original, and the floor."""
+    rows = []
+    for name, goal in (("1 row", "8×"), ("16 rows", "50×")):
+        found = results[name]
+        multiple = "–"
+        if "ratio" in found:
+            spread = {"median": found["ratio"], "low": found["low"], "high": found["high"]}
+            multiple = ratio(spread)
+        speed = f"{found['tokens_per_second']:.0f} tokens/s"
+        rows.append(
+            [f"ours, {results['precision']}, {name}", speed, found["forwards"], multiple, goal]
+        )
+    if "peer" in results:
+        peer = results["peer"]
+        speed = f"{peer['tokens_per_second']:.1f} tokens/s"
+        rows.append(["the original, fp32, 1 row", speed, peer["forwards"], "", ""])
+    floor = results["floor"]
+    rate = f"{floor['bytes'] / 1e6:.0f} MB a forward at {floor['bytes_per_second'] / 1e9:.0f} GB/s"
+    limit = f"{floor['tokens_per_second']:.0f} tokens/s"
+    rows.append([f"limit of one row: matrices read once, {rate}", limit, "", "", ""])
+    return table("what | speed | forwards | of the original (least–most) | floor", rows)
+
+
 SECTIONS: dict[str, Section] = {
     "training-step": Section("training_step.json", training_step),
     "attention": Section("cpu_attention.json", attention),
     "growth": Section("growth.json", growth),
+    "sampling": Section("sampling.json", sampling),
 }
 
 

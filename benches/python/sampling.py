@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import RESULTS, write
 
 from bd3lm.config import SampleConfig, tiny
 from bd3lm.model import Transformer, for_inference
@@ -78,7 +79,9 @@ def start_peer() -> subprocess.Popen[str] | None:
     for name, value in (("length", LENGTH), ("block", BLOCK), ("vocab", IDS)):
         command += [f"--{name}", str(value)]
     command += ["--threads", str(torch.get_num_threads())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=quiet)
 
 
 def peer_row(child: subprocess.Popen[str]) -> tuple[float, int]:
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     best = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=best)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sampling.json")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     sampler, weight_bytes = our_sampler(dtype)
@@ -143,8 +146,7 @@ def main() -> None:
     print(
         f"floor, 1 row: {floor:.0f} tokens/s: {weight_bytes / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s"
     )
-    if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    write(args.out, {"precision": args.precision, **results})
 
 
 def summary(values: list[float], ratios: list[float], forwards: int) -> dict[str, float]:
