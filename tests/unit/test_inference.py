@@ -37,6 +37,17 @@ def test_features_and_logits_are_the_models(changes):
 
 
 @torch.no_grad()
+def test_one_level_for_all_positions():
+    """One row of one block, as SEDD samples: the gate is a single vector there."""
+    model, ids = tiny_model(cond_width=8, time_conditioning=True), random_ids(1, 12)
+    sigma = torch.full((1, 1), 0.7)
+    ready = for_inference(model)
+    expected = model.logits(model.encode(ids, 12, sigma=sigma))
+    found = ready.logits(ready.encode(ids, 12, sigma=sigma))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_bf16_matrices_give_float32_logits_near_the_models():
     if not has_bf16(torch.device("cpu")):
         with pytest.raises(ConfigError, match="no bf16 products"):

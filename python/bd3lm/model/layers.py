@@ -86,7 +86,8 @@ def gated_linear(linear: nn.Linear, x: Tensor, gate: Tensor | None) -> Tensor:
     """``gate * linear(x)``; a gate of one row [..., 1, D] goes into the smaller of the factors."""
     if gate is None:
         return linear(x)
-    if gate.numel() > gate.shape[-1] or x.numel() < linear.weight.numel():
+    packed = not isinstance(linear, nn.Linear)  # for inference: its matrix is no tensor
+    if packed or gate.numel() > gate.shape[-1] or x.numel() < linear.weight.numel():
         return gate * linear(x)
     gate = gate.flatten()
     bias = None if linear.bias is None else gate * linear.bias
