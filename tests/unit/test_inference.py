@@ -38,12 +38,13 @@ def test_features_and_logits_are_the_models(changes):
 
 @torch.no_grad()
 def test_one_level_for_all_positions():
-    """One row of one block, as SEDD samples: the gate is a single vector there."""
+    """One position of one row, as SEDD samples: the gate is a single vector there."""
     model, ids = tiny_model(cond_width=8, time_conditioning=True), random_ids(1, 12)
     sigma = torch.full((1, 1), 0.7)
     ready = for_inference(model)
-    expected = model.logits(model.encode(ids, 12, sigma=sigma))
-    found = ready.logits(ready.encode(ids, 12, sigma=sigma))
+    one = torch.tensor([3])
+    expected = model.logits(model.encode(ids, 12, sigma=sigma, select=one))
+    found = ready.logits(ready.encode(ids, 12, sigma=sigma, select=one))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
