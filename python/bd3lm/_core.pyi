@@ -225,3 +225,36 @@ class PackedLinear:
         bf16: bool,
     ) -> PackedLinear: ...
     def apply(self, x: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...
+
+_Norm = tuple[NDArray[np.float32], NDArray[np.float32] | None, bool, float]
+
+class PackedBlock:
+    def __new__(
+        cls,
+        *,
+        norm1: _Norm,
+        qkv: PackedLinear,
+        q_norm: _Norm | None,
+        k_norm: _Norm | None,
+        out: PackedLinear,
+        norm2: _Norm,
+        up: PackedLinear,
+        activation: str,
+        down: PackedLinear,
+        head_width: int,
+    ) -> PackedBlock: ...
+    def project(
+        self,
+        h: NDArray[np.float32],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        q: NDArray[np.float32],
+        k: NDArray[np.float32],
+        v: NDArray[np.float32],
+        capacity: int,
+        first: int,
+        threads: int,
+    ) -> None: ...
+    def finish(
+        self, attended: NDArray[np.float32], h: NDArray[np.float32], threads: int
+    ) -> None: ...

@@ -17,6 +17,7 @@ SHAPES = [
     {"cond_width": 8},
     {"cond_width": 8, "norm": "rmsnorm", "mlp": "swiglu", "mlp_bias": False, "kv_heads": 1},
     {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True, "qk_norm": True},
+    {"mlp": "relu2", "qk_norm": True, "kv_heads": 1, "norm": "rmsnorm"},
 ]
 
 
@@ -34,6 +35,26 @@ def test_features_and_logits_are_the_models(changes):
         assert torch.equal(p, before[name])
     # What is told no level has nothing left that could be told one.
     assert (ready.time is None) == (not model.cfg.time_conditioning)
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+@torch.no_grad()
+def test_through_the_cache_too(changes):
+    """A prompt, a block, and a block with the one before it: features, keys and values."""
+    model, ids = tiny_model(**changes), random_ids(3, 16)
+    ready, nothing = for_inference(model), torch.empty(0, dtype=torch.int64)
+    caches = [KVCache(m.cfg, 3, 20, torch.device("cpu")) for m in (model, ready)]
+    calls = [(ids[:, :8], nothing, 8), (ids[:, 8:12], None, 0), (ids[:, 8:], torch.tensor([5]), 4)]
+    for rows, select, commit in calls:
+        expected, found = (
+            m.encode(rows, 4, select=select, cache=cache, commit=commit)
+            for m, cache in zip((model, ready), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    one, other = caches
+    assert one.length == other.length == 12
+    for a, b in zip((*one.k, *one.v), (*other.k, *other.v), strict=True):
+        torch.testing.assert_close(b[:, :16], a[:, :16], atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()

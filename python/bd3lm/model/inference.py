@@ -1,22 +1,26 @@
 """A model as decoding wants it: what never changes is worked out once, not once a forward.
 
 What comes out is the same :class:`Transformer`, to be run and not to be trained: adaLN that is told
-no noise level is a constant, so it goes into the norms and the last matrix of each branch; and on
-the CPU every linear layer keeps its matrix as the Rust kernel reads it, which for a few rows is
-several times faster than a general matrix product.
+no noise level is a constant, so it goes into the norms and the last matrix of each branch; on the
+CPU every linear layer keeps its matrix as the Rust kernel reads it, which for a few rows is several
+times faster than a general matrix product; and there, through a cache, a block is one call before
+attention and one after it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bd3lm import _core
 from bd3lm.errors import ConfigError
-from bd3lm.model.layers import Norm
+from bd3lm.model.attention import BlockMask, CachedMask, attend
+from bd3lm.model.layers import CacheAt, KVCache, Norm
 from bd3lm.model.transformer import Block, Transformer
 
 
@@ -41,6 +45,10 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
         _fold_conditioning(model)
     if model.embed.weight.device.type == "cpu":
         _pack(model, dtype == torch.bfloat16)
+        if model.time is None:
+            for index, block in enumerate(model.blocks):
+                assert isinstance(block, Block)
+                model.blocks[index] = PackedBlock(block)
     return model.requires_grad_(False)
 
 
@@ -63,6 +71,99 @@ class PackedLinear(nn.Module):
         rows = x.float().reshape(-1).numpy()
         self.packed.apply(rows, out.view(-1).numpy(), torch.get_num_threads())
         return out
+
+
+class PackedBlock(nn.Module):
+    """A block without conditioning on the CPU; what does not go through a cache it leaves to it.
+
+    Args:
+        block: its linear layers are packed.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        qk_norm = block.cfg.qk_norm
+        self.packed = _core.PackedBlock(
+            norm1=_norm(block.norm1),
+            qkv=_matrix(block.qkv),
+            q_norm=_norm(block.q_norm) if qk_norm else None,
+            k_norm=_norm(block.k_norm) if qk_norm else None,
+            out=_matrix(block.out),
+            norm2=_norm(block.norm2),
+            up=_matrix(block.mlp.up),
+            activation=block.mlp.kind,
+            down=_matrix(block.mlp.down),
+            head_width=block.cfg.head_width,
+        )
+
+    def forward(
+        self,
+        h: Tensor,
+        mask: BlockMask | CachedMask,
+        rope: tuple[Tensor, Tensor],
+        cond: Tensor | None,
+        *,
+        queries: int | None = None,
+        select: Tensor | None = None,
+        cache: KVCache | CacheAt | None = None,
+        layer: int = 0,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As :meth:`Block.forward`."""
+        if not isinstance(cache, KVCache) or past is not None or queries:
+            return self.block(
+                h,
+                mask,
+                rope,
+                cond,
+                queries=queries,
+                select=select,
+                cache=cache,
+                layer=layer,
+                past=past,
+            )
+        batch, length, _ = h.shape
+        cfg, threads = self.block.cfg, torch.get_num_threads()
+        q = torch.empty(batch, length, cfg.heads, cfg.head_width)
+        k, v = cache.k[layer], cache.v[layer]
+        cos, sin = rope
+        self.packed.project(
+            _flat(h),
+            _flat(cos),
+            _flat(sin),
+            _flat(q),
+            _flat(k),
+            _flat(v),
+            capacity=k.shape[1],
+            first=cache.length,
+            threads=threads,
+        )
+        if queries == 0:
+            return h[:, :0]
+        keys, values = cache.read(layer, cache.length + length)
+        attended = attend(q.transpose(1, 2), keys, values, mask, self.block.attention)
+        attended = attended.transpose(1, 2).flatten(2)
+        if select is None:
+            h = h.clone()
+        else:
+            attended, h = attended.flatten(0, 1)[select], h.flatten(0, 1)[select]
+        self.packed.finish(_flat(attended), _flat(h), threads)
+        return h
+
+
+def _matrix(linear: nn.Module) -> _core.PackedLinear:
+    assert isinstance(linear, PackedLinear)
+    return linear.packed
+
+
+def _norm(norm: Norm) -> tuple[NDArray[Any], NDArray[Any] | None, bool, float]:
+    bias = None if norm.bias is None else _flat(norm.bias)
+    return _flat(norm.weight), bias, norm.kind == "layernorm", norm.eps
+
+
+def _flat(x: Tensor) -> NDArray[Any]:
+    return x.detach().reshape(-1).numpy()
 
 
 def _pack(module: nn.Module, bf16: bool) -> None:

@@ -203,9 +203,9 @@ class Transformer(nn.Module):
 
     def use_attention(self, backend: str) -> Transformer:
         """Compute attention by a named backend from now on (``auto``: the best one there is)."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attention = backend
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.attention = backend
         return self
 
     def denoise(

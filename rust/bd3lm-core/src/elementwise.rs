@@ -24,6 +24,40 @@ fn logistic(z: f32) -> f32 {
     if z >= 0.0 { s } else { e * s }
 }
 
+/// x·logistic(2√(2/π)·(x + 0.044715x³)).
+#[inline(always)]
+fn gelu_of(x: f32) -> f32 {
+    x * logistic(SLOPE * x * (1.0 + CUBIC * x * x))
+}
+
+multiversion! {
+    /// [`gelu`] of a few numbers where they are, by the calling thread.
+    pub(crate) fn gelu_in_place(x: &mut [f32]) {
+        for x in x {
+            *x = gelu_of(*x);
+        }
+    }
+}
+
+multiversion! {
+    /// max(x, 0)² of a few numbers where they are, by the calling thread.
+    pub(crate) fn squared_relu_in_place(x: &mut [f32]) {
+        for x in x {
+            let positive = x.max(0.0);
+            *x = positive * positive;
+        }
+    }
+}
+
+multiversion! {
+    /// x·logistic(x)·`by` of a few numbers where they are, by the calling thread.
+    pub(crate) fn silu_times(x: &mut [f32], by: &[f32]) {
+        for (x, by) in x.iter_mut().zip(by) {
+            *x = *x * logistic(*x) * by;
+        }
+    }
+}
+
 /// `out` = GELU(`x`), tanh-approximated: x·logistic(2√(2/π)·(x + 0.044715x³)).
 ///
 /// # Errors
@@ -174,9 +208,7 @@ macro_rules! loops {
                 multiversion! {
                     fn run(x: &[$t], out: &mut [$t]) {
                         for (out, x) in out.iter_mut().zip(x) {
-                            let x = x.get();
-                            let z = SLOPE * x * (1.0 + CUBIC * x * x);
-                            *out = <$t>::of(x * logistic(z));
+                            *out = <$t>::of(gelu_of(x.get()));
                         }
                     }
                 }

@@ -16,6 +16,7 @@
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
+//! | [`block`] | a layer of the Transformer, before and after attention |
 //! | [`draw`] | tokens from logits: temperature, top-k, nucleus |
 //! | [`elementwise`] | GELU, and dropout with the sum after it |
 //! | [`linear`] | products with a matrix laid out beforehand |
@@ -24,6 +25,7 @@
 
 pub mod attention;
 pub mod batch;
+pub mod block;
 pub mod detokenize;
 pub mod draw;
 pub mod elementwise;

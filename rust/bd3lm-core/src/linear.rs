@@ -13,7 +13,22 @@ use crate::attention::simd::{
     avx512::{Avx512, Avx512Bf16},
 };
 use crate::attention::{Isa, pool};
+use crate::elementwise;
 use crate::error::{Error, Result};
+use std::cell::RefCell;
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// It is the result.
+    Write,
+    /// It is added to what the output holds.
+    Add,
+    /// Its GELU is the result, tanh-approximated.
+    Gelu,
+    /// The square of its positive part is.
+    SquaredRelu,
+}
 
 /// Vectors of columns in a panel.
 const VECTORS: usize = 2;
@@ -103,11 +118,16 @@ impl Packed {
         self.outputs
     }
 
-    /// Writes x·Wᵀ + b [M, N] for rows x [M, K].
+    /// K, the number of inputs.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Forms x·Wᵀ + b [M, N] for rows x [M, K], and does with it what `after` says.
     ///
     /// # Errors
     /// Buffers that do not hold as many rows.
-    pub fn apply(&self, x: &[f32], out: &mut [f32], threads: usize) -> Result<()> {
+    pub fn apply(&self, x: &[f32], out: &mut [f32], after: After, threads: usize) -> Result<()> {
         let rows = x.len() / self.inputs;
         if rows * self.inputs != x.len() || out.len() != rows * self.outputs {
             let given = format!("{} values", x.len());
@@ -116,26 +136,37 @@ impl Packed {
         }
         match self.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => self.apply_bf16(x, rows, out, threads),
+            Isa::Avx512Bf16 => self.apply_bf16(x, rows, out, after, threads),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => self.run(x, rows, out, threads, avx512),
+            Isa::Avx512 => self.run(x, rows, out, after, threads, avx512),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => self.run(x, rows, out, threads, avx2),
-            _ => self.run(x, rows, out, threads, portable),
+            Isa::Avx2 => self.run(x, rows, out, after, threads, avx2),
+            _ => self.run(x, rows, out, after, threads, portable),
         }
         Ok(())
     }
 
     /// Rounds the rows to pairs of bf16 first.
     #[cfg(target_arch = "x86_64")]
-    fn apply_bf16(&self, x: &[f32], rows: usize, out: &mut [f32], threads: usize) {
-        let mut units = vec![0f32; rows * self.depth()];
-        // SAFETY: only reached where the processor has the instruction set.
-        unsafe { round_avx512(x, self.inputs, &mut units) };
-        self.run(&units, rows, out, threads, avx512bf16);
+    fn apply_bf16(&self, x: &[f32], rows: usize, out: &mut [f32], after: After, threads: usize) {
+        UNITS.with_borrow_mut(|units| {
+            units.resize(units.len().max(rows * self.depth()), 0.0);
+            let units = &mut units[..rows * self.depth()];
+            // SAFETY: only reached where the processor has the instruction set.
+            unsafe { round_avx512(x, self.inputs, units) };
+            self.run(units, rows, out, after, threads, avx512bf16);
+        });
     }
 
-    fn run(&self, x: &[f32], rows: usize, out: &mut [f32], threads: usize, kernel: Kernel) {
+    fn run(
+        &self,
+        x: &[f32],
+        rows: usize,
+        out: &mut [f32],
+        after: After,
+        threads: usize,
+        kernel: Kernel,
+    ) {
         let columns = self.columns();
         let panels = self.outputs.div_ceil(columns);
         let work = rows * self.inputs * self.outputs;
@@ -144,7 +175,8 @@ impl Packed {
         let pieces = (4 * threads).min(panels);
         let to = Out(out.as_mut_ptr());
         pool::parallel(threads, pieces, |piece| {
-            for panel in panels * piece / pieces..panels * (piece + 1) / pieces {
+            let mine = panels * piece / pieces..panels * (piece + 1) / pieces;
+            for panel in mine.clone() {
                 let at = panel * self.depth() * columns / MAX_LANES;
                 let job = Job {
                     x: x.as_ptr(),
@@ -155,10 +187,24 @@ impl Packed {
                     out: to.at(panel * columns),
                     ld: self.outputs,
                     live: columns.min(self.outputs - panel * columns),
+                    add: after == After::Add,
                 };
                 // SAFETY: the panel, its bias and the rows exist; `live` columns of every row of
                 // the output are this panel's alone; the instruction set is this matrix's.
                 unsafe { kernel(&job) };
+            }
+            let activate = match after {
+                After::Write | After::Add => return,
+                After::Gelu => elementwise::gelu_in_place,
+                After::SquaredRelu => elementwise::squared_relu_in_place,
+            };
+            let span = mine.start * columns..self.outputs.min(mine.end * columns);
+            for row in 0..rows {
+                // SAFETY: these columns of every row are this piece's alone, and written above.
+                activate(unsafe {
+                    let first = to.at(row * self.outputs + span.start);
+                    std::slice::from_raw_parts_mut(first, span.len())
+                });
             }
         });
     }
@@ -185,6 +231,11 @@ fn unit_of(even: f32, odd: f32) -> f32 {
     f32::from_bits(bits(even) | bits(odd) << 16)
 }
 
+thread_local! {
+    /// Rows in the units of the matrix; a thread forms one product after the other.
+    static UNITS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Where the threads write, each its own columns.
 struct Out(*mut f32);
 
@@ -209,6 +260,8 @@ struct Job {
     ld: usize,
     /// Columns that exist.
     live: usize,
+    /// Whether to add to the output.
+    add: bool,
 }
 
 type Kernel = unsafe fn(&Job);
@@ -258,17 +311,19 @@ unsafe fn tile<S: Simd, const ROWS: usize>(job: &Job, row: usize) {
         );
         for (i, sums) in acc.iter().enumerate() {
             let out = job.out.add((row + i) * job.ld);
-            if job.live == VECTORS * S::W {
-                for (n, x) in sums.iter().enumerate() {
-                    S::store(out.add(n * S::W), *x);
-                }
-                continue;
-            }
             let mut whole = [0f32; VECTORS * MAX_LANES];
-            for (n, x) in sums.iter().enumerate() {
-                S::store(whole.as_mut_ptr().add(n * S::W), *x);
+            let edge = job.live < VECTORS * S::W;
+            let to = if edge { whole.as_mut_ptr() } else { out };
+            if edge && job.add {
+                to.copy_from_nonoverlapping(out, job.live);
             }
-            out.copy_from_nonoverlapping(whole.as_ptr(), job.live);
+            for (n, x) in sums.iter().enumerate() {
+                let to = to.add(n * S::W);
+                S::store(to, if job.add { S::add(S::load(to), *x) } else { *x });
+            }
+            if edge {
+                out.copy_from_nonoverlapping(to, job.live);
+            }
         }
     }
 }
@@ -373,7 +428,7 @@ mod tests {
                     let (w, x64) = (rounded(&w, isa), rounded(&x, isa));
                     for threads in [1, 3] {
                         let mut out = vec![f32::NAN; rows * outputs];
-                        packed.apply(&x, &mut out, threads).unwrap();
+                        packed.apply(&x, &mut out, After::Write, threads).unwrap();
                         for (i, out) in out.iter().enumerate() {
                             let (r, n) = (i / outputs, i % outputs);
                             let sum: f64 = (0..inputs)
@@ -398,13 +453,37 @@ mod tests {
             let (w, x) = (numbers(outputs * inputs, 1), numbers(rows * inputs, 2));
             let packed = Packed::for_isa(&w, None, inputs, isa).unwrap();
             let mut together = vec![0.0; rows * outputs];
-            packed.apply(&x, &mut together, 2).unwrap();
+            packed.apply(&x, &mut together, After::Write, 2).unwrap();
             for r in 0..rows {
                 let mut alone = vec![0.0; outputs];
-                packed
-                    .apply(&x[r * inputs..(r + 1) * inputs], &mut alone, 1)
-                    .unwrap();
+                let row = &x[r * inputs..(r + 1) * inputs];
+                packed.apply(row, &mut alone, After::Write, 1).unwrap();
                 assert_eq!(alone, together[r * outputs..(r + 1) * outputs]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_after_a_product() {
+        let (rows, inputs, outputs) = (13, 20, 77);
+        let (w, x) = (numbers(outputs * inputs, 1), numbers(rows * inputs, 2));
+        let before = numbers(rows * outputs, 3);
+        for isa in isas() {
+            let packed = Packed::for_isa(&w, Some(&before[..outputs]), inputs, isa).unwrap();
+            let run = |after, threads| {
+                let mut out = before.clone();
+                packed.apply(&x, &mut out, after, threads).unwrap();
+                out
+            };
+            let plain = run(After::Write, 1);
+            let mut gelu = vec![0.0; plain.len()];
+            elementwise::gelu(&plain, &mut gelu, 1).unwrap();
+            for threads in [1, 3] {
+                assert_eq!(run(After::Gelu, threads), gelu);
+                let added = before.iter().zip(&plain).map(|(a, b)| a + b);
+                assert!(run(After::Add, threads).into_iter().eq(added));
+                let squares = plain.iter().map(|x| x.max(0.0) * x.max(0.0));
+                assert!(run(After::SquaredRelu, threads).into_iter().eq(squares));
             }
         }
     }
@@ -415,7 +494,9 @@ mod tests {
         assert!(Packed::new(&[], None, 3, false).is_err());
         assert!(Packed::new(&[0.0; 6], Some(&[0.0; 3]), 3, false).is_err());
         let packed = Packed::new(&[0.0; 6], None, 3, false).unwrap();
-        let refused = |x: usize, out: usize| packed.apply(&vec![0.0; x], &mut vec![0.0; out], 1);
+        let refused = |x: usize, out: usize| {
+            packed.apply(&vec![0.0; x], &mut vec![0.0; out], After::Write, 1)
+        };
         assert!(
             refused(4, 2)
                 .unwrap_err()

@@ -1,19 +1,24 @@
-//! Linear layers laid out once for many products.
+//! Linear layers laid out once for many products, and a layer of the Transformer made of them.
 
-use bd3lm_core::linear::Packed;
+use std::sync::Arc;
+
+use bd3lm_core::block::{Activation, Block, Cache, Norm};
+use bd3lm_core::linear::{After, Packed};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
 
-/// Adds this module's class to `_core`.
+/// Adds this module's classes to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<PackedLinear>()
+    m.add_class::<PackedLinear>()?;
+    m.add_class::<PackedBlock>()
 }
 
 /// A weight matrix and its bias, ready to be multiplied with.
 #[pyclass(frozen, module = "bd3lm._core")]
-struct PackedLinear(Packed);
+struct PackedLinear(Arc<Packed>);
 
 #[pymethods]
 impl PackedLinear {
@@ -28,7 +33,7 @@ impl PackedLinear {
         let weight = weight.as_slice()?;
         let bias = bias.as_ref().map(|b| b.as_slice()).transpose()?;
         py.detach(|| Packed::new(weight, bias, inputs, bf16))
-            .map(Self)
+            .map(|packed| Self(Arc::new(packed)))
             .map_err(to_py)
     }
 
@@ -41,6 +46,112 @@ impl PackedLinear {
         threads: usize,
     ) -> PyResult<()> {
         let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
-        py.detach(|| self.0.apply(x, out, threads)).map_err(to_py)
+        py.detach(|| self.0.apply(x, out, After::Write, threads))
+            .map_err(to_py)
+    }
+}
+
+/// Weight, bias, whether it is a LayerNorm, epsilon.
+type NormOf<'py> = (
+    PyReadonlyArray1<'py, f32>,
+    Option<PyReadonlyArray1<'py, f32>>,
+    bool,
+    f32,
+);
+
+fn norm((weight, bias, centred, eps): &NormOf<'_>) -> PyResult<Norm> {
+    let bias = bias.as_ref().map(|b| b.as_slice()).transpose()?;
+    Norm::new(weight.as_slice()?, bias, *centred, *eps).map_err(to_py)
+}
+
+/// A layer of the Transformer, before and after attention; the matrices are shared.
+#[pyclass(frozen, module = "bd3lm._core")]
+struct PackedBlock(Block);
+
+#[pymethods]
+impl PackedBlock {
+    #[new]
+    #[pyo3(signature = (*, norm1, qkv, q_norm, k_norm, out, norm2, up, activation, down, head_width))]
+    #[expect(clippy::too_many_arguments, reason = "named in Python")]
+    fn new(
+        norm1: NormOf<'_>,
+        qkv: &PackedLinear,
+        q_norm: Option<NormOf<'_>>,
+        k_norm: Option<NormOf<'_>>,
+        out: &PackedLinear,
+        norm2: NormOf<'_>,
+        up: &PackedLinear,
+        activation: &str,
+        down: &PackedLinear,
+        head_width: usize,
+    ) -> PyResult<Self> {
+        let activation = match activation {
+            "gelu" => Activation::Gelu,
+            "relu2" => Activation::SquaredRelu,
+            "swiglu" => Activation::SwiGlu,
+            other => {
+                let text = format!("activation = {other}: gelu, relu2 or swiglu");
+                return Err(PyValueError::new_err(text));
+            }
+        };
+        let qk_norm = match (q_norm, k_norm) {
+            (Some(q), Some(k)) => Some((norm(&q)?, norm(&k)?)),
+            _ => None,
+        };
+        let block = Block {
+            norm1: norm(&norm1)?,
+            qkv: qkv.0.clone(),
+            qk_norm,
+            out: out.0.clone(),
+            norm2: norm(&norm2)?,
+            up: up.0.clone(),
+            activation,
+            down: down.0.clone(),
+            head_width,
+        };
+        block.checked().map(Self).map_err(to_py)
+    }
+
+    /// From the residual stream `h` [B, T, D] to queries `q` [B, T, H·Dh], and to keys and values
+    /// in the cache, each [B, capacity, Hkv·Dh], from position `first` on; all flat.
+    #[expect(clippy::too_many_arguments, reason = "buffers")]
+    fn project(
+        &self,
+        py: Python<'_>,
+        h: PyReadonlyArray1<'_, f32>,
+        cos: PyReadonlyArray1<'_, f32>,
+        sin: PyReadonlyArray1<'_, f32>,
+        mut q: PyReadwriteArray1<'_, f32>,
+        mut k: PyReadwriteArray1<'_, f32>,
+        mut v: PyReadwriteArray1<'_, f32>,
+        capacity: usize,
+        first: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (h, rope) = (h.as_slice()?, (cos.as_slice()?, sin.as_slice()?));
+        let (q, k, v) = (q.as_slice_mut()?, k.as_slice_mut()?, v.as_slice_mut()?);
+        py.detach(|| {
+            let cache = Cache {
+                k,
+                v,
+                capacity,
+                first,
+            };
+            self.0.project(h, rope, q, cache, threads)
+        })
+        .map_err(to_py)
+    }
+
+    /// Adds what follows attention, [M, H·Dh], to the residual stream `h` [M, D]; both flat.
+    fn finish(
+        &self,
+        py: Python<'_>,
+        attended: PyReadonlyArray1<'_, f32>,
+        mut h: PyReadwriteArray1<'_, f32>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (attended, h) = (attended.as_slice()?, h.as_slice_mut()?);
+        py.detach(|| self.0.finish(attended, h, threads))
+            .map_err(to_py)
     }
 }

@@ -1,0 +1,382 @@
+//! A layer of the Transformer as decoding runs it on a CPU: all that stands before attention in
+//! one call, and all that stands after it in another. For a few rows the passes over memory and
+//! the calls between the products would cost as much as the products.
+//!
+//! Rows do not see each other here, so a row comes out the same, bit for bit, in any batch.
+
+use crate::elementwise::silu_times;
+use crate::error::{Error, Result};
+use crate::linear::{After, Packed};
+use crate::simd::multiversion;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// Sums that are kept side by side, so that the compiler may use vectors.
+const LANES: usize = 16;
+
+/// LayerNorm (`centred`) or RMSNorm of rows as wide as the weight.
+pub struct Norm {
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    centred: bool,
+    eps: f32,
+}
+
+impl Norm {
+    /// # Errors
+    /// A bias of another width than the weight.
+    pub fn new(weight: &[f32], bias: Option<&[f32]>, centred: bool, eps: f32) -> Result<Self> {
+        fits(
+            "bias",
+            bias.map_or(weight.len(), <[f32]>::len),
+            weight.len(),
+        )?;
+        Ok(Norm {
+            weight: weight.to_vec(),
+            bias: bias.map_or_else(|| vec![0.0; weight.len()], <[f32]>::to_vec),
+            centred,
+            eps,
+        })
+    }
+
+    fn apply(&self, rows: &mut [f32]) {
+        normalise(rows, &self.weight, &self.bias, self.centred, self.eps);
+    }
+}
+
+/// What stands between the two matrices of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Tanh-approximated.
+    Gelu,
+    /// max(x, 0)².
+    SquaredRelu,
+    /// SiLU of the first half of the features times the second.
+    SwiGlu,
+}
+
+/// Weights of a layer without conditioning.
+pub struct Block {
+    /// Before attention.
+    pub norm1: Norm,
+    /// To queries, keys and values, one behind the other.
+    pub qkv: Arc<Packed>,
+    /// Of each head's queries and keys.
+    pub qk_norm: Option<(Norm, Norm)>,
+    /// After attention.
+    pub out: Arc<Packed>,
+    /// Before the MLP.
+    pub norm2: Norm,
+    /// Into the MLP.
+    pub up: Arc<Packed>,
+    /// Inside it.
+    pub activation: Activation,
+    /// Out of it.
+    pub down: Arc<Packed>,
+    /// Dh, features of a head.
+    pub head_width: usize,
+}
+
+/// Keys and values of B rows, each [B, capacity, Hkv·Dh], and where the next ones go.
+pub struct Cache<'a> {
+    /// Rotated keys.
+    pub k: &'a mut [f32],
+    /// Values.
+    pub v: &'a mut [f32],
+    /// Positions a row has room for.
+    pub capacity: usize,
+    /// Position of the first token.
+    pub first: usize,
+}
+
+/// Scratch of a thread, kept between calls: fresh pages would cost more than what is written there.
+#[derive(Default)]
+struct Scratch {
+    rows: Vec<f32>,
+    features: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The first `len` numbers of a buffer that only grows.
+fn first(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+impl Block {
+    /// Checks that the parts fit together.
+    ///
+    /// # Errors
+    /// Two sizes that differ.
+    pub fn checked(self) -> Result<Self> {
+        let width = self.qkv.inputs();
+        fits("norm1", self.norm1.weight.len(), width)?;
+        fits("norm2", self.norm2.weight.len(), width)?;
+        fits("out", self.out.outputs(), width)?;
+        fits("up", self.up.inputs(), width)?;
+        fits("down", self.down.outputs(), width)?;
+        let halves = if self.activation == Activation::SwiGlu {
+            2
+        } else {
+            1
+        };
+        fits("mlp", self.up.outputs(), halves * self.down.inputs())?;
+        if let Some((q, k)) = &self.qk_norm {
+            fits("q_norm", q.weight.len(), self.head_width)?;
+            fits("k_norm", k.weight.len(), self.head_width)?;
+        }
+        let queries = self.out.inputs();
+        let others = self.qkv.outputs().saturating_sub(queries);
+        let even = self.head_width > 0 && self.head_width.is_multiple_of(2);
+        if !even
+            || others == 0
+            || !queries.is_multiple_of(self.head_width)
+            || !others.is_multiple_of(2 * self.head_width)
+        {
+            let given = format!("{} features for {queries} queries", self.qkv.outputs());
+            let allowed = format!("whole heads of {}, an even width", self.head_width);
+            return Err(Error::config("qkv", given, allowed));
+        }
+        Ok(self)
+    }
+
+    /// Norm, projection and rotation: queries out, keys and values into the cache.
+    ///
+    /// * `h` [B·T, D]: the residual stream.
+    /// * `cos`, `sin` [T, Dh]: of every position; the first half of a sine has its sign turned.
+    /// * `q` [B·T, H·Dh] receives the queries.
+    ///
+    /// # Errors
+    /// Buffers of other sizes, or a cache without room.
+    pub fn project(
+        &self,
+        h: &[f32],
+        (cos, sin): (&[f32], &[f32]),
+        q: &mut [f32],
+        cache: Cache<'_>,
+        threads: usize,
+    ) -> Result<()> {
+        let (width, head) = (self.qkv.inputs(), self.head_width);
+        let (queries, all) = (self.out.inputs(), self.qkv.outputs());
+        let keys = (all - queries) / 2;
+        let (rows, length) = (h.len() / width, cos.len() / head);
+        fits("h", h.len(), rows * width)?;
+        fits("cos", cos.len(), length * head)?;
+        fits("sin", sin.len(), length * head)?;
+        fits("q", q.len(), rows * queries)?;
+        if rows == 0 || length == 0 {
+            return fits("rows", rows, length);
+        }
+        fits("h", rows, rows / length * length)?;
+        fits("k", cache.k.len(), rows / length * cache.capacity * keys)?;
+        fits("v", cache.v.len(), cache.k.len())?;
+        if cache.first + length > cache.capacity {
+            let given = cache.first + length;
+            let allowed = format!("at most {} positions", cache.capacity);
+            return Err(Error::config("cache", given, allowed));
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let normed = first(&mut scratch.rows, h.len());
+            normed.copy_from_slice(h);
+            self.norm1.apply(normed);
+            let features = first(&mut scratch.features, rows * all);
+            self.qkv.apply(normed, features, After::Write, threads)?;
+            for (row, features) in features.chunks_exact_mut(all).enumerate() {
+                let (own_q, rest) = features.split_at_mut(queries);
+                let (own_k, own_v) = rest.split_at_mut(keys);
+                if let Some((q_norm, k_norm)) = &self.qk_norm {
+                    q_norm.apply(own_q);
+                    k_norm.apply(own_k);
+                }
+                let (batch, t) = (row / length, row % length);
+                let angle = t * head..(t + 1) * head;
+                rotate(own_q, &cos[angle.clone()], &sin[angle.clone()]);
+                rotate(own_k, &cos[angle.clone()], &sin[angle]);
+                q[row * queries..][..queries].copy_from_slice(own_q);
+                let at = (batch * cache.capacity + cache.first + t) * keys;
+                cache.k[at..][..keys].copy_from_slice(own_k);
+                cache.v[at..][..keys].copy_from_slice(own_v);
+            }
+            Ok(())
+        })
+    }
+
+    /// What follows attention: its projection, the norm and the MLP, each added to `h`.
+    ///
+    /// * `attended` [M, H·Dh], `h` [M, D].
+    ///
+    /// # Errors
+    /// Buffers of different numbers of rows.
+    pub fn finish(&self, attended: &[f32], h: &mut [f32], threads: usize) -> Result<()> {
+        self.out.apply(attended, h, After::Add, threads)?;
+        let rows = h.len() / self.out.outputs();
+        let (up, down) = (self.up.outputs(), self.down.inputs());
+        SCRATCH.with_borrow_mut(|scratch| {
+            let normed = first(&mut scratch.rows, h.len());
+            normed.copy_from_slice(h);
+            self.norm2.apply(normed);
+            let features = first(&mut scratch.features, rows * up);
+            let after = match self.activation {
+                Activation::Gelu => After::Gelu,
+                Activation::SquaredRelu => After::SquaredRelu,
+                Activation::SwiGlu => After::Write,
+            };
+            self.up.apply(normed, features, after, threads)?;
+            if self.activation != Activation::SwiGlu {
+                return self.down.apply(features, h, After::Add, threads);
+            }
+            let gated = first(&mut scratch.rows, rows * down);
+            for (both, gated) in features.chunks_exact(up).zip(gated.chunks_exact_mut(down)) {
+                gated.copy_from_slice(&both[..down]);
+                silu_times(gated, &both[down..]);
+            }
+            self.down.apply(gated, h, After::Add, threads)
+        })
+    }
+}
+
+fn fits(name: &'static str, given: usize, needed: usize) -> Result<()> {
+    if given == needed {
+        return Ok(());
+    }
+    Err(Error::config(name, given, format!("must be {needed} here")))
+}
+
+/// Sum of `f` over a row, in an order that depends on its width alone.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let mut parts = x.chunks_exact(LANES);
+    for part in &mut parts {
+        for i in 0..LANES {
+            lanes[i] += f(part[i]);
+        }
+    }
+    let rest: f32 = parts.remainder().iter().map(|&x| f(x)).sum();
+    lanes.iter().sum::<f32>() + rest
+}
+
+multiversion! {
+    fn normalise(rows: &mut [f32], weight: &[f32], bias: &[f32], centred: bool, eps: f32) {
+        let count = weight.len() as f32;
+        for row in rows.chunks_exact_mut(weight.len()) {
+            let mean = if centred { sum(row, |x| x) / count } else { 0.0 };
+            let variance = sum(row, |x| (x - mean) * (x - mean)) / count;
+            let scale = 1.0 / (variance + eps).sqrt();
+            for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
+                *x = (*x - mean) * scale * w + b;
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// The two halves of every head against each other.
+    fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let half = cos.len() / 2;
+        let (cos_low, cos_high) = cos.split_at(half);
+        let (sin_low, sin_high) = sin.split_at(half);
+        for head in heads.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (x, y) = (low[i], high[i]);
+                low[i] = x * cos_low[i] + y * sin_low[i];
+                high[i] = y * cos_high[i] + x * sin_high[i];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn norms_by_hand() {
+        let weight = [2.0, 1.0, 1.0];
+        let mut rows = vec![1.0, 2.0, 3.0, -4.0, 0.0, 4.0];
+        let norm = Norm::new(&weight, Some(&[0.5, 0.0, 0.0]), true, 0.0).unwrap();
+        norm.apply(&mut rows);
+        let unit = 1.5f32.sqrt(); // 1 over the deviation of -1, 0, 1
+        for (x, y) in rows
+            .iter()
+            .zip([0.5 - 2.0 * unit, 0.0, unit, 0.5 - 2.0 * unit, 0.0, unit])
+        {
+            assert!((x - y).abs() < 1e-6);
+        }
+        let mut row = vec![3.0, 0.0, -4.0];
+        Norm::new(&[1.0; 3], None, false, 0.0)
+            .unwrap()
+            .apply(&mut row);
+        let root = (25f32 / 3.0).sqrt();
+        assert!((row[0] - 3.0 / root).abs() < 1e-6 && (row[2] + 4.0 / root).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rotations_keep_the_length() {
+        let (c, s) = (0.6f32, 0.8f32);
+        let mut heads = vec![1.0, 2.0, 3.0, 4.0];
+        rotate(&mut heads, &[c; 2], &[-s, s]);
+        let wanted = [
+            c - 2.0 * s,
+            s + 2.0 * c,
+            3.0 * c - 4.0 * s,
+            3.0 * s + 4.0 * c,
+        ];
+        for (x, y) in heads.iter().zip(wanted) {
+            assert!((x - y).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn sizes_that_differ_are_named() {
+        let packed = |outputs: usize, inputs: usize| {
+            Arc::new(Packed::new(&vec![0.5; outputs * inputs], None, inputs, false).unwrap())
+        };
+        let norm = |width: usize| Norm::new(&vec![1.0; width], None, true, 1e-5).unwrap();
+        let block = |up: usize, head_width: usize| {
+            Block {
+                norm1: norm(4),
+                qkv: packed(12, 4),
+                qk_norm: None,
+                out: packed(4, 4),
+                norm2: norm(4),
+                up: packed(up, 4),
+                activation: Activation::Gelu,
+                down: packed(4, 8),
+                head_width,
+            }
+            .checked()
+        };
+        let text = |e: Result<Block>| e.err().unwrap().to_string();
+        assert!(text(block(16, 4)).contains("mlp = 16"));
+        assert!(text(block(8, 3)).contains("heads of 3"));
+        let block = block(8, 2).unwrap();
+        let (mut q, mut k, mut v) = (vec![0.0; 8], vec![0.0; 12], vec![0.0; 12]);
+        let mut run = |rows: usize, first: usize| {
+            let cache = Cache {
+                k: &mut k,
+                v: &mut v,
+                capacity: 3,
+                first,
+            };
+            let angles = vec![1.0; 4];
+            block.project(&vec![0.0; rows * 4], (&angles, &angles), &mut q, cache, 1)
+        };
+        assert!(run(2, 1).is_ok());
+        assert!(
+            run(2, 2)
+                .unwrap_err()
+                .to_string()
+                .contains("at most 3 positions")
+        );
+        assert!(run(1, 0).is_err());
+        assert!(block.finish(&[0.0; 4], &mut [0.0; 8], 1).is_err());
+        assert!(Norm::new(&[1.0; 2], Some(&[0.0]), true, 0.0).is_err());
+    }
+}
