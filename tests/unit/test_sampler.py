@@ -17,10 +17,12 @@ from bd3lm.systems import BlockDiffusion
 from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model
 
 
-def sampler(model=None, *, block_size=4, window=16, eos_id=VOCAB_SIZE + 5):
+def sampler(model=None, *, block_size=4, window=16, eos_id=VOCAB_SIZE + 5, replay=None):
     """No id is EOS unless a test asks for one."""
     system = BlockDiffusion(block_size, MASK_ID)
-    return Sampler(model or tiny_model(), system, window=window, bos_id=0, eos_id=eos_id)
+    return Sampler(
+        model or tiny_model(), system, window=window, bos_id=0, eos_id=eos_id, replay=replay
+    )
 
 
 def config(**changes):
@@ -124,9 +126,9 @@ def test_block_size_one_is_ancestral_sampling_of_the_chain():
     assert sample.ids == ids[1:]
 
 
-def uncached_sample(model, length, block_size, window, *, seed=1, row=0):
+def uncached_sample(model, length, block_size, window, *, prompt=(), seed=1, row=0):
     """First hitting with everything recomputed at every step, in the plainest words."""
-    ids = [0]
+    ids = [0, *prompt]
     while len(ids) < length:
         start = len(ids) // block_size * block_size
         block = ids[start:] + [MASK_ID] * (start + block_size - len(ids))
@@ -156,6 +158,73 @@ def test_cached_sampling_equals_uncached_sampling(changes, block_size):
     samples = s.generate(config(length=37), [[], []], first=3)
     for row, sample in enumerate(samples, 3):
         assert sample.ids == uncached_sample(model, 37, block_size, 16, row=row)
+
+
+@pytest.mark.parametrize("length", [5, 13, 18, 31], ids="{} tokens of prompt".format)
+def test_a_prompt_of_any_length(length):
+    """Also longer than the window, and ending inside a block, whose given tokens stay."""
+    model = tiny_model()
+    prompt = torch.arange(length).mul(7).remainder(MASK_ID).tolist()
+    sample = sampler(model).generate(config(length=40), [prompt], first=2)[0]
+    assert sample.ids == uncached_sample(model, 40, 4, 16, prompt=prompt, row=2)
+    assert sample.ids[:length] == prompt
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("holes", [[6], [5, 7]], ids=str)
+def test_a_block_begun_by_the_prompt_is_scored_as_the_likelihood_scores_it(holes):
+    """The same model call as the bounds use: noised and clean streams side by side."""
+    model, x0 = tiny_model(), torch.tensor([[0, 5, 3, 9, 2, 7, 4, 6]])
+    prompt = [None if i in holes else t for i, t in enumerate(x0[0].tolist())][1:]
+    sample = sampler(model, window=8).generate(config(length=8), [prompt], first=4)[0]
+    filled = torch.tensor([[0, *sample.ids]])
+    xt = torch.where(torch.isin(torch.arange(8), torch.tensor(holes)), MASK_ID, filled)
+    levels = block_uniforms(1, 4, 1, 4)[:, 0]
+    wanted = 0.0
+    for spot in sorted(holes, key=lambda i: -levels[i - 4]):
+        features = model.denoise(xt, filled, 4, torch.tensor([spot]))
+        logits = model.logits(features)[0].double()
+        logits[MASK_ID] = -torch.inf
+        wanted += torch.log_softmax(logits, 0)[filled[0, spot]].item()
+        xt[0, spot] = filled[0, spot]
+    assert sample.log_prob == pytest.approx(wanted, abs=1e-5)
+
+
+def test_long_rows_take_the_memory_of_one_window(monkeypatch):
+    monkeypatch.setattr("bd3lm.sample.sampler.is_degenerate", lambda ids: False)  # few ids
+    s, held = sampler(window=64, block_size=16), set()
+    fill = s._fill_block
+
+    def measured(batch, cfg):
+        held.add(sum(x.untyped_storage().nbytes() for x in (*batch.cache.k, *batch.cache.v)))
+        return fill(batch, cfg)
+
+    s._fill_block = measured
+    sample = s.generate(config(length=16_384, tokens_per_forward=16), [[]])[0]
+    assert (len(sample.ids), sample.stop) == (16_383, "length")
+    assert held == {64 * 16 * 2 * 2 * 4}  # positions, width, layers, keys and values, bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({}, {}),
+        ({}, {"tokens_per_forward": 2}),
+        ({}, {"steps": 3}),
+        ({}, {"threshold": 0.3}),
+        ({"cond_width": 8, "time_conditioning": True}, {}),
+    ],
+    ids=str,
+)
+def test_replayed_forwards_draw_the_same_rows(changes, way):
+    """Rows that end early, prompts inside blocks, and windows left behind."""
+    model, cfg = tiny_model(**changes), config(length=37, **way)
+    prompts = [[3, None, 4], [], [5, 6, 7, 8, 9], [1]]
+    eos = sampler(model).generate(cfg, prompts)[1].ids[12]
+    plain = sampler(model, eos_id=eos).generate(cfg, prompts)
+    found = sampler(model, eos_id=eos, replay=True).generate(cfg, prompts)
+    assert [(x.ids, x.stop, x.nfe) for x in found] == [(x.ids, x.stop, x.nfe) for x in plain]
+    assert plain[1].stop == "eos"
 
 
 def test_eos_ends_a_row_and_only_that_row():

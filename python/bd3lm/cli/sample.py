@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
@@ -20,7 +18,7 @@ from bd3lm.cli.common import run
 from bd3lm.cli.live import show
 from bd3lm.config import AttentionName, SampleConfig, check
 from bd3lm.sample import Sampler
-from bd3lm.train.device import autocast, check_attention, compute_dtype, resolve_device
+from bd3lm.train.device import check_attention, inference, resolve_device
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,10 @@ def sample(args: SampleArgs) -> None:
     how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
     check_attention(how, device)
     loaded.model.use_attention(args.attention)
-    on_cpu = device.type == "cpu"
-    matrices = compute_dtype(how, device) if on_cpu else torch.float32
+    matrices, arithmetic = inference(how, device)
     sampler = Sampler.from_checkpoint(loaded, args.block_size, matrices)
     length = sampler.length(cfg)
     prompt = tokenizer.encode(args.prompt)
-    arithmetic = nullcontext() if on_cpu else autocast(how, device)
     if args.live:
         with arithmetic:
             show(sampler, cfg, prompt, tokenizer, console)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
-from bd3lm.model import KVCache, Transformer, for_inference
+from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
 from bd3lm.sample.draw import discourage, draw
 from bd3lm.sample.plan import block_uniforms, plan_block
+from bd3lm.sample.rows import RowState, Running
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
 from bd3lm.systems import System, sigma_of
 
@@ -83,16 +84,26 @@ class Sampler:
         window: L, positions the model was trained on.
         bos_id: stands at position 0.
         eos_id: ends a row when it is drawn.
+        replay: run forwards of fixed shapes, which CUDA records once and replays
+            (:class:`bd3lm.model.DecodeStep`); None: on CUDA.
     """
 
     def __init__(
-        self, model: Transformer, system: System, *, window: int, bos_id: int, eos_id: int
+        self,
+        model: Transformer,
+        system: System,
+        *,
+        window: int,
+        bos_id: int,
+        eos_id: int,
+        replay: bool | None = None,
     ) -> None:
         size = system.block_size
         check(window % size == 0, "block-size", size, f"a divisor of the trained length {window}")
         self.model, self.system, self.block_size, self.window = model, system, size, window
         self.mask_id, self.bos_id, self.eos_id = system.mask_id, bos_id, eos_id
         self.device = next(model.parameters()).device
+        self.replay = self.device.type == "cuda" if replay is None else replay
 
     @classmethod
     def from_checkpoint(
@@ -177,7 +188,8 @@ class Sampler:
                 log_prob = float(batch.log_prob[place])
                 paper = row.nfe - row.fills
                 samples[row.number] = Sample(ids, stop, row.nfe, paper, log_prob, seconds)
-            batch.drop(ended)
+            if batch.drop(ended):
+                batch.step = self._step(batch.cache)
             yield Progress(start, blocks, True, samples)
 
     def length(self, cfg: SampleConfig) -> int:
@@ -186,7 +198,7 @@ class Sampler:
 
     # --- rows -------------------------------------------------------------------------------
 
-    def _start(self, cfg: SampleConfig, prompts: Sequence[Prompt], first: int) -> _Rows:
+    def _start(self, cfg: SampleConfig, prompts: Sequence[Prompt], first: int) -> Running:
         """Lay out prompts and masks; blocks that every prompt covers are encoded at once."""
         size = self.block_size
         length = -(-self.length(cfg) // size) * size
@@ -198,12 +210,13 @@ class Sampler:
         masked = (tokens == self.mask_id).numpy()
         start = int(masked.argmax(axis=1).min()) // size * size  # every row has a hole
         cache = KVCache(self.model.cfg, len(prompts), self.window, self.device)
-        batch = _Rows(
+        batch = Running(
             tokens=tokens.to(self.device),
             masked=masked,
             log_prob=torch.zeros(len(prompts), dtype=torch.float64, device=self.device),
-            rows=[_Row(first + index) for index in range(len(prompts))],
+            rows=[RowState(first + index) for index in range(len(prompts))],
             cache=cache,
+            step=self._step(cache),
             base=self._base(start),
             committed=0,
             start=start,
@@ -211,6 +224,12 @@ class Sampler:
         if start > 0:
             self._encode_context(batch)
         return batch
+
+    def _step(self, cache: KVCache) -> DecodeStep | None:
+        if not self.replay:
+            return None
+        scores = partial(self.system.logits, self.model)
+        return DecodeStep(self.model, cache, self.block_size, scores)
 
     def _base(self, start: int) -> int:
         """First position of the window that the block at ``start`` is drawn in."""
@@ -220,7 +239,7 @@ class Sampler:
         shift = max(self.window // 2 // self.block_size, 1) * self.block_size
         return -(-beyond // shift) * shift
 
-    def _encode_context(self, batch: _Rows) -> None:
+    def _encode_context(self, batch: Running) -> None:
         """Fill the cache with the clean tokens before the current block, in one forward.
 
         A system that predicts a token from the one before keeps that one for the next forward.
@@ -244,7 +263,7 @@ class Sampler:
 
     # --- one block --------------------------------------------------------------------------
 
-    def _fill_block(self, batch: _Rows, cfg: SampleConfig) -> Iterator[None]:
+    def _fill_block(self, batch: Running, cfg: SampleConfig) -> Iterator[None]:
         """Fill the masked positions of the current block; yields after each forward."""
         size, start = self.block_size, batch.start
         if self._base(start) != batch.base:
@@ -261,23 +280,24 @@ class Sampler:
         batch.masked[:, start : start + size] = False
 
     def _planned(
-        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+        self, batch: Running, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
     ) -> Iterator[None]:
         """First hitting, or ancestral sampling on a grid.
 
         The host knows every forward beforehand, and nothing is read back inside the block.
         """
         grid = None if cfg.steps is None else self.system.level_grid(cfg.steps)
+        one_each = grid is None and cfg.tokens_per_forward == 1
         for forward in plan_block(uniform[..., 0], masked, cfg, grid):
             chosen = forward.rows, forward.spots
             rows, spots, numbers = self._send(*chosen, uniform[(*chosen, 1)])
-            logits = self._logits(batch, rows, spots, forward.level)
+            logits = self._logits(batch, rows, spots, forward.level, one_each)
             self._reveal(batch, cfg, logits, rows, spots, numbers)
             batch.took_part(forward.rows)
             yield
 
     def _adaptive(
-        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+        self, batch: Running, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
     ) -> Iterator[None]:
         """Parallel decoding: first hitting's position, and others of which the model is sure.
 
@@ -320,7 +340,7 @@ class Sampler:
         return sure
 
     def _analytic(
-        self, batch: _Rows, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
+        self, batch: Running, cfg: SampleConfig, masked: np.ndarray, uniform: np.ndarray
     ) -> Iterator[None]:
         """Analytic (Tweedie) steps of a system whose scores need not sum to one (MATH §5).
 
@@ -350,8 +370,18 @@ class Sampler:
             left[rows[now], spots[now]] = False
             yield
 
-    def _logits(self, batch: _Rows, rows: Tensor, spots: Tensor, level: np.ndarray) -> Tensor:
-        """Logits [M, V] of positions of the current block; commits the blocks before it."""
+    def _logits(
+        self, batch: Running, rows: Tensor, spots: Tensor, level: np.ndarray, one_each: bool = False
+    ) -> Tensor:
+        """Logits [M, V] of positions of the current block; commits the blocks before it.
+
+        Args:
+            batch: the rows.
+            rows: places in the batch [M].
+            spots: positions in the block [M].
+            level: noise level of each row [B].
+            one_each: no row is asked about more than one position.
+        """
         start, stop = batch.start, batch.start + self.block_size
         waiting = start - batch.committed
         back = self.system.looks_back
@@ -360,16 +390,28 @@ class Sampler:
             ids = ids.clone()
             ids[:, 0] = self.bos_id
         sigma = self._sigma(level, waiting) if self.model.cfg.time_conditioning else None
-        features = self.model.encode(
-            ids,
-            self.block_size,
-            select=rows * ids.shape[1] + waiting + spots - back,
-            cache=batch.cache,
-            commit=waiting,
-            sigma=sigma,
-        )
         batch.committed = start
-        return self.system.logits(self.model, features)
+        length, first = ids.shape[1], waiting - back
+        if batch.step is None:
+            features = self.model.encode(
+                ids,
+                self.block_size,
+                select=rows * length + first + spots,
+                cache=batch.cache,
+                commit=waiting,
+                sigma=sigma,
+            )
+            return self.system.logits(self.model, features)
+        # What is recorded asks about as many positions every time, whatever is still masked.
+        place = torch.arange(len(batch.rows), device=self.device)
+        if one_each:
+            asked = torch.zeros_like(place).index_copy(0, rows, spots)
+            select, answers = place * length + first + asked, rows
+        else:
+            every = torch.arange(self.block_size, device=self.device)
+            select = (place[:, None] * length + first + every).flatten()
+            answers = rows * self.block_size + spots
+        return batch.step(ids, select, commit=waiting, sigma=sigma)[answers]
 
     def _send(self, *arrays: np.ndarray) -> list[Tensor]:
         """Arrays of the host as tensors of the device, without waiting for the copies."""
@@ -383,7 +425,7 @@ class Sampler:
 
     def _reveal(
         self,
-        batch: _Rows,
+        batch: Running,
         cfg: SampleConfig,
         logits: Tensor,
         rows: Tensor,
@@ -401,11 +443,11 @@ class Sampler:
 
     # --- ends -------------------------------------------------------------------------------
 
-    def _blocks(self, batch: _Rows) -> dict[int, list[int]]:
+    def _blocks(self, batch: Running) -> dict[int, list[int]]:
         tokens = batch.tokens[:, batch.start : batch.start + self.block_size].tolist()
         return {row.number: ids for row, ids in zip(batch.rows, tokens, strict=True)}
 
-    def _ended(self, batch: _Rows, cfg: SampleConfig) -> dict[int, tuple[str, list[int]]]:
+    def _ended(self, batch: Running, cfg: SampleConfig) -> dict[int, tuple[str, list[int]]]:
         """Rows that end with the block just filled: place -> (reason, ids after BOS)."""
         ended: dict[int, tuple[str, list[int]]] = {}
         size, upto = self.block_size, min(batch.start, self.length(cfg))
@@ -417,8 +459,10 @@ class Sampler:
             if closes[place].any():
                 end = batch.start - size + int(closes[place].argmax())
                 ended[place] = ("eos", batch.ids(place, end))
-            elif row.drawn >= DEGENERATE_WINDOW and is_degenerate(ids := batch.ids(place, upto)):
-                ended[place] = ("degenerate", ids[:-DEGENERATE_WINDOW])
+            elif row.drawn >= DEGENERATE_WINDOW and is_degenerate(
+                batch.tokens[place, upto - DEGENERATE_WINDOW : upto].tolist()
+            ):
+                ended[place] = ("degenerate", batch.ids(place, upto - DEGENERATE_WINDOW))
             elif upto == self.length(cfg):
                 ended[place] = ("length", batch.ids(place, upto))
         return ended
@@ -456,54 +500,3 @@ class Sampler:
 
 LOWEST = 1e-5
 """Level at which the analytic sampler stops, and its last forward begins."""
-
-
-@dataclass
-class _Row:
-    """What one row knows about itself."""
-
-    number: int
-    """Names its randomness, whatever the batch."""
-    nfe: int = 0
-    fills: int = 0
-    drawn: int = 0
-
-
-@dataclass
-class _Rows:
-    """The rows still running, in lockstep by blocks."""
-
-    tokens: Tensor
-    masked: NDArray[np.bool_]
-    """Positions that have no token yet, bool [B, length]; the host knows them."""
-    log_prob: Tensor
-    rows: list[_Row]
-    cache: KVCache
-    base: int
-    """Position of ``tokens`` that the first cached one stands for."""
-    committed: int
-    """Positions of ``tokens`` whose keys and values are cached."""
-    start: int
-    """First position of the current block."""
-
-    def __post_init__(self) -> None:
-        self.given = ~self.masked
-
-    def took_part(self, places: np.ndarray) -> None:
-        """Count a forward for each of these rows, once."""
-        for place in np.unique(places):
-            self.rows[place].nfe += 1
-
-    def ids(self, place: int, end: int) -> list[int]:
-        """Tokens of a row after BOS."""
-        return self.tokens[place, 1:end].tolist()
-
-    def drop(self, ended: Container[int]) -> None:
-        keep = [place for place in range(len(self.rows)) if place not in ended]
-        if len(keep) < len(self.rows):
-            self.rows = [self.rows[place] for place in keep]
-            self.masked, self.given = self.masked[keep], self.given[keep]
-            alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
-            self.tokens = self.tokens.index_select(0, alive)
-            self.log_prob = self.log_prob.index_select(0, alive)
-            self.cache.keep(alive)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -78,3 +78,17 @@ def autocast(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[o
     """The autocast of a run: bf16, or nothing for fp32."""
     bf16 = compute_dtype(cfg, device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def inference(
+    cfg: TrainConfig, device: torch.device
+) -> tuple[torch.dtype, AbstractContextManager[object]]:
+    """How to run a model that is not trained any more, in the precision that ``cfg`` names.
+
+    Returns:
+        What a CPU keeps matrices in (see :func:`bd3lm.model.for_inference`), and the autocast
+        that does the same elsewhere.
+    """
+    if device.type == "cpu":
+        return compute_dtype(cfg, device), nullcontext()
+    return torch.float32, autocast(cfg, device)

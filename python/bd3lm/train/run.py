@@ -18,9 +18,10 @@ from bd3lm.errors import CheckpointError, ConfigError, ExistsError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
+from bd3lm.model import for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.train.device import check_attention, resolve_device
+from bd3lm.train.device import check_attention, inference, resolve_device
 from bd3lm.train.profile import StepProfiler
 from bd3lm.train.trainer import Reporter, Trainer
 
@@ -154,14 +155,15 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
 def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, float]]:
     """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
-    sampler = Sampler(
-        trainer.model.eval(),
-        trainer.system,
-        window=cfg.seq_len,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-    )
-    with trainer.ema.applied():
+    matrices, arithmetic = inference(cfg, trainer.device)
+    with trainer.ema.applied(), arithmetic:
+        sampler = Sampler(
+            for_inference(trainer.model, matrices),
+            trainer.system,
+            window=cfg.seq_len,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
         samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
