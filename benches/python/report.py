@@ -156,11 +156,30 @@ def sampling(results: dict[str, Any]) -> str:
     return table("what | speed | forwards | of the original (least–most) | floor", rows)
 
 
+def parallel_decoding(results: dict[str, Any]) -> str:
+    """Forwards, perplexity and entropy of every way."""
+    rows = [
+        [
+            r["way"] if r["value"] is None else f"{r['way']} {r['value']:g}",
+            f"{r['forwards']:.2f}",
+            f"{r['gen_ppl']:.0f}",
+            f"{r['entropy']:.2f}",
+        ]
+        for r in results["found"]
+    ]
+    note = (
+        f"{results['num']} rows of {results['length']} tokens, S = {results['block_size']}, "
+        f"top-p 1, judged by {results['evaluator']}."
+    )
+    return note + "\n\n" + table("way | forwards a token | Gen. PPL | entropy, nats", rows)
+
+
 SECTIONS: dict[str, Section] = {
     "training-step": Section("training_step.json", training_step),
     "attention": Section("cpu_attention.json", attention),
     "growth": Section("growth.json", growth),
     "sampling": Section("sampling.json", sampling),
+    "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
 
 

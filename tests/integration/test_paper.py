@@ -278,7 +278,8 @@ def test_names_that_do_not_exist(tmp_path, capsys):
         chosen(["table99"])
     absent = str(tmp_path / "page.md")
     wrongs = (["--scale", "huge"], ["--corpus", "moon", "x"], ["--tokenizer", "wikitext", "gpt2"])
-    for wrong in (*wrongs, ["--page", absent]):
+    first = ["--corpus", "moon", "x", "--corpus", "owt", "y"]  # the second does not replace it
+    for wrong in (*wrongs, first, ["--page", absent]):
         with pytest.raises(SystemExit) as stop:
             paper.main(["table1", "--out", str(tmp_path / "o"), *wrong])
         assert stop.value.code == 2

@@ -53,4 +53,4 @@ class ScoreEntropy(BlockDiffusion):
         ``e^{raw_y} / (V-1) · (p-p')/p``: the ancestral step of a subs model times this mass.
         """
         others = math.log(logits.shape[-1] - 1)
-        return torch.logsumexp(logits.double() - others, dim=-1).exp()
+        return (torch.logsumexp(logits, dim=-1).double() - others).exp()
