@@ -66,7 +66,7 @@ def test_it_equals_encode(changes: dict[str, object]) -> None:
             assert mine.length == theirs.length
     end = mine.length + BLOCK
     for a, b in zip((*mine.k, *mine.v), (*theirs.k, *theirs.v), strict=True):
-        torch.testing.assert_close(a[:, :end], b[:, :end], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a[:, :, :end], b[:, :, :end], rtol=1e-5, atol=1e-5)
 
 
 def test_a_replay_would_read_and_write_the_same_addresses() -> None:

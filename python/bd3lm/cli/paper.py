@@ -36,12 +36,14 @@ class PaperArgs:
     seeds: int | None = None
     """Seeds of every table. None: as many as the scale has, more where rows compete closely."""
     corpus: tyro.conf.UseAppendAction[dict[str, str]] = field(default_factory=dict)
-    """Text of a role, may be given for several: lm1b and owt to train on, zero_lm1b, lambada and wikitext to score; what
-    --data of bd3lm-train takes. What is missing: at full scale the paper's data sets from the
-    hub, else the English text shipped to train on and nothing to score."""
+    """Text of a role, may be given for several: lm1b and owt to train on, zero_lm1b, lambada and
+    wikitext to score; what --data of bd3lm-train takes. What is missing: at full scale the
+    paper's data sets from the hub, else the English text shipped to train on and nothing to
+    score."""
     tokenizer: tyro.conf.UseAppendAction[dict[str, str]] = field(default_factory=dict)
-    """Tokenizer of a role, may be given for several: of lm1b, and of owt with all that is scored: default, a file, a folder or a hub
-    name. What is missing: at full scale bert-base-uncased and gpt2, else the default."""
+    """Tokenizer of a role, may be given for several: of lm1b, and of owt with all that is scored:
+    default, a file, a folder or a hub name. What is missing: at full scale bert-base-uncased and
+    gpt2, else the default."""
     evaluator: str | None = None
     """Causal language model that judges samples (table 7, speed): what bd3lm-judge takes. None:
     gpt2-large at full scale, else none and no Gen. PPL."""

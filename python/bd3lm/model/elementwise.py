@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm import _core
+from bd3lm.model.threads import kernel_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -56,7 +57,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        _core.gelu(_flat(x), _flat(out), torch.get_num_threads())
+        _core.gelu(_flat(x), _flat(out), kernel_threads())
         ctx.save_for_backward(x)
         return out
 
@@ -64,7 +65,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         d_out, d_x = upstream[0].contiguous(), torch.empty_like(x)
-        _core.gelu_backward(_flat(x), _flat(d_out), _flat(d_x), torch.get_num_threads())
+        _core.gelu_backward(_flat(x), _flat(d_out), _flat(d_x), kernel_threads())
         return d_x
 
 
@@ -75,7 +76,7 @@ class _DropoutAdd(torch.autograd.Function):
         out = torch.empty_like(h)
         ctx.seed = int(torch.randint(1 << 62, ()))
         ctx.p, ctx.dtype = p, x.dtype
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         _core.dropout_add(_flat(h), _flat(x), ctx.seed, p, _flat(out), threads)
         return out
 
@@ -83,6 +84,6 @@ class _DropoutAdd(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         d_out = upstream[0].contiguous()
         d_x = torch.empty_like(d_out, dtype=ctx.dtype)
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         _core.dropout_add_backward(_flat(d_out), ctx.seed, ctx.p, _flat(d_x), threads)
         return d_out, d_x, None

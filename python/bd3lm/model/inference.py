@@ -21,6 +21,7 @@ from bd3lm import _core
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.layers import CacheAt, KVCache, Norm
+from bd3lm.model.threads import kernel_threads
 from bd3lm.model.transformer import Block, Transformer
 
 
@@ -69,7 +70,7 @@ class PackedLinear(nn.Module):
         """[..., K] to float32 [..., N]."""
         out = torch.empty(*x.shape[:-1], self.outputs)
         rows = x.float().reshape(-1).numpy()
-        self.packed.apply(rows, out.view(-1).numpy(), torch.get_num_threads())
+        self.packed.apply(rows, out.view(-1).numpy(), kernel_threads())
         return out
 
 
@@ -124,7 +125,7 @@ class PackedBlock(nn.Module):
                 past=past,
             )
         batch, length, _ = h.shape
-        cfg, threads = self.block.cfg, torch.get_num_threads()
+        cfg, threads = self.block.cfg, kernel_threads()
         q = torch.empty(batch, length, cfg.heads, cfg.head_width)
         k, v = cache.k[layer], cache.v[layer]
         cos, sin = rope
@@ -135,7 +136,7 @@ class PackedBlock(nn.Module):
             _flat(q),
             _flat(k),
             _flat(v),
-            capacity=k.shape[1],
+            capacity=cache.capacity,
             first=cache.length,
             threads=threads,
         )

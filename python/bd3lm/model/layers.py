@@ -159,6 +159,7 @@ class KVCache:
 
     Attributes:
         length: positions that are filled.
+        capacity: positions that there is room for.
         k: one tensor a layer, [B, Hkv, capacity, Dh].
         v: as ``k``.
     """
@@ -174,8 +175,9 @@ class KVCache:
         if dtype is None:
             cast = device.type == "cuda" and torch.is_autocast_enabled("cuda")
             dtype = torch.get_autocast_dtype("cuda") if cast else torch.float32
-        # Stored [B, capacity, Hkv, Dh] so that a write is contiguous; read as heads first.
-        shape = (batch, capacity, cfg.num_kv_heads, cfg.head_width)
+        # A head's keys are neighbours: decoding reads all of them for every token that it writes.
+        shape = (batch, cfg.num_kv_heads, capacity, cfg.head_width)
+        self.capacity = capacity
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.length = 0
@@ -183,15 +185,12 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put [B, T, Hkv, Dh] after the filled positions of one layer (length moves later)."""
         end = self.length + k.shape[1]
-        self.k[layer][:, self.length : end] = k
-        self.v[layer][:, self.length : end] = v
+        self.k[layer][:, :, self.length : end] = k.transpose(1, 2)
+        self.v[layer][:, :, self.length : end] = v.transpose(1, 2)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` positions of one layer, [B, Hkv, length, Dh]."""
-        return (
-            self.k[layer][:, :length].transpose(1, 2),
-            self.v[layer][:, :length].transpose(1, 2),
-        )
+        return self.k[layer][:, :, :length], self.v[layer][:, :, :length]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the given rows of the batch, in that order."""
@@ -215,8 +214,8 @@ class CacheAt:
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put [B, T, Hkv, Dh] at the positions of one layer."""
         for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
-            kept.index_copy_(1, self.position, new.to(kept.dtype))
+            kept.index_copy_(2, self.position, new.transpose(1, 2).to(kept.dtype))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """All positions of one layer, [B, Hkv, capacity, Dh], also those not filled."""
-        return self.cache.read(layer, self.cache.k[layer].shape[1])
+        return self.cache.read(layer, self.cache.capacity)

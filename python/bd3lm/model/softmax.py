@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
+from bd3lm.model.threads import kernel_threads
 
 
 def cross_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
@@ -37,7 +38,7 @@ def _on_cpu(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int)
         None if weight is None else weight.contiguous().numpy(),
         mask_id,
         nll.numpy(),
-        torch.get_num_threads(),
+        kernel_threads(),
     )
     return nll
 

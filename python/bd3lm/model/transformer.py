@@ -328,7 +328,7 @@ class Transformer(nn.Module):
         position = start + torch.arange(length, device=ids.device)
         last = ((position // block_size + 1) * block_size).minimum(start + length)
         mask = CachedMask(last.int()[None])
-        table = self.rotary.table(cache.k[0].shape[1], ids.device)
+        table = self.rotary.table(cache.capacity, ids.device)
         rope = (table[0][position], table[1][position])
         cond = self.condition(sigma, block_size, noised=False)
         here = CacheAt(cache, position)

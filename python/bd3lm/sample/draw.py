@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bd3lm import _core
 from bd3lm.config import SampleConfig
+from bd3lm.model.threads import kernel_threads
 
 
 def draw(
@@ -51,7 +52,7 @@ def _draw_on_cpu(
         top_k=cfg.top_k,
         top_p=cfg.top_p,
         forbidden=cfg.forbidden,
-        threads=torch.get_num_threads(),
+        threads=kernel_threads(),
     )
     return token, log_p
 

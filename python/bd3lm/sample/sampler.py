@@ -14,6 +14,7 @@ from torch import Tensor
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
+from bd3lm.model.threads import only_kernels_in_parallel
 from bd3lm.sample.draw import discourage, draw
 from bd3lm.sample.plan import block_uniforms, plan_block
 from bd3lm.sample.rows import RowState, Running
@@ -393,15 +394,16 @@ class Sampler:
         batch.committed = start
         length, first = ids.shape[1], waiting - back
         if batch.step is None:
-            features = self.model.encode(
-                ids,
-                self.block_size,
-                select=rows * length + first + spots,
-                cache=batch.cache,
-                commit=waiting,
-                sigma=sigma,
-            )
-            return self.system.logits(self.model, features)
+            with only_kernels_in_parallel():
+                features = self.model.encode(
+                    ids,
+                    self.block_size,
+                    select=rows * length + first + spots,
+                    cache=batch.cache,
+                    commit=waiting,
+                    sigma=sigma,
+                )
+                return self.system.logits(self.model, features)
         # What is recorded asks about as many positions every time, whatever is still masked.
         place = torch.arange(len(batch.rows), device=self.device)
         if one_each:

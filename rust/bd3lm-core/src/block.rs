@@ -77,7 +77,7 @@ pub struct Block {
     pub head_width: usize,
 }
 
-/// Keys and values of B rows, each [B, capacity, Hkv·Dh], and where the next ones go.
+/// Keys and values of B rows, each [B, Hkv, capacity, Dh], and where the next ones go.
 pub struct Cache<'a> {
     /// Rotated keys.
     pub k: &'a mut [f32],
@@ -198,9 +198,11 @@ impl Block {
                 rotate(own_q, &cos[angle.clone()], &sin[angle.clone()]);
                 rotate(own_k, &cos[angle.clone()], &sin[angle]);
                 q[row * queries..][..queries].copy_from_slice(own_q);
-                let at = (batch * cache.capacity + cache.first + t) * keys;
-                cache.k[at..][..keys].copy_from_slice(own_k);
-                cache.v[at..][..keys].copy_from_slice(own_v);
+                for (h, (k, v)) in own_k.chunks(head).zip(own_v.chunks(head)).enumerate() {
+                    let line = (batch * keys / head + h) * cache.capacity + cache.first + t;
+                    cache.k[line * head..][..head].copy_from_slice(k);
+                    cache.v[line * head..][..head].copy_from_slice(v);
+                }
             }
             Ok(())
         })

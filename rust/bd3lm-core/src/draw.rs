@@ -1,6 +1,6 @@
 //! Tokens from rows of logits: temperature, the k most probable, the nucleus, one uniform number
-//! each (MATH §8). A nucleus may hold most of a vocabulary, so nothing is sorted but the one bin
-//! of probabilities in which it ends.
+//! each (MATH §8). A nucleus may hold most of a vocabulary, so nothing is sorted: where it ends is
+//! found by counting.
 
 use crate::attention::pool;
 use crate::error::{Error, Result};
@@ -24,11 +24,6 @@ pub struct Shaping<'a> {
 const LANES: usize = 16;
 /// Tokens whose mass is summed together, so that a draw looks at few of them one by one.
 const CHUNK: usize = 256;
-/// Probabilities of one bin share their exponent and three bits of the mantissa.
-const BIN_SHIFT: u32 = 20;
-/// e^(x - max) is at most 1, the last bin.
-const BINS: usize = (1.0f32.to_bits() >> BIN_SHIFT) as usize + 1;
-
 /// Draws a token for every row of `shaped`, and says how probable `logits` find it.
 ///
 /// Tokens of equal probability count in the order of their ids. The draw inverts the cumulative
@@ -222,16 +217,17 @@ struct Cut {
 /// Sets every mass outside the `top_k` most probable tokens, and of those outside the nucleus, to
 /// zero. The token with which the nucleus reaches `top_p` is kept.
 fn keep_most_probable(mass: &mut [f32], top_k: Option<usize>, top_p: f64) {
-    let mut bins = Bins::new(mass);
-    let cut = if top_p < 1.0 {
-        let all = match top_k {
-            Some(k) => bins.cut(mass, k, f64::INFINITY).kept,
-            None => bins.mass.iter().sum(),
-        };
-        bins.cut(mass, top_k.unwrap_or(usize::MAX), top_p * all)
-    } else {
-        bins.cut(mass, top_k.unwrap_or(usize::MAX), f64::INFINITY)
+    let most = top_k.unwrap_or(usize::MAX);
+    let goal = match top_k {
+        _ if top_p >= 1.0 => f64::INFINITY,
+        Some(_) => top_p * cut(mass, most, f64::INFINITY).kept,
+        None => {
+            let mut sums = vec![0f64; mass.len().div_ceil(CHUNK)];
+            sum_chunks(mass, &mut sums);
+            top_p * sums.iter().sum::<f64>()
+        }
     };
+    let cut = cut(mass, most, goal);
     let mut equal = 0;
     clear_below(mass, cut.bits, &mut equal);
     if equal > cut.equal {
@@ -253,66 +249,97 @@ multiversion! {
     }
 }
 
-/// How much mass lies in which range of masses. Bits of positive floats are ordered as they are.
-struct Bins {
-    mass: [f64; BINS],
-    count: [usize; BINS],
-    members: Vec<u32>,
+/// How many tokens have the same ten bits of their mass, and the sum of their masses.
+#[derive(Clone, Copy, Default)]
+struct Bin {
+    mass: f64,
+    count: usize,
 }
 
-impl Bins {
-    fn new(mass: &[f32]) -> Self {
-        let mut bins = Self {
-            mass: [0.0; BINS],
-            count: [0; BINS],
-            members: Vec::new(),
-        };
-        for &m in mass {
-            let bin = (m.to_bits() >> BIN_SHIFT) as usize;
-            bins.mass[bin] += f64::from(m);
-            bins.count[bin] += 1;
-        }
-        bins
-    }
+/// Bins of ten bits; the bits of masses up to 1 are ordered as they are, and fill three levels.
+const BINS: usize = 1 << 10;
 
-    /// Tokens in falling order of mass, up to `most` of them and while the mass of those before
-    /// is below `goal`.
-    fn cut(&mut self, mass: &[f32], most: usize, goal: f64) -> Cut {
-        let (mut before, mut taken) = (0.0, 0);
-        for bin in (0..BINS).rev() {
-            let ends = before + self.mass[bin] >= goal || taken + self.count[bin] >= most;
-            if !ends || self.count[bin] == 0 {
-                before += self.mass[bin];
-                taken += self.count[bin];
-                continue;
+/// Tokens in falling order of mass, up to `most` of them and while the mass of those before is
+/// below `goal`: bin by bin, then within the one in which they end, and again.
+fn cut(mass: &[f32], most: usize, goal: f64) -> Cut {
+    let mut cut = Cut {
+        bits: 0,
+        equal: 0,
+        kept: 0.0,
+    };
+    let (mut taken, mut members) = (0, Vec::new());
+    for shift in [20, 10, 0] {
+        let values = if shift == 20 { mass } else { &members };
+        let bins = histogram(values, shift);
+        let (mut last, mut before) = (0, (cut.kept, taken));
+        for (at, bin) in bins
+            .iter()
+            .enumerate()
+            .rev()
+            .filter(|(_, bin)| bin.count > 0)
+        {
+            (last, before) = (at, (cut.kept, taken));
+            cut.kept += bin.mass;
+            taken += bin.count;
+            if cut.kept >= goal || taken >= most {
+                break;
             }
-            self.members.clear();
-            let bits = mass.iter().map(|m| m.to_bits());
-            self.members
-                .extend(bits.filter(|b| (b >> BIN_SHIFT) as usize == bin));
-            self.members.sort_unstable_by(|a, b| b.cmp(a));
-            let mut cut = Cut {
-                bits: self.members[0],
-                equal: 0,
-                kept: before,
-            };
-            for &bits in &self.members {
-                if cut.kept >= goal || taken == most {
-                    break;
-                }
-                cut.equal = if bits == cut.bits { cut.equal + 1 } else { 1 };
-                cut.bits = bits;
-                cut.kept += f64::from(f32::from_bits(bits));
+        }
+        // Or the last that has any, should rounding have it that none ends.
+        (cut.kept, taken) = before;
+        cut.bits |= (last as u32) << shift;
+        if shift > 0 {
+            members = filter(values, shift, last);
+        } else {
+            let m = f64::from(f32::from_bits(cut.bits));
+            while cut.equal < bins[last].count && cut.kept < goal && taken < most {
+                cut.kept += m;
+                cut.equal += 1;
                 taken += 1;
             }
-            return cut;
-        }
-        Cut {
-            bits: 0,
-            equal: usize::MAX,
-            kept: before,
         }
     }
+    cut
+}
+
+#[inline(always)]
+fn bin_of(m: f32, shift: u32) -> usize {
+    (m.to_bits() >> shift) as usize % BINS
+}
+
+/// Mass and count of every bin.
+fn histogram(values: &[f32], shift: u32) -> Vec<Bin> {
+    /// Neighbours often fall into one bin, and would wait for each other.
+    const COPIES: usize = 4;
+    let mut bins = vec![Bin::default(); COPIES * BINS];
+    for part in values.chunks(COPIES) {
+        for (copy, &m) in part.iter().enumerate() {
+            let bin = &mut bins[copy * BINS + bin_of(m, shift)];
+            bin.mass += f64::from(m);
+            bin.count += 1;
+        }
+    }
+    let (sums, others) = bins.split_at_mut(BINS);
+    for copy in others.chunks(BINS) {
+        for (sum, bin) in sums.iter_mut().zip(copy) {
+            sum.mass += bin.mass;
+            sum.count += bin.count;
+        }
+    }
+    bins.truncate(BINS);
+    bins
+}
+
+/// The values of one bin, without a branch that no one could foresee.
+fn filter(values: &[f32], shift: u32, bin: usize) -> Vec<f32> {
+    let mut members = vec![0f32; values.len()];
+    let mut count = 0;
+    for &m in values {
+        members[count] = m;
+        count += usize::from(bin_of(m, shift) == bin);
+    }
+    members.truncate(count);
+    members
 }
 
 /// First token whose cumulative mass exceeds `uniform` of the total.

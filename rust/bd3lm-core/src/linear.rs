@@ -98,7 +98,7 @@ impl Packed {
         if let Some(bias) = bias {
             packed.bias[..outputs].copy_from_slice(bias);
         }
-        packed.panels = vec![Line([0.0; MAX_LANES]); (panels * panel_units).div_ceil(MAX_LANES)];
+        packed.panels = lines((panels * panel_units).div_ceil(MAX_LANES));
         for (column, row) in weight.chunks_exact(inputs).enumerate() {
             let first = column / columns * panel_units + column % columns;
             for (depth, unit) in row.chunks(pair).enumerate() {
@@ -225,6 +225,23 @@ impl Packed {
     }
 }
 
+/// Zeros on large pages, where the system gives them: a matrix is read from end to end for every
+/// token, and with small pages half of that time goes into finding them.
+fn lines(count: usize) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::with_capacity(count);
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice about whole pages inside an allocation of ours, which changes no content.
+    unsafe {
+        let page = 4096;
+        let start = lines.as_mut_ptr() as usize;
+        let first = start.next_multiple_of(page);
+        let bytes = (start + count * size_of::<Line>()).saturating_sub(first);
+        libc::madvise(first as *mut _, bytes, libc::MADV_HUGEPAGE);
+    }
+    lines.resize(count, Line([0.0; MAX_LANES]));
+    lines
+}
+
 /// Two neighbours as bf16, rounded to nearest, ties to even.
 fn unit_of(even: f32, odd: f32) -> f32 {
     let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
@@ -273,9 +290,14 @@ unsafe fn panel<S: Simd, const MOST: usize>(job: &Job) {
     let mut row = 0;
     // SAFETY: rows `row..` exist by the loop's bound.
     unsafe {
-        while row + MOST <= job.rows {
+        // Not 12 of 16 rows and then 4: small tiles wait for their own sums.
+        while row + MOST <= job.rows && !(MOST > 8 && job.rows - row == 16) {
             tile::<S, MOST>(job, row);
             row += MOST;
+        }
+        while MOST > 8 && row + 8 <= job.rows {
+            tile::<S, 8>(job, row);
+            row += 8;
         }
         while row + 4 <= job.rows {
             tile::<S, 4>(job, row);

@@ -113,7 +113,7 @@ impl PackedBlock {
     }
 
     /// From the residual stream `h` [B, T, D] to queries `q` [B, T, H·Dh], and to keys and values
-    /// in the cache, each [B, capacity, Hkv·Dh], from position `first` on; all flat.
+    /// in the cache, each [B, Hkv, capacity, Dh], from position `first` on; all flat.
     #[expect(clippy::too_many_arguments, reason = "buffers")]
     fn project(
         &self,

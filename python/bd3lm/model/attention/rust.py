@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bd3lm import _core
 from bd3lm.model.attention.mask import BlockMask, Intervals
+from bd3lm.model.threads import kernel_threads
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MAX_HEAD_WIDTH = 256
@@ -213,7 +214,7 @@ def _arg(x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
 
 
 def _options(q: Tensor) -> tuple[int, str | None, float]:
-    return torch.get_num_threads(), _forced_isa, 1.0 / math.sqrt(q.shape[-1])
+    return kernel_threads(), _forced_isa, 1.0 / math.sqrt(q.shape[-1])
 
 
 def _mask_arg(

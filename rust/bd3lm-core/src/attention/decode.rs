@@ -20,6 +20,7 @@ pub(super) const KEYS: usize = 64;
 pub(super) unsafe fn decode<B: Backend>(head: &Head, queries: &[Queries], tiles: &[Tile]) {
     let width = head.k.width;
     let ld = row_units(width, 1);
+    let in_place = head.k.is_whole() && head.v.is_whole();
     let lengths = [
         MAX_ROWS * ld,
         KEYS * ld,
@@ -58,12 +59,26 @@ pub(super) unsafe fn decode<B: Backend>(head: &Head, queries: &[Queries], tiles:
                 }
                 let mut key = span.lo as usize;
                 while key < span.hi as usize {
-                    let n = KEYS.min(span.hi as usize - key);
-                    let keys = n.next_multiple_of(2 * MAX_W).min(KEYS);
+                    let left = span.hi as usize - key;
+                    // Whole vectors of keys are read where they are, what is left is padded.
+                    let whole = left / (2 * MAX_W) * (2 * MAX_W);
+                    let direct = in_place && whole > 0;
+                    let n = KEYS.min(if direct { whole } else { left });
+                    let keys = n.next_multiple_of(2 * MAX_W);
                     // SAFETY: keys .. key + n exist; the pieces hold KEYS rows of ld.
                     unsafe {
-                        B::rows(&head.k, key, n, keys, k, ld);
-                        B::rows(&head.v, key, n, keys, v, ld);
+                        let (k, ld_k) = if direct {
+                            head.k.line(key)
+                        } else {
+                            B::rows(&head.k, key, n, keys, k, ld);
+                            (k.cast_const(), ld)
+                        };
+                        let (v, ld_v) = if direct {
+                            head.v.line(key)
+                        } else {
+                            B::rows(&head.v, key, n, keys, v, ld);
+                            (v.cast_const(), ld)
+                        };
                         B::decode(&mut DecodeStep {
                             rows: padded,
                             keys,
@@ -75,8 +90,10 @@ pub(super) unsafe fn decode<B: Backend>(head: &Head, queries: &[Queries], tiles:
                             ld,
                             q,
                             k,
+                            ld_k,
                             kt,
                             v,
+                            ld_v,
                             s,
                             out,
                             max: &mut max,
@@ -124,13 +141,17 @@ pub(super) struct DecodeStep<'a> {
     /// Keys that all rows see.
     pub full: (i32, i32),
     pub width: usize,
-    /// Row length of q, k, v and out.
+    /// Row length of q and out.
     pub ld: usize,
     pub q: *const f32,
     pub k: *const f32,
+    /// Row length of k.
+    pub ld_k: usize,
     /// Scratch for K^T.
     pub kt: *mut f32,
     pub v: *const f32,
+    /// Row length of v.
+    pub ld_v: usize,
     /// Scratch for scores.
     pub s: *mut f32,
     pub out: *mut f32,
@@ -148,7 +169,12 @@ pub(super) unsafe fn decode_step<S: Simd>(x: &mut DecodeStep<'_>) {
     unsafe {
         for r in (0..x.keys).step_by(S::W) {
             for c in (0..x.width).step_by(S::W) {
-                S::transpose(x.k.add(r * x.ld + c), x.ld, x.kt.add(c * KEYS + r), KEYS);
+                S::transpose(
+                    x.k.add(r * x.ld_k + c),
+                    x.ld_k,
+                    x.kt.add(c * KEYS + r),
+                    KEYS,
+                );
             }
         }
         let hidden = S::splat(f32::NEG_INFINITY);
@@ -203,9 +229,9 @@ pub(super) unsafe fn decode_step<S: Simd>(x: &mut DecodeStep<'_>) {
                 let out = x.out.add(r * x.ld + c);
                 let v = x.v.add(c);
                 if c + S::W < x.width {
-                    add_rows::<S, 2>(s, v, x.keys, out, x.ld);
+                    add_rows::<S, 2>(s, (v, x.ld_v), x.keys, (out, x.ld));
                 } else {
-                    add_rows::<S, 1>(s, v, x.keys, out, x.ld);
+                    add_rows::<S, 1>(s, (v, x.ld_v), x.keys, (out, x.ld));
                 }
             }
         }
@@ -216,10 +242,9 @@ pub(super) unsafe fn decode_step<S: Simd>(x: &mut DecodeStep<'_>) {
 #[inline(always)]
 unsafe fn add_rows<S: Simd, const N: usize>(
     p: *const f32,
-    v: *const f32,
+    (v, ld_v): (*const f32, usize),
     keys: usize,
-    out: *mut f32,
-    ld: usize,
+    (out, ld): (*mut f32, usize),
 ) {
     // SAFETY: by the contract of `Backend::decode`.
     unsafe {
@@ -229,7 +254,7 @@ unsafe fn add_rows<S: Simd, const N: usize>(
                 *x = S::load(out.add(i * ld + n * S::W));
             }
         }
-        let acc = product::<S, 4, N>(p, (KEYS, 1), v, ld, keys, acc);
+        let acc = product::<S, 4, N>(p, (KEYS, 1), v, ld_v, keys, acc);
         for (i, row) in acc.iter().enumerate() {
             for (n, x) in row.iter().enumerate() {
                 S::store(out.add(i * ld + n * S::W), *x);

@@ -53,6 +53,22 @@ impl Rows {
         }
     }
 
+    /// Whether a kernel may read rows where they are: float32, a multiple of the widest vector,
+    /// in rising order.
+    pub fn is_whole(&self) -> bool {
+        self.dtype == Dtype::F32 && self.width.is_multiple_of(MAX_W) && self.stride >= 0
+    }
+
+    /// A row of float32 where it is, and the numbers from it to the next.
+    ///
+    /// # Safety
+    /// `row` is a row of the tensor, and [`Self::is_whole`].
+    #[inline(always)]
+    pub unsafe fn line(&self, row: usize) -> (*const f32, usize) {
+        // SAFETY: by the contract.
+        (unsafe { self.f32(row) }.cast_const(), self.stride as usize)
+    }
+
     /// # Safety
     /// `row` is a row of the tensor.
     #[inline(always)]

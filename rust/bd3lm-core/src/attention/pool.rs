@@ -1,4 +1,5 @@
-//! Helper threads that sleep between calls.
+//! Helper threads that sleep between calls, after a moment in which they wait for the next one:
+//! waking a thread takes as long as a small product.
 //!
 //! The caller always works too, and waits only for helpers that took part: a helper that wakes
 //! late finds the job closed. That also makes a forked child safe, where helpers do not exist.
@@ -6,6 +7,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// How long a helper waits awake. Decoding calls again within some tens of microseconds; whoever
+/// else needs the core gets it, as the helper yields.
+const AWAKE: Duration = Duration::from_micros(50);
 
 /// A job whose closure outlives every helper's use of it, see [`Pool::run`].
 #[derive(Clone, Copy)]
@@ -19,11 +25,15 @@ struct State {
     job: Option<Job>,
     /// Helpers that may still join the job.
     seats: usize,
+    /// Helpers that have to be woken.
+    asleep: usize,
 }
 
 struct Pool {
     state: Mutex<State>,
     work: Condvar,
+    /// Jobs so far; changes under the lock of `state`.
+    jobs: AtomicUsize,
     /// Helpers inside the job.
     inside: AtomicUsize,
     panicked: AtomicUsize,
@@ -36,8 +46,10 @@ static POOL: Pool = Pool {
         helpers: 0,
         job: None,
         seats: 0,
+        asleep: 0,
     }),
     work: Condvar::new(),
+    jobs: AtomicUsize::new(0),
     inside: AtomicUsize::new(0),
     panicked: AtomicUsize::new(0),
     caller: Mutex::new(()),
@@ -78,7 +90,7 @@ impl Pool {
         // SAFETY: only the lifetime changes; this function returns after the job was closed and
         // every helper that held it has left.
         let job: *const (dyn Fn() + Sync + 'static) = unsafe { std::mem::transmute(work) };
-        {
+        let asleep = {
             let mut state = self.lock();
             while state.helpers < helpers {
                 let started = std::thread::Builder::new()
@@ -91,8 +103,10 @@ impl Pool {
             }
             state.job = Some(Job(job));
             state.seats = helpers;
-        }
-        for _ in 0..helpers {
+            self.jobs.fetch_add(1, Ordering::Release);
+            state.asleep
+        };
+        for _ in 0..helpers.min(asleep) {
             self.work.notify_one();
         }
         let mine = catch_unwind(AssertUnwindSafe(work));
@@ -120,27 +134,52 @@ impl Pool {
         );
     }
 
+    fn next_job(&self) -> Job {
+        let mut awake = true;
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.job
+                && state.seats > 0
+            {
+                state.seats -= 1;
+                // Under the lock: the caller closes the job before it looks.
+                self.inside.fetch_add(1, Ordering::Relaxed);
+                return job;
+            }
+            if awake {
+                let known = self.jobs.load(Ordering::Relaxed);
+                drop(state);
+                self.await_job(known);
+                awake = false;
+                state = self.lock();
+                continue;
+            }
+            state.asleep += 1;
+            state = self
+                .work
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.asleep -= 1;
+        }
+    }
+
+    /// Returns when there is another job than those `known`, or when it has taken too long.
+    fn await_job(&self, known: usize) {
+        let start = Instant::now();
+        while start.elapsed() < AWAKE {
+            for _ in 0..16 {
+                if self.jobs.load(Ordering::Acquire) != known {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            std::thread::yield_now();
+        }
+    }
+
     fn help(&self) {
         loop {
-            let job = {
-                let mut state = self.lock();
-                loop {
-                    match state.job {
-                        Some(job) if state.seats > 0 => {
-                            state.seats -= 1;
-                            // Under the lock: the caller closes the job before it looks.
-                            self.inside.fetch_add(1, Ordering::Relaxed);
-                            break job;
-                        }
-                        _ => {
-                            state = self
-                                .work
-                                .wait(state)
-                                .unwrap_or_else(PoisonError::into_inner);
-                        }
-                    }
-                }
-            };
+            let job = self.next_job();
             // SAFETY: the caller does not return while `inside` counts this thread.
             let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*job.0)() }));
             if result.is_err() {
