@@ -1,6 +1,8 @@
 """The commands as a stranger meets them: help, output, and one sentence for each mistake."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,7 +195,7 @@ def test_an_existing_run_is_kept(capsys, run, corpus):
         (["CKPT", "--estimator", "exact", "--block-size", "8"], "exact needs block-size <= 4"),
         (["CKPT", "--block-size", "5"], "block-size = 5"),
         (["CKPT", "--data", "nowhere"], "nowhere: no such file"),
-        (["CKPT", "--repeats", "1", "--estimator", "count"], "repeats = 1: at least 2"),
+        (["CKPT", "--repeats", "1", "--estimator", "count"], "error: repeats = 1: at least 2"),
     ],
 )
 def test_eval_refuses(capsys, run, corpus, args, sentence):
@@ -250,3 +252,17 @@ def test_attention_that_cannot_run_here_is_one_sentence(run, capsys, command_of)
         capsys, command_of.main, run[0] / "checkpoint", "--device", "cpu", "--attention", "flash"
     )
     assert said.startswith("error: attention = flash: needs an NVIDIA GPU and the flash-attn")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_examples_of_the_pages_run(run, tmp_path, monkeypatch, capsys, page):
+    """Word for word, on a smaller model than they name."""
+    out, _ = run
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(out)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert examples
+    exec("\n".join(examples), {})
+    assert "The old house" in capsys.readouterr().out or page != "README.md"

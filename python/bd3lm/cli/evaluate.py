@@ -28,7 +28,7 @@ from bd3lm.config import (
 from bd3lm.data import Dataset, NoiseSpec
 from bd3lm.data.hub import PREFIX
 from bd3lm.data.resolve import open_data
-from bd3lm.errors import MissingFileError
+from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance, scoring_rows
 from bd3lm.systems.bd3lm import schedule_of
 from bd3lm.train.device import autocast, check_attention, resolve_device
@@ -105,15 +105,17 @@ def evaluate(args: EvalArgs) -> None:
         "a run that masks by frequency has no Var. NELBO away from its training data; name "
         "--estimator count or bernoulli for that of the bound",
     )
-    # The run's own checks decide whether this combination is allowed.
-    cfg = dataclasses.replace(
-        loaded.config,
-        block_size=loaded.config.block_size if args.block_size is None else args.block_size,
-        precision=args.precision,
-        attention=args.attention,
-        row_eos=loaded.config.row_eos or args.row_eos,
-        eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
-    )
+    try:  # the run's own checks decide whether this combination is allowed
+        cfg = dataclasses.replace(
+            loaded.config,
+            block_size=loaded.config.block_size if args.block_size is None else args.block_size,
+            precision=args.precision,
+            attention=args.attention,
+            row_eos=loaded.config.row_eos or args.row_eos,
+            eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
+        )
+    except ConfigError as error:  # what a run calls eval.repeats is --repeats here
+        raise ConfigError(str(error).removeprefix("eval.")) from None
     check_attention(cfg, device)
     loaded.model.use_attention(args.attention)
     with tempfile.TemporaryDirectory() as work:

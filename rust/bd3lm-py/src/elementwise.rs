@@ -24,7 +24,7 @@ enum In<'py> {
 
 /// As [`In`], to be written.
 #[derive(FromPyObject)]
-enum Out<'py> {
+pub enum Out<'py> {
     F32(PyReadwriteArray1<'py, f32>),
     Bf16(PyReadwriteArray1<'py, i16>),
 }

@@ -4,6 +4,7 @@ use bd3lm_core::{draw as drawing, softmax};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
+use crate::elementwise::Out;
 use crate::errors::to_py;
 
 /// Adds this module's functions to `_core`.
@@ -12,18 +13,11 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(draw, m)?)
 }
 
-/// Logits in either width; bf16 comes as the bits in an int16 array, for NumPy has no bf16.
-#[derive(FromPyObject)]
-enum Logits<'py> {
-    F32(PyReadwriteArray1<'py, f32>),
-    Bf16(PyReadwriteArray1<'py, i16>),
-}
-
 /// Fills `nll`; with weights, `logits` become the gradient.
 #[pyfunction]
 fn cross_entropy(
     py: Python<'_>,
-    logits: Logits<'_>,
+    logits: Out<'_>,
     target: PyReadonlyArray1<'_, i64>,
     weight: Option<PyReadonlyArray1<'_, f32>>,
     mask_id: usize,
@@ -34,11 +28,11 @@ fn cross_entropy(
     let weight = weight.as_ref().map(|w| w.as_slice()).transpose()?;
     let nll = nll.as_slice_mut()?;
     match logits {
-        Logits::F32(mut x) => {
+        Out::F32(mut x) => {
             let x = x.as_slice_mut()?;
             py.detach(|| softmax::cross_entropy(x, target, weight, mask_id, nll, threads))
         }
-        Logits::Bf16(mut x) => {
+        Out::Bf16(mut x) => {
             let x = x.as_slice_mut()?;
             py.detach(|| softmax::cross_entropy(x, target, weight, mask_id, nll, threads))
         }
