@@ -54,7 +54,7 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-BENCHES := training_step cpu_attention growth sampling data_path compression gpu_attention gpu_step
+BENCHES := training_step cpu_attention growth sampling data_path cold_rows compression gpu_attention gpu_step
 
 bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench

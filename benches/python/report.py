@@ -174,11 +174,29 @@ def parallel_decoding(results: dict[str, Any]) -> str:
     return note + "\n\n" + table("way | forwards a token | Gen. PPL | entropy, nats", rows)
 
 
+def cold_rows(results: dict[str, Any]) -> str:
+    """Speed of rows that are in memory and of those that are not."""
+    rows = [
+        [
+            f"L={r['seq_len']}, {r['way']}",
+            f"{r['batch_ms']['median']:.2f} ms",
+            f"{r['batch_ms']['high']:.1f} ms",
+            f"{r['rows_per_second']:,.0f}",
+        ]
+        for r in results["found"]
+    ]
+    head = (
+        f"{results['gigabytes']:g} GB | batch of {results['batch_size']}, median | slowest | rows/s"
+    )
+    return table(head, rows)
+
+
 SECTIONS: dict[str, Section] = {
     "training-step": Section("training_step.json", training_step),
     "attention": Section("cpu_attention.json", attention),
     "growth": Section("growth.json", growth),
     "sampling": Section("sampling.json", sampling),
+    "cold-rows": Section("cold_rows.json", cold_rows),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
 

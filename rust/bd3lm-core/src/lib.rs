@@ -14,6 +14,7 @@
 //! | [`prepare`] | files to a data set, in parallel and in order |
 //! | [`store`] | `.bin`/`.idx` token files and their manifest |
 //! | [`pack`] | rows of `seq_len` tokens as plans over documents |
+//! | [`ahead`] | rows that are not in memory yet |
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 //! | [`attention`] | CPU kernels of the block-diffusion attention |
 //! | [`block`] | a layer of the Transformer, before and after attention |
@@ -23,6 +24,7 @@
 //! | [`softmax`] | cross-entropy of logits and its gradient, in place |
 //! | [`error`] | one enum, a variant a cause |
 
+pub mod ahead;
 pub mod attention;
 pub mod batch;
 pub mod block;

@@ -3,6 +3,8 @@
 //! Every row begins with BOS, which is clean and never scored (MATH §1). A plan says which tokens
 //! follow it and where; changing L, S or the plan never touches the token files.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::store::{TokenStore, Tokens};
 
@@ -128,6 +130,22 @@ impl RowPlan {
     /// Tokens of the data set, whether or not they fell into a row.
     pub fn num_stream_tokens(&self) -> u64 {
         self.num_stream_tokens
+    }
+
+    /// Calls `f` with each run of tokens of the store that a row is made of.
+    pub fn spans(&self, store: &TokenStore, row: usize, mut f: impl FnMut(Range<usize>)) {
+        match &self.layout {
+            Layout::Wrap { step, row_eos, .. } => {
+                let start = row * step;
+                let room = self.seq_len - 1 - usize::from(*row_eos);
+                f(start..store.tokens().len().min(start + room));
+            }
+            Layout::Segments { rows, segments } => {
+                for segment in &segments[rows[row] as usize..rows[row + 1] as usize] {
+                    f(segment.start as usize..segment.start as usize + segment.len as usize);
+                }
+            }
+        }
     }
 
     /// Writes row `row < num_rows`; returns whether it holds padding.

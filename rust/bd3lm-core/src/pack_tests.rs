@@ -139,6 +139,29 @@ fn best_fit_keeps_documents_whole() {
 }
 
 #[test]
+fn spans_are_what_a_row_is_made_of() {
+    let s = store(&[3, 14, 2, 9, 1, 30]);
+    let row_eos = Packing::Wrap {
+        row_eos: true,
+        stride: None,
+    };
+    let strided = Packing::Wrap {
+        row_eos: false,
+        stride: Some(4),
+    };
+    for packing in [WRAP, row_eos, strided, Packing::Aligned, Packing::BestFit] {
+        let plan = RowPlan::new(&s, 16, 4, packing, true).unwrap();
+        for (i, row) in rows(&s, &plan, false).iter().enumerate() {
+            let mut named = Vec::new();
+            // The id of token i is 10 + i; what a row adds is below that.
+            plan.spans(&s, i, |span| named.extend(span.map(|at| 10 + at as i64)));
+            let read: Vec<_> = row.x0.iter().copied().filter(|id| *id >= 10).collect();
+            assert_eq!(named, read, "{packing:?}, row {i}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_allowed_names_itself() {
     let s = store(&[5]);
     let message = |l, b, packing| {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -249,6 +250,23 @@ impl TokenStore {
                 }
             }
         }
+    }
+
+    /// Asks the system to read these tokens from the disk, without waiting for it.
+    pub fn will_need(&self, tokens: Range<usize>) {
+        #[cfg(unix)]
+        if let Data::Mapped {
+            map: Some(map),
+            wide,
+        } = &self.data
+        {
+            let width = if *wide { 4 } else { 2 };
+            let (start, len) = (tokens.start * width, tokens.len() * width);
+            // A hint: where it is refused, pages come one by one, as they are touched.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, start, len);
+        }
+        #[cfg(not(unix))]
+        let _ = tokens;
     }
 
     /// Where each document begins in [`Self::tokens`], and the end of the last.

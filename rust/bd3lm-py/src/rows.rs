@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bd3lm_core::Error;
+use bd3lm_core::ahead::ReadAhead;
 use bd3lm_core::batch::{self, CleanBatch, NoiseBatch, NoisedBatch, Order};
 use bd3lm_core::noise::NoiseKey;
 use bd3lm_core::pack::{Packing, RowPlan};
@@ -25,6 +26,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 pub struct PyRowPlan {
     store: Arc<TokenStore>,
     plan: RowPlan,
+    ahead: ReadAhead,
     block_size: usize,
     documents: bool,
 }
@@ -65,6 +67,7 @@ impl PyRowPlan {
         Ok(PyRowPlan {
             store,
             plan,
+            ahead: ReadAhead::default(),
             block_size,
             documents,
         })
@@ -94,8 +97,12 @@ impl PyRowPlan {
             noisable: noisable.as_slice_mut()?,
             doc_ids: doc_ids.as_slice_mut()?,
         };
-        py.detach(|| batch::gather(&self.store, &self.plan, rows, self.documents, out))
-            .map_err(to_py)
+        let (store, plan) = (&self.store, &self.plan);
+        py.detach(|| {
+            let read = || batch::gather(store, plan, rows, self.documents, out);
+            self.ahead.around(store, plan, rows, read)
+        })
+        .map_err(to_py)
     }
 
     /// Writes rows and their noise; returns (noisable tokens, masked tokens, any padding).
@@ -143,17 +150,19 @@ impl PyRowPlan {
         };
         let filled = py
             .detach(|| {
-                batch::gather_noised(
-                    &self.store,
-                    &self.plan,
-                    &spec.0,
-                    key,
-                    rows,
-                    self.block_size,
-                    self.documents,
-                    clean,
-                    out,
-                )
+                self.ahead.around(&self.store, &self.plan, rows, || {
+                    batch::gather_noised(
+                        &self.store,
+                        &self.plan,
+                        &spec.0,
+                        key,
+                        rows,
+                        self.block_size,
+                        self.documents,
+                        clean,
+                        out,
+                    )
+                })
             })
             .map_err(to_py)?;
         Ok((filled.noisable, filled.masked, filled.padded))
