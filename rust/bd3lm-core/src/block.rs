@@ -320,6 +320,19 @@ mod tests {
     }
 
     #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let weight: Vec<f32> = (0..70).map(|i| 1.0 + i as f32 / 50.0).collect();
+        let norm = Norm::new(&weight, Some(&weight), true, 1e-5).unwrap();
+        let results = crate::simd::tests::at_each(|| {
+            let mut rows: Vec<f32> = (0..210).map(|i| (i * i % 37) as f32 - 11.5).collect();
+            norm.apply(&mut rows);
+            rotate(&mut rows, &weight, &weight);
+            rows
+        });
+        assert!(results.iter().all(|r| *r == results[0]));
+    }
+
+    #[test]
     fn rotations_keep_the_length() {
         let (c, s) = (0.6f32, 0.8f32);
         let mut heads = vec![1.0, 2.0, 3.0, 4.0];

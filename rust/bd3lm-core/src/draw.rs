@@ -553,6 +553,26 @@ mod tests {
     }
 
     #[test]
+    fn every_instruction_set_draws_the_same() {
+        let logits: Vec<f32> = (0..3 * 1003)
+            .map(|i| (i * i % 701) as f32 / 100.0)
+            .collect();
+        let shaping = Shaping {
+            temperature: 0.7,
+            top_k: Some(400),
+            top_p: 0.9,
+            forbidden: &[3],
+        };
+        let results = crate::simd::tests::at_each(|| {
+            let (mut token, mut log_p) = ([0; 3], [0.0; 3]);
+            let uniform = [0.1, 0.5, 0.999];
+            draw(&logits, None, &uniform, shaping, &mut token, &mut log_p, 1).unwrap();
+            (token, log_p)
+        });
+        assert!(results.iter().all(|r| *r == results[0]));
+    }
+
+    #[test]
     fn wrong_input_is_named() {
         let (mut token, mut log_p) = ([0; 2], [0.0; 2]);
         let mut run = |logits: &[f32], forbidden: &[usize]| {

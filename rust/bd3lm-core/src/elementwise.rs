@@ -326,6 +326,26 @@ mod tests {
     }
 
     #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let x = grid(1003);
+        let narrow: Vec<i16> = x.iter().map(|x| i16::of(*x)).collect();
+        let dropout = Dropout::new(5, 0.3).unwrap();
+        let results = crate::simd::tests::at_each(|| {
+            let (mut a, mut b, mut c) = (vec![0f32; 1003], vec![0i16; 1003], vec![0f32; 1003]);
+            gelu(&x, &mut a, 1).unwrap();
+            gelu_backward(&narrow, &narrow, &mut b, 1).unwrap();
+            dropout.add(&x, &narrow, &mut c, 1).unwrap();
+            let mut d = a.clone();
+            squared_relu_in_place(&mut d);
+            silu_times(&mut d, &x);
+            (a, b, c, d)
+        });
+        assert_eq!(results.len(), 3);
+        assert!(results.iter().all(|r| *r == results[0]));
+        assert!(results[0].3.iter().any(|x| *x != 0.0));
+    }
+
+    #[test]
     fn gelu_of_bf16_is_the_rounded_one() {
         let bits: Vec<i16> = grid(4000).into_iter().map(i16::of).collect();
         let wide: Vec<f32> = bits.iter().map(|x| x.get()).collect();

@@ -20,7 +20,9 @@ macro_rules! multiversion {
                 fn avx2($($arg: $ty),*) {
                     body($($arg),*)
                 }
-                if is_x86_feature_detected!("avx512f")
+                let widest = $crate::simd::limited($crate::attention::Isa::Avx512);
+                if widest >= $crate::attention::Isa::Avx512
+                    && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
@@ -29,7 +31,10 @@ macro_rules! multiversion {
                     // SAFETY: the machine has these features; the line above asked it.
                     return unsafe { avx512($($arg),*) };
                 }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi2") {
+                if widest >= $crate::attention::Isa::Avx2
+                    && is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("bmi2")
+                {
                     // SAFETY: the machine has these features; the line above asked it.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -40,3 +45,38 @@ macro_rules! multiversion {
 }
 
 pub(crate) use multiversion;
+
+use crate::attention::Isa;
+
+/// The instruction set itself; in tests, at most the one that [`tests::at_each`] is at.
+#[inline(always)]
+pub(crate) fn limited(isa: Isa) -> Isa {
+    #[cfg(test)]
+    let isa = isa.min(tests::limit());
+    isa
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::Isa;
+    use std::cell::Cell;
+
+    thread_local! {
+        static LIMIT: Cell<Isa> = const { Cell::new(Isa::Avx512Bf16) };
+    }
+
+    pub(super) fn limit() -> Isa {
+        LIMIT.get()
+    }
+
+    /// What `f` gives on plain Rust, AVX2 and AVX-512, as far as the processor goes; for what the
+    /// calling thread does.
+    pub fn at_each<R>(f: impl Fn() -> R) -> Vec<R> {
+        let results = [Isa::Portable, Isa::Avx2, Isa::Avx512].map(|isa| {
+            LIMIT.set(isa);
+            f()
+        });
+        LIMIT.set(Isa::Avx512Bf16);
+        results.into()
+    }
+}
