@@ -345,6 +345,21 @@ mod tests {
         assert!(results[0].3.iter().any(|x| *x != 0.0));
     }
 
+    /// Numbers and results lie between pages that no one may touch.
+    #[test]
+    fn nothing_beside_the_buffers_is_touched() {
+        use crate::attention::tests::guarded::Guarded;
+        let dropout = Dropout::new(5, 0.3).unwrap();
+        for (n, at_end) in [(1, true), (255, false), (1003, true), (CHUNK + 3, true)] {
+            let new = |width: usize| Guarded::new(&vec![1; width * n], at_end);
+            let (mut x, mut narrow, mut out) = (new(4), new(2), new(4));
+            crate::simd::tests::at_each(|| gelu(new(4).f32s(), new(4).f32s(), 1).unwrap());
+            gelu_backward(x.f32s(), new(4).f32s(), out.f32s(), 2).unwrap();
+            dropout.add(x.f32s(), narrow.i16s(), out.f32s(), 2).unwrap();
+            dropout.backward(x.f32s(), narrow.i16s(), 2).unwrap();
+        }
+    }
+
     #[test]
     fn gelu_of_bf16_is_the_rounded_one() {
         let bits: Vec<i16> = grid(4000).into_iter().map(i16::of).collect();

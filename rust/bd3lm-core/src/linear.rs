@@ -485,6 +485,28 @@ mod tests {
         }
     }
 
+    /// Rows and results lie between pages that no one may touch.
+    #[test]
+    fn nothing_beside_the_buffers_is_touched() {
+        use crate::attention::tests::guarded::Guarded;
+        let zeros = |count: usize, at_end| Guarded::new(&vec![0; 4 * count], at_end);
+        for isa in isas() {
+            for (rows, inputs, outputs) in [(1, 1, 1), (3, 33, 31), (8, 17, 65), (13, 64, 97)] {
+                let packed =
+                    Packed::for_isa(&numbers(outputs * inputs, 1), None, inputs, isa).unwrap();
+                for at_end in [false, true] {
+                    let (mut x, mut out) =
+                        (zeros(rows * inputs, at_end), zeros(rows * outputs, at_end));
+                    x.f32s().copy_from_slice(&numbers(rows * inputs, 2));
+                    for after in [After::Write, After::Add, After::Gelu] {
+                        packed.apply(x.f32s(), out.f32s(), after, 2).unwrap();
+                    }
+                    assert!(out.f32s().iter().any(|x| *x != 0.0));
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_comes_after_a_product() {
         let (rows, inputs, outputs) = (13, 20, 77);

@@ -318,6 +318,20 @@ mod tests {
         crate::simd::tests::at_each(bf16_rows_here);
     }
 
+    /// Logits lie between pages that no one may touch.
+    #[test]
+    fn nothing_beside_the_logits_is_touched() {
+        use crate::attention::tests::guarded::Guarded;
+        for (vocab, at_end) in [(3, true), (17, false), (1003, true)] {
+            let mut wide = Guarded::new(&vec![0; 4 * 5 * vocab], at_end);
+            let mut narrow = Guarded::new(&vec![0; 2 * 5 * vocab], at_end);
+            let (weight, mut nll) = ([1.0; 5], [0.0; 5]);
+            cross_entropy(wide.f32s(), &[1; 5], Some(&weight), 0, &mut nll, 2).unwrap();
+            cross_entropy(narrow.i16s(), &[1; 5], Some(&weight), 0, &mut nll, 2).unwrap();
+            assert!((nll[4] - ((vocab - 1) as f32).ln()).abs() < 1e-5);
+        }
+    }
+
     /// A long row whose gradient is the rounded one of the same logits in float32.
     fn bf16_rows_here() {
         let (vocab, mask_id) = (1003, 77);

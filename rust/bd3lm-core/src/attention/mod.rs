@@ -26,7 +26,7 @@ pub(crate) mod pool;
 mod scratch;
 pub(crate) mod simd;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use pack::Dtype;
 pub use plan::Ranges;

@@ -1,7 +1,7 @@
 //! Every instruction set against attention written out in float64, with a page that cannot be
 //! touched on either side of every buffer.
 
-mod guarded;
+pub(crate) mod guarded;
 mod reference;
 
 use super::pack::{round_bf16, widen};

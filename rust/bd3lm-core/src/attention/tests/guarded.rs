@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 /// Bytes that end right before, or begin right after, a page without access.
-pub(in super::super) struct Guarded {
+pub(crate) struct Guarded {
     map: *mut c_void,
     map_len: usize,
     start: *mut u8,
@@ -54,6 +54,16 @@ impl Guarded {
     pub fn i32s(&self) -> &[i32] {
         // SAFETY: as above; made from whole int32, and page ends are aligned.
         unsafe { std::slice::from_raw_parts(self.start.cast(), self.len / 4) }
+    }
+
+    pub fn f32s(&mut self) -> &mut [f32] {
+        // SAFETY: as above; whole float32.
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len / 4) }
+    }
+
+    pub fn i16s(&mut self) -> &mut [i16] {
+        // SAFETY: as above; whole int16.
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len / 2) }
     }
 }
 
