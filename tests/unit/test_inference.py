@@ -185,11 +185,19 @@ def test_the_decode_step_is_one_graph():
 
 def test_kernels_keep_their_threads_while_pytorch_has_one():
     before = torch.get_num_threads()
+
+    def threads():
+        return torch.get_num_threads(), kernel_threads()
+
+    def fail():
+        with only_kernels_in_parallel(), only_kernels_in_parallel():
+            raise KeyError(*threads())
+
     try:
         torch.set_num_threads(2)
-        with pytest.raises(KeyError), only_kernels_in_parallel(), only_kernels_in_parallel():
-            assert (torch.get_num_threads(), kernel_threads()) == (1, 2)
-            raise KeyError
-        assert (torch.get_num_threads(), kernel_threads()) == (2, 2)
+        with pytest.raises(KeyError) as inside:
+            fail()
+        assert inside.value.args == (1, 2)
+        assert threads() == (2, 2)
     finally:
         torch.set_num_threads(before)
