@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -74,6 +75,29 @@ PIECES = st.sampled_from(
 def test_every_rule_in_its_order(name, pieces):
     text = "".join(pieces)
     assert detokenize(name, text) == RULES[name](text)
+
+
+ODD = st.sampled_from(
+    [*" '\"()[].|a²½ⅣⒶ‿_é日一", "e\u0301", *"\u0301\u093f\u200d\x1c\x1d\x1e\x1f\x85\xa0\u3000\t"]
+)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(ODD, max_size=30))
+def test_odd_characters(name, pieces):
+    text = "".join(pieces)
+    assert detokenize(name, text) == RULES[name](text)
+
+
+def test_letters_and_spaces_are_those_of_the_rules_language():
+    known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    known = [c for c in known if c not in "'\""]
+    for name, form in (("lm1b", " '{}|"), ("wikitext", '"{}x"|')):
+        text = "".join(form.format(c) for c in known)
+        found = detokenize(name, text).split("|")
+        wanted = RULES[name](text).split("|")
+        assert [(a, b) for a, b in zip(found, wanted, strict=True) if a != b] == []
 
 
 @pytest.mark.parametrize(

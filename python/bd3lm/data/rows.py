@@ -127,9 +127,13 @@ class Rows:
         shape = (len(rows), self.seq_len)
         x0 = torch.empty(shape, dtype=torch.int64)
         noisable = torch.empty(shape, dtype=torch.bool)
-        doc_ids = torch.empty(shape, dtype=torch.int32)
+        doc_ids = torch.empty(self._doc_ids_shape(len(rows)), dtype=torch.int32)
         padded = self.core.gather(rows, flat(x0), flat(noisable), flat(doc_ids))
         return CleanBatch(x0, noisable, doc_ids if padded or self.documents else None)
+
+    def _doc_ids_shape(self, num: int) -> tuple[int, int]:
+        """Room for the documents of some rows, where any row has more than one or padding."""
+        return num, self.seq_len if self.documents or self.core.may_pad else 0
 
 
 class Loader:
@@ -171,7 +175,7 @@ class Loader:
         blocks = (size, self.rows.seq_len // self.rows.block_size)
         pin = self.pinned
         x0, xt, masked = (torch.empty(shape, dtype=torch.int64, pin_memory=pin) for _ in range(3))
-        doc_ids = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+        doc_ids = torch.empty(self.rows._doc_ids_shape(size), dtype=torch.int32, pin_memory=pin)
         masked_weight = torch.empty(shape, pin_memory=pin)
         mask_prob = torch.empty(blocks, pin_memory=pin)
         # These two stay here.

@@ -49,7 +49,8 @@ pub struct CleanBatch<'a> {
     pub x0: &'a mut [i64],
     /// 1 where a token may be noised [B, L].
     pub noisable: &'a mut [u8],
-    /// Documents, -1 for padding [B, L].
+    /// Documents, -1 for padding [B, L]; may be empty where no document is asked for and
+    /// [`RowPlan::may_pad`] is false.
     pub doc_ids: &'a mut [i32],
 }
 
@@ -105,11 +106,25 @@ fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
     Err(Error::config(field, format!("{len} elements"), allowed))
 }
 
-impl CleanBatch<'_> {
-    fn check(&self, tokens: usize) -> Result<()> {
+impl<'a> CleanBatch<'a> {
+    fn check(&self, plan: &RowPlan, documents: bool, tokens: usize) -> Result<()> {
         check_len("x0", self.x0.len(), tokens)?;
         check_len("noisable", self.noisable.len(), tokens)?;
+        if self.doc_ids.is_empty() && !documents && !plan.may_pad() {
+            return Ok(());
+        }
         check_len("doc_ids", self.doc_ids.len(), tokens)
+    }
+
+    /// Cuts buffers of checked sizes into rows of L tokens.
+    fn split(self, l: usize) -> impl Iterator<Item = RowBuffers<'a>> {
+        let mut doc_ids = self.doc_ids.chunks_mut(l);
+        let rows = self.x0.chunks_mut(l).zip(self.noisable.chunks_mut(l));
+        rows.map(move |(x0, noisable)| RowBuffers {
+            x0,
+            noisable,
+            doc_ids: doc_ids.next().unwrap_or_default(),
+        })
     }
 }
 
@@ -135,29 +150,19 @@ pub fn gather(
 ) -> Result<bool> {
     check_rows(plan, rows)?;
     let l = plan.seq_len();
-    out.check(rows.len() * l)?;
-    let one = |(((row, x0), noisable), doc_ids): (((&u64, _), _), _)| {
-        let mut buffers = RowBuffers {
-            x0,
-            noisable,
-            doc_ids,
-        };
+    out.check(plan, documents, rows.len() * l)?;
+    let one = |(row, mut buffers): (&u64, RowBuffers<'_>)| {
         plan.gather(store, *row as usize, documents, &mut buffers)
     };
+    let parts = rows.iter().zip(out.split(l));
     if rows.len() * l < PARALLEL_TOKENS {
-        let parts = rows
-            .iter()
-            .zip(out.x0.chunks_mut(l))
-            .zip(out.noisable.chunks_mut(l))
-            .zip(out.doc_ids.chunks_mut(l));
         return Ok(parts.map(one).fold(false, |any, padded| any | padded));
     }
-    let parts = rows
-        .par_iter()
-        .zip(out.x0.par_chunks_mut(l))
-        .zip(out.noisable.par_chunks_mut(l))
-        .zip(out.doc_ids.par_chunks_mut(l));
-    Ok(parts.map(one).reduce(|| false, |a, b| a | b))
+    let parts: Vec<_> = parts.collect();
+    Ok(parts
+        .into_par_iter()
+        .map(one)
+        .reduce(|| false, |a, b| a | b))
 }
 
 /// Noises rows that are already there: row i of the buffers has the randomness of `key.row + i`.
@@ -245,34 +250,29 @@ pub fn gather_noised(
     let noise = out.noise;
     check_rows(plan, rows)?;
     spec.check(l, block_size)?;
-    clean.check(tokens)?;
+    clean.check(plan, documents, tokens)?;
     noise.check(tokens, tokens / block_size)?;
     let k = l / block_size;
     let mask_id = i64::from(store.vocab().mask_id);
     let one = |scratch: &mut Scratch, index: usize, row: u64, mut out: RowOut<'_>| {
-        let mut buffers = RowBuffers {
-            x0: &mut *out.x0,
-            noisable: &mut *out.noisable,
-            doc_ids: out.doc_ids,
-        };
-        let padded = plan.gather(store, row as usize, documents, &mut buffers);
+        let padded = plan.gather(store, row as usize, documents, &mut out.clean);
         let key = NoiseKey {
             row: key.row + index as u64,
             ..key
         };
         spec.noise_row(
             &key,
-            out.x0,
-            out.noisable,
+            out.clean.x0,
+            out.clean.noisable,
             block_size,
             out.mask,
             out.mask_prob,
             out.weight,
             scratch,
         );
-        replace_masked(out.x0, out.mask, mask_id, out.xt);
+        replace_masked(out.clean.x0, out.mask, mask_id, out.xt);
         Filled {
-            noisable: out.noisable.iter().map(|n| u64::from(*n)).sum(),
+            noisable: out.clean.noisable.iter().map(|n| u64::from(*n)).sum(),
             masked: out.list((index * l) as i64, block_size),
             padded,
         }
@@ -311,9 +311,7 @@ pub fn gather_noised(
 
 /// The part of all buffers that belongs to one row.
 struct RowOut<'a> {
-    x0: &'a mut [i64],
-    noisable: &'a mut [u8],
-    doc_ids: &'a mut [i32],
+    clean: RowBuffers<'a>,
     xt: &'a mut [i64],
     mask: &'a mut [u8],
     mask_prob: &'a mut [f32],
@@ -333,19 +331,15 @@ impl<'a> RowOut<'a> {
         l: usize,
         k: usize,
     ) -> Vec<Self> {
-        let mut noisable = clean.noisable.chunks_mut(l);
-        let mut doc_ids = clean.doc_ids.chunks_mut(l);
         let mut xt = xt.chunks_mut(l);
         let mut mask = noise.mask.chunks_mut(l);
         let mut mask_prob = noise.mask_prob.chunks_mut(k);
         let mut weight = noise.weight.chunks_mut(k);
         let mut masked = masked.chunks_mut(l);
         let mut masked_weight = masked_weight.chunks_mut(l);
-        let row = |x0| {
+        let row = |clean| {
             Some(RowOut {
-                x0,
-                noisable: noisable.next()?,
-                doc_ids: doc_ids.next()?,
+                clean,
                 xt: xt.next()?,
                 mask: mask.next()?,
                 mask_prob: mask_prob.next()?,
@@ -354,7 +348,7 @@ impl<'a> RowOut<'a> {
                 masked_weight: masked_weight.next()?,
             })
         };
-        clean.x0.chunks_mut(l).map_while(row).collect()
+        clean.split(l).map_while(row).collect()
     }
 
     /// Lists the masked tokens at the front of the row's room, with their weights; returns their

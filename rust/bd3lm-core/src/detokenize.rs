@@ -60,7 +60,7 @@ impl Detokenizer {
             Detokenizer::Ptb => text.ptb(),
             Detokenizer::Lambada => {
                 text.all(&[("“", "\""), ("”", "\"")]);
-                text.0 = format!("\n{}", text.0.trim()).into();
+                text.0 = format!("\n{}", text.0.trim_matches(is_space)).into();
             }
             Detokenizer::ScientificPapers => {
                 text.wikitext();
@@ -74,12 +74,22 @@ impl Detokenizer {
 /// A text between two rules.
 struct Text<'a>(Cow<'a, str>);
 
+/// A pattern in which `\w` and `\s` mean what they do in the rules' language: letters, numbers of
+/// every kind and the underscore, but no marks; white space and the four separators U+001C to
+/// U+001F.
 macro_rules! pattern {
     ($regex:literal) => {{
-        static PATTERN: LazyLock<Regex> =
-            LazyLock::new(|| Regex::new($regex).expect("a pattern of ours"));
+        static PATTERN: LazyLock<Regex> = LazyLock::new(|| {
+            let regex = $regex.replace(r"\w", r"[\p{L}\p{N}_]");
+            let regex = regex.replace(r"\s", r"[\s\x1C-\x1F]");
+            Regex::new(&regex).expect("a pattern of ours")
+        });
         &*PATTERN
     }};
+}
+
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&c)
 }
 
 impl Text<'_> {

@@ -66,7 +66,8 @@ pub struct RowBuffers<'a> {
     pub x0: &'a mut [i64],
     /// 1 where a token may be noised and is scored [L].
     pub noisable: &'a mut [u8],
-    /// Document of each position, -1 for padding [L]. Without `documents`, the row counts as one.
+    /// Document of each position, -1 for padding [L]. Without `documents`, the row counts as one,
+    /// and where the plan also has no padding, this may be empty.
     pub doc_ids: &'a mut [i32],
 }
 
@@ -127,6 +128,18 @@ impl RowPlan {
         self.num_rows
     }
 
+    /// Whether any row may hold padding.
+    pub fn may_pad(&self) -> bool {
+        match &self.layout {
+            Layout::Wrap { step, row_eos, .. } => {
+                let room = self.seq_len - 1 - usize::from(*row_eos);
+                let ends = self.num_rows.saturating_sub(1) * step + room;
+                ends as u64 > self.num_stream_tokens
+            }
+            Layout::Segments { .. } => true,
+        }
+    }
+
     /// Tokens of the data set, whether or not they fell into a row.
     pub fn num_stream_tokens(&self) -> u64 {
         self.num_stream_tokens
@@ -181,7 +194,9 @@ impl RowPlan {
                 if *row_eos {
                     out.x0[end] = eos;
                     out.noisable[end] = 1;
-                    out.doc_ids[end] = 0;
+                    if !out.doc_ids.is_empty() {
+                        out.doc_ids[end] = 0;
+                    }
                     end += 1;
                 }
                 if row > 0 {
@@ -217,7 +232,9 @@ fn place(tokens: &Tokens<'_>, segment: Segment, bos: i64, number: i32, out: &mut
     tokens.copy_to(segment.start as usize, &mut out.x0[at + 1..at + 1 + len]);
     out.noisable[at] = 0;
     out.noisable[at + 1..at + 1 + len].fill(1);
-    out.doc_ids[at..at + 1 + len].fill(number);
+    if !out.doc_ids.is_empty() {
+        out.doc_ids[at..at + 1 + len].fill(number);
+    }
 }
 
 /// Padding up to the end of the row; returns whether there was any.
@@ -227,11 +244,14 @@ fn pad(out: &mut RowBuffers<'_>, from: usize, bos: i64) -> bool {
 }
 
 fn fill_padding(out: &mut RowBuffers<'_>, from: usize, to: usize, bos: i64) -> bool {
+    if from == to {
+        return false;
+    }
     // BOS is as good an id as any: padding is never a key, never noised, never scored.
     out.x0[from..to].fill(bos);
     out.noisable[from..to].fill(0);
     out.doc_ids[from..to].fill(-1);
-    to > from
+    true
 }
 
 /// Numbers the documents of consecutive tokens from 0, where each one begins.

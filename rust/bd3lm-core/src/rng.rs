@@ -114,35 +114,39 @@ impl Stream {
 
 multiversion! {
     fn fill_blocks(key: [u32; 2], row: [u32; 2], first: u64, out: &mut [u32]) {
-        const LANES: usize = 16;
+        const LANES: usize = 8;
+        const LOW: u64 = 0xFFFF_FFFF;
         let mut block = first;
         let mut chunks = out.chunks_exact_mut(4 * LANES);
-        // Lanes side by side are what the compiler vectorises.
+        // Lanes side by side are what the compiler vectorises. A lane is twice as wide as its
+        // word, since that is what the multiplication reads and writes; what it leaves in the
+        // upper halves is cut off where it would count.
         #[allow(clippy::needless_range_loop)]
         for chunk in &mut chunks {
-            let mut c = [[0u32; LANES]; 4];
+            let mut c = [[0u64; LANES]; 4];
             for lane in 0..LANES {
                 let at = block + lane as u64;
-                c[0][lane] = at as u32;
-                c[1][lane] = (at >> 32) as u32;
+                c[0][lane] = at;
+                c[1][lane] = at >> 32;
             }
-            c[2] = [row[0]; LANES];
-            c[3] = [row[1]; LANES];
+            c[2] = [u64::from(row[0]); LANES];
+            c[3] = [u64::from(row[1]); LANES];
             let mut k = key;
             for _ in 0..10 {
+                let (k0, k1) = (u64::from(k[0]), u64::from(k[1]));
                 for lane in 0..LANES {
-                    let p0 = M0 * u64::from(c[0][lane]);
-                    let p1 = M1 * u64::from(c[2][lane]);
-                    c[0][lane] = (p1 >> 32) as u32 ^ c[1][lane] ^ k[0];
-                    c[1][lane] = p1 as u32;
-                    c[2][lane] = (p0 >> 32) as u32 ^ c[3][lane] ^ k[1];
-                    c[3][lane] = p0 as u32;
+                    let p0 = M0 * (c[0][lane] & LOW);
+                    let p1 = M1 * (c[2][lane] & LOW);
+                    c[0][lane] = (p1 >> 32) ^ c[1][lane] ^ k0;
+                    c[1][lane] = p1;
+                    c[2][lane] = (p0 >> 32) ^ c[3][lane] ^ k1;
+                    c[3][lane] = p0;
                 }
                 k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
             }
             for lane in 0..LANES {
                 for word in 0..4 {
-                    chunk[4 * lane + word] = c[word][lane];
+                    chunk[4 * lane + word] = c[word][lane] as u32;
                 }
             }
             block += LANES as u64;

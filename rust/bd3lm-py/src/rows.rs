@@ -78,6 +78,11 @@ impl PyRowPlan {
     }
 
     #[getter]
+    fn may_pad(&self) -> bool {
+        self.plan.may_pad()
+    }
+
+    #[getter]
     fn num_stream_tokens(&self) -> u64 {
         self.plan.num_stream_tokens()
     }

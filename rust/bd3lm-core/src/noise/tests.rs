@@ -1,3 +1,4 @@
+use super::binomial::CHOOSE;
 use super::*;
 use crate::schedule::tests::all;
 use proptest::prelude::*;

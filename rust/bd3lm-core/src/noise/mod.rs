@@ -1,5 +1,9 @@
 //! Noise levels, masks and loss weights of a batch (MATH §2 clip, §3, §4, §6), row by row.
 
+mod binomial;
+mod choice;
+mod levels;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -9,8 +13,10 @@ use crate::error::{Error, Result};
 use crate::order::Permutation;
 use crate::rng::{Domain, Stream, key_of};
 use crate::schedule::{MIN_LEVEL, Schedule, root};
-use crate::simd::multiversion;
 use crate::weighting::Weighting;
+use binomial::truncated_binomial;
+use choice::Choice;
+use levels::{compare, count_live, limit, limits, limits_by_frequency, narrow, place_levels};
 
 /// How the masked positions of a block are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,9 +56,10 @@ pub struct NoiseKey {
 pub struct Scratch {
     /// A word a token, of the row's mask stream.
     random: Vec<u32>,
-    /// Two words a block, of the row's level stream: those of all blocks first, then a second one
-    /// for each.
+    /// A word a block, of the row's level stream; then a second one for each where that is needed.
     levels: Vec<u32>,
+    /// Noisable tokens of each block.
+    live: Vec<u32>,
     /// Number of each block's stratum.
     strata: Vec<u64>,
     t: Vec<f64>,
@@ -60,13 +67,15 @@ pub struct Scratch {
     w: Vec<f64>,
     /// Limit of each token's random word.
     limits: Vec<u32>,
+    /// Blocks that no allowed count fits.
+    unfit: Vec<usize>,
     choice: Choice,
 }
 
 impl Scratch {
-    fn draw(&mut self, key: &NoiseKey, tokens: usize, blocks: usize) {
+    fn draw(&mut self, key: &NoiseKey, tokens: usize, levels: usize) {
         self.random.resize(tokens, 0);
-        self.levels.resize(2 * blocks, 0);
+        self.levels.resize(levels, 0);
         Stream::new(key.seed, Domain::Mask, key.step, key.row).fill(&mut self.random);
         Stream::new(key.seed, Domain::Level, key.step, key.row).fill(&mut self.levels);
     }
@@ -87,7 +96,8 @@ pub struct NoiseSpec {
 
 #[derive(Debug)]
 struct CountTable {
-    cumulative: Vec<f64>,
+    /// Of q(k); `None` where it is uniform.
+    cumulative: Option<Vec<f64>>,
     weight: Vec<f32>,
 }
 
@@ -275,7 +285,11 @@ impl NoiseSpec {
             return;
         }
         let blocks = mask.len() / block_size;
-        scratch.draw(key, mask.len(), blocks);
+        let counted = matches!(self.estimator, Estimator::Count { .. });
+        let second = self.resample || (counted && self.clip.is_some());
+        scratch.draw(key, mask.len(), blocks * if second { 2 } else { 1 });
+        scratch.live.resize(blocks, 0);
+        count_live(noisable, block_size, &mut scratch.live);
         let row = Row {
             block_size,
             ids,
@@ -343,10 +357,8 @@ impl NoiseSpec {
             }
         }
         compare(&scratch.random, &scratch.limits, row.noisable, row.mask);
-        for (noisable, weight) in row.noisable.chunks(row.block_size).zip(row.weight) {
-            if noisable.iter().all(|n| *n == 0) {
-                *weight = 0.0;
-            }
+        for (weight, live) in row.weight.iter_mut().zip(&scratch.live) {
+            *weight = if *live == 0 { 0.0 } else { *weight };
         }
     }
 
@@ -357,31 +369,30 @@ impl NoiseSpec {
         let full = self.count_bounds(s);
         let choice = &mut scratch.choice;
         choice.clear();
-        for (b, noisable) in row.noisable.chunks(s).enumerate() {
-            let n = count(noisable);
+        scratch.unfit.clear();
+        for (b, n) in scratch.live.iter().enumerate() {
+            let n = *n as usize;
             if n == 0 {
                 row.weight[b] = 0.0;
             }
             let (lo, hi) = if n == s { full } else { self.count_bounds(n) };
             let u = unit(scratch.levels[blocks + b]);
-            // A short block that no k fits falls back to plain Bernoulli, further down.
             let k = if lo <= hi {
                 truncated_binomial(n, scratch.p[b], lo, hi, u)
             } else {
+                scratch.unfit.push(b);
                 0
             };
             choice.counts.push(k as u32);
         }
         choice.run(&scratch.random, row.noisable, s, row.mask);
-        for (b, noisable) in row.noisable.chunks(s).enumerate() {
-            let n = count(noisable);
-            let (lo, hi) = if n == s { full } else { self.count_bounds(n) };
-            if lo > hi {
-                let limit = limit(scratch.p[b]);
-                let words = scratch.random[b * s..].iter().zip(noisable);
-                for (mask, (word, n)) in row.mask[b * s..].iter_mut().zip(words) {
-                    *mask = u8::from(*word <= limit) & n;
-                }
+        // A short block that no k fits has plain Bernoulli masks.
+        for b in &scratch.unfit {
+            let limit = limit(scratch.p[*b]);
+            let at = b * s..(b + 1) * s;
+            let words = (scratch.random[at.clone()].iter()).zip(&row.noisable[at.clone()]);
+            for (mask, (word, n)) in row.mask[at].iter_mut().zip(words) {
+                *mask = u8::from(*word <= limit) & n;
             }
         }
     }
@@ -392,8 +403,8 @@ impl NoiseSpec {
         let choice = &mut scratch.choice;
         choice.clear();
         let mut table: Option<(usize, Arc<CountTable>)> = None;
-        for (b, noisable) in row.noisable.chunks(s).enumerate() {
-            let n = count(noisable);
+        for (b, n) in scratch.live.iter().enumerate() {
+            let n = *n as usize;
             if n == 0 {
                 choice.counts.push(0);
                 row.weight[b] = 0.0;
@@ -407,21 +418,26 @@ impl NoiseSpec {
             if let Some((j, r)) = stratum {
                 u = (f64::from(j) + u) / f64::from(r);
             }
-            let below = table.cumulative.iter().filter(|c| **c <= u).count();
+            let below = match &table.cumulative {
+                None => (u * n as f64) as usize,
+                Some(cumulative) => cumulative.iter().filter(|c| **c <= u).count(),
+            };
             let k = 1 + below.min(n - 1);
             choice.counts.push(k as u32);
             row.weight[b] = table.weight[k - 1];
         }
         choice.run(&scratch.random, row.noisable, s, row.mask);
-        for (b, noisable) in row.noisable.chunks(s).enumerate() {
-            let k = choice.counts[b] as usize;
-            row.mask_prob[b] = match self.clip {
-                // The k-th smallest of n uniform numbers is Beta(k, n−k+1), whichever they are.
-                None => choice.largest[b],
-                Some(_) if k == 0 => 0.0,
-                Some(clip) => {
+        let Some(clip) = self.clip else {
+            // The k-th smallest of n uniform numbers is Beta(k, n−k+1), whichever they are.
+            row.mask_prob.copy_from_slice(&choice.largest);
+            return;
+        };
+        for (b, n) in scratch.live.iter().enumerate() {
+            row.mask_prob[b] = match choice.counts[b] as usize {
+                0 => 0.0,
+                k => {
                     let v = unit(scratch.levels[blocks + b]);
-                    self.level_given_count(k, count(noisable), clip, v) as f32
+                    self.level_given_count(k, *n as usize, clip, v) as f32
                 }
             };
         }
@@ -462,13 +478,13 @@ impl NoiseSpec {
             }
             _ => vec![1.0 / n as f64; n],
         };
-        let cumulative = q
-            .iter()
-            .scan(0.0, |sum, x| {
-                *sum += x;
-                Some(*sum)
-            })
-            .collect();
+        let mut sum = 0.0;
+        let add = |x: &f64| {
+            sum += x;
+            sum
+        };
+        let given = matches!(&self.estimator, Estimator::Count { probs: Some(_), .. });
+        let cumulative = given.then(|| q.iter().map(add).collect());
         let weight = (1..=n)
             .map(|k| (self.count_factor(k, n) / (k as f64 * q[k - 1])) as f32)
             .collect();
@@ -538,329 +554,11 @@ struct Row<'a> {
     weight: &'a mut [f32],
 }
 
-#[inline]
-fn count(noisable: &[u8]) -> usize {
-    noisable.iter().map(|x| usize::from(*x)).sum()
-}
-
 /// A number in (0, 1) from 32 bits.
 #[inline(always)]
 fn unit(word: u32) -> f64 {
     (f64::from(word) + 0.5) * (1.0 / 4_294_967_296.0)
 }
 
-/// Words up to this one occur with probability p, to within 2⁻³².
-#[inline(always)]
-fn limit(p: f64) -> u32 {
-    (p * 4_294_967_296.0 - 0.5) as u32 // saturates at both ends
-}
-
-multiversion! {
-    /// t = b − (b−a)·(stratum + u)/total.
-    fn place_levels(strata: &[u64], words: &[u32], total: f64, interval: (f64, f64), t: &mut [f64]) {
-        let (a, b) = interval;
-        let scale = (b - a) / total;
-        for ((t, stratum), word) in t.iter_mut().zip(strata).zip(words) {
-            *t = (b - scale * (*stratum as f64 + unit(*word))).max(a);
-        }
-    }
-}
-
-multiversion! {
-    fn narrow(from: &[f64], to: &mut [f32]) {
-        for (a, b) in to.iter_mut().zip(from) {
-            *a = *b as f32;
-        }
-    }
-}
-
-multiversion! {
-    /// The limit of each block for each of its tokens.
-    fn limits(p: &[f64], block_size: usize, out: &mut [u32]) {
-        #[inline(always)]
-        fn spread<const S: usize>(p: &[f64], out: &mut [u32]) {
-            for (block, p) in out.as_chunks_mut::<S>().0.iter_mut().zip(p) {
-                *block = [limit(*p); S];
-            }
-        }
-        match block_size {
-            1 => spread::<1>(p, out),
-            2 => spread::<2>(p, out),
-            4 => spread::<4>(p, out),
-            8 => spread::<8>(p, out),
-            16 => spread::<16>(p, out),
-            _ => {
-                for (block, p) in out.chunks_mut(block_size).zip(p) {
-                    block.fill(limit(*p));
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Masks the noisable tokens whose word is within its limit.
-    fn compare(random: &[u32], limits: &[u32], noisable: &[u8], mask: &mut [u8]) {
-        for (((m, r), l), n) in mask.iter_mut().zip(random).zip(limits).zip(noisable) {
-            *m = u8::from(r <= l) & n;
-        }
-    }
-}
-
-/// Limits for masks of probability p^{c·γ}, with c such that their mean over the block's noisable
-/// tokens is p (MATH §6).
-fn limits_by_frequency(p: f64, gamma: &[f32], ids: &[i64], noisable: &[u8], out: &mut [u32]) {
-    let factor = |id: i64| f64::from(gamma.get(id as usize).copied().unwrap_or(1.0));
-    let log_p = p.ln();
-    let n = count(noisable) as f64;
-    let mean = |c: f64| -> f64 {
-        let pairs = ids.iter().zip(noisable).filter(|(_, n)| **n == 1);
-        pairs
-            .map(|(id, _)| (c * factor(*id) * log_p).exp())
-            .sum::<f64>()
-            / n
-    };
-    let c = if p >= 1.0 || n == 0.0 {
-        1.0
-    } else {
-        bisect_decreasing(mean, p)
-    };
-    for (limit_of, id) in out.iter_mut().zip(ids) {
-        *limit_of = limit((c * factor(*id) * log_p).exp());
-    }
-}
-
-/// Uniform subsets of given sizes: in each block the tokens of the k smallest random words.
-#[derive(Default, Debug)]
-struct Choice {
-    /// Size of each block's subset, at most its noisable tokens.
-    counts: Vec<u32>,
-    /// The largest word in it, as a number in (0, 1); 0 for the empty one.
-    largest: Vec<f32>,
-    keys: Vec<u64>,
-}
-
-impl Choice {
-    fn clear(&mut self) {
-        self.counts.clear();
-        self.largest.clear();
-    }
-
-    fn run(&mut self, random: &[u32], noisable: &[u8], block_size: usize, mask: &mut [u8]) {
-        self.largest.resize(self.counts.len(), 0.0);
-        if block_size <= MAX_RANKED {
-            choose_ranked(
-                &self.counts,
-                random,
-                noisable,
-                block_size,
-                mask,
-                &mut self.largest,
-            );
-            return;
-        }
-        let blocks = (random.chunks(block_size))
-            .zip(noisable.chunks(block_size))
-            .zip(mask.chunks_mut(block_size));
-        for (b, ((random, noisable), mask)) in blocks.enumerate() {
-            let k = self.counts[b] as usize;
-            if k == 0 {
-                mask.fill(0);
-                continue;
-            }
-            // The position behind the word makes every key another.
-            self.keys.clear();
-            let words = random.iter().zip(noisable).enumerate();
-            let live = words.filter(|(_, (_, n))| **n == 1);
-            self.keys
-                .extend(live.map(|(i, (r, _))| u64::from(*r) << 32 | i as u64));
-            let (_, largest, _) = self.keys.select_nth_unstable(k - 1);
-            let largest = *largest;
-            self.largest[b] = unit((largest >> 32) as u32) as f32;
-            let words = random.iter().zip(noisable).enumerate();
-            for (m, (i, (r, n))) in mask.iter_mut().zip(words) {
-                *m = u8::from(u64::from(*r) << 32 | i as u64 <= largest) & n;
-            }
-        }
-    }
-}
-
-/// Largest block whose tokens are ranked by comparing each with each: S² comparisons, side by side.
-const MAX_RANKED: usize = 32;
-
-multiversion! {
-    fn choose_ranked(
-        counts: &[u32],
-        random: &[u32],
-        noisable: &[u8],
-        block_size: usize,
-        mask: &mut [u8],
-        largest: &mut [f32],
-    ) {
-        match block_size {
-            4 => ranked::<4>(counts, random, noisable, mask, largest),
-            8 => ranked::<8>(counts, random, noisable, mask, largest),
-            16 => ranked::<16>(counts, random, noisable, mask, largest),
-            32 => ranked::<32>(counts, random, noisable, mask, largest),
-            s => {
-                for (b, mask) in mask.chunks_mut(s).enumerate() {
-                    let at = b * s..(b + 1) * s;
-                    let (mut words, mut live) = ([0; MAX_RANKED], [0; MAX_RANKED]);
-                    words[..s].copy_from_slice(&random[at.clone()]);
-                    live[..s].copy_from_slice(&noisable[at]);
-                    let mut out = [0; MAX_RANKED];
-                    let count = counts[b];
-                    largest[b] = choose_block(count, &words, &live, &mut out);
-                    mask.copy_from_slice(&out[..s]);
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn ranked<const S: usize>(
-    counts: &[u32],
-    random: &[u32],
-    noisable: &[u8],
-    mask: &mut [u8],
-    largest: &mut [f32],
-) {
-    let blocks = (random.as_chunks::<S>().0.iter())
-        .zip(noisable.as_chunks::<S>().0)
-        .zip(mask.as_chunks_mut::<S>().0)
-        .zip(counts.iter().zip(largest));
-    for (((random, noisable), mask), (count, largest)) in blocks {
-        *largest = choose_block(*count, random, noisable, mask);
-    }
-}
-
-#[inline(always)]
-fn choose_block<const S: usize>(
-    count: u32,
-    random: &[u32; S],
-    noisable: &[u8; S],
-    mask: &mut [u8; S],
-) -> f32 {
-    // 26 random bits over the position, which makes every key another; what may not be noised
-    // comes last.
-    let mut keys = [0u32; S];
-    for i in 0..S {
-        let dead = u32::from(noisable[i] ^ 1) << 31;
-        keys[i] = (random[i] >> 6 << 5) | i as u32 | dead;
-    }
-    let mut ranks = [0u32; S];
-    for key in keys {
-        for i in 0..S {
-            ranks[i] += u32::from(key < keys[i]);
-        }
-    }
-    let mut largest = 0;
-    for i in 0..S {
-        let hit = ranks[i] < count;
-        mask[i] = u8::from(hit);
-        largest = largest.max(if hit { keys[i] >> 5 } else { 0 });
-    }
-    let level = (largest as f32 + 0.5) * (1.0 / 67_108_864.0);
-    if count == 0 { 0.0 } else { level }
-}
-
-/// The c > 0 at which a decreasing function takes the value `goal`.
-fn bisect_decreasing(f: impl Fn(f64) -> f64, goal: f64) -> f64 {
-    let (mut lo, mut hi) = (0.0f64, 1.0f64);
-    while f(hi) > goal && hi < 1e6 {
-        hi *= 2.0;
-    }
-    for _ in 0..60 {
-        let mid = 0.5 * (lo + hi);
-        if f(mid) > goal {
-            lo = mid;
-        } else {
-            hi = mid;
-        }
-    }
-    0.5 * (lo + hi)
-}
-
-/// Largest n whose binomial coefficients are tabulated.
-const MAX_TABLE: usize = 32;
-
-const CHOOSE: [[f64; MAX_TABLE + 1]; MAX_TABLE + 1] = {
-    let mut table = [[0.0; MAX_TABLE + 1]; MAX_TABLE + 1];
-    let mut n = 0;
-    while n <= MAX_TABLE {
-        table[n][0] = 1.0;
-        let mut k = 1;
-        while k <= n {
-            table[n][k] = table[n - 1][k - 1] + table[n - 1][k];
-            k += 1;
-        }
-        n += 1;
-    }
-    table
-};
-
-/// Binomial(n, p) conditioned on lo ≤ k ≤ hi, by inverting its distribution at `u`.
-fn truncated_binomial(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
-    if p >= 1.0 || lo == hi {
-        return hi;
-    }
-    if n > MAX_TABLE {
-        return truncated_binomial_of_many(n, p, lo, hi, u);
-    }
-    // Unnormalised, with the powers counted from the end where they are 1: nothing overflows, and
-    // the sum is at least 1.
-    let mut mass = [0.0; MAX_TABLE + 1];
-    let mass = &mut mass[lo..=hi];
-    let choose = &CHOOSE[n][lo..=hi];
-    let (mut power, mut sum) = (1.0, 0.0);
-    if p <= 0.5 {
-        let ratio = p / (1.0 - p);
-        for (m, c) in mass.iter_mut().zip(choose) {
-            *m = c * power;
-            sum += *m;
-            power *= ratio;
-        }
-    } else {
-        let ratio = (1.0 - p) / p;
-        for (m, c) in mass.iter_mut().zip(choose).rev() {
-            *m = c * power;
-            sum += *m;
-            power *= ratio;
-        }
-    }
-    lo + quantile(mass, u * sum)
-}
-
-fn truncated_binomial_of_many(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
-    // From the most probable count outwards, so that nothing underflows to nothing.
-    let ratio = p / (1.0 - p);
-    let mode = (((n + 1) as f64 * p) as usize).clamp(lo, hi);
-    let up = |k: usize| (n - k) as f64 / (k + 1) as f64 * ratio; // P(k+1)/P(k)
-    let mut mass = vec![0.0; hi - lo + 1];
-    mass[mode - lo] = 1.0;
-    for k in mode..hi {
-        mass[k + 1 - lo] = mass[k - lo] * up(k);
-    }
-    for k in (lo..mode).rev() {
-        mass[k - lo] = mass[k + 1 - lo] / up(k);
-    }
-    let goal = u * mass.iter().sum::<f64>();
-    lo + quantile(&mass, goal)
-}
-
-/// The first place at which the running sum of `mass` passes `goal`, or the last.
-fn quantile(mass: &[f64], goal: f64) -> usize {
-    let mut sum = 0.0;
-    for (i, m) in mass.iter().enumerate() {
-        sum += m;
-        if sum > goal {
-            return i;
-        }
-    }
-    mass.len() - 1
-}
-
 #[cfg(test)]
-#[path = "noise_tests.rs"]
 mod tests;
