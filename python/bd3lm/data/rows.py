@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.data.noise import NoiseSpec, flat
+from bd3lm.data.noise import NoiseSpec, buffer, flat
 from bd3lm.data.store import Dataset, TokenArrays
 from bd3lm.errors import ConfigError
 
@@ -106,6 +106,8 @@ class Rows:
             keep_last=keep_last,
             documents=self.documents,
         )
+        # No room is needed where every row is full and counts as one document.
+        self.doc_ids_len = seq_len if self.documents or self.core.may_pad else 0
 
     def __len__(self) -> int:
         return len(self.core)
@@ -125,15 +127,12 @@ class Rows:
             ConfigError: a row that does not exist.
         """
         shape = (len(rows), self.seq_len)
-        x0 = torch.empty(shape, dtype=torch.int64)
-        noisable = torch.empty(shape, dtype=torch.bool)
-        doc_ids = torch.empty(self._doc_ids_shape(len(rows)), dtype=torch.int32)
-        padded = self.core.gather(rows, flat(x0), flat(noisable), flat(doc_ids))
-        return CleanBatch(x0, noisable, doc_ids if padded or self.documents else None)
-
-    def _doc_ids_shape(self, num: int) -> tuple[int, int]:
-        """Room for the documents of some rows, where any row has more than one or padding."""
-        return num, self.seq_len if self.documents or self.core.may_pad else 0
+        x0, x0_out = buffer(shape, np.int64)
+        noisable, noisable_out = buffer(shape, np.bool_)
+        doc_ids = np.empty((len(rows), self.doc_ids_len), np.int32)
+        padded = self.core.gather(rows, x0_out, noisable_out, doc_ids.reshape(-1))
+        has_doc_ids = padded or self.documents
+        return CleanBatch(x0, noisable, torch.from_numpy(doc_ids) if has_doc_ids else None)
 
 
 class Loader:
@@ -175,12 +174,12 @@ class Loader:
         blocks = (size, self.rows.seq_len // self.rows.block_size)
         pin = self.pinned
         x0, xt, masked = (torch.empty(shape, dtype=torch.int64, pin_memory=pin) for _ in range(3))
-        doc_ids = torch.empty(self.rows._doc_ids_shape(size), dtype=torch.int32, pin_memory=pin)
+        doc_ids = torch.empty((size, self.rows.doc_ids_len), dtype=torch.int32, pin_memory=pin)
         masked_weight = torch.empty(shape, pin_memory=pin)
         mask_prob = torch.empty(blocks, pin_memory=pin)
-        # These two stay here.
-        noisable, mask = (torch.empty(shape, dtype=torch.bool) for _ in range(2))
-        weight = torch.empty(blocks)
+        # These stay here.
+        noisable, mask = (np.empty(x0.numel(), np.uint8) for _ in range(2))
+        weight = np.empty(mask_prob.numel(), np.float32)
         num_noisable, count, padded = self.rows.core.gather_noised(
             spec._core,
             self.seed,
@@ -188,8 +187,15 @@ class Loader:
             first,
             self.batch_size,
             order,
-            *(flat(x) for x in (x0, noisable, doc_ids, xt, mask)),
-            *(flat(x) for x in (mask_prob, weight, masked, masked_weight)),
+            flat(x0),
+            noisable,
+            flat(doc_ids),
+            flat(xt),
+            mask,
+            flat(mask_prob),
+            weight,
+            flat(masked),
+            flat(masked_weight),
         )
         return Batch(
             x0=x0,

@@ -13,6 +13,9 @@ use crate::store::TokenStore;
 /// Batches below so many tokens are filled by the calling thread: starting others costs more.
 const PARALLEL_TOKENS: usize = 1 << 17;
 
+/// Shuffled rows lie anywhere in memory: while one is copied, the next so many are fetched.
+const ROWS_AHEAD: usize = 4;
+
 /// The order in which rows are seen: shuffled anew each epoch, a function of (seed, index) alone.
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
@@ -98,6 +101,13 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
     }
 }
 
+/// Before row `index` is read, has one that is read a little later on its way from memory.
+fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
+    if let Some(row) = rows.get(index + ROWS_AHEAD) {
+        plan.prefetch(store, *row as usize);
+    }
+}
+
 fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
     if len == needed {
         return Ok(());
@@ -151,10 +161,11 @@ pub fn gather(
     check_rows(plan, rows)?;
     let l = plan.seq_len();
     out.check(plan, documents, rows.len() * l)?;
-    let one = |(row, mut buffers): (&u64, RowBuffers<'_>)| {
-        plan.gather(store, *row as usize, documents, &mut buffers)
+    let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
+        prefetch_after(store, plan, rows, index);
+        plan.gather(store, rows[index] as usize, documents, &mut buffers)
     };
-    let parts = rows.iter().zip(out.split(l));
+    let parts = out.split(l).enumerate();
     if rows.len() * l < PARALLEL_TOKENS {
         return Ok(parts.map(one).fold(false, |any, padded| any | padded));
     }
@@ -255,6 +266,7 @@ pub fn gather_noised(
     let k = l / block_size;
     let mask_id = i64::from(store.vocab().mask_id);
     let one = |scratch: &mut Scratch, index: usize, row: u64, mut out: RowOut<'_>| {
+        prefetch_after(store, plan, rows, index);
         let padded = plan.gather(store, row as usize, documents, &mut out.clean);
         let key = NoiseKey {
             row: key.row + index as u64,
@@ -477,6 +489,33 @@ mod tests {
         let filled =
             gather_noised(store, plan, &spec(), key, rows, s, false, clean, noised).unwrap();
         (b, filled)
+    }
+
+    /// Where no row can hold padding, documents need no buffer; elsewhere their absence is named.
+    #[test]
+    fn documents_may_be_left_out_where_no_row_pads() {
+        let rows = [3, 0, 5];
+        let run = |data: &(TokenStore, RowPlan), documents, ids: usize| {
+            let (mut x0, mut noisable, mut doc_ids) = (vec![-7; 48], vec![7; 48], vec![-7; ids]);
+            let clean = CleanBatch {
+                x0: &mut x0,
+                noisable: &mut noisable,
+                doc_ids: &mut doc_ids,
+            };
+            let padded = gather(&data.0, &data.1, &rows, documents, clean)?;
+            Ok::<_, Error>((x0, noisable, padded))
+        };
+        let full = plan(15 * 6, 16, 4);
+        assert!(!full.1.may_pad());
+        let without = run(&full, false, 0).unwrap();
+        assert_eq!(without, run(&full, false, 48).unwrap());
+        assert!(!without.2 && without.0[1] == 10 + 3 * 15);
+        let padded = plan(15 * 6 - 1, 16, 4);
+        assert!(padded.1.may_pad());
+        for (data, documents) in [(&full, true), (&padded, false)] {
+            let refused = run(data, documents, 0).unwrap_err().to_string();
+            assert!(refused.contains("doc_ids = 0 elements"), "{refused}");
+        }
     }
 
     #[test]

@@ -161,6 +161,12 @@ impl RowPlan {
         }
     }
 
+    /// Has the tokens of a row that is soon gathered on their way from memory.
+    pub fn prefetch(&self, store: &TokenStore, row: usize) {
+        let tokens = store.tokens();
+        self.spans(store, row, |span| tokens.prefetch(span.start, span.len()));
+    }
+
     /// Writes row `row < num_rows`; returns whether it holds padding.
     ///
     /// With `documents`, `doc_ids` tells documents apart (numbered from 0 in each row); else

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::simd::multiversion;
+use crate::simd::{multiversion, prefetch};
 
 /// First bytes of an `.idx` file.
 const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
@@ -52,6 +52,14 @@ impl Tokens<'_> {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Has ids `start..start + len`, which are soon read, on their way from memory.
+    pub fn prefetch(&self, start: usize, len: usize) {
+        match self {
+            Tokens::U16(x) => prefetch(&x[start..start + len]),
+            Tokens::I32(x) => prefetch(&x[start..start + len]),
+        }
     }
 
     /// Copies ids `start..start + out.len()` into `out`, widened.
@@ -148,7 +156,8 @@ pub struct TokenStore {
 #[derive(Debug)]
 enum Data {
     Mapped { map: Option<Mmap>, wide: bool },
-    Owned(Vec<i32>),
+    Narrow(Vec<u16>),
+    Wide(Vec<i32>),
 }
 
 impl TokenStore {
@@ -223,20 +232,26 @@ impl TokenStore {
                 format!("must add up to the {} ids", ids.len()),
             ));
         }
-        let store = TokenStore {
-            data: Data::Owned(ids),
+        let mut store = TokenStore {
+            data: Data::Wide(ids),
             offsets,
             vocab,
             manifest: None,
         };
         store.check_range(Path::new("ids"))?;
+        if let Data::Wide(ids) = &store.data
+            && vocab.vocab_size <= 1 << 16
+        {
+            store.data = Data::Narrow(ids.iter().map(|id| *id as u16).collect());
+        }
         Ok(store)
     }
 
     /// All ids, document after document.
     pub fn tokens(&self) -> Tokens<'_> {
         match &self.data {
-            Data::Owned(ids) => Tokens::I32(ids),
+            Data::Narrow(ids) => Tokens::U16(ids),
+            Data::Wide(ids) => Tokens::I32(ids),
             Data::Mapped { map, wide } => {
                 let bytes: &[u8] = map.as_deref().unwrap_or(&[]);
                 // SAFETY: any bit pattern is a valid u16 or i32; `align_to` keeps to alignment,

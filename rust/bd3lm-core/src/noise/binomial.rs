@@ -26,10 +26,21 @@ pub(super) fn truncated_binomial(n: usize, p: f64, lo: usize, hi: usize, u: f64)
     if n > MAX_TABLE {
         return truncated_binomial_of_many(n, p, lo, hi, u);
     }
+    // Small blocks, which are most, do not pay for the room of large ones.
+    if hi - lo < 8 {
+        invert::<8>(n, p, lo, hi, u)
+    } else {
+        invert::<{ MAX_TABLE + 1 }>(n, p, lo, hi, u)
+    }
+}
+
+/// The same by the table, for at most `ROOM` counts.
+#[inline(always)]
+fn invert<const ROOM: usize>(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
     // Unnormalised, with the powers counted from the end where they are 1: nothing overflows, and
     // the sum is at least 1.
-    let mut mass = [0.0; MAX_TABLE + 1];
-    let mass = &mut mass[lo..=hi];
+    let mut mass = [0.0; ROOM];
+    let mass = &mut mass[..=hi - lo];
     let choose = &CHOOSE[n][lo..=hi];
     let (mut power, mut sum) = (1.0, 0.0);
     if p <= 0.5 {
@@ -69,12 +80,11 @@ fn truncated_binomial_of_many(n: usize, p: f64, lo: usize, hi: usize, u: f64) ->
 
 /// The first place at which the running sum of `mass` passes `goal`, or the last.
 fn quantile(mass: &[f64], goal: f64) -> usize {
-    let mut sum = 0.0;
-    for (i, m) in mass.iter().enumerate() {
+    // Counted to the end: where it would stop is a coin toss that no branch can foresee.
+    let (mut sum, mut below) = (0.0, 0);
+    for m in mass {
         sum += m;
-        if sum > goal {
-            return i;
-        }
+        below += usize::from(sum <= goal);
     }
-    mass.len() - 1
+    below.min(mass.len() - 1)
 }

@@ -60,6 +60,8 @@ pub struct Scratch {
     levels: Vec<u32>,
     /// Noisable tokens of each block.
     live: Vec<u32>,
+    /// The latest step's order of strata, with its size and key.
+    permutation: Option<((u64, u64), Permutation)>,
     /// Number of each block's stratum.
     strata: Vec<u64>,
     t: Vec<f64>,
@@ -317,7 +319,17 @@ impl NoiseSpec {
         let mut total = 1;
         if strata {
             total = key.rows * blocks as u64;
-            let permutation = Permutation::new(total, key_of(key.seed, Domain::Strata, key.step));
+            // All rows of a step share it.
+            let of = (total, key_of(key.seed, Domain::Strata, key.step));
+            let permutation = match &scratch.permutation {
+                Some((known, permutation)) if *known == of => permutation,
+                _ => {
+                    &scratch
+                        .permutation
+                        .insert((of, Permutation::new(of.0, of.1)))
+                        .1
+                }
+            };
             permutation.fill(key.row * blocks as u64, &mut scratch.strata);
         }
         for values in [&mut scratch.t, &mut scratch.p, &mut scratch.w] {
