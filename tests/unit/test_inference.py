@@ -201,3 +201,22 @@ def test_kernels_keep_their_threads_while_pytorch_has_one():
         assert threads() == (2, 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_autocast_around_it_changes_nothing():
+    """Shifts and gates go into weights: rounded to bf16 they would spoil all of them."""
+    model, ids = tiny_model(cond_width=8), random_ids(2, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = for_inference(model)
+    outside = for_inference(model)
+    with torch.no_grad():
+        assert torch.equal(inside.encode(ids, 4), outside.encode(ids, 4))
+
+
+@torch.no_grad()
+def test_both_streams_run_too():
+    model, ids = tiny_model(kv_heads=1), random_ids(2, 8)
+    xt, select = torch.full_like(ids, MASK_ID), torch.tensor([1, 9])
+    expected = model.denoise(xt, ids, 4, select)
+    found = for_inference(model).denoise(xt, ids, 4, select)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.layers import CacheAt, KVCache, Norm
 from bd3lm.model.threads import kernel_threads
-from bd3lm.model.transformer import Block, Transformer
+from bd3lm.model.transformer import Block, Transformer, one_modulation
 
 
 @torch.inference_mode(False)
@@ -130,7 +130,7 @@ class PackedBlock(nn.Module):
         k, v = cache.k[layer], cache.v[layer]
         cos, sin = rope
         self.packed.project(
-            _flat(h),
+            _flat(h.contiguous()),
             _flat(cos),
             _flat(sin),
             _flat(q),
@@ -146,10 +146,10 @@ class PackedBlock(nn.Module):
         attended = attend(q.transpose(1, 2), keys, values, mask, self.block.attention)
         attended = attended.transpose(1, 2).flatten(2)
         if select is None:
-            h = h.clone()
+            h = h.clone(memory_format=torch.contiguous_format)
         else:
             attended, h = attended.flatten(0, 1)[select], h.flatten(0, 1)[select]
-        self.packed.finish(_flat(attended), _flat(h), threads)
+        self.packed.finish(_flat(attended.contiguous()), _flat(h), threads)
         return h
 
 
@@ -159,12 +159,13 @@ def _matrix(linear: nn.Module) -> _core.PackedLinear:
 
 
 def _norm(norm: Norm) -> tuple[NDArray[Any], NDArray[Any] | None, bool, float]:
-    bias = None if norm.bias is None else _flat(norm.bias)
-    return _flat(norm.weight), bias, norm.kind == "layernorm", norm.eps
+    bias = None if norm.bias is None else _flat(norm.bias.float())
+    return _flat(norm.weight.float()), bias, norm.kind == "layernorm", norm.eps
 
 
 def _flat(x: Tensor) -> NDArray[Any]:
-    return x.detach().reshape(-1).numpy()
+    """The numbers where they are, for what is written there has to arrive."""
+    return x.detach().view(-1).numpy()
 
 
 def _pack(module: nn.Module, bf16: bool) -> None:
@@ -181,7 +182,8 @@ def _fold_conditioning(model: Transformer) -> None:
     assert cond is not None
     for block in model.blocks:
         assert isinstance(block, Block)
-        shift1, scale1, gate1, shift2, scale2, gate2 = block.ada(cond).flatten().chunk(6)
+        modulation = one_modulation(block.ada, cond).flatten().chunk(6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         _shift_norm(block.norm1, shift1, scale1)
         _shift_norm(block.norm2, shift2, scale2)
         block.out.weight.mul_(gate1[:, None])
@@ -189,7 +191,7 @@ def _fold_conditioning(model: Transformer) -> None:
         if block.mlp.down.bias is not None:
             block.mlp.down.bias.mul_(gate2)
         del block.ada
-    _shift_norm(model.norm, *model.ada(cond).flatten().chunk(2))
+    _shift_norm(model.norm, *one_modulation(model.ada, cond).flatten().chunk(2))
     del model.ada
     model.time = None
     model.cfg = dataclasses.replace(model.cfg, cond_width=0)

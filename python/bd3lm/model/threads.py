@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
-_threads: int | None = None
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
 def kernel_threads() -> int:
     """Threads of a kernel that is called now."""
-    return torch.get_num_threads() if _threads is None else _threads
+    return _threads.get() or torch.get_num_threads()
 
 
 @contextmanager
 def only_kernels_in_parallel() -> Iterator[None]:
     """PyTorch's own operations run on the calling thread, kernels on as many as before."""
-    global _threads
-    before, outer = torch.get_num_threads(), _threads
-    _threads = kernel_threads()
+    before, outer = torch.get_num_threads(), _threads.set(kernel_threads())
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        _threads = outer
+        _threads.reset(outer)

@@ -69,8 +69,10 @@ class Block(nn.Module):
             queries: how many of the first rows ask; None for all. With 0 no one uses the queries.
         """
         width = self.cfg.width
-        if not queries or queries == x.shape[1]:
+        whole = not queries or queries == x.shape[1]
+        if whole or not isinstance(self.qkv, nn.Linear):  # for inference: its matrix is no tensor
             q, k, v = self.qkv(x).split([width, self.kv_width, self.kv_width], dim=-1)
+            q = q[:, : queries or None]
         else:
             weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
             q = F.linear(x[:, :queries], weight_q)
@@ -138,10 +140,10 @@ class Block(nn.Module):
     def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
         if cond is None:
             return (None,) * 6
-        return _modulation(self.ada, cond).chunk(6, dim=-1)
+        return one_modulation(self.ada, cond).chunk(6, dim=-1)
 
 
-def _modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
+def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
     """Shifts, scales and gates; those of one row in float32, for they go into weights."""
     if cond.numel() > cond.shape[-1]:
         return ada(cond)
@@ -388,7 +390,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         if cond is None:
             return self.norm(h)
-        modulation = _modulation(self.ada, cond).chunk(2, dim=-1)
+        modulation = one_modulation(self.ada, cond).chunk(2, dim=-1)
         shift, scale = (_pick(m, queries, select) for m in modulation)
         return self.norm(h, shift, scale)
 

@@ -254,9 +254,10 @@ class Sampler:
         context = batch.tokens[:, batch.base : end].clone()
         context[:, 0] = self.bos_id
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.model.encode(
-            context, self.block_size, select=nothing, cache=batch.cache, commit=context.shape[1]
-        )
+        with only_kernels_in_parallel():
+            self.model.encode(
+                context, self.block_size, select=nothing, cache=batch.cache, commit=context.shape[1]
+            )
         batch.committed = end
         for row in batch.rows:
             row.nfe += 1

@@ -90,5 +90,7 @@ def inference(
         that does the same elsewhere.
     """
     if device.type == "cpu":
-        return compute_dtype(cfg, device), nullcontext()
+        # A run may train in bf16 where the processor only emulates it; there it samples in float32.
+        bf16 = has_bf16(device) and compute_dtype(cfg, device) == torch.bfloat16
+        return torch.bfloat16 if bf16 else torch.float32, nullcontext()
     return torch.float32, autocast(cfg, device)

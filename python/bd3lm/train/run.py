@@ -156,7 +156,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
     """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     matrices, arithmetic = inference(cfg, trainer.device)
-    with trainer.ema.applied(), arithmetic:
+    with trainer.ema.applied():
         sampler = Sampler(
             for_inference(trainer.model, matrices),
             trainer.system,
@@ -164,7 +164,8 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
         )
-        samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
+        with arithmetic:
+            samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
     write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")

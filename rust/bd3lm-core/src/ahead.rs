@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use crate::pack::RowPlan;
 use crate::store::TokenStore;
 
-/// A row that takes longer was not in memory: a disk needs more, and a copy a tenth of it.
-const SLOW: Duration = Duration::from_micros(20);
+/// A row that takes longer, and this much more for every token, was not in memory: a disk needs more
+/// than that, and a copy, with its noise, less.
+const SLOW: (Duration, Duration) = (Duration::from_micros(20), Duration::from_nanos(50));
 /// Batches that are announced after a slow one.
 const ANNOUNCED: u32 = 16;
 
@@ -38,7 +39,8 @@ impl ReadAhead {
         }
         let start = Instant::now();
         let result = read();
-        if start.elapsed() > SLOW * rows.len() as u32 {
+        let slow = SLOW.0 + SLOW.1 * plan.seq_len() as u32;
+        if !rows.is_empty() && start.elapsed() > slow * rows.len() as u32 {
             self.0.store(ANNOUNCED, Ordering::Relaxed);
         }
         result

@@ -100,7 +100,20 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// The first `len` numbers of a buffer that only grows.
+/// Longer scratch is given back after the call that needed it.
+const KEEP: usize = 1 << 22;
+
+impl Scratch {
+    fn shrink(&mut self) {
+        for buffer in [&mut self.rows, &mut self.features] {
+            if buffer.len() > KEEP {
+                *buffer = Vec::new();
+            }
+        }
+    }
+}
+
+/// The first `len` numbers of a buffer, which grows for them.
 fn first(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
@@ -204,6 +217,7 @@ impl Block {
                     cache.v[line * head..][..head].copy_from_slice(v);
                 }
             }
+            scratch.shrink();
             Ok(())
         })
     }
@@ -229,15 +243,19 @@ impl Block {
                 Activation::SwiGlu => After::Write,
             };
             self.up.apply(normed, features, after, threads)?;
-            if self.activation != Activation::SwiGlu {
-                return self.down.apply(features, h, After::Add, threads);
-            }
-            let gated = first(&mut scratch.rows, rows * down);
-            for (both, gated) in features.chunks_exact(up).zip(gated.chunks_exact_mut(down)) {
-                gated.copy_from_slice(&both[..down]);
-                silu_times(gated, &both[down..]);
-            }
-            self.down.apply(gated, h, After::Add, threads)
+            let inner = if self.activation == Activation::SwiGlu {
+                let gated = first(&mut scratch.rows, rows * down);
+                for (both, gated) in features.chunks_exact(up).zip(gated.chunks_exact_mut(down)) {
+                    gated.copy_from_slice(&both[..down]);
+                    silu_times(gated, &both[down..]);
+                }
+                gated
+            } else {
+                features
+            };
+            self.down.apply(inner, h, After::Add, threads)?;
+            scratch.shrink();
+            Ok(())
         })
     }
 }

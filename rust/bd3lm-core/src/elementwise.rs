@@ -43,7 +43,7 @@ multiversion! {
     /// max(x, 0)² of a few numbers where they are, by the calling thread.
     pub(crate) fn squared_relu_in_place(x: &mut [f32]) {
         for x in x {
-            let positive = x.max(0.0);
+            let positive = if *x < 0.0 { 0.0 } else { *x }; // a NaN stays one
             *x = positive * positive;
         }
     }

@@ -37,6 +37,9 @@ const MAX_LANES: usize = 16;
 /// Multiplications that are worth another thread: some tens of microseconds.
 const WORTH: usize = 1 << 20;
 
+/// Longer scratch is given back after the call that needed it.
+const KEEP: usize = 1 << 22;
+
 /// A 64-byte line of units, so that no load crosses two of the cache's.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -155,6 +158,11 @@ impl Packed {
             // SAFETY: only reached where the processor has the instruction set.
             unsafe { round_avx512(x, self.inputs, units) };
             self.run(units, rows, out, after, threads, avx512bf16);
+        });
+        UNITS.with_borrow_mut(|units| {
+            if units.len() > KEEP {
+                *units = Vec::new();
+            }
         });
     }
 

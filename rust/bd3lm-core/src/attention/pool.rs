@@ -2,10 +2,11 @@
 //! waking a thread takes as long as a small product.
 //!
 //! The caller always works too, and waits only for helpers that took part: a helper that wakes
-//! late finds the job closed. That also makes a forked child safe, where helpers do not exist.
+//! late finds the job closed. A forked child has no helpers, and locks that one of them may have held
+//! when it was forked: it works alone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ struct Pool {
     work: Condvar,
     /// Jobs so far; changes under the lock of `state`.
     jobs: AtomicUsize,
+    /// The process that started the helpers; 0: none has.
+    owner: AtomicU32,
     /// Helpers inside the job.
     inside: AtomicUsize,
     panicked: AtomicUsize,
@@ -50,6 +53,7 @@ static POOL: Pool = Pool {
     }),
     work: Condvar::new(),
     jobs: AtomicUsize::new(0),
+    owner: AtomicU32::new(0),
     inside: AtomicUsize::new(0),
     panicked: AtomicUsize::new(0),
     caller: Mutex::new(()),
@@ -82,6 +86,13 @@ impl Pool {
     }
 
     fn run(&'static self, helpers: usize, work: &(dyn Fn() + Sync)) {
+        let me = std::process::id();
+        let owner = self
+            .owner
+            .compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
+        if owner.is_err_and(|owner| owner != me) {
+            return work();
+        }
         let _turn = match self.caller.try_lock() {
             Ok(turn) => turn,
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
