@@ -46,10 +46,10 @@ def _takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.compiler.is_compiling()
 
 
-def _flat(x: Tensor) -> NDArray[Any]:
-    """The numbers of a contiguous tensor; bf16 as its bits."""
+def flat(x: Tensor) -> NDArray[Any]:
+    """The numbers of a contiguous tensor where they are; bf16 as its bits."""
     bits = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-    return bits.detach().numpy().reshape(-1)
+    return bits.detach().view(-1).numpy()
 
 
 class _Gelu(torch.autograd.Function):
@@ -57,7 +57,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        _core.gelu(_flat(x), _flat(out), kernel_threads())
+        _core.gelu(flat(x), flat(out), kernel_threads())
         ctx.save_for_backward(x)
         return out
 
@@ -65,7 +65,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         d_out, d_x = upstream[0].contiguous(), torch.empty_like(x)
-        _core.gelu_backward(_flat(x), _flat(d_out), _flat(d_x), kernel_threads())
+        _core.gelu_backward(flat(x), flat(d_out), flat(d_x), kernel_threads())
         return d_x
 
 
@@ -77,7 +77,7 @@ class _DropoutAdd(torch.autograd.Function):
         ctx.seed = int(torch.randint(1 << 62, ()))
         ctx.p, ctx.dtype = p, x.dtype
         threads = kernel_threads()
-        _core.dropout_add(_flat(h), _flat(x), ctx.seed, p, _flat(out), threads)
+        _core.dropout_add(flat(h), flat(x), ctx.seed, p, flat(out), threads)
         return out
 
     @staticmethod
@@ -85,5 +85,5 @@ class _DropoutAdd(torch.autograd.Function):
         d_out = upstream[0].contiguous()
         d_x = torch.empty_like(d_out, dtype=ctx.dtype)
         threads = kernel_threads()
-        _core.dropout_add_backward(_flat(d_out), ctx.seed, ctx.p, _flat(d_x), threads)
+        _core.dropout_add_backward(flat(d_out), ctx.seed, ctx.p, flat(d_x), threads)
         return d_out, d_x, None

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bd3lm import _core
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
-from bd3lm.model.layers import CacheAt, KVCache, Norm
+from bd3lm.model.elementwise import flat
+from bd3lm.model.layers import KVCache, Norm
 from bd3lm.model.threads import kernel_threads
 from bd3lm.model.transformer import Block, Transformer, one_modulation
 
@@ -69,8 +70,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to float32 [..., N]."""
         out = torch.empty(*x.shape[:-1], self.outputs)
-        rows = x.float().reshape(-1).numpy()
-        self.packed.apply(rows, out.view(-1).numpy(), kernel_threads())
+        self.packed.apply(flat(x.float().contiguous()), flat(out), kernel_threads())
         return out
 
 
@@ -104,38 +104,37 @@ class PackedBlock(nn.Module):
         mask: BlockMask | CachedMask,
         rope: tuple[Tensor, Tensor],
         cond: Tensor | None,
-        *,
-        queries: int | None = None,
-        select: Tensor | None = None,
-        cache: KVCache | CacheAt | None = None,
-        layer: int = 0,
-        past: tuple[Tensor, Tensor] | None = None,
+        **how: Any,
     ) -> Tensor:
         """As :meth:`Block.forward`."""
-        if not isinstance(cache, KVCache) or past is not None or queries:
-            return self.block(
-                h,
-                mask,
-                rope,
-                cond,
-                queries=queries,
-                select=select,
-                cache=cache,
-                layer=layer,
-                past=past,
-            )
+        through_cache = isinstance(how.get("cache"), KVCache) and "past" not in how
+        if not through_cache or how.get("queries"):
+            return self.block(h, mask, rope, cond, **how)
+        return self._through_cache(h, mask, rope, **how)
+
+    def _through_cache(
+        self,
+        h: Tensor,
+        mask: BlockMask | CachedMask,
+        rope: tuple[Tensor, Tensor],
+        *,
+        cache: KVCache,
+        layer: int,
+        queries: int | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
         batch, length, _ = h.shape
         cfg, threads = self.block.cfg, kernel_threads()
         q = torch.empty(batch, length, cfg.heads, cfg.head_width)
         k, v = cache.k[layer], cache.v[layer]
         cos, sin = rope
         self.packed.project(
-            _flat(h.contiguous()),
-            _flat(cos),
-            _flat(sin),
-            _flat(q),
-            _flat(k),
-            _flat(v),
+            flat(h.contiguous()),
+            flat(cos),
+            flat(sin),
+            flat(q),
+            flat(k),
+            flat(v),
             capacity=cache.capacity,
             first=cache.length,
             threads=threads,
@@ -149,7 +148,7 @@ class PackedBlock(nn.Module):
             h = h.clone(memory_format=torch.contiguous_format)
         else:
             attended, h = attended.flatten(0, 1)[select], h.flatten(0, 1)[select]
-        self.packed.finish(_flat(attended.contiguous()), _flat(h), threads)
+        self.packed.finish(flat(attended.contiguous()), flat(h), threads)
         return h
 
 
@@ -159,13 +158,8 @@ def _matrix(linear: nn.Module) -> _core.PackedLinear:
 
 
 def _norm(norm: Norm) -> tuple[NDArray[Any], NDArray[Any] | None, bool, float]:
-    bias = None if norm.bias is None else _flat(norm.bias.float())
-    return _flat(norm.weight.float()), bias, norm.kind == "layernorm", norm.eps
-
-
-def _flat(x: Tensor) -> NDArray[Any]:
-    """The numbers where they are, for what is written there has to arrive."""
-    return x.detach().view(-1).numpy()
+    bias = None if norm.bias is None else flat(norm.bias.float())
+    return flat(norm.weight.float()), bias, norm.kind == "layernorm", norm.eps
 
 
 def _pack(module: nn.Module, bf16: bool) -> None:

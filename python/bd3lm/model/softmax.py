@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
+from bd3lm.model.elementwise import flat
 from bd3lm.model.threads import kernel_threads
 
 
@@ -31,9 +32,8 @@ def cross_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_i
 
 def _on_cpu(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
     nll = torch.empty(logits.shape[0])
-    bits = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
     _core.cross_entropy(
-        bits.numpy().reshape(-1),
+        flat(logits),
         target.contiguous().numpy(),
         None if weight is None else weight.contiguous().numpy(),
         mask_id,

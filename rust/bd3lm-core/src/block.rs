@@ -4,11 +4,11 @@
 //!
 //! Rows do not see each other here, so a row comes out the same, bit for bit, in any batch.
 
-use crate::elementwise::silu_times;
+use crate::attention::scratch;
+use crate::elementwise::{same, silu_times};
 use crate::error::{Error, Result};
 use crate::linear::{After, Packed};
 use crate::simd::multiversion;
-use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Sums that are kept side by side, so that the compiler may use vectors.
@@ -26,10 +26,10 @@ impl Norm {
     /// # Errors
     /// A bias of another width than the weight.
     pub fn new(weight: &[f32], bias: Option<&[f32]>, centred: bool, eps: f32) -> Result<Self> {
-        fits(
+        same(
             "bias",
-            bias.map_or(weight.len(), <[f32]>::len),
             weight.len(),
+            bias.map_or(weight.len(), <[f32]>::len),
         )?;
         Ok(Norm {
             weight: weight.to_vec(),
@@ -89,38 +89,6 @@ pub struct Cache<'a> {
     pub first: usize,
 }
 
-/// Scratch of a thread, kept between calls: fresh pages would cost more than what is written there.
-#[derive(Default)]
-struct Scratch {
-    rows: Vec<f32>,
-    features: Vec<f32>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// Longer scratch is given back after the call that needed it.
-const KEEP: usize = 1 << 22;
-
-impl Scratch {
-    fn shrink(&mut self) {
-        for buffer in [&mut self.rows, &mut self.features] {
-            if buffer.len() > KEEP {
-                *buffer = Vec::new();
-            }
-        }
-    }
-}
-
-/// The first `len` numbers of a buffer, which grows for them.
-fn first(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
-}
-
 impl Block {
     /// Checks that the parts fit together.
     ///
@@ -128,20 +96,20 @@ impl Block {
     /// Two sizes that differ.
     pub fn checked(self) -> Result<Self> {
         let width = self.qkv.inputs();
-        fits("norm1", self.norm1.weight.len(), width)?;
-        fits("norm2", self.norm2.weight.len(), width)?;
-        fits("out", self.out.outputs(), width)?;
-        fits("up", self.up.inputs(), width)?;
-        fits("down", self.down.outputs(), width)?;
+        same("norm1", width, self.norm1.weight.len())?;
+        same("norm2", width, self.norm2.weight.len())?;
+        same("out", width, self.out.outputs())?;
+        same("up", width, self.up.inputs())?;
+        same("down", width, self.down.outputs())?;
         let halves = if self.activation == Activation::SwiGlu {
             2
         } else {
             1
         };
-        fits("mlp", self.up.outputs(), halves * self.down.inputs())?;
+        same("mlp", halves * self.down.inputs(), self.up.outputs())?;
         if let Some((q, k)) = &self.qk_norm {
-            fits("q_norm", q.weight.len(), self.head_width)?;
-            fits("k_norm", k.weight.len(), self.head_width)?;
+            same("q_norm", self.head_width, q.weight.len())?;
+            same("k_norm", self.head_width, k.weight.len())?;
         }
         let queries = self.out.inputs();
         let others = self.qkv.outputs().saturating_sub(queries);
@@ -178,26 +146,25 @@ impl Block {
         let (queries, all) = (self.out.inputs(), self.qkv.outputs());
         let keys = (all - queries) / 2;
         let (rows, length) = (h.len() / width, cos.len() / head);
-        fits("h", h.len(), rows * width)?;
-        fits("cos", cos.len(), length * head)?;
-        fits("sin", sin.len(), length * head)?;
-        fits("q", q.len(), rows * queries)?;
+        same("h", rows * width, h.len())?;
+        same("cos", length * head, cos.len())?;
+        same("sin", length * head, sin.len())?;
+        same("q", rows * queries, q.len())?;
         if rows == 0 || length == 0 {
-            return fits("rows", rows, length);
+            return same("rows", length, rows);
         }
-        fits("h", rows, rows / length * length)?;
-        fits("k", cache.k.len(), rows / length * cache.capacity * keys)?;
-        fits("v", cache.v.len(), cache.k.len())?;
+        same("h", rows / length * length, rows)?;
+        same("k", rows / length * cache.capacity * keys, cache.k.len())?;
+        same("v", cache.k.len(), cache.v.len())?;
         if cache.first + length > cache.capacity {
             let given = cache.first + length;
             let allowed = format!("at most {} positions", cache.capacity);
             return Err(Error::config("cache", given, allowed));
         }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let normed = first(&mut scratch.rows, h.len());
+        scratch::with(&[h.len(), rows * all], |scratch| {
+            let (normed, features) = (scratch.slice(h.len()), scratch.slice(rows * all));
             normed.copy_from_slice(h);
             self.norm1.apply(normed);
-            let features = first(&mut scratch.features, rows * all);
             self.qkv.apply(normed, features, After::Write, threads)?;
             for (row, features) in features.chunks_exact_mut(all).enumerate() {
                 let (own_q, rest) = features.split_at_mut(queries);
@@ -217,7 +184,6 @@ impl Block {
                     cache.v[line * head..][..head].copy_from_slice(v);
                 }
             }
-            scratch.shrink();
             Ok(())
         })
     }
@@ -232,19 +198,20 @@ impl Block {
         self.out.apply(attended, h, After::Add, threads)?;
         let rows = h.len() / self.out.outputs();
         let (up, down) = (self.up.outputs(), self.down.inputs());
-        SCRATCH.with_borrow_mut(|scratch| {
-            let normed = first(&mut scratch.rows, h.len());
+        let gates = self.activation == Activation::SwiGlu;
+        let inner = if gates { rows * down } else { 0 };
+        scratch::with(&[h.len(), rows * up, inner], |scratch| {
+            let (normed, features) = (scratch.slice(h.len()), scratch.slice(rows * up));
             normed.copy_from_slice(h);
             self.norm2.apply(normed);
-            let features = first(&mut scratch.features, rows * up);
             let after = match self.activation {
                 Activation::Gelu => After::Gelu,
                 Activation::SquaredRelu => After::SquaredRelu,
                 Activation::SwiGlu => After::Write,
             };
             self.up.apply(normed, features, after, threads)?;
-            let inner = if self.activation == Activation::SwiGlu {
-                let gated = first(&mut scratch.rows, rows * down);
+            let inner = if gates {
+                let gated = scratch.slice(inner);
                 for (both, gated) in features.chunks_exact(up).zip(gated.chunks_exact_mut(down)) {
                     gated.copy_from_slice(&both[..down]);
                     silu_times(gated, &both[down..]);
@@ -253,18 +220,9 @@ impl Block {
             } else {
                 features
             };
-            self.down.apply(inner, h, After::Add, threads)?;
-            scratch.shrink();
-            Ok(())
+            self.down.apply(inner, h, After::Add, threads)
         })
     }
-}
-
-fn fits(name: &'static str, given: usize, needed: usize) -> Result<()> {
-    if given == needed {
-        return Ok(());
-    }
-    Err(Error::config(name, given, format!("must be {needed} here")))
 }
 
 /// Sum of `f` over a row, in an order that depends on its width alone.

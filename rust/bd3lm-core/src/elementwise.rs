@@ -258,7 +258,11 @@ macro_rules! loops {
 loops!(f32);
 loops!(i16);
 
-fn same(name: &'static str, wanted: usize, got: usize) -> Result<()> {
+/// Checks a buffer's size.
+///
+/// # Errors
+/// It holds another number of values.
+pub(crate) fn same(name: &'static str, wanted: usize, got: usize) -> Result<()> {
     if wanted == got {
         return Ok(());
     }

@@ -12,10 +12,9 @@ use crate::attention::simd::{
     avx2::Avx2,
     avx512::{Avx512, Avx512Bf16},
 };
-use crate::attention::{Isa, pool};
+use crate::attention::{Isa, pool, scratch};
 use crate::elementwise;
 use crate::error::{Error, Result};
-use std::cell::RefCell;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,9 +35,6 @@ const VECTORS: usize = 2;
 const MAX_LANES: usize = 16;
 /// Multiplications that are worth another thread: some tens of microseconds.
 const WORTH: usize = 1 << 20;
-
-/// Longer scratch is given back after the call that needed it.
-const KEEP: usize = 1 << 22;
 
 /// A 64-byte line of units, so that no load crosses two of the cache's.
 #[derive(Clone, Copy)]
@@ -152,17 +148,12 @@ impl Packed {
     /// Rounds the rows to pairs of bf16 first.
     #[cfg(target_arch = "x86_64")]
     fn apply_bf16(&self, x: &[f32], rows: usize, out: &mut [f32], after: After, threads: usize) {
-        UNITS.with_borrow_mut(|units| {
-            units.resize(units.len().max(rows * self.depth()), 0.0);
-            let units = &mut units[..rows * self.depth()];
+        let count = rows * self.depth();
+        scratch::with(&[count], |scratch| {
+            let units = scratch.slice(count);
             // SAFETY: only reached where the processor has the instruction set.
             unsafe { round_avx512(x, self.inputs, units) };
             self.run(units, rows, out, after, threads, avx512bf16);
-        });
-        UNITS.with_borrow_mut(|units| {
-            if units.len() > KEEP {
-                *units = Vec::new();
-            }
         });
     }
 
@@ -254,11 +245,6 @@ fn lines(count: usize) -> Vec<Line> {
 fn unit_of(even: f32, odd: f32) -> f32 {
     let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
     f32::from_bits(bits(even) | bits(odd) << 16)
-}
-
-thread_local! {
-    /// Rows in the units of the matrix; a thread forms one product after the other.
-    static UNITS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Where the threads write, each its own columns.

@@ -85,7 +85,7 @@ pub(super) unsafe fn backward<B: Backend>(
         QT,
         keys.max(QT),
     ];
-    scratch::with(&lengths, |scratch: &mut Scratch| {
+    scratch::with(&lengths, |scratch: &mut Scratch<'_>| {
         let [
             k,
             k_pairs,

@@ -29,7 +29,7 @@ pub(super) unsafe fn decode<B: Backend>(head: &Head, queries: &[Queries], tiles:
         MAX_ROWS * KEYS,
         MAX_ROWS * ld,
     ];
-    scratch::with(&lengths, |scratch: &mut Scratch| {
+    scratch::with(&lengths, |scratch: &mut Scratch<'_>| {
         let [q, k, kt, v, s, out] = lengths.map(|len| scratch.take(len));
         for tile in tiles {
             let rows = tile.rows * queries.len();

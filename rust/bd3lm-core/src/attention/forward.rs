@@ -81,7 +81,7 @@ pub(super) unsafe fn forward<B: Backend>(head: &Head, queries: &[Queries], tiles
         group * layout.ld_wide,
         5 * group.next_multiple_of(16),
     ];
-    scratch::with(&lengths, |scratch: &mut Scratch| {
+    scratch::with(&lengths, |scratch: &mut Scratch<'_>| {
         let [k, v, q, qt, s, out, lanes] = lengths.map(|len| scratch.take(len));
         // SAFETY: `lanes` holds five pieces of `group` values.
         let lanes = [0, 1, 2, 3, 4].map(|i| unsafe { lanes.add(i * group) });

@@ -23,7 +23,7 @@ pub(crate) mod kernels;
 mod pack;
 mod plan;
 pub(crate) mod pool;
-mod scratch;
+pub(crate) mod scratch;
 pub(crate) mod simd;
 #[cfg(test)]
 pub(crate) mod tests;

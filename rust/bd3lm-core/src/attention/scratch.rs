@@ -8,49 +8,50 @@ const LINE: usize = 16;
 const KEEP: usize = 1 << 24;
 
 thread_local! {
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Those not in use: a call inside another takes the next.
+    static BUFFERS: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Hands out pieces of one allocation.
-pub(super) struct Scratch {
-    next: *mut f32,
-    left: usize,
+pub(crate) struct Scratch<'a> {
+    rest: &'a mut [f32],
 }
 
-impl Scratch {
+impl<'a> Scratch<'a> {
     /// A piece of `len` values, at the start of a cache line; its content is arbitrary.
     ///
     /// # Panics
     /// If more is taken than was asked for.
-    pub fn take(&mut self, len: usize) -> *mut f32 {
-        let len = len.next_multiple_of(LINE);
+    pub fn slice(&mut self, len: usize) -> &'a mut [f32] {
+        let room = len.next_multiple_of(LINE);
         assert!(
-            len <= self.left,
+            room <= self.rest.len(),
             "scratch of the attention kernel is too short"
         );
-        let piece = self.next;
-        self.left -= len;
-        // SAFETY: `left` values of the allocation begin at `next`, and len <= left.
-        self.next = unsafe { piece.add(len) };
-        piece
+        let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(room);
+        self.rest = rest;
+        &mut piece[..len]
+    }
+
+    /// The start of [`Self::slice`].
+    pub fn take(&mut self, len: usize) -> *mut f32 {
+        self.slice(len).as_mut_ptr()
     }
 }
 
 /// Runs `f` with scratch for pieces of the given lengths.
-pub(super) fn with<R>(lengths: &[usize], f: impl FnOnce(&mut Scratch) -> R) -> R {
+pub(crate) fn with<R>(lengths: &[usize], f: impl FnOnce(&mut Scratch<'_>) -> R) -> R {
     let left: usize = lengths.iter().map(|len| len.next_multiple_of(LINE)).sum();
-    BUFFER.with_borrow_mut(|buffer| {
-        if buffer.len() < left + LINE {
-            *buffer = vec![0.0; left + LINE];
-        }
-        let next = buffer.as_mut_ptr();
-        let skip = next.align_offset(LINE * size_of::<f32>());
-        // SAFETY: fewer than LINE values are skipped, and LINE more than `left` were allocated.
-        let next = unsafe { next.add(skip) };
-        let result = f(&mut Scratch { next, left });
-        if buffer.len() > KEEP {
-            *buffer = Vec::new();
-        }
-        result
-    })
+    let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.len() < left + LINE {
+        buffer = vec![0.0; left + LINE];
+    }
+    let skip = buffer.as_ptr().align_offset(LINE * size_of::<f32>());
+    let rest = &mut buffer[skip..skip + left];
+    let result = f(&mut Scratch { rest });
+    if buffer.len() > KEEP {
+        buffer = Vec::new();
+    }
+    BUFFERS.with_borrow_mut(|buffers| buffers.push(buffer));
+    result
 }
