@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from common import RESULTS, spread, write
 from bd3lm.config import TrainConfig, preset
 from bd3lm.data.store import TokenArrays
 from bd3lm.train.flops import peak_flops, step_flops
-from bd3lm.train.trainer import Trainer
+from bd3lm.train.trainer import Trainer, frozen
 
 
 class Case(NamedTuple):
@@ -80,14 +81,15 @@ def serve(case: Case, threads: int) -> None:
     text, cfg = RandomText(case), config(case)
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(cfg, text, text, Path(out), None)  # type: ignore[arg-type]
-        for _ in sys.stdin:
-            begun = time.perf_counter()
-            for _ in range(STEPS):
-                loss, _ = trainer.step()
-            loss = loss.item()
-            took = (time.perf_counter() - begun) / STEPS
-            print(json.dumps({"seconds": took, "peak": peak_memory(), "loss": loss}), flush=True)
-        trainer.batches.close()
+        with closing(trainer.batches), frozen():  # as in a run
+            for _ in sys.stdin:
+                begun = time.perf_counter()
+                for _ in range(STEPS):
+                    loss, _ = trainer.step()
+                loss = loss.item()
+                took = (time.perf_counter() - begun) / STEPS
+                line = {"seconds": took, "peak": peak_memory(), "loss": loss}
+                print(json.dumps(line), flush=True)
 
 
 def peak_memory() -> int:

@@ -169,29 +169,38 @@ def attention_backward(
     dv: _Tensor,
     options: _Options,
 ) -> None: ...
+def use_openmp(address: int) -> None: ...
 def attention_isas() -> list[str]: ...
 def cross_entropy(
     logits: NDArray[np.float32] | NDArray[np.int16],
+    bias: NDArray[np.float32],
     target: NDArray[np.int64],
     weight: NDArray[np.float32] | None,
     mask_id: int,
     nll: NDArray[np.float32],
+    d_bias: NDArray[np.float32],
     threads: int,
 ) -> None: ...
-def gelu(
+def activate(
+    activation: str,
     x: NDArray[np.float32] | NDArray[np.int16],
+    bias: NDArray[np.float32],
     out: NDArray[np.float32] | NDArray[np.int16],
     threads: int,
 ) -> None: ...
-def gelu_backward(
+def activate_backward(
+    activation: str,
     x: NDArray[np.float32] | NDArray[np.int16],
-    d_out: NDArray[np.float32] | NDArray[np.int16],
-    d_x: NDArray[np.float32] | NDArray[np.int16],
+    bias: NDArray[np.float32],
+    d: NDArray[np.float32] | NDArray[np.int16],
+    out: NDArray[np.float32] | NDArray[np.int16],
+    d_bias: NDArray[np.float32],
     threads: int,
 ) -> None: ...
 def dropout_add(
     h: NDArray[np.float32],
     x: NDArray[np.float32] | NDArray[np.int16],
+    bias: NDArray[np.float32],
     seed: int,
     p: float,
     out: NDArray[np.float32],
@@ -202,6 +211,54 @@ def dropout_add_backward(
     seed: int,
     p: float,
     d_x: NDArray[np.float32] | NDArray[np.int16],
+    d_bias: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def add_to(
+    total: NDArray[np.float32],
+    x: NDArray[np.float32] | NDArray[np.int16],
+    first: bool,
+    threads: int,
+) -> None: ...
+def normalise(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    centred: bool,
+    eps: float,
+    out: NDArray[np.float32] | NDArray[np.int16],
+    moments: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def normalise_backward(
+    d_out: NDArray[np.float32] | NDArray[np.int16],
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    centred: bool,
+    moments: NDArray[np.float32],
+    beside: NDArray[np.float32] | None,
+    d_x: NDArray[np.float32],
+    d_weight: NDArray[np.float32],
+    d_bias: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+
+Rope = tuple[NDArray[np.float32], NDArray[np.float32], int, bool]
+
+def rotate_heads(
+    heads: NDArray[np.float32] | NDArray[np.int16],
+    place: tuple[int, int],
+    count: int,
+    rope: Rope,
+    threads: int,
+) -> None: ...
+def move_heads(
+    source: NDArray[np.float32] | NDArray[np.int16],
+    here: tuple[int, int],
+    target: NDArray[np.float32] | NDArray[np.int16],
+    there: tuple[int, int],
+    count: int,
+    rope: Rope | None,
     threads: int,
 ) -> None: ...
 def draw(

@@ -196,9 +196,7 @@ def test_the_guard_sees_what_it_guards_against():
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_loss_and_gradients_need_no_value_on_the_host(config, splits, system, monkeypatch):
     """Tensors of the meta device have no values to read: any attempt raises."""
-    monkeypatch.setattr(
-        head, "_compute_dtype", lambda features: features.dtype
-    )  # no autocast there
+    monkeypatch.setattr(head, "compute_dtype", lambda features: features.dtype)  # no autocast there
     config = of_system(config, system)
     trained = build_system(config, splits.train.tokenizer.mask_id)
     rows = Rows(splits.train, seq_len=32, block_size=config.block, plan="aligned")

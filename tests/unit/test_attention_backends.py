@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, attend, choose, flash
+from bd3lm.model.attention.compiling import MARK, fixed_while_compiling
 from bd3lm.model.attention.cuda.ranges import queries_of_keys
 from bd3lm.model.attention.flex import TILE, tile_coverage
 
@@ -268,3 +269,13 @@ def test_masks_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         made = ranges(mask, "cpu")
     assert not any(tensor.is_inference() for tensor in made)
+
+
+def test_the_compiler_finds_what_is_fixed_by_the_mark_that_its_own_decorator_sets() -> None:
+    @torch.compiler.assume_constant_result
+    def marked_by_torch() -> None: ...
+
+    @fixed_while_compiling
+    def marked_by_us() -> None: ...
+
+    assert vars(marked_by_us) == vars(marked_by_torch) == {MARK: True}

@@ -58,12 +58,19 @@ def test_the_kernel_equals_the_composed_operations(dtype, weighted):
     logits = (torch.randn(37, 203) * 4).to(dtype)
     target = torch.randint(6, 203, (37,))
     weight = torch.rand(37) if weighted else None
+    bias = torch.randn(203)
     ours, theirs = logits.clone(), logits.clone()
-    nll = cross_entropy_(ours, target, weight, 5)
-    expected = composed_cross_entropy_(theirs, target, weight, 5)
-    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
-    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    d_ours, d_theirs = torch.ones(203), torch.ones(203)  # what is there is added to
+    nll = cross_entropy_(ours, bias, target, weight, 5, d_ours)
+    expected = composed_cross_entropy_(theirs, bias, target, weight, 5, d_theirs)
+    # The composed operations round the sum of logits and bias to their dtype.
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(nll, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(d_ours, d_theirs, rtol=tolerance, atol=tolerance)
+    if weighted:
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    else:
+        assert torch.equal(ours, logits)
 
 
 def test_scoring_forms_no_gradient():

@@ -136,10 +136,10 @@ def test_score_entropy_is_cross_entropy_where_the_scores_sum_to_one():
     raw[:, MASK_ID] = -torch.inf
     raw = raw.log_softmax(-1) + math.log(VOCAB_SIZE - 1)
     target = torch.randint(0, MASK_ID, (7,))
-    finite = score_entropy_(raw.clone(), target, None, MASK_ID)
+    finite = score_entropy_(raw.clone(), None, target, None, MASK_ID, None)
     ce = -(raw - math.log(VOCAB_SIZE - 1)).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(finite, ce.float(), rtol=1e-6, atol=1e-6)
-    shifted = score_entropy_(raw + 0.5, target, None, MASK_ID)
+    shifted = score_entropy_(raw + 0.5, None, target, None, MASK_ID, None)
     assert (shifted > finite).all()
 
 
@@ -162,7 +162,7 @@ def test_finite_form_is_the_papers_score_entropy(p):
     entropy = score.sum(1) - ratio * chosen.log() + ratio * (math.log(ratio) - 1)
     # loglinear: σ(t) = -log(1-t), σ' = 1/(1-p), w = 1/p.
     papers = entropy / (1 - p)
-    ours = score_entropy_(raw.clone(), target, None, MASK_ID).double() / p
+    ours = score_entropy_(raw.clone(), None, target, None, MASK_ID, None).double() / p
     torch.testing.assert_close(ours, papers, rtol=1e-5, atol=1e-5)
 
 
@@ -170,18 +170,19 @@ def test_score_entropy_gradient_is_autograds():
     torch.manual_seed(2)
     features, head = torch.randn(9, 6), torch.randn(VOCAB_SIZE, 6) * 0.3
     target, weight = torch.randint(0, MASK_ID, (9,)), torch.rand(9)
+    bias = torch.randn(VOCAB_SIZE)
     grads = []
     for run in ("ours", "plain"):
-        x, w = features.clone().requires_grad_(), head.clone().requires_grad_()
+        x, w, b = (t.clone().requires_grad_() for t in (features, head, bias))
         if run == "ours":
-            loss = head_score_entropy(x, w, None, target, weight, MASK_ID)[0]
+            loss = head_score_entropy(x, w, b, target, weight, MASK_ID)[0]
         else:
-            raw = x @ w.T - math.log(VOCAB_SIZE - 1)
+            raw = x @ w.T + b - math.log(VOCAB_SIZE - 1)
             keep = torch.arange(VOCAB_SIZE) != MASK_ID
             values = raw[:, keep].exp().sum(1) - raw.gather(1, target[:, None]).squeeze(1) - 1
             loss = (values * weight).sum()
         loss.backward()
-        grads.append((loss.detach(), x.grad, w.grad))
+        grads.append((loss.detach(), x.grad, w.grad, b.grad))
     for ours, plain in zip(*grads, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
@@ -198,7 +199,8 @@ def test_sedd_is_told_the_level_it_is_scored_at():
     for row in range(2):
         sigma = -torch.log1p(-level[row : row + 1])
         features = model.encode(xt[row : row + 1], 8, sigma=sigma)[0, [2, 5]]
-        values = score_entropy_(model.logits(features).detach(), x0[row, [2, 5]], None, MASK_ID)
+        raw, truth = model.logits(features).detach(), x0[row, [2, 5]]
+        values = score_entropy_(raw, None, truth, None, MASK_ID, None)
         torch.testing.assert_close(found[2 * row : 2 * row + 2], values, rtol=1e-5, atol=1e-5)
     other = system.scorer(model, x0, None)(xt, select, level.flip(0))
     assert not torch.allclose(found, other)

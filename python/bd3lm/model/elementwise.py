@@ -1,8 +1,9 @@
-"""GELU, and dropout with the sum after it, in one pass over memory each.
+"""What stands between the products of a layer, in one pass over memory each.
 
-On the CPU they are Rust kernels: PyTorch's GELU takes three times as long there, and its dropout
-draws from a generator of one thread and keeps the mask until the backward pass. Elsewhere, and
-under ``torch.compile``, PyTorch's own operations do the same.
+On the CPU these are Rust kernels: a bias is added on the way of what follows its product, heads are
+split and rotated at once, norms give the products their own precision, and the backward pass keeps
+no mask, no activation and no copy that it can make again on its way. Elsewhere, and under
+``torch.compile``, PyTorch's own operations do the same.
 """
 
 from __future__ import annotations
@@ -20,30 +21,146 @@ from bd3lm.model.threads import kernel_threads
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU with the tanh approximation, of any shape."""
-    return _Gelu.apply(x) if _takes(x) else F.gelu(x, approximate="tanh")
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether the kernels take these now."""
+    return not torch.compiler.is_compiling() and all(
+        x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors
+    )
 
 
-def dropout_add(h: Tensor, x: Tensor, p: float) -> Tensor:
-    """``h`` + dropout(``x``): what ``x`` keeps is scaled by 1/(1-p).
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a product of ``x`` is computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def activated(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """f(``x`` + ``bias``).
+
+    Args:
+        x: [..., W].
+        bias: [W], or None where it is in ``x`` already.
+        activation: ``gelu`` (tanh-approximated) or ``relu2``, max(x, 0)².
+    """
+    if on_cpu(x) and not torch.is_grad_enabled():
+        return _activated(x.contiguous(), _bias(bias, x.shape[-1]), activation)
+    if bias is not None:
+        x = x + bias
+    return F.gelu(x, approximate="tanh") if activation == "gelu" else _SquaredRelu.apply(x)
+
+
+def activated_linear(x: Tensor, bias: Tensor | None, weight: Tensor, activation: str) -> Tensor:
+    """Product of :func:`activated` with a matrix, on the CPU.
+
+    The backward pass keeps ``x`` alone and computes f again on its way.
+
+    Args:
+        x: [..., W].
+        bias: [W], or None where it is in ``x`` already.
+        weight: [D, W].
+        activation: f.
+
+    Returns:
+        [..., D].
+    """
+    return _ActivatedLinear.apply(x, _bias(bias, x.shape[-1]), weight, activation)
+
+
+def dropout_add(h: Tensor, x: Tensor, bias: Tensor | None, p: float) -> Tensor:
+    """``h`` + dropout(``x`` + ``bias``): what is kept is scaled by 1/(1-p).
 
     Which numbers are kept is a function of one draw from PyTorch's generator and of their place.
 
     Args:
         h: float32 on the CPU, to be fast.
-        x: of the shape of ``h``, float32 or bf16.
+        x: of the shape of ``h`` [..., D], float32 or bf16.
+        bias: [D], or None where it is in ``x`` already.
         p: probability of dropping a number, in [0, 1).
     """
-    if p == 0:
-        return h + x
-    if _takes(x) and _takes(h) and h.dtype == torch.float32:
-        return _DropoutAdd.apply(h, x, p)
-    return h + F.dropout(x, p)
+    if on_cpu(h, x) and h.dtype == torch.float32:
+        return _DropoutAdd.apply(h, x, _bias(bias, x.shape[-1]), p)
+    if bias is not None:
+        x = x + bias
+    return h + (F.dropout(x, p) if p else x)
 
 
-def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.compiler.is_compiling()
+def normalised(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm or RMSNorm of the last axis, and ``x`` itself for what goes on beside it.
+
+    The gradients of the two are added in one pass. On the CPU the norm of float32 is in the dtype
+    that products are computed in.
+
+    Args:
+        x: [..., D].
+        weight: float32 [D].
+        bias: [D], or None.
+        kind: ``layernorm`` or ``rmsnorm``.
+        eps: added to the variance.
+
+    Returns:
+        ``(x, norm of x)``.
+    """
+    if on_cpu(x, weight) and x.dtype == weight.dtype == torch.float32:
+        centred = kind == "layernorm"
+        return _Normalised.apply(x, weight, _bias(bias, x.shape[-1]), centred, eps)
+    if kind == "layernorm":
+        return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+    out = F.rms_norm(x, weight.shape, weight, eps)
+    return x, out if bias is None else out + bias
+
+
+def projected_heads(
+    x: Tensor,
+    weight: Tensor,
+    widths: list[int],
+    turned: list[bool],
+    rope: tuple[Tensor, Tensor],
+    head: int,
+) -> list[Tensor]:
+    """Heads of parts of a product, rotated by the angles of their positions where asked to.
+
+    Args:
+        x: [B, T, K].
+        weight: [D, K].
+        widths: features of every part, D in all.
+        turned: whether a part is rotated.
+        rope: cosines and signed sines, float32 [T, Dh] (:meth:`bd3lm.model.layers.Rotary.table`).
+        head: Dh.
+
+    Returns:
+        [B, T, heads, Dh] for every part.
+    """
+    if on_cpu(x, weight):
+        return list(_ProjectedHeads.apply(x, weight, *rope, tuple(widths), tuple(turned), head))
+    return split_heads(F.linear(x, weight), widths, turned, rope, head)
+
+
+def split_heads(
+    x: Tensor, widths: list[int], turned: list[bool], rope: tuple[Tensor, Tensor], head: int
+) -> list[Tensor]:
+    """As :func:`projected_heads`, given the product."""
+    parts = [part.unflatten(-1, (-1, head)) for part in x.split(widths, dim=-1)]
+    return [rotate(part, rope) if turn else part for part, turn in zip(parts, turned, strict=True)]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate heads [B, T, H, Dh] by the angles of their positions: halves against each other."""
+    if on_cpu(x):
+        return _Rotated.apply(x, *rope)
+    cos, sin = (table[:, None].to(x.dtype) for table in rope)  # [T, 1, Dh]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def add_to(total: Tensor, x: Tensor, *, first: bool) -> None:
+    """``total`` += ``x``, or ``total`` = ``x`` if it is the ``first``; float32 and either dtype."""
+    if on_cpu(total, x):
+        _core.add_to(flat(total), flat(x), first, kernel_threads())
+    elif first:
+        total.copy_(x)
+    else:
+        total.add_(x)
 
 
 def flat(x: Tensor) -> NDArray[Any]:
@@ -52,38 +169,176 @@ def flat(x: Tensor) -> NDArray[Any]:
     return bits.detach().view(-1).numpy()
 
 
-class _Gelu(torch.autograd.Function):
+def _bias(bias: Tensor | None, width: int) -> Tensor:
+    return torch.zeros(width) if bias is None else bias.float()
+
+
+def _activated(x: Tensor, bias: Tensor, activation: str) -> Tensor:
+    out = torch.empty_like(x)
+    _core.activate(activation, flat(x), flat(bias), flat(out), kernel_threads())
+    return out
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """max(x, 0)² with a gradient of two passes over memory, where autograd's own takes five."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        _core.gelu(flat(x), flat(out), kernel_threads())
-        ctx.save_for_backward(x)
-        return out
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        d_out, d_x = upstream[0].contiguous(), torch.empty_like(x)
-        _core.gelu_backward(flat(x), flat(d_out), flat(d_x), kernel_threads())
-        return d_x
+        (positive,) = ctx.saved_tensors
+        return (upstream[0] * positive).mul_(2)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, activation: str) -> Tensor:
+        dtype = compute_dtype(x)
+        x, matrix = x.to(dtype).contiguous(), weight.to(dtype)
+        h = _activated(x, bias, activation)
+        ctx.save_for_backward(x, bias, matrix)
+        ctx.activation, ctx.dtype = activation, weight.dtype
+        return h @ matrix.T
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, matrix = ctx.saved_tensors
+        d_out = upstream[0].to(x.dtype)
+        d, h, d_bias = (d_out @ matrix).contiguous(), torch.empty_like(x), torch.empty_like(bias)
+        _core.activate_backward(
+            ctx.activation, flat(x), flat(bias), flat(d), flat(h), flat(d_bias), kernel_threads()
+        )
+        d_weight = d_out.flatten(0, -2).T @ h.flatten(0, -2)
+        return d, d_bias, d_weight.to(ctx.dtype), None
 
 
 class _DropoutAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, x: Tensor, bias: Tensor, p: float) -> Tensor:
         h, x = h.contiguous(), x.contiguous()
         out = torch.empty_like(h)
-        ctx.seed = int(torch.randint(1 << 62, ()))
+        ctx.seed = int(torch.randint(1 << 62, ())) if p else 0
         ctx.p, ctx.dtype = p, x.dtype
         threads = kernel_threads()
-        _core.dropout_add(flat(h), flat(x), ctx.seed, p, flat(out), threads)
+        _core.dropout_add(flat(h), flat(x), flat(bias), ctx.seed, p, flat(out), threads)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         d_out = upstream[0].contiguous()
         d_x = torch.empty_like(d_out, dtype=ctx.dtype)
+        d_bias = torch.empty(d_out.shape[-1])
         threads = kernel_threads()
-        _core.dropout_add_backward(flat(d_out), ctx.seed, ctx.p, flat(d_x), threads)
-        return d_out, d_x, None
+        _core.dropout_add_backward(flat(d_out), ctx.seed, ctx.p, flat(d_x), flat(d_bias), threads)
+        return d_out, d_x, d_bias, None
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        rows = x.contiguous()
+        out = torch.empty_like(rows, dtype=compute_dtype(x))
+        moments = torch.empty(rows.numel() // rows.shape[-1], 2)
+        threads = kernel_threads()
+        inputs = flat(rows), flat(weight), flat(bias)
+        _core.normalise(*inputs, centred, eps, flat(out), flat(moments), threads)
+        ctx.save_for_backward(rows, weight, moments)
+        ctx.centred = centred
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, moments = ctx.saved_tensors
+        beside, d_out = upstream
+        if d_out is None:
+            return beside, None, None, None, None
+        d_x, d_weight, d_bias = (torch.empty_like(y) for y in (x, weight, weight))
+        _core.normalise_backward(
+            flat(d_out.contiguous()),
+            flat(x),
+            flat(weight),
+            ctx.centred,
+            flat(moments),
+            None if beside is None else flat(beside.contiguous()),
+            flat(d_x),
+            flat(d_weight),
+            flat(d_bias),
+            kernel_threads(),
+        )
+        return d_x, d_weight, d_bias, None, None
+
+
+def _rope_arg(rope: tuple[Tensor, Tensor], head: int, *, inverse: bool) -> tuple[Any, ...]:
+    cos, sin = (flat(table.contiguous()) for table in rope)
+    return cos, sin, head, inverse
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.rope = cos, sin
+        return _Rotated.turned(x, ctx.rope, inverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotated.turned(upstream[0], ctx.rope, inverse=True), None, None
+
+    @staticmethod
+    def turned(x: Tensor, rope: tuple[Tensor, Tensor], *, inverse: bool) -> Tensor:
+        x, width = x.contiguous(), x.shape[-2] * x.shape[-1]
+        out, arg = torch.empty_like(x), _rope_arg(rope, x.shape[-1], inverse=inverse)
+        _core.move_heads(flat(x), (width, 0), flat(out), (width, 0), width, arg, kernel_threads())
+        return out
+
+
+class _ProjectedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        widths: tuple[int, ...],
+        turned: tuple[bool, ...],
+        head: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        dtype = compute_dtype(x)
+        x, matrix = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, matrix)
+        ctx.widths, ctx.turned, ctx.rope, ctx.dtype = widths, turned, (cos, sin), weight.dtype
+        product, arg = x @ matrix.T, _rope_arg((cos, sin), head, inverse=False)
+        for width, first, turn in _columns(widths, turned):
+            if turn:
+                place = (product.shape[-1], first)
+                _core.rotate_heads(flat(product), place, width, arg, kernel_threads())
+        return tuple(part.unflatten(-1, (-1, head)) for part in product.split(widths, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        d = x.new_empty(*x.shape[:-1], len(matrix))
+        columns = _columns(ctx.widths, ctx.turned)
+        for part, (width, first, turn) in zip(upstream, columns, strict=True):
+            if part is None:
+                d[..., first : first + width].zero_()
+                continue
+            source, there = part.to(d.dtype).contiguous(), (len(matrix), first)
+            arg = _rope_arg(ctx.rope, part.shape[-1], inverse=True) if turn else None
+            _core.move_heads(flat(source), (width, 0), flat(d), there, width, arg, kernel_threads())
+        d_weight = d.flatten(0, -2).T @ x.flatten(0, -2)
+        return (d @ matrix, d_weight.to(ctx.dtype), *(None,) * 5)
+
+
+def _columns(widths: tuple[int, ...], turned: tuple[bool, ...]) -> list[tuple[int, int, bool]]:
+    """Width and first feature of every part, and whether it is rotated."""
+    firsts = [sum(widths[:i]) for i in range(len(widths))]
+    return list(zip(widths, firsts, turned, strict=True))

@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bd3lm.model.elementwise import add_to, compute_dtype
 from bd3lm.model.softmax import cross_entropy_
 
 CHUNK_BYTES = 32 << 20
 """Size of the logits of one chunk: each costs another pass over the gradient of the head."""
+TILE_ROWS = 64
+"""Products of ragged numbers of rows are slower, by a fifth for some."""
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-"""``(logits [R, V], target [R], weight [R] or None, mask_id) -> values [R]``, float32; with a
-weight, the logits become the gradient of Σ weight·value."""
+Kernel = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, int, Tensor | None], Tensor]
+"""``(logits [R, V], bias [V] or None, target [R], weight [R] or None, mask_id, d_bias [V] or None)
+-> values [R]``, float32; with a weight, the logits become the gradient of Σ weight·value, and
+``d_bias`` grows by their sum."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -40,7 +44,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         grads = _Gradients(
             torch.empty_like(features),
-            torch.zeros_like(head),
+            torch.empty_like(head) if len(features) else torch.zeros_like(head),
             None if bias is None else torch.zeros_like(bias),
         )
         values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, grads)
@@ -76,13 +80,16 @@ def _in_chunks(
     grads: _Gradients | None,
 ) -> Tensor:
     """Value of each position, float32 [M]; fills ``grads`` where they are wanted."""
-    dtype = _compute_dtype(features)
+    dtype = compute_dtype(features)
     matrix = head.to(dtype)
-    offset = None if bias is None else bias.to(dtype)
-    rows = max(1, CHUNK_BYTES // (dtype.itemsize * head.shape[0]))
+    # On the CPU the kernel adds the bias on its way; elsewhere the product does.
+    later = features.device.type == "cpu"
+    offset = None if bias is None or later else bias.to(dtype)
+    left = bias if later else None
     values = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
     # Two buffers for all chunks: fresh ones of this size would come from the system each time.
-    room = matrix.new_empty(min(rows, len(features)), head.shape[0])
+    rows = min(_chunk_rows(matrix), max(len(features), 1))
+    room = matrix.new_empty(rows, head.shape[0])
     product = None if grads is None else torch.empty_like(matrix)
     for start in range(0, features.shape[0], rows):
         part = slice(start, start + rows)
@@ -93,20 +100,20 @@ def _in_chunks(
         else:
             torch.addmm(offset, x, matrix.T, out=logits)
         if grads is None:
-            values[part] = kernel(logits, target[part], None, mask_id)
+            values[part] = kernel(logits, left, target[part], None, mask_id, None)
             continue
-        values[part] = kernel(logits, target[part], weight[part].float(), mask_id)
+        scale = weight[part].float()
+        values[part] = kernel(logits, left, target[part], scale, mask_id, grads.bias)
         # The logits have become their own gradient.
         grads.features[part] = logits @ matrix
-        grads.head.add_(torch.mm(logits.T, x, out=product))
-        if grads.bias is not None:
-            grads.bias.add_(logits.sum(0))
+        add_to(grads.head, torch.mm(logits.T, x, out=product), first=start == 0)
     return values
 
 
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    kind = features.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+def _chunk_rows(matrix: Tensor) -> int:
+    """Rows of logits in a chunk: full tiles of the matrix product, where there are some."""
+    rows = max(1, CHUNK_BYTES // (matrix.itemsize * matrix.shape[0]))
+    return rows // TILE_ROWS * TILE_ROWS or rows
 
 
 def head_cross_entropy(
@@ -150,7 +157,14 @@ def head_score_entropy(
     return _head_loss(features, head, bias, target, weight, mask_id, score_entropy_)
 
 
-def score_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+def score_entropy_(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
+) -> Tensor:
     """Σ_{y≠mask} e^{raw_y}/(V-1) - raw_{x0} + log(V-1) - 1, in nats; overwrites the logits.
 
     At least the cross-entropy of the normalised scores, and equal to it where they sum to one:
@@ -159,9 +173,11 @@ def score_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_i
     Args:
         logits: the network's raw output [R, V], the mask token's included and not read; with
             ``weight``, replaced by weight·(e^{raw}/(V-1) - one-hot).
+        bias: [V], added to them first; or None.
         target: true ids, int64 [R], never ``mask_id``.
         weight: float32 [R], or None where no gradient is wanted.
         mask_id: id of the mask token.
+        d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
 
     Returns:
         float32 [R].
@@ -169,6 +185,8 @@ def score_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_i
     others = math.log(logits.shape[1] - 1)
     goal = target[:, None]
     raw = logits.float() - others
+    if bias is not None:
+        raw += bias
     raw_target = raw.gather(1, goal).squeeze(1)
     scores = raw.exp_()
     scores[:, mask_id] = 0.0
@@ -176,6 +194,8 @@ def score_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_i
     if weight is not None:
         scores.mul_(weight[:, None]).scatter_add_(1, goal, -weight[:, None])
         logits.copy_(scores)
+        if d_bias is not None:
+            d_bias.add_(logits.sum(0))
     return values
 
 

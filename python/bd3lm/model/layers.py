@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3lm.config import ModelConfig
-from bd3lm.model.elementwise import gelu
+from bd3lm.model.elementwise import activated, activated_linear, normalised, on_cpu
 
 
 class Norm(nn.Module):
@@ -32,17 +31,18 @@ class Norm(nn.Module):
 
         A modulation of one row [..., 1, D] goes into the weight, which costs nothing.
         """
-        if shift is None or scale is None:
-            return self._scaled(x, self.weight, self.bias)
-        if shift.numel() == shift.shape[-1]:
-            return self._scaled(x, self.weight * (1 + scale.flatten()), shift.flatten())
-        return self._scaled(x, self.weight, None) * (1 + scale) + shift
+        return self.fork(x, shift, scale)[1]
 
-    def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.kind == "layernorm":
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        x = F.rms_norm(x, weight.shape, weight, self.eps)
-        return x if bias is None else x + bias
+    def fork(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x``, for what goes on beside the norm, and what :meth:`forward` gives."""
+        weight, bias = self.weight, self.bias
+        if shift is None or scale is None:
+            return normalised(x, weight, bias, self.kind, self.eps)
+        if shift.numel() == shift.shape[-1]:
+            weight, bias = weight * (1 + scale.flatten()), shift.flatten()
+            return normalised(x, weight, bias, self.kind, self.eps)
+        x, out = normalised(x, weight, None, self.kind, self.eps)
+        return x, out * (1 + scale) + shift
 
 
 class Rotary:
@@ -76,37 +76,43 @@ class Rotary:
         return known[0][:length], known[1][:length]
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate heads [B, T, H, Dh] by the angles of their positions (:meth:`Rotary.table`)."""
-    cos, sin = (table[:, None].to(x.dtype) for table in rope)  # [T, 1, Dh]
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+def linear_parts(
+    linear: nn.Module,
+    x: Tensor,
+    gate: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``gate * linear(f(x + before))`` in two parts, the sum of which it is.
 
+    On the CPU the second is the bias, for the next operation to add on its way; elsewhere it is in
+    the product, and None.
 
-def gated_linear(linear: nn.Linear, x: Tensor, gate: Tensor | None) -> Tensor:
-    """``gate * linear(x)``; a gate of one row [..., 1, D] goes into the smaller of the factors."""
+    Args:
+        linear: the layer, or what it was packed into for inference.
+        x: [..., K].
+        gate: of one row [..., 1, D], which goes into the smaller of the factors, or of all.
+        activation: f (:func:`bd3lm.model.elementwise.activated`); None for none.
+        before: a bias [K] that is not in ``x`` yet, where there is an activation.
+    """
+    if not isinstance(linear, nn.Linear):
+        out = linear(x if activation is None else activated(x, before, activation))
+        return (out if gate is None else gate * out), None
+    weight, bias = linear.weight, linear.bias
+    if gate is not None and gate.numel() == gate.shape[-1] and x.numel() >= weight.numel():
+        row, gate = gate.flatten(), None
+        weight, bias = row[:, None] * weight, None if bias is None else row * bias
+    later = on_cpu(x)
+    if activation is not None and later:
+        out = activated_linear(x, before, weight, activation)
+    else:
+        h = x if activation is None else activated(x, before, activation)
+        out = F.linear(h, weight, None if later else bias)
+    left = bias if later else None
     if gate is None:
-        return linear(x)
-    packed = not isinstance(linear, nn.Linear)  # for inference: its matrix is no tensor
-    if packed or gate.numel() > gate.shape[-1] or x.numel() < linear.weight.numel():
-        return gate * linear(x)
-    gate = gate.flatten()
-    bias = None if linear.bias is None else gate * linear.bias
-    return F.linear(x, gate[:, None] * linear.weight, bias)
-
-
-class _SquaredRelu(torch.autograd.Function):
-    """max(x, 0)² with a gradient of two passes over memory, where autograd's own takes five."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.clamp_min(0)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (upstream[0] * positive).mul_(2)
+        return out, left
+    return gate * (out if left is None else out + left), None
 
 
 class Mlp(nn.Module):
@@ -119,17 +125,13 @@ class Mlp(nn.Module):
         self.up = nn.Linear(cfg.width, up, bias=cfg.mlp_bias)
         self.down = nn.Linear(cfg.hidden, cfg.width, bias=cfg.mlp_bias)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """[..., D] to [..., D], times ``gate``."""
-        h = self.up(x)
-        if self.kind == "gelu":
-            h = gelu(h)
-        elif self.kind == "relu2":
-            h = _SquaredRelu.apply(h)
-        else:
-            open_, value = h.chunk(2, dim=-1)
-            h = F.silu(open_) * value
-        return gated_linear(self.down, h, gate)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """[..., D] to [..., D], times ``gate``; in two parts, as :func:`linear_parts`."""
+        h, bias = linear_parts(self.up, x)
+        if self.kind != "swiglu":
+            return linear_parts(self.down, h, gate, activation=self.kind, before=bias)
+        open_, value = (h if bias is None else h + bias).chunk(2, dim=-1)
+        return linear_parts(self.down, F.silu(open_) * value, gate)
 
 
 class TimeEmbedding(nn.Module):

@@ -10,7 +10,14 @@ from bd3lm.model.elementwise import flat
 from bd3lm.model.threads import kernel_threads
 
 
-def cross_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+def cross_entropy_(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
+) -> Tensor:
     """−log p of the targets, the mask token excluded (MATH §5); overwrites the logits.
 
     On the CPU a Rust kernel keeps each row in the cache, where separate operations would go
@@ -18,35 +25,55 @@ def cross_entropy_(logits: Tensor, target: Tensor, weight: Tensor | None, mask_i
 
     Args:
         logits: [R, V], contiguous; with ``weight``, replaced by weight·(softmax − one-hot).
+        bias: [V], added to them first; or None.
         target: true ids, int64 [R], never ``mask_id``.
         weight: float32 [R], or None where no gradient is wanted.
         mask_id: the id whose probability is zero.
+        d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
 
     Returns:
         float32 [R], in nats.
     """
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
-        return _on_cpu(logits, target, weight, mask_id)
-    return composed_cross_entropy_(logits, target, weight, mask_id)
+        return _on_cpu(logits, bias, target, weight, mask_id, d_bias)
+    return composed_cross_entropy_(logits, bias, target, weight, mask_id, d_bias)
 
 
-def _on_cpu(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
-    nll = torch.empty(logits.shape[0])
+def _on_cpu(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
+) -> Tensor:
+    nll, total = torch.empty(logits.shape[0]), torch.empty(logits.shape[1])
     _core.cross_entropy(
         flat(logits),
+        flat(torch.zeros_like(total) if bias is None else bias.float()),
         target.contiguous().numpy(),
         None if weight is None else weight.contiguous().numpy(),
         mask_id,
         nll.numpy(),
+        total.numpy(),
         kernel_threads(),
     )
+    if d_bias is not None:
+        d_bias.add_(total)
     return nll
 
 
 def composed_cross_entropy_(
-    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
 ) -> Tensor:
     """The same by PyTorch's own operations, on any device and in any dtype."""
+    if bias is not None:
+        logits.add_(bias)
     logits[:, mask_id] = -torch.inf
     goal = target[:, None]
     log_p = logits.float().log_softmax(dim=-1)
@@ -55,4 +82,6 @@ def composed_cross_entropy_(
         error = log_p.exp_().mul_(weight[:, None])
         error.scatter_add_(1, goal, -weight[:, None])
         logits.copy_(error)
+        if d_bias is not None:
+            d_bias.add_(logits.sum(0))
     return nll

@@ -1,4 +1,7 @@
-"""How many threads the Rust kernels use, where that is not what PyTorch uses.
+"""Which threads the Rust kernels use, and how many where that is not what PyTorch uses.
+
+PyTorch's OpenMP runtime keeps its threads awake for milliseconds after a parallel operation, so the
+kernels run on those same threads where the runtime can be found.
 
 A parallel operation of PyTorch leaves OpenMP's threads spinning for milliseconds. In training that
 does not matter; between the small products of decoding they take the core from the kernels'.
@@ -6,11 +9,14 @@ does not matter; between the small products of decoding they take the core from 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+
+from bd3lm import _core
 
 _threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
@@ -30,3 +36,13 @@ def only_kernels_in_parallel() -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         _threads.reset(outer)
+
+
+def _share_threads() -> None:
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p).value
+    if address is not None:
+        _core.use_openmp(address)
+
+
+_share_threads()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, CachedMask, attend
-from bd3lm.model.elementwise import dropout_add
+from bd3lm.model.elementwise import dropout_add, projected_heads, rotate, split_heads
 from bd3lm.model.layers import (
     CacheAt,
     KVCache,
@@ -23,8 +23,7 @@ from bd3lm.model.layers import (
     Norm,
     Rotary,
     TimeEmbedding,
-    gated_linear,
-    rotate,
+    linear_parts,
 )
 
 
@@ -68,20 +67,25 @@ class Block(nn.Module):
             rope: cosines and signed sines of every row [T, Dh].
             queries: how many of the first rows ask; None for all. With 0 no one uses the queries.
         """
-        width = self.cfg.width
+        width, head = self.cfg.width, self.cfg.head_width
+        turn = not self.cfg.qk_norm  # the norms come first
+        widths, turned = [width, self.kv_width, self.kv_width], [turn, turn, False]
         whole = not queries or queries == x.shape[1]
-        if whole or not isinstance(self.qkv, nn.Linear):  # for inference: its matrix is no tensor
-            q, k, v = self.qkv(x).split([width, self.kv_width, self.kv_width], dim=-1)
-            q = q[:, : queries or None]
+        if not isinstance(self.qkv, nn.Linear):  # for inference: its matrix is no tensor
+            q, k, v = split_heads(self.qkv(x), widths, turned, rope, head)
+        elif whole:
+            q, k, v = projected_heads(x, self.qkv.weight, widths, turned, rope, head)
         else:
             weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
-            q = F.linear(x[:, :queries], weight_q)
-            k, v = F.linear(x, weight_kv).chunk(2, dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, self.cfg.head_width)) for z in (q, k, v))
+            asking = x[:, :queries]
+            angles = _first(rope, asking.shape[1])
+            (q,) = projected_heads(asking, weight_q, widths[:1], turned[:1], angles, head)
+            k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head)
+        q = q[:, : queries or None]
         if self.cfg.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        cos, sin = rope
-        return [rotate(q, (cos[: q.shape[1]], sin[: q.shape[1]])), rotate(k, rope), v]
+            q = rotate(self.q_norm(q).to(v.dtype), _first(rope, q.shape[1]))
+            k = rotate(self.k_norm(k).to(v.dtype), rope)
+        return [q, k, v]
 
     def forward(
         self,
@@ -114,7 +118,8 @@ class Block(nn.Module):
             [B, Tq, D], or [M, D] with ``select``.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
-        q, k, v = self.heads(self.norm1(h, shift1, scale1), rope, queries)
+        h, normed = self.norm1.fork(h, shift1, scale1)
+        q, k, v = self.heads(normed, rope, queries)
         if cache is not None:
             cache.write(layer, k, v)
             if queries == 0:
@@ -134,8 +139,11 @@ class Block(nn.Module):
             _pick(m, queries, select) for m in (gate1, shift2, scale2, gate2)
         )
         dropout = self.cfg.dropout if self.training else 0.0
-        h = dropout_add(h, gated_linear(self.out, attended, gate1), dropout)
-        return dropout_add(h, self.mlp(self.norm2(h, shift2, scale2), gate2), dropout)
+        branch, bias = linear_parts(self.out, attended, gate1)
+        h = dropout_add(h, branch, bias, dropout)
+        h, normed = self.norm2.fork(h, shift2, scale2)
+        branch, bias = self.mlp(normed, gate2)
+        return dropout_add(h, branch, bias, dropout)
 
     def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
         if cond is None:
@@ -149,6 +157,11 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
         return ada(cond)
     with torch.autocast(cond.device.type, enabled=False):
         return ada(cond)
+
+
+def _first(rope: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Angles of the first rows."""
+    return rope[0][:count], rope[1][:count]
 
 
 def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -135,7 +136,7 @@ class Trainer:
             DivergedError: the loss became infinite or NaN.
         """
         cfg = self.cfg
-        with _ctrl_c() as pressed, closing(self.batches):
+        with _ctrl_c() as pressed, closing(self.batches), frozen():
             while self.steps_done < cfg.steps:
                 started = time.perf_counter()
                 loss, norm = self.step() if self.profiler is None else self.profiler.run(self.step)
@@ -366,6 +367,19 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) ->
                 f"init-from = {path}: was trained with model.{name.replace('_', '-')} = {theirs}; "
                 f"this model has {mine}"
             )
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """What exists already is not looked through for garbage.
+
+    For what was imported alone, that took 3% of the steps of a tiny model.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -8,11 +8,9 @@ use crate::attention::scratch;
 use crate::elementwise::{same, silu_times};
 use crate::error::{Error, Result};
 use crate::linear::{After, Packed};
-use crate::simd::multiversion;
+use crate::norm::normalise;
+use crate::rotary::rotate;
 use std::sync::Arc;
-
-/// Sums that are kept side by side, so that the compiler may use vectors.
-const LANES: usize = 16;
 
 /// LayerNorm (`centred`) or RMSNorm of rows as wide as the weight.
 pub struct Norm {
@@ -225,104 +223,9 @@ impl Block {
     }
 }
 
-/// Sum of `f` over a row, in an order that depends on its width alone.
-#[inline(always)]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let mut parts = x.chunks_exact(LANES);
-    for part in &mut parts {
-        for i in 0..LANES {
-            lanes[i] += f(part[i]);
-        }
-    }
-    let rest: f32 = parts.remainder().iter().map(|&x| f(x)).sum();
-    lanes.iter().sum::<f32>() + rest
-}
-
-multiversion! {
-    fn normalise(rows: &mut [f32], weight: &[f32], bias: &[f32], centred: bool, eps: f32) {
-        let count = weight.len() as f32;
-        for row in rows.chunks_exact_mut(weight.len()) {
-            let mean = if centred { sum(row, |x| x) / count } else { 0.0 };
-            let variance = sum(row, |x| (x - mean) * (x - mean)) / count;
-            let scale = 1.0 / (variance + eps).sqrt();
-            for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
-                *x = (*x - mean) * scale * w + b;
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// The two halves of every head against each other.
-    fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
-        let half = cos.len() / 2;
-        let (cos_low, cos_high) = cos.split_at(half);
-        let (sin_low, sin_high) = sin.split_at(half);
-        for head in heads.chunks_exact_mut(2 * half) {
-            let (low, high) = head.split_at_mut(half);
-            for i in 0..half {
-                let (x, y) = (low[i], high[i]);
-                low[i] = x * cos_low[i] + y * sin_low[i];
-                high[i] = y * cos_high[i] + x * sin_high[i];
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn norms_by_hand() {
-        let weight = [2.0, 1.0, 1.0];
-        let mut rows = vec![1.0, 2.0, 3.0, -4.0, 0.0, 4.0];
-        let norm = Norm::new(&weight, Some(&[0.5, 0.0, 0.0]), true, 0.0).unwrap();
-        norm.apply(&mut rows);
-        let unit = 1.5f32.sqrt(); // 1 over the deviation of -1, 0, 1
-        for (x, y) in rows
-            .iter()
-            .zip([0.5 - 2.0 * unit, 0.0, unit, 0.5 - 2.0 * unit, 0.0, unit])
-        {
-            assert!((x - y).abs() < 1e-6);
-        }
-        let mut row = vec![3.0, 0.0, -4.0];
-        Norm::new(&[1.0; 3], None, false, 0.0)
-            .unwrap()
-            .apply(&mut row);
-        let root = (25f32 / 3.0).sqrt();
-        assert!((row[0] - 3.0 / root).abs() < 1e-6 && (row[2] + 4.0 / root).abs() < 1e-6);
-    }
-
-    #[test]
-    fn every_instruction_set_gives_the_same_bits() {
-        let weight: Vec<f32> = (0..70).map(|i| 1.0 + i as f32 / 50.0).collect();
-        let norm = Norm::new(&weight, Some(&weight), true, 1e-5).unwrap();
-        let results = crate::simd::tests::at_each(|| {
-            let mut rows: Vec<f32> = (0..210).map(|i| (i * i % 37) as f32 - 11.5).collect();
-            norm.apply(&mut rows);
-            rotate(&mut rows, &weight, &weight);
-            rows
-        });
-        assert!(results.iter().all(|r| *r == results[0]));
-    }
-
-    #[test]
-    fn rotations_keep_the_length() {
-        let (c, s) = (0.6f32, 0.8f32);
-        let mut heads = vec![1.0, 2.0, 3.0, 4.0];
-        rotate(&mut heads, &[c; 2], &[-s, s]);
-        let wanted = [
-            c - 2.0 * s,
-            s + 2.0 * c,
-            3.0 * c - 4.0 * s,
-            3.0 * s + 4.0 * c,
-        ];
-        for (x, y) in heads.iter().zip(wanted) {
-            assert!((x - y).abs() < 1e-6);
-        }
-    }
 
     #[test]
     fn sizes_that_differ_are_named() {

@@ -1,13 +1,14 @@
-//! What a Transformer does to each number alone, in one pass over memory: GELU and its gradient,
-//! and dropout with the sum that follows it.
+//! What a Transformer does to each number alone, in one pass over memory: the bias and activation
+//! after a product, the bias, dropout and sum after another, and the gradients of both.
 
-use crate::attention::pool;
+use crate::attention::{pool, scratch};
 use crate::error::{Error, Result};
 use crate::rng::{Domain, Stream};
 use crate::simd::multiversion;
-use crate::softmax::{Stored, exp};
+use crate::softmax::{Stored, exp_inside};
+use std::ops::Range;
 
-/// Numbers that one thread takes at a time; a multiple of [`TILE`].
+/// Numbers, about, that one thread takes at a time.
 const CHUNK: usize = 1 << 14;
 /// Numbers whose random bits are made together.
 const TILE: usize = 256;
@@ -19,15 +20,13 @@ const CUBIC: f32 = 0.044_715;
 /// 1/(1+e^−z).
 #[inline(always)]
 fn logistic(z: f32) -> f32 {
-    let e = exp(-z.abs());
-    let s = 1.0 / (1.0 + e);
-    if z >= 0.0 { s } else { e * s }
+    1.0 / (1.0 + exp_inside((-z).clamp(-87.0, 87.0)))
 }
 
 /// x·logistic(2√(2/π)·(x + 0.044715x³)).
 #[inline(always)]
 fn gelu_of(x: f32) -> f32 {
-    x * logistic(SLOPE * x * (1.0 + CUBIC * x * x))
+    x * logistic(SLOPE * x * (CUBIC * x).mul_add(x, 1.0))
 }
 
 multiversion! {
@@ -43,8 +42,7 @@ multiversion! {
     /// max(x, 0)² of a few numbers where they are, by the calling thread.
     pub(crate) fn squared_relu_in_place(x: &mut [f32]) {
         for x in x {
-            let positive = if *x < 0.0 { 0.0 } else { *x }; // a NaN stays one
-            *x = positive * positive;
+            *x = squared_relu_with_slope(*x).0;
         }
     }
 }
@@ -58,34 +56,71 @@ multiversion! {
     }
 }
 
-/// `out` = GELU(`x`), tanh-approximated: x·logistic(2√(2/π)·(x + 0.044715x³)).
+/// What the MLP does to a feature between its two products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pointwise {
+    /// x·Φ(x), tanh-approximated: x·logistic(2√(2/π)·(x + 0.044715x³)).
+    Gelu,
+    /// max(x, 0)².
+    SquaredRelu,
+}
+
+/// `out` = f(`x` + `bias`).
+///
+/// * `x`, `out` [R, W]; `bias` [W].
 ///
 /// # Errors
-/// Buffers of different sizes.
-pub fn gelu<T: Stored>(x: &[T], out: &mut [T], threads: usize) -> Result<()> {
+/// Buffers that do not fit together.
+pub fn activate<T: Stored>(
+    f: Pointwise,
+    x: &[T],
+    bias: &[f32],
+    out: &mut [T],
+    threads: usize,
+) -> Result<()> {
+    let width = bias.len();
     same("out", x.len(), out.len())?;
+    whole_rows("x", x.len(), width)?;
     let out = Shared(out.as_mut_ptr());
-    in_chunks(x.len(), threads, |first, size| {
-        // SAFETY: chunks are disjoint and inside `out`, which is borrowed for the whole call.
-        let out = unsafe { out.part(first, size) };
-        T::gelu(&x[first..first + size], out);
+    in_groups(x.len(), width, threads, |_, span| {
+        // SAFETY: groups are disjoint and inside `out`, which is borrowed for the whole call.
+        let out = unsafe { out.part(span.start, span.len()) };
+        T::activate(f, &x[span], bias, out);
     });
     Ok(())
 }
 
-/// `d_x` = `d_out`·GELU′(`x`).
+/// The activation again, and the gradients of what went into it.
+///
+/// * `x` [R, W]; `bias` [W].
+/// * `d` [R, W]: the gradient of f(`x` + `bias`), which becomes that of `x`.
+/// * `out` [R, W] receives f(`x` + `bias`), and `d_bias` [W] the sum of the gradient over rows.
 ///
 /// # Errors
-/// Buffers of different sizes.
-pub fn gelu_backward<T: Stored>(x: &[T], d_out: &[T], d_x: &mut [T], threads: usize) -> Result<()> {
-    same("d_out", x.len(), d_out.len())?;
-    same("d_x", x.len(), d_x.len())?;
-    let d_x = Shared(d_x.as_mut_ptr());
-    in_chunks(x.len(), threads, |first, size| {
-        // SAFETY: as in `gelu`.
-        let d_x = unsafe { d_x.part(first, size) };
-        let span = first..first + size;
-        T::gelu_backward(&x[span.clone()], &d_out[span], d_x);
+/// Buffers that do not fit together.
+pub fn activate_backward<T: Stored>(
+    f: Pointwise,
+    (x, bias): (&[T], &[f32]),
+    d: &mut [T],
+    out: &mut [T],
+    d_bias: &mut [f32],
+    threads: usize,
+) -> Result<()> {
+    let width = bias.len();
+    same("d", x.len(), d.len())?;
+    same("out", x.len(), out.len())?;
+    same("d_bias", width, d_bias.len())?;
+    whole_rows("x", x.len(), width)?;
+    let (d, out) = (Shared(d.as_mut_ptr()), Shared(out.as_mut_ptr()));
+    sum_of_groups(x.len(), width, d_bias, threads, |_, span, d_bias| {
+        // SAFETY: as in `activate`.
+        let (d, out) = unsafe {
+            (
+                d.part(span.start, span.len()),
+                out.part(span.start, span.len()),
+            )
+        };
+        T::activate_backward(f, (&x[span], bias), d, out, d_bias);
     });
     Ok(())
 }
@@ -102,7 +137,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Drops with probability `p`, to the nearest 2⁻¹⁶.
+    /// Drops with probability `p`, to the nearest 2⁻¹⁶; none are drawn for p = 0.
     ///
     /// # Errors
     /// `p` outside [0, 1).
@@ -119,61 +154,101 @@ impl Dropout {
         })
     }
 
-    /// Calls `f(position, factor)` for tiles of a chunk: the factors are 0 or 1/(1−p).
+    /// Calls `f(position, column, factors)` for pieces of the rows of a group, from its start on:
+    /// the factors are 0 or 1/(1−p).
     #[inline]
-    fn tiles(&self, first: usize, size: usize, mut f: impl FnMut(usize, &[f32])) {
-        let chunk = (first / CHUNK) as u64;
-        let mut stream = Stream::new(self.seed, Domain::Dropout, 0, chunk);
-        let (mut bits, mut factors) = ([0u32; TILE / 2], [0f32; TILE]);
-        for start in (0..size).step_by(TILE) {
-            stream.fill(&mut bits);
-            keep(&bits, self.threshold, self.scale, &mut factors);
-            let end = size.min(start + TILE);
-            f(start, &factors[..end - start]);
+    fn pieces(
+        &self,
+        group: usize,
+        size: usize,
+        width: usize,
+        mut f: impl FnMut(usize, usize, &[f32]),
+    ) {
+        let mut stream = Stream::new(self.seed, Domain::Dropout, 0, group as u64);
+        let (mut bits, mut factors) = ([0u32; TILE / 2], [1f32; TILE]);
+        for row in (0..size).step_by(width) {
+            for column in (0..width).step_by(TILE) {
+                if self.threshold > 0 {
+                    stream.fill(&mut bits);
+                    keep(&bits, self.threshold, self.scale, &mut factors);
+                }
+                f(row + column, column, &factors[..TILE.min(width - column)]);
+            }
         }
     }
 
-    /// `out` = `h` + dropout(`x`).
+    /// `out` = `h` + dropout(`x` + `bias`).
+    ///
+    /// * `h`, `x`, `out` [R, W]; `bias` [W].
     ///
     /// # Errors
-    /// Buffers of different sizes.
+    /// Buffers that do not fit together.
     pub fn add<T: Stored>(
         &self,
         h: &[f32],
         x: &[T],
+        bias: &[f32],
         out: &mut [f32],
         threads: usize,
     ) -> Result<()> {
+        let width = bias.len();
         same("h", x.len(), h.len())?;
         same("out", x.len(), out.len())?;
+        whole_rows("x", x.len(), width)?;
         let out = Shared(out.as_mut_ptr());
-        in_chunks(x.len(), threads, |first, size| {
-            // SAFETY: as in `gelu`.
-            let out = unsafe { out.part(first, size) };
-            self.tiles(first, size, |at, factors| {
-                let span = first + at..first + at + factors.len();
-                let out = &mut out[at..at + factors.len()];
-                T::scaled_sum(&h[span.clone()], &x[span], factors, out);
+        in_groups(x.len(), width, threads, |group, span| {
+            // SAFETY: as in `activate`.
+            let out = unsafe { out.part(span.start, span.len()) };
+            self.pieces(group, span.len(), width, |at, column, factors| {
+                let here = at..at + factors.len();
+                let (h, x) = (
+                    &h[span.clone()][here.clone()],
+                    &x[span.clone()][here.clone()],
+                );
+                let bias = &bias[column..column + factors.len()];
+                T::scaled_sum(h, x, bias, factors, &mut out[here]);
             });
         });
         Ok(())
     }
 
-    /// `d_x` = the gradient of the sum with respect to `x`, given its own.
+    /// Gradients of the sum with respect to `x` and `bias`, given its own.
+    ///
+    /// * `d_out` [R, W]; `d_x` [R, W] and `d_bias` [W] are filled.
     ///
     /// # Errors
-    /// Buffers of different sizes.
-    pub fn backward<T: Stored>(&self, d_out: &[f32], d_x: &mut [T], threads: usize) -> Result<()> {
+    /// Buffers that do not fit together.
+    pub fn backward<T: Stored>(
+        &self,
+        d_out: &[f32],
+        d_x: &mut [T],
+        d_bias: &mut [f32],
+        threads: usize,
+    ) -> Result<()> {
+        let width = d_bias.len();
         same("d_x", d_out.len(), d_x.len())?;
+        whole_rows("d_out", d_out.len(), width)?;
         let d_x = Shared(d_x.as_mut_ptr());
-        in_chunks(d_out.len(), threads, |first, size| {
-            // SAFETY: as in `gelu`.
-            let d_x = unsafe { d_x.part(first, size) };
-            self.tiles(first, size, |at, factors| {
-                let d_out = &d_out[first + at..first + at + factors.len()];
-                T::scaled(d_out, factors, &mut d_x[at..at + factors.len()]);
-            });
-        });
+        sum_of_groups(
+            d_out.len(),
+            width,
+            d_bias,
+            threads,
+            |group, span, d_bias| {
+                // SAFETY: as in `activate`.
+                let d_x = unsafe { d_x.part(span.start, span.len()) };
+                self.pieces(group, span.len(), width, |at, column, factors| {
+                    let here = at..at + factors.len();
+                    let d_bias = &mut d_bias[column..column + factors.len()];
+                    T::scaled(
+                        &d_out[span.clone()][here.clone()],
+                        factors,
+                        &mut d_x[here],
+                        d_bias,
+                    );
+                });
+            },
+        );
         Ok(())
     }
 }
@@ -189,67 +264,167 @@ multiversion! {
     }
 }
 
+/// `sum` += `x`, or `sum` = `x` if it is the `first`.
+///
+/// # Errors
+/// Buffers of different sizes.
+pub fn add_to<T: Stored>(sum: &mut [f32], x: &[T], first: bool, threads: usize) -> Result<()> {
+    same("sum", x.len(), sum.len())?;
+    let sum = Shared(sum.as_mut_ptr());
+    in_groups(x.len(), 1, threads, |_, span| {
+        // SAFETY: as in `activate`.
+        let sum = unsafe { sum.part(span.start, span.len()) };
+        T::add_to(sum, &x[span], first);
+    });
+    Ok(())
+}
+
 /// The loops over numbers that are stored in one width, compiled for each instruction set.
 pub trait Loops: Sized {
-    /// See [`gelu`].
-    fn gelu(x: &[Self], out: &mut [Self]);
-    /// See [`gelu_backward`].
-    fn gelu_backward(x: &[Self], d_out: &[Self], d_x: &mut [Self]);
-    /// `out` = `h` + `factors`·`x`.
-    fn scaled_sum(h: &[f32], x: &[Self], factors: &[f32], out: &mut [f32]);
-    /// `out` = `factors`·`x`.
-    fn scaled(x: &[f32], factors: &[f32], out: &mut [Self]);
+    /// See [`activate`].
+    fn activate(f: Pointwise, x: &[Self], bias: &[f32], out: &mut [Self]);
+    /// See [`activate_backward`]; adds to `d_bias`.
+    fn activate_backward(
+        f: Pointwise,
+        inputs: (&[Self], &[f32]),
+        d: &mut [Self],
+        out: &mut [Self],
+        d_bias: &mut [f32],
+    );
+    /// `out` = `h` + `factors`·(`x` + `bias`).
+    fn scaled_sum(h: &[f32], x: &[Self], bias: &[f32], factors: &[f32], out: &mut [f32]);
+    /// `out` = `factors`·`x`, also added to `sum`.
+    fn scaled(x: &[f32], factors: &[f32], out: &mut [Self], sum: &mut [f32]);
+    /// See [`add_to`].
+    fn add_to(sum: &mut [f32], x: &[Self], first: bool);
+}
+
+/// GELU and its slope at `x`.
+#[inline(always)]
+fn gelu_with_slope(x: f32) -> (f32, f32) {
+    let square = CUBIC * x * x;
+    let s = logistic(SLOPE * x * (1.0 + square));
+    let slope = square.mul_add(3.0 * SLOPE, SLOPE);
+    (x * s, s * (x * (1.0 - s)).mul_add(slope, 1.0))
+}
+
+/// max(x, 0)² and its slope at `x`; a NaN stays one.
+#[inline(always)]
+fn squared_relu_with_slope(x: f32) -> (f32, f32) {
+    let positive = if x < 0.0 { 0.0 } else { x };
+    (positive * positive, 2.0 * positive)
 }
 
 macro_rules! loops {
     ($t:ty) => {
         impl Loops for $t {
-            fn gelu(x: &[Self], out: &mut [Self]) {
+            fn activate(f: Pointwise, x: &[Self], bias: &[f32], out: &mut [Self]) {
                 multiversion! {
-                    fn run(x: &[$t], out: &mut [$t]) {
-                        for (out, x) in out.iter_mut().zip(x) {
-                            *out = <$t>::of(gelu_of(x.get()));
+                    fn run(f: Pointwise, x: &[$t], bias: &[f32], out: &mut [$t]) {
+                        let rows = out.chunks_exact_mut(bias.len()).zip(x.chunks_exact(bias.len()));
+                        for (out, x) in rows {
+                            match f {
+                                Pointwise::Gelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
+                                    *out = <$t>::of(gelu_of(x.get() + b));
+                                },
+                                Pointwise::SquaredRelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
+                                    *out = <$t>::of(squared_relu_with_slope(x.get() + b).0);
+                                },
+                            }
                         }
                     }
                 }
-                run(x, out);
+                run(f, x, bias, out);
             }
 
-            fn gelu_backward(x: &[Self], d_out: &[Self], d_x: &mut [Self]) {
+            fn activate_backward(
+                f: Pointwise,
+                inputs: (&[Self], &[f32]),
+                d: &mut [Self],
+                out: &mut [Self],
+                d_bias: &mut [f32],
+            ) {
+                #[inline(always)]
+                fn row(
+                    f: impl Fn(f32) -> (f32, f32),
+                    (x, bias): (&[$t], &[f32]),
+                    d: &mut [$t],
+                    out: &mut [$t],
+                    d_bias: &mut [f32],
+                ) {
+                    let width = bias.len();
+                    let (x, d) = (&x[..width], &mut d[..width]);
+                    let (out, d_bias) = (&mut out[..width], &mut d_bias[..width]);
+                    for i in 0..width {
+                        let (value, slope) = f(x[i].get() + bias[i]);
+                        let gradient = d[i].get() * slope;
+                        out[i] = <$t>::of(value);
+                        d[i] = <$t>::of(gradient);
+                        d_bias[i] += gradient;
+                    }
+                }
                 multiversion! {
-                    fn run(x: &[$t], d_out: &[$t], d_x: &mut [$t]) {
-                        for ((d_x, d_out), x) in d_x.iter_mut().zip(d_out).zip(x) {
-                            let x = x.get();
-                            let square = CUBIC * x * x;
-                            let s = logistic(SLOPE * x * (1.0 + square));
-                            let slope = SLOPE * (1.0 + 3.0 * square);
-                            *d_x = <$t>::of(d_out.get() * s * (1.0 + x * (1.0 - s) * slope));
+                    fn run(
+                        f: Pointwise,
+                        inputs: (&[$t], &[f32]),
+                        d: &mut [$t],
+                        out: &mut [$t],
+                        d_bias: &mut [f32],
+                    ) {
+                        let (x, bias) = inputs;
+                        for start in (0..x.len()).step_by(bias.len()) {
+                            let inputs = (&x[start..], bias);
+                            let (d, out) = (&mut d[start..], &mut out[start..]);
+                            match f {
+                                Pointwise::Gelu => row(gelu_with_slope, inputs, d, out, d_bias),
+                                Pointwise::SquaredRelu => {
+                                    row(squared_relu_with_slope, inputs, d, out, d_bias);
+                                }
+                            }
                         }
                     }
                 }
-                run(x, d_out, d_x);
+                run(f, inputs, d, out, d_bias);
             }
 
-            fn scaled_sum(h: &[f32], x: &[Self], factors: &[f32], out: &mut [f32]) {
+            fn scaled_sum(h: &[f32], x: &[Self], bias: &[f32], factors: &[f32], out: &mut [f32]) {
                 multiversion! {
-                    fn run(h: &[f32], x: &[$t], factors: &[f32], out: &mut [f32]) {
-                        for (((out, h), x), f) in out.iter_mut().zip(h).zip(x).zip(factors) {
-                            *out = h + f * x.get();
+                    fn run(h: &[f32], x: &[$t], bias: &[f32], factors: &[f32], out: &mut [f32]) {
+                        let size = out.len();
+                        let (h, x, bias, factors) =
+                            (&h[..size], &x[..size], &bias[..size], &factors[..size]);
+                        for i in 0..size {
+                            out[i] = h[i] + factors[i] * (x[i].get() + bias[i]);
                         }
                     }
                 }
-                run(h, x, factors, out);
+                run(h, x, bias, factors, out);
             }
 
-            fn scaled(x: &[f32], factors: &[f32], out: &mut [Self]) {
+            fn scaled(x: &[f32], factors: &[f32], out: &mut [Self], sum: &mut [f32]) {
                 multiversion! {
-                    fn run(x: &[f32], factors: &[f32], out: &mut [$t]) {
-                        for ((out, x), f) in out.iter_mut().zip(x).zip(factors) {
-                            *out = <$t>::of(f * x);
+                    fn run(x: &[f32], factors: &[f32], out: &mut [$t], sum: &mut [f32]) {
+                        let size = out.len();
+                        let (x, factors, sum) = (&x[..size], &factors[..size], &mut sum[..size]);
+                        for i in 0..size {
+                            let d = factors[i] * x[i];
+                            out[i] = <$t>::of(d);
+                            sum[i] += d;
                         }
                     }
                 }
-                run(x, factors, out);
+                run(x, factors, out, sum);
+            }
+
+            fn add_to(sum: &mut [f32], x: &[Self], first: bool) {
+                multiversion! {
+                    fn run(sum: &mut [f32], x: &[$t], first: bool) {
+                        for (sum, x) in sum.iter_mut().zip(x) {
+                            *sum = if first { x.get() } else { *sum + x.get() };
+                        }
+                    }
+                }
+                run(sum, x, first);
             }
         }
     };
@@ -273,25 +448,75 @@ pub(crate) fn same(name: &'static str, wanted: usize, got: usize) -> Result<()> 
     ))
 }
 
-/// `f(first, size)` for each chunk of `len` numbers.
-fn in_chunks(len: usize, threads: usize, f: impl Fn(usize, usize) + Sync) {
-    pool::parallel(threads, len.div_ceil(CHUNK), |item| {
-        let first = item * CHUNK;
-        f(first, CHUNK.min(len - first));
+/// Checks that there are whole rows.
+///
+/// # Errors
+/// There are not.
+pub(crate) fn whole_rows(name: &'static str, len: usize, width: usize) -> Result<()> {
+    if width > 0 && len.is_multiple_of(width) {
+        return Ok(());
+    }
+    let allowed = format!("needs whole rows of {width}");
+    Err(Error::config(name, format!("{len} numbers"), allowed))
+}
+
+/// `f(group, span)` for groups of whole rows, which one thread takes at a time.
+pub(crate) fn in_groups(
+    len: usize,
+    width: usize,
+    threads: usize,
+    f: impl Fn(usize, Range<usize>) + Sync,
+) {
+    let size = (CHUNK / width).max(1) * width;
+    pool::parallel(threads, len.div_ceil(size), |group| {
+        f(group, group * size..len.min((group + 1) * size));
     });
 }
 
-/// A buffer that threads share by chunks.
-struct Shared<T>(*mut T);
+/// As [`in_groups`], with room that each group adds a row to; `total` is their sum, in an order
+/// that does not depend on the number of threads.
+pub(crate) fn sum_of_groups(
+    len: usize,
+    width: usize,
+    total: &mut [f32],
+    threads: usize,
+    f: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+) {
+    /// More would cost more than they even out.
+    const PARTS: usize = 32;
+    let size = (CHUNK / width).max(1) * width;
+    let groups = len.div_ceil(size);
+    let together = groups.div_ceil(PARTS).max(1);
+    let parts = groups.div_ceil(together);
+    scratch::with(&[parts * total.len()], |scratch| {
+        let sums = scratch.slice(parts * total.len());
+        sums.fill(0.0);
+        let shared = Shared(sums.as_mut_ptr());
+        pool::parallel(threads, parts, |part| {
+            // SAFETY: each part has a row of its own.
+            let sum = unsafe { shared.part(part * total.len(), total.len()) };
+            for group in part * together..groups.min((part + 1) * together) {
+                f(group, group * size..len.min((group + 1) * size), sum);
+            }
+        });
+        total.fill(0.0);
+        for sum in sums.chunks_exact(total.len()) {
+            total.iter_mut().zip(sum).for_each(|(total, x)| *total += x);
+        }
+    });
+}
 
-// SAFETY: threads take disjoint chunks.
+/// A buffer that threads share by groups.
+pub(crate) struct Shared<T>(pub *mut T);
+
+// SAFETY: threads take disjoint parts.
 unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
     /// # Safety
     /// The part lies inside the buffer, and nobody else holds it.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, first: usize, size: usize) -> &mut [T] {
+    pub unsafe fn part(&self, first: usize, size: usize) -> &mut [T] {
         // SAFETY: as the caller promises.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(first), size) }
     }
@@ -313,40 +538,70 @@ mod tests {
     }
 
     #[test]
-    fn gelu_equals_float64() {
-        for n in [1usize, 17, 1000, CHUNK + 5] {
-            let x = grid(n);
-            let d_out: Vec<f32> = (0..n).map(|i| 1.0 + (i % 7) as f32).collect();
-            let (mut out, mut d_x) = (vec![9.0; n], vec![9.0; n]);
-            gelu(&x, &mut out, 2).unwrap();
-            gelu_backward(&x, &d_out, &mut d_x, 2).unwrap();
-            for i in 0..n {
-                let (want, slope) = reference(f64::from(x[i]));
-                assert!((f64::from(out[i]) - want).abs() < 2e-6, "{}", x[i]);
-                let want = f64::from(d_out[i]) * slope;
-                assert!((f64::from(d_x[i]) - want).abs() < 2e-5, "{}", x[i]);
+    fn activations_equal_float64() {
+        let relu2 = |x: f64| (x.max(0.0).powi(2), 2.0 * x.max(0.0));
+        type Exact = fn(f64) -> (f64, f64);
+        let both: [(Pointwise, Exact); 2] = [
+            (Pointwise::Gelu, reference),
+            (Pointwise::SquaredRelu, relu2),
+        ];
+        for (f, exact) in both {
+            for (rows, width) in [(1, 1), (3, 17), (1, 1000), (300, 70)] {
+                let x = grid(rows * width);
+                let bias: Vec<f32> = (0..width).map(|i| (i % 3) as f32 - 1.0).collect();
+                let d_out: Vec<f32> = (0..x.len()).map(|i| 1.0 + (i % 7) as f32).collect();
+                let (mut out, mut again) = (vec![9.0; x.len()], vec![9.0; x.len()]);
+                let (mut d, mut d_bias) = (d_out.clone(), vec![9.0; width]);
+                activate(f, &x, &bias, &mut out, 2).unwrap();
+                activate_backward(f, (&x, &bias), &mut d, &mut again, &mut d_bias, 2).unwrap();
+                let (mut sums, mut sizes) = (vec![0f64; width], vec![0f64; width]);
+                for i in 0..x.len() {
+                    let (want, slope) = exact(f64::from(x[i] + bias[i % width]));
+                    let size = 1.0 + want.abs();
+                    assert!((f64::from(out[i]) - want).abs() < 2e-6 * size, "{}", x[i]);
+                    assert!((f64::from(again[i]) - want).abs() < 2e-6 * size, "{}", x[i]);
+                    let want = f64::from(d_out[i]) * slope;
+                    assert!((f64::from(d[i]) - want).abs() < 2e-5 * size, "{}", x[i]);
+                    sums[i % width] += want;
+                    sizes[i % width] += want.abs() + 1.0;
+                }
+                for i in 0..width {
+                    assert!((f64::from(d_bias[i]) - sums[i]).abs() < 2e-5 * sizes[i]);
+                }
             }
         }
     }
 
     #[test]
-    fn every_instruction_set_gives_the_same_bits() {
-        let x = grid(1003);
+    fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
+        let (rows, width) = (501, 70);
+        let x = grid(rows * width);
+        let bias = grid(width);
         let narrow: Vec<i16> = x.iter().map(|x| i16::of(*x)).collect();
         let dropout = Dropout::new(5, 0.3).unwrap();
-        let results = crate::simd::tests::at_each(|| {
-            let (mut a, mut b, mut c) = (vec![0f32; 1003], vec![0i16; 1003], vec![0f32; 1003]);
-            gelu(&x, &mut a, 1).unwrap();
-            gelu_backward(&narrow, &narrow, &mut b, 1).unwrap();
-            dropout.add(&x, &narrow, &mut c, 1).unwrap();
+        let run = |threads| {
+            let (mut a, mut b, mut c) = (vec![0f32; x.len()], narrow.clone(), vec![0f32; x.len()]);
+            let (mut out, mut d_bias) =
+                (vec![0i16; x.len()], [vec![0f32; width], vec![0f32; width]]);
+            let gelu = Pointwise::Gelu;
+            activate(gelu, &x, &bias, &mut a, threads).unwrap();
+            let inputs = (&narrow[..], &bias[..]);
+            activate_backward(gelu, inputs, &mut b, &mut out, &mut d_bias[0], threads).unwrap();
+            dropout.add(&x, &narrow, &bias, &mut c, threads).unwrap();
+            dropout
+                .backward(&x, &mut out, &mut d_bias[1], threads)
+                .unwrap();
+            add_to(&mut c, &narrow, false, threads).unwrap();
             let mut d = a.clone();
             squared_relu_in_place(&mut d);
             silu_times(&mut d, &x);
-            (a, b, c, d)
-        });
+            (a, b, c, d, out, d_bias)
+        };
+        let results = crate::simd::tests::at_each(|| run(1));
         assert_eq!(results.len(), 3);
         assert!(results.iter().all(|r| *r == results[0]));
         assert!(results[0].3.iter().any(|x| *x != 0.0));
+        assert!(run(3) == results[0]);
     }
 
     /// Numbers and results lie between pages that no one may touch.
@@ -354,13 +609,24 @@ mod tests {
     fn nothing_beside_the_buffers_is_touched() {
         use crate::attention::tests::guarded::Guarded;
         let dropout = Dropout::new(5, 0.3).unwrap();
-        for (n, at_end) in [(1, true), (255, false), (1003, true), (CHUNK + 3, true)] {
-            let new = |width: usize| Guarded::new(&vec![1; width * n], at_end);
+        let f = Pointwise::Gelu;
+        for (rows, width, at_end) in [(1, 1, true), (5, 255, false), (3, 1003, true)] {
+            let new = |bytes: usize| Guarded::new(&vec![1; bytes * rows * width], at_end);
+            let row = || Guarded::new(&vec![1; 4 * width], at_end);
             let (mut x, mut narrow, mut out) = (new(4), new(2), new(4));
-            crate::simd::tests::at_each(|| gelu(new(4).f32s(), new(4).f32s(), 1).unwrap());
-            gelu_backward(x.f32s(), new(4).f32s(), out.f32s(), 2).unwrap();
-            dropout.add(x.f32s(), narrow.i16s(), out.f32s(), 2).unwrap();
-            dropout.backward(x.f32s(), narrow.i16s(), 2).unwrap();
+            let (mut bias, mut d_bias) = (row(), row());
+            crate::simd::tests::at_each(|| {
+                activate(f, new(4).f32s(), row().f32s(), new(4).f32s(), 1).unwrap();
+            });
+            let inputs = (&*x.f32s(), &*bias.f32s());
+            activate_backward(f, inputs, new(4).f32s(), out.f32s(), d_bias.f32s(), 2).unwrap();
+            dropout
+                .add(x.f32s(), narrow.i16s(), bias.f32s(), out.f32s(), 2)
+                .unwrap();
+            dropout
+                .backward(x.f32s(), narrow.i16s(), d_bias.f32s(), 2)
+                .unwrap();
+            add_to(x.f32s(), narrow.i16s(), false, 2).unwrap();
         }
     }
 
@@ -369,20 +635,30 @@ mod tests {
         let bits: Vec<i16> = grid(4000).into_iter().map(i16::of).collect();
         let wide: Vec<f32> = bits.iter().map(|x| x.get()).collect();
         let (mut narrow, mut out) = (vec![0i16; 4000], vec![0f32; 4000]);
-        gelu(&bits, &mut narrow, 1).unwrap();
-        gelu(&wide, &mut out, 1).unwrap();
+        activate(Pointwise::Gelu, &bits, &[0.0; 40], &mut narrow, 1).unwrap();
+        activate(Pointwise::Gelu, &wide, &[0.0; 40], &mut out, 1).unwrap();
         for (a, b) in narrow.iter().zip(out) {
             assert_eq!(*a, i16::of(b));
         }
     }
 
     #[test]
+    fn the_first_is_put_and_the_others_are_added() {
+        let (x, mut total) = ([i16::of(1.5), i16::of(-2.0)], [9.0f32, f32::NAN]);
+        add_to(&mut total, &x, true, 1).unwrap();
+        assert_eq!(total, [1.5, -2.0]);
+        add_to(&mut total, &[1.0f32, 0.25], false, 1).unwrap();
+        assert_eq!(total, [2.5, -1.75]);
+    }
+
+    #[test]
     fn dropout_keeps_its_share_and_its_mean_and_repeats_itself() {
-        let n = 3 * CHUNK + 77;
+        let width = 300;
+        let n = width * 160;
         let dropout = Dropout::new(5, 0.1).unwrap();
-        let (h, x) = (vec![2.0f32; n], vec![1.0f32; n]);
+        let (h, x, bias) = (vec![2.0f32; n], vec![0.75f32; n], vec![0.25f32; width]);
         let mut out = vec![0.0; n];
-        dropout.add(&h, &x, &mut out, 3).unwrap();
+        dropout.add(&h, &x, &bias, &mut out, 3).unwrap();
         let kept = out.iter().filter(|v| **v > 2.0).count();
         let share = kept as f64 / n as f64;
         assert!((share - 0.9).abs() < 4.0 * (0.09 / n as f64).sqrt());
@@ -391,18 +667,24 @@ mod tests {
             out.iter()
                 .all(|v| *v == 2.0 || (v - 2.0 - scale).abs() < 1e-6)
         );
-        let mut d_x = vec![0.0f32; n];
-        dropout.backward(&x, &mut d_x, 1).unwrap();
+        let (mut d_x, mut d_bias) = (vec![0.0f32; n], vec![9.0f32; width]);
+        dropout
+            .backward(&vec![1.0; n], &mut d_x, &mut d_bias, 1)
+            .unwrap();
         for (d, v) in d_x.iter().zip(&out) {
             assert_eq!(*d > 0.0, *v > 2.0);
         }
+        for (column, d) in d_bias.iter().enumerate() {
+            let sum: f32 = d_x.iter().skip(column).step_by(width).sum();
+            assert!((d - sum).abs() < 1e-3);
+        }
         let mut other = vec![0.0; n];
         let again = Dropout::new(6, 0.1).unwrap();
-        again.add(&h, &x, &mut other, 3).unwrap();
+        again.add(&h, &x, &bias, &mut other, 3).unwrap();
         let both = (0..n).filter(|i| out[*i] > 2.0 && other[*i] > 2.0).count();
         assert!((both as f64 / n as f64 - 0.81).abs() < 0.01);
-        // Neighbours, halves of a tile and chunks are independent too.
-        for lag in [1, TILE / 2, TILE, CHUNK] {
+        // Neighbours, halves of a tile, rows and groups are independent too.
+        for lag in [1, TILE / 2, TILE, width, CHUNK / width * width] {
             let pairs = n - lag;
             let both = (0..pairs)
                 .filter(|i| out[*i] > 2.0 && out[i + lag] > 2.0)
@@ -412,11 +694,35 @@ mod tests {
     }
 
     #[test]
+    fn without_dropout_it_is_a_sum() {
+        let (h, x) = ([1.0f32, 2.0, 3.0, 4.0], [0.5f32, -0.5, 1.0, 0.0]);
+        let (mut out, mut d_x, mut d_bias) = ([0.0; 4], [0f32; 4], [0.0; 2]);
+        let none = Dropout::new(1, 0.0).unwrap();
+        none.add(&h, &x, &[10.0, 20.0], &mut out, 1).unwrap();
+        assert_eq!(out, [11.5, 21.5, 14.0, 24.0]);
+        none.backward(&h, &mut d_x, &mut d_bias, 1).unwrap();
+        assert_eq!((d_x, d_bias), (h, [4.0, 6.0]));
+    }
+
+    #[test]
     fn wrong_input_is_named() {
         let message = |r: Result<()>| r.unwrap_err().to_string();
-        assert!(message(gelu(&[0f32; 3], &mut [0f32; 2], 1)).contains("out = 2 numbers"));
+        let gelu = |x: usize, width: usize, out: usize| {
+            let (x, bias) = (vec![0f32; x], vec![0f32; width]);
+            message(activate(
+                Pointwise::Gelu,
+                &x,
+                &bias,
+                &mut vec![0f32; out],
+                1,
+            ))
+        };
+        assert!(gelu(4, 2, 3).contains("out = 3 numbers"));
+        assert!(gelu(3, 2, 3).contains("x = 3 numbers: needs whole rows of 2"));
+        assert!(gelu(3, 0, 3).contains("needs whole rows of 0"));
         let dropout = Dropout::new(0, 0.5).unwrap();
-        assert!(message(dropout.backward(&[0f32; 3], &mut [0i16; 4], 1)).contains("needs 3"));
+        let wrong = dropout.backward(&[0f32; 3], &mut [0i16; 4], &mut [0.0; 3], 1);
+        assert!(message(wrong).contains("needs 3"));
         assert!(Dropout::new(0, 1.0).is_err() && Dropout::new(0, -0.5).is_err());
     }
 }

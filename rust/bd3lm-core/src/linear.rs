@@ -515,7 +515,8 @@ mod tests {
             };
             let plain = run(After::Write, 1);
             let mut gelu = vec![0.0; plain.len()];
-            elementwise::gelu(&plain, &mut gelu, 1).unwrap();
+            elementwise::activate(elementwise::Pointwise::Gelu, &plain, &[0.0], &mut gelu, 1)
+                .unwrap();
             for threads in [1, 3] {
                 assert_eq!(run(After::Gelu, threads), gelu);
                 let added = before.iter().zip(&plain).map(|(a, b)| a + b);

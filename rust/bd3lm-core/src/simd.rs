@@ -12,11 +12,11 @@ macro_rules! multiversion {
 
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
                 fn avx512($($arg: $ty),*) {
                     body($($arg),*)
                 }
-                #[target_feature(enable = "avx2,bmi2")]
+                #[target_feature(enable = "avx2,fma,bmi2")]
                 fn avx2($($arg: $ty),*) {
                     body($($arg),*)
                 }
@@ -26,6 +26,7 @@ macro_rules! multiversion {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("bmi2")
                 {
                     // SAFETY: the machine has these features; the line above asked it.
@@ -33,6 +34,7 @@ macro_rules! multiversion {
                 }
                 if widest >= $crate::attention::Isa::Avx2
                     && is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("bmi2")
                 {
                     // SAFETY: the machine has these features; the line above asked it.

@@ -1,13 +1,14 @@
-//! Cross-entropy of rows of logits and its gradient, in place: three reads of a row that stays in
-//! the cache, where separate operations would each go through memory.
+//! Cross-entropy of rows of logits and its gradient, in place: all passes over a row stay in the
+//! cache, where separate operations would each go through memory.
 
-use crate::attention::{Isa, pool};
-use crate::elementwise::Loops;
+use crate::attention::{Isa, scratch};
+use crate::elementwise::{self, Shared, same};
 use crate::error::{Error, Result};
 use crate::simd::limited;
+use crate::{norm, rotary};
 
 /// A number as it is stored: `f32`, or the bits of a bf16 in an `i16`.
-pub trait Stored: Copy + Send + Sync + Loops {
+pub trait Stored: Copy + Send + Sync + elementwise::Loops + norm::Loops + rotary::Loops {
     /// Its value.
     fn get(self) -> f32;
     /// The nearest that can be stored.
@@ -42,25 +43,27 @@ impl Stored for i16 {
 
 /// Lanes that are summed side by side, so that the compiler may use vectors.
 const LANES: usize = 16;
-/// Rows that one thread takes at a time.
-const ROWS: usize = 8;
 
-/// e^x for x <= 0 to about 1e-7, zero below -87; −∞ gives zero.
+/// e^x for |x| <= 87 to about 1e-7. Fused multiplications round alike on every processor.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp_inside(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN_2: f32 = std::f32::consts::LN_2;
     // Adding 1.5·2²³ rounds to an integer and leaves it in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
-    let y = if x > -87.0 { x * LOG2_E } else { -126.0 };
-    let shifted = y + ROUND;
-    let r = y - (shifted - ROUND);
+    let shifted = x.mul_add(LOG2_E, ROUND);
+    let r = x.mul_add(LOG2_E, ROUND - shifted);
     let mut p = 0.001_326_472_7_f32;
-    const LN_2: f32 = std::f32::consts::LN_2;
     for c in [0.009_671_513, 0.055_507_336, 0.240_222_42, LN_2, 1.0] {
-        p = p * r + c;
+        p = p.mul_add(r, c);
     }
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3F80_0000));
-    if x > -87.0 { p * scale } else { 0.0 }
+    p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3F80_0000))
+}
+
+/// As [`exp_inside`] for all x <= 0: zero below -87; −∞ gives zero.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    if x > -87.0 { exp_inside(x) } else { 0.0 }
 }
 
 #[inline(always)]
@@ -68,118 +71,152 @@ fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-/// −log softmax(row)[target]; with a weight the row becomes weight·(softmax − one-hot).
+/// −log softmax(row + bias)[target] in nats; with a weight the row becomes weight·(softmax −
+/// one-hot), and `d_bias` grows by it. `room` [V] is where e^x is kept meanwhile.
 #[inline(always)]
-fn one_row<T: Stored>(row: &mut [T], target: usize, weight: Option<f32>) -> f32 {
-    let goal = row[target].get();
+fn one_row<T: Stored>(
+    row: &mut [T],
+    bias: &[f32],
+    target: usize,
+    weight: Option<f32>,
+    mask_id: usize,
+    room: &mut [f32],
+    d_bias: &mut [f32],
+) -> f32 {
+    let vocab = row.len();
+    let (bias, room, d_bias) = (&bias[..vocab], &mut room[..vocab], &mut d_bias[..vocab]);
+    for i in 0..vocab {
+        room[i] = row[i].get() + bias[i];
+    }
+    room[mask_id] = f32::NEG_INFINITY;
+    let goal = room[target];
+    let (lanes, rest) = room.as_chunks_mut::<LANES>();
     let mut tops = [f32::NEG_INFINITY; LANES];
-    let mut chunks = row.chunks_exact(LANES);
-    for chunk in &mut chunks {
+    for lane in &*lanes {
         for i in 0..LANES {
-            tops[i] = larger(chunk[i].get(), tops[i]);
+            tops[i] = larger(lane[i], tops[i]);
         }
     }
-    let rest = chunks.remainder().iter().map(|x| x.get());
-    let top = tops
-        .iter()
-        .copied()
-        .chain(rest)
-        .fold(f32::NEG_INFINITY, larger);
+    let each = tops.iter().chain(&*rest).copied();
+    let top = each.fold(f32::NEG_INFINITY, larger);
     let mut sums = [0f32; LANES];
-    let mut chunks = row.chunks_exact(LANES);
-    for chunk in &mut chunks {
+    for lane in lanes {
         for i in 0..LANES {
-            sums[i] += exp(chunk[i].get() - top);
+            lane[i] = exp(lane[i] - top);
+            sums[i] += lane[i];
         }
     }
-    let rest: f32 = chunks.remainder().iter().map(|x| exp(x.get() - top)).sum();
-    let log_z = top + (sums.iter().sum::<f32>() + rest).ln();
+    let mut z: f32 = sums.iter().sum();
+    for x in rest {
+        *x = exp(*x - top);
+        z += *x;
+    }
     if let Some(weight) = weight {
-        for x in row.iter_mut() {
-            *x = T::of(weight * exp(x.get() - log_z));
+        let scale = weight / z;
+        room[target] -= z;
+        for i in 0..vocab {
+            let d = scale * room[i];
+            row[i] = T::of(d);
+            d_bias[i] += d;
         }
-        // From the exact value, not from what was just rounded.
-        row[target] = T::of(weight * (exp(goal - log_z) - 1.0));
     }
-    log_z - goal
+    top + z.ln() - goal
+}
+
+/// Rows that one thread takes, and where their results go.
+struct Rows<'a, T> {
+    logits: &'a mut [T],
+    bias: &'a [f32],
+    target: &'a [i64],
+    weight: Option<&'a [f32]>,
+    mask_id: usize,
+    nll: &'a mut [f32],
+    /// Of one row.
+    room: &'a mut [f32],
+    d_bias: &'a mut [f32],
 }
 
 #[inline(always)]
-fn rows<T: Stored>(
-    logits: &mut [T],
-    vocab: usize,
-    target: &[i64],
-    weight: Option<&[f32]>,
-    mask_id: usize,
-    nll: &mut [f32],
-) {
-    for (i, row) in logits.chunks_exact_mut(vocab).enumerate() {
-        row[mask_id] = T::of(f32::NEG_INFINITY);
-        nll[i] = one_row(row, target[i] as usize, weight.map(|w| w[i]));
+fn rows<T: Stored>(part: Rows<'_, T>) {
+    for (i, row) in part.logits.chunks_exact_mut(part.bias.len()).enumerate() {
+        part.nll[i] = one_row(
+            row,
+            part.bias,
+            part.target[i] as usize,
+            part.weight.map(|w| w[i]),
+            part.mask_id,
+            part.room,
+            part.d_bias,
+        );
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-fn rows_avx512<T: Stored>(
-    logits: &mut [T],
-    vocab: usize,
-    target: &[i64],
-    weight: Option<&[f32]>,
-    mask_id: usize,
-    nll: &mut [f32],
-) {
-    rows(logits, vocab, target, weight, mask_id, nll);
+fn rows_avx512<T: Stored>(part: Rows<'_, T>) {
+    rows(part);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn rows_avx2<T: Stored>(
-    logits: &mut [T],
-    vocab: usize,
-    target: &[i64],
-    weight: Option<&[f32]>,
-    mask_id: usize,
-    nll: &mut [f32],
-) {
-    rows(logits, vocab, target, weight, mask_id, nll);
+fn rows_avx2<T: Stored>(part: Rows<'_, T>) {
+    rows(part);
+}
+
+/// What [`cross_entropy`] is asked about.
+#[derive(Clone, Copy)]
+pub struct Targets<'a> {
+    /// True ids [R], never `mask_id`.
+    pub ids: &'a [i64],
+    /// Of each row [R], where gradients are wanted.
+    pub weight: Option<&'a [f32]>,
+    /// The id whose probability is zero.
+    pub mask_id: usize,
 }
 
 /// Cross-entropy of logits [R, V], the mask token excluded (MATH §5).
 ///
-/// * `target` [R]: true ids, never `mask_id`.
-/// * `weight` [R]: with it, `logits` become the gradient weight·(softmax − one-hot), zero at the
-///   mask token; without it they keep their values but for the mask token's.
+/// * `logits` keep their values, but with a weight they become the gradient
+///   weight·(softmax − one-hot), zero at the mask token.
+/// * `bias` [V] is added to them first.
 /// * `nll` [R] receives −log p of the targets, in nats.
+/// * `d_bias` [V] receives the sum of the gradients, zero without a weight.
 ///
 /// # Errors
 /// A buffer of another size, or an id outside the vocabulary.
 pub fn cross_entropy<T: Stored>(
     logits: &mut [T],
-    target: &[i64],
-    weight: Option<&[f32]>,
-    mask_id: usize,
+    bias: &[f32],
+    targets: Targets<'_>,
     nll: &mut [f32],
+    d_bias: &mut [f32],
     threads: usize,
 ) -> Result<()> {
-    if target.is_empty() {
-        return Ok(());
-    }
-    let vocab = logits.len() / target.len();
-    let fits = logits.len() == vocab * target.len()
-        && nll.len() == target.len()
-        && weight.is_none_or(|w| w.len() == target.len());
+    let Targets {
+        ids,
+        weight,
+        mask_id,
+    } = targets;
+    let vocab = bias.len();
+    let fits = logits.len() == vocab * ids.len()
+        && nll.len() == ids.len()
+        && weight.is_none_or(|w| w.len() == ids.len());
     if !fits {
-        let given = format!("{} logits for {} targets", logits.len(), target.len());
+        let given = format!(
+            "{} logits of {vocab} for {} targets",
+            logits.len(),
+            ids.len()
+        );
         let allowed = "needs whole rows, and a weight and a result for each";
         return Err(Error::config("logits", given, allowed));
     }
+    same("d_bias", vocab, d_bias.len())?;
     let outside = |id: i64| !(0..vocab as i64).contains(&id) || id == mask_id as i64;
     if mask_id >= vocab {
         let allowed = format!("must be below the vocabulary of {vocab}");
         return Err(Error::config("mask_id", mask_id, allowed));
     }
-    if let Some(id) = target.iter().find(|id| outside(**id)) {
+    if let Some(id) = ids.iter().find(|id| outside(**id)) {
         return Err(Error::TokenOutOfRange {
             id: *id,
             place: "the targets".into(),
@@ -187,54 +224,46 @@ pub fn cross_entropy<T: Stored>(
         });
     }
     let isa = limited(Isa::best());
-    let parts = Parts {
-        logits: logits.as_mut_ptr(),
-        nll: nll.as_mut_ptr(),
-    };
-    pool::parallel(threads, target.len().div_ceil(ROWS), |item| {
-        let span = item * ROWS..target.len().min((item + 1) * ROWS);
-        // SAFETY: items are disjoint ranges of rows, inside both buffers as checked above, and
-        // the buffers are borrowed for the whole call.
-        let (logits, nll) = unsafe { parts.rows(span.start, span.len(), vocab) };
-        let weight = weight.map(|w| &w[span.clone()]);
-        let target = &target[span];
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has it, as `best` found.
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
-                rows_avx512(logits, vocab, target, weight, mask_id, nll);
-            },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { rows_avx2(logits, vocab, target, weight, mask_id, nll) },
-            _ => rows(logits, vocab, target, weight, mask_id, nll),
-        }
-    });
+    let (logits, nll) = (Shared(logits.as_mut_ptr()), Shared(nll.as_mut_ptr()));
+    elementwise::sum_of_groups(
+        ids.len() * vocab,
+        vocab,
+        d_bias,
+        threads,
+        |_, span, d_bias| {
+            let rows_here = span.start / vocab..span.end / vocab;
+            scratch::with(&[vocab], |scratch| {
+                // SAFETY: groups are disjoint ranges of rows, inside both buffers as checked above,
+                // and the buffers are borrowed for the whole call.
+                let (logits, nll) = unsafe {
+                    (
+                        logits.part(span.start, span.len()),
+                        nll.part(rows_here.start, rows_here.len()),
+                    )
+                };
+                let part = Rows {
+                    logits,
+                    bias,
+                    target: &ids[rows_here.clone()],
+                    weight: weight.map(|w| &w[rows_here]),
+                    mask_id,
+                    nll,
+                    room: scratch.slice(vocab),
+                    d_bias,
+                };
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: the processor has it, as `best` found.
+                    Isa::Avx512 | Isa::Avx512Bf16 => unsafe { rows_avx512(part) },
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: as above.
+                    Isa::Avx2 => unsafe { rows_avx2(part) },
+                    _ => rows(part),
+                }
+            });
+        },
+    );
     Ok(())
-}
-
-/// The two buffers that threads share by rows.
-struct Parts<T> {
-    logits: *mut T,
-    nll: *mut f32,
-}
-
-// SAFETY: threads take disjoint rows.
-unsafe impl<T: Send> Sync for Parts<T> {}
-
-impl<T> Parts<T> {
-    /// # Safety
-    /// The rows lie inside the buffers, and nobody else holds them.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn rows(&self, first: usize, count: usize, vocab: usize) -> (&mut [T], &mut [f32]) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            (
-                std::slice::from_raw_parts_mut(self.logits.add(first * vocab), count * vocab),
-                std::slice::from_raw_parts_mut(self.nll.add(first), count),
-            )
-        }
-    }
 }
 
 #[cfg(test)]
@@ -247,6 +276,25 @@ mod tests {
         (0..rows * vocab)
             .map(|_| (stream.next_f64() as f32 - 0.5) * 30.0)
             .collect()
+    }
+
+    /// By one thread, without a bias.
+    fn plain<T: Stored>(
+        x: &mut [T],
+        ids: &[i64],
+        weight: Option<&[f32]>,
+        mask_id: usize,
+    ) -> Result<Vec<f32>> {
+        let vocab = x.len() / ids.len();
+        let (mut nll, mut d_bias) = (vec![0.0; ids.len()], vec![0.0; vocab]);
+        let targets = Targets {
+            ids,
+            weight,
+            mask_id,
+        };
+        let zeros = vec![0.0; vocab];
+        cross_entropy(x, &zeros, targets, &mut nll, &mut d_bias, 1)?;
+        Ok(nll)
     }
 
     fn reference(row: &[f32], mask_id: usize, target: usize) -> (f64, Vec<f64>) {
@@ -275,13 +323,25 @@ mod tests {
                 .map(|r| ((mask_id + 1 + r % (vocab - 1)) % vocab) as i64)
                 .collect();
             let weight: Vec<f32> = (0..rows).map(|r| 0.3 * r as f32).collect();
+            let bias: Vec<f32> = (0..vocab).map(|i| (i % 5) as f32 - 2.0).collect();
             for (weight, threads) in [(None, 1), (Some(&weight[..]), 1), (Some(&weight[..]), 3)] {
                 let (mut x, mut nll) = (original.clone(), vec![-1.0; rows]);
-                cross_entropy(&mut x, &target, weight, mask_id, &mut nll, threads).unwrap();
+                let targets = Targets {
+                    ids: &target,
+                    weight,
+                    mask_id,
+                };
+                let mut d_bias = vec![9.0; vocab];
+                cross_entropy(&mut x, &bias, targets, &mut nll, &mut d_bias, threads).unwrap();
+                if weight.is_none() {
+                    assert!(x == original && d_bias.iter().all(|d| *d == 0.0));
+                }
+                let mut sum = vec![0f64; vocab];
                 for r in 0..rows {
                     let row = &original[r * vocab..(r + 1) * vocab];
+                    let row: Vec<f32> = row.iter().zip(&bias).map(|(x, b)| x + b).collect();
                     let goal = target[r] as usize;
-                    let (expected, p) = reference(row, mask_id, goal);
+                    let (expected, p) = reference(&row, mask_id, goal);
                     assert!((f64::from(nll[r]) - expected).abs() < 3e-6 * (1.0 + expected));
                     let Some(weight) = weight else { continue };
                     for i in 0..vocab {
@@ -289,8 +349,11 @@ mod tests {
                         let want = f64::from(weight[r]) * (p[i] - onehot);
                         let got = f64::from(x[r * vocab + i]);
                         assert!((got - want).abs() < 2e-6 * f64::from(weight[r]) + 1e-12);
+                        sum[i] += want;
                     }
                 }
+                let close = |(d, want): (&f32, &f64)| (f64::from(*d) - want).abs() < 2e-5;
+                assert!(d_bias.iter().zip(&sum).all(close));
             }
         }
     }
@@ -325,9 +388,8 @@ mod tests {
         for (vocab, at_end) in [(3, true), (17, false), (1003, true)] {
             let mut wide = Guarded::new(&vec![0; 4 * 5 * vocab], at_end);
             let mut narrow = Guarded::new(&vec![0; 2 * 5 * vocab], at_end);
-            let (weight, mut nll) = ([1.0; 5], [0.0; 5]);
-            cross_entropy(wide.f32s(), &[1; 5], Some(&weight), 0, &mut nll, 2).unwrap();
-            cross_entropy(narrow.i16s(), &[1; 5], Some(&weight), 0, &mut nll, 2).unwrap();
+            plain(wide.f32s(), &[1; 5], Some(&[1.0; 5]), 0).unwrap();
+            let nll = plain(narrow.i16s(), &[1; 5], Some(&[1.0; 5]), 0).unwrap();
             assert!((nll[4] - ((vocab - 1) as f32).ln()).abs() < 1e-5);
         }
     }
@@ -337,9 +399,9 @@ mod tests {
         let (vocab, mask_id) = (1003, 77);
         let bits: Vec<i16> = logits(2, vocab).into_iter().map(i16::of).collect();
         let wide: Vec<f32> = bits.iter().map(|x| x.get()).collect();
-        let (mut x, mut y, mut nll, mut nll32) = (bits, wide, [0.0; 2], [0.0; 2]);
-        cross_entropy(&mut x, &[1, 900], Some(&[2.0, 0.5]), mask_id, &mut nll, 1).unwrap();
-        cross_entropy(&mut y, &[1, 900], Some(&[2.0, 0.5]), mask_id, &mut nll32, 1).unwrap();
+        let (mut x, mut y) = (bits, wide);
+        let nll = plain(&mut x, &[1, 900], Some(&[2.0, 0.5]), mask_id).unwrap();
+        let nll32 = plain(&mut y, &[1, 900], Some(&[2.0, 0.5]), mask_id).unwrap();
         for (a, b) in nll.iter().zip(nll32) {
             assert!((a - b).abs() < 2e-5, "{a} {b}");
         }
@@ -351,8 +413,7 @@ mod tests {
             );
         }
         let mut row = [0i16, 0x3F80, -16512]; // 0, 1, -4
-        let mut nll = [0.0];
-        cross_entropy(&mut row, &[1], Some(&[2.0]), 2, &mut nll, 1).unwrap();
+        let nll = plain(&mut row, &[1], Some(&[2.0]), 2).unwrap();
         let p = 1f64.exp() / (1.0 + 1f64.exp());
         assert!((f64::from(nll[0]) + p.ln()).abs() < 1e-6);
         let want = [2.0 * (1.0 - p), 2.0 * (p - 1.0), 0.0];
@@ -363,12 +424,11 @@ mod tests {
 
     #[test]
     fn wrong_input_is_named() {
-        let mut nll = [0.0; 2];
-        let mut run = |n: usize, target: [i64; 2], mask_id| {
-            let refused = cross_entropy(&mut vec![0f32; n], &target, None, mask_id, &mut nll, 1);
+        let run = |n: usize, target: [i64; 2], mask_id| {
+            let refused = plain(&mut vec![0f32; n], &target, None, mask_id);
             refused.unwrap_err().to_string()
         };
-        assert!(run(7, [0, 1], 2).contains("7 logits for 2 targets"));
+        assert!(run(7, [0, 1], 2).contains("7 logits of 3 for 2 targets"));
         assert!(run(8, [0, 4], 2).contains("token id 4 in the targets"));
         assert!(run(8, [0, 2], 2).contains("token id 2"));
         assert!(run(8, [0, 1], 4).contains("mask_id = 4"));

@@ -9,6 +9,13 @@ use bd3lm_core::attention::{Ranges, Tensor};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+/// Has all kernels use the threads of the OpenMP runtime whose `GOMP_parallel` is at the address.
+#[pyfunction]
+fn use_openmp(address: usize) {
+    // SAFETY: the caller looked the address up by that name, in a library that stays.
+    unsafe { attention::pool::use_openmp(address) };
+}
+
 /// (address, shape [B, H, T, Dh], strides in elements, dtype: "f32" or "bf16").
 #[derive(FromPyObject)]
 struct TensorArg(usize, [usize; 4], [isize; 4], String);
@@ -172,6 +179,7 @@ fn attention_isas() -> Vec<&'static str> {
 
 /// Adds this module's classes and functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(use_openmp, m)?)?;
     m.add_function(wrap_pyfunction!(attention_forward, m)?)?;
     m.add_function(wrap_pyfunction!(attention_backward, m)?)?;
     m.add_function(wrap_pyfunction!(attention_isas, m)?)?;

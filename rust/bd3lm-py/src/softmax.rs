@@ -13,28 +13,35 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(draw, m)?)
 }
 
-/// Fills `nll`; with weights, `logits` become the gradient.
+/// Fills `nll` and `d_bias`; with weights, `logits` become the gradient.
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 fn cross_entropy(
     py: Python<'_>,
     logits: Out<'_>,
+    bias: PyReadonlyArray1<'_, f32>,
     target: PyReadonlyArray1<'_, i64>,
     weight: Option<PyReadonlyArray1<'_, f32>>,
     mask_id: usize,
     mut nll: PyReadwriteArray1<'_, f32>,
+    mut d_bias: PyReadwriteArray1<'_, f32>,
     threads: usize,
 ) -> PyResult<()> {
-    let target = target.as_slice()?;
-    let weight = weight.as_ref().map(|w| w.as_slice()).transpose()?;
-    let nll = nll.as_slice_mut()?;
+    let targets = softmax::Targets {
+        ids: target.as_slice()?,
+        weight: weight.as_ref().map(|w| w.as_slice()).transpose()?,
+        mask_id,
+    };
+    let (bias, nll) = (bias.as_slice()?, nll.as_slice_mut()?);
+    let d_bias = d_bias.as_slice_mut()?;
     match logits {
         Out::F32(mut x) => {
             let x = x.as_slice_mut()?;
-            py.detach(|| softmax::cross_entropy(x, target, weight, mask_id, nll, threads))
+            py.detach(|| softmax::cross_entropy(x, bias, targets, nll, d_bias, threads))
         }
         Out::Bf16(mut x) => {
             let x = x.as_slice_mut()?;
-            py.detach(|| softmax::cross_entropy(x, target, weight, mask_id, nll, threads))
+            py.detach(|| softmax::cross_entropy(x, bias, targets, nll, d_bias, threads))
         }
     }
     .map_err(to_py)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from bd3lm.model.attention.compiling import fixed_while_compiling
 from bd3lm.model.attention.mask import BlockMask
 
 NEEDS = "needs an NVIDIA GPU and the flash-attn package (pip install bd3lm[gpu])"
@@ -15,7 +16,7 @@ LIMITS = (
 )
 
 
-@torch.compiler.assume_constant_result
+@fixed_while_compiling
 def available() -> bool:
     """Whether there is a GPU and the package is installed; the package is not imported."""
     return torch.cuda.is_available() and find_spec("flash_attn") is not None

@@ -22,7 +22,7 @@ mod forward;
 pub(crate) mod kernels;
 mod pack;
 mod plan;
-pub(crate) mod pool;
+pub mod pool;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 #[cfg(test)]

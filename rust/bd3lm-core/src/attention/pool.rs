@@ -1,18 +1,17 @@
-//! Helper threads that sleep between calls, after a moment in which they wait for the next one:
-//! waking a thread takes as long as a small product.
+//! Threads that share the items of a job.
 //!
-//! The caller always works too, and waits only for helpers that took part: a helper that wakes
-//! late finds the job closed. A forked child has no helpers, and locks that one of them may have held
-//! when it was forked: it works alone.
+//! Where the process has an OpenMP runtime, it is that one's threads, see [`use_openmp`]: they are
+//! awake after a product of PyTorch's, and threads of our own beside them would get half a core.
+//! Otherwise it is helpers of our own, which sleep between calls; the caller always works too, and
+//! waits only for helpers that took part: a helper that wakes late finds the job closed.
+//!
+//! A forked child has no threads, and locks that one of them may have held when it was forked: it
+//! works alone.
 
+use std::ffi::{c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
-
-/// How long a helper waits awake. Decoding calls again within some tens of microseconds; whoever
-/// else needs the core gets it, as the helper yields.
-const AWAKE: Duration = Duration::from_micros(50);
 
 /// A job whose closure outlives every helper's use of it, see [`Pool::run`].
 #[derive(Clone, Copy)]
@@ -26,20 +25,14 @@ struct State {
     job: Option<Job>,
     /// Helpers that may still join the job.
     seats: usize,
-    /// Helpers that have to be woken.
-    asleep: usize,
 }
 
 struct Pool {
     state: Mutex<State>,
     work: Condvar,
-    /// Jobs so far; changes under the lock of `state`.
-    jobs: AtomicUsize,
-    /// The process that started the helpers; 0: none has.
-    owner: AtomicU32,
     /// Helpers inside the job.
     inside: AtomicUsize,
-    panicked: AtomicUsize,
+    panicked: AtomicBool,
     /// Held by the one caller that uses the helpers.
     caller: Mutex<()>,
 }
@@ -49,19 +42,33 @@ static POOL: Pool = Pool {
         helpers: 0,
         job: None,
         seats: 0,
-        asleep: 0,
     }),
     work: Condvar::new(),
-    jobs: AtomicUsize::new(0),
-    owner: AtomicU32::new(0),
     inside: AtomicUsize::new(0),
-    panicked: AtomicUsize::new(0),
+    panicked: AtomicBool::new(false),
     caller: Mutex::new(()),
 };
 
+/// The process that first asked for threads; 0: none has.
+static OWNER: AtomicU32 = AtomicU32::new(0);
+
+/// `GOMP_parallel(function, data, threads, flags)`: every thread of a team calls the function.
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+
+/// Where that is; 0: there is none.
+static OPENMP: AtomicUsize = AtomicUsize::new(0);
+
+/// Has all kernels use the threads of an OpenMP runtime from now on.
+///
+/// # Safety
+/// `parallel` is the address of its `GOMP_parallel`, and the runtime is never unloaded.
+pub unsafe fn use_openmp(parallel: usize) {
+    OPENMP.store(parallel, Ordering::Release);
+}
+
 /// Calls `f` with every item below `items`, on up to `threads` threads, in no fixed order.
 ///
-/// A call while another thread uses the helpers runs on its own thread alone.
+/// A call while another thread uses our own helpers runs on its own thread alone.
 pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
     let work = || {
@@ -73,12 +80,53 @@ pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
             f(item);
         }
     };
-    match threads.min(items) {
-        0 => {}
-        1 => work(),
-        threads => POOL.run(threads - 1, &work),
+    let threads = threads.min(items);
+    if threads < 2 || !is_owner() {
+        return work();
+    }
+    match OPENMP.load(Ordering::Acquire) {
+        0 => POOL.run(threads - 1, &work),
+        // SAFETY: as whoever gave the address promised.
+        address => in_team(
+            unsafe { std::mem::transmute::<usize, Parallel>(address) },
+            threads,
+            &work,
+        ),
     }
 }
+
+fn is_owner() -> bool {
+    let me = std::process::id();
+    match OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => true,
+        Err(owner) => owner == me,
+    }
+}
+
+/// What a team is to do.
+struct Call<'a> {
+    work: &'a (dyn Fn() + Sync),
+    panicked: AtomicBool,
+}
+
+fn in_team(parallel: Parallel, threads: usize, work: &(dyn Fn() + Sync)) {
+    extern "C" fn enter(call: *mut c_void) {
+        // SAFETY: `in_team` waits for the whole team before its call ends.
+        let call = unsafe { &*call.cast::<Call<'_>>() };
+        // A panic may not leave for the runtime.
+        if catch_unwind(AssertUnwindSafe(call.work)).is_err() {
+            call.panicked.store(true, Ordering::Relaxed);
+        }
+    }
+    let panicked = AtomicBool::new(false);
+    let mut call = Call { work, panicked };
+    // SAFETY: the function and its data are as the runtime wants them; it returns after all
+    // threads have left the function.
+    unsafe { parallel(enter, (&raw mut call).cast(), threads as c_uint, 0) };
+    assert!(!call.panicked.into_inner(), "{PANICKED}");
+}
+
+const PANICKED: &str = "a thread of a kernel panicked";
 
 impl Pool {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -86,13 +134,6 @@ impl Pool {
     }
 
     fn run(&'static self, helpers: usize, work: &(dyn Fn() + Sync)) {
-        let me = std::process::id();
-        let owner = self
-            .owner
-            .compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
-        if owner.is_err_and(|owner| owner != me) {
-            return work();
-        }
         let _turn = match self.caller.try_lock() {
             Ok(turn) => turn,
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
@@ -101,11 +142,11 @@ impl Pool {
         // SAFETY: only the lifetime changes; this function returns after the job was closed and
         // every helper that held it has left.
         let job: *const (dyn Fn() + Sync + 'static) = unsafe { std::mem::transmute(work) };
-        let asleep = {
+        {
             let mut state = self.lock();
             while state.helpers < helpers {
                 let started = std::thread::Builder::new()
-                    .name("bd3lm-attention".into())
+                    .name("bd3lm-kernel".into())
                     .spawn(move || self.help());
                 if started.is_err() {
                     break; // fewer threads do the same work
@@ -114,10 +155,8 @@ impl Pool {
             }
             state.job = Some(Job(job));
             state.seats = helpers;
-            self.jobs.fetch_add(1, Ordering::Release);
-            state.asleep
-        };
-        for _ in 0..helpers.min(asleep) {
+        }
+        for _ in 0..helpers {
             self.work.notify_one();
         }
         let mine = catch_unwind(AssertUnwindSafe(work));
@@ -139,14 +178,11 @@ impl Pool {
         if let Err(panic) = mine {
             resume_unwind(panic);
         }
-        assert!(
-            self.panicked.swap(0, Ordering::Relaxed) == 0,
-            "a helper thread of the attention kernel panicked"
-        );
+        let panicked = self.panicked.swap(false, Ordering::Relaxed);
+        assert!(!panicked, "{PANICKED}");
     }
 
     fn next_job(&self) -> Job {
-        let mut awake = true;
         let mut state = self.lock();
         loop {
             if let Some(job) = state.job
@@ -157,34 +193,10 @@ impl Pool {
                 self.inside.fetch_add(1, Ordering::Relaxed);
                 return job;
             }
-            if awake {
-                let known = self.jobs.load(Ordering::Relaxed);
-                drop(state);
-                self.await_job(known);
-                awake = false;
-                state = self.lock();
-                continue;
-            }
-            state.asleep += 1;
             state = self
                 .work
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
-            state.asleep -= 1;
-        }
-    }
-
-    /// Returns when there is another job than those `known`, or when it has taken too long.
-    fn await_job(&self, known: usize) {
-        let start = Instant::now();
-        while start.elapsed() < AWAKE {
-            for _ in 0..16 {
-                if self.jobs.load(Ordering::Acquire) != known {
-                    return;
-                }
-                std::hint::spin_loop();
-            }
-            std::thread::yield_now();
         }
     }
 
@@ -194,7 +206,7 @@ impl Pool {
             // SAFETY: the caller does not return while `inside` counts this thread.
             let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*job.0)() }));
             if result.is_err() {
-                self.panicked.store(1, Ordering::Relaxed);
+                self.panicked.store(true, Ordering::Relaxed);
             }
             self.inside.fetch_sub(1, Ordering::Release);
         }

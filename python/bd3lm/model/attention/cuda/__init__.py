@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
+from bd3lm.model.attention.compiling import fixed_while_compiling
 from bd3lm.model.attention.cuda import ops
 from bd3lm.model.attention.cuda.ranges import ranges
 from bd3lm.model.attention.mask import BlockMask, CachedMask
@@ -28,7 +29,7 @@ DECODE_ROWS = 64
 DECODE_KEYS = 512
 
 
-@torch.compiler.assume_constant_result
+@fixed_while_compiling
 def available() -> bool:
     """Whether there is a GPU with bf16 tensor cores, and Triton to compile for it."""
     if not torch.cuda.is_available() or find_spec("triton") is None:
