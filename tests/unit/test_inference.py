@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, for_inference
-from bd3lm.model.threads import kernel_threads, only_kernels_in_parallel
 from bd3lm.sample import Sampler
 from bd3lm.systems import BlockDiffusion
 from bd3lm.train.device import has_bf16
@@ -181,26 +180,6 @@ def test_the_decode_step_is_one_graph():
         expected = step(ids, select)
         found = torch.compile(step, backend="eager", fullgraph=True)(ids, select)
     torch.testing.assert_close(found, expected)
-
-
-def test_kernels_keep_their_threads_while_pytorch_has_one():
-    before = torch.get_num_threads()
-
-    def threads():
-        return torch.get_num_threads(), kernel_threads()
-
-    def fail():
-        with only_kernels_in_parallel(), only_kernels_in_parallel():
-            raise KeyError(*threads())
-
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(KeyError) as inside:
-            fail()
-        assert inside.value.args == (1, 2)
-        assert threads() == (2, 2)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_autocast_around_it_changes_nothing():

@@ -14,7 +14,6 @@ from torch import Tensor
 from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
-from bd3lm.model.threads import only_kernels_in_parallel
 from bd3lm.sample.draw import discourage, draw
 from bd3lm.sample.plan import block_uniforms, plan_block
 from bd3lm.sample.rows import RowState, Running
@@ -254,10 +253,9 @@ class Sampler:
         context = batch.tokens[:, batch.base : end].clone()
         context[:, 0] = self.bos_id
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        with only_kernels_in_parallel():
-            self.model.encode(
-                context, self.block_size, select=nothing, cache=batch.cache, commit=context.shape[1]
-            )
+        self.model.encode(
+            context, self.block_size, select=nothing, cache=batch.cache, commit=context.shape[1]
+        )
         batch.committed = end
         for row in batch.rows:
             row.nfe += 1
@@ -395,16 +393,15 @@ class Sampler:
         batch.committed = start
         length, first = ids.shape[1], waiting - back
         if batch.step is None:
-            with only_kernels_in_parallel():
-                features = self.model.encode(
-                    ids,
-                    self.block_size,
-                    select=rows * length + first + spots,
-                    cache=batch.cache,
-                    commit=waiting,
-                    sigma=sigma,
-                )
-                return self.system.logits(self.model, features)
+            features = self.model.encode(
+                ids,
+                self.block_size,
+                select=rows * length + first + spots,
+                cache=batch.cache,
+                commit=waiting,
+                sigma=sigma,
+            )
+            return self.system.logits(self.model, features)
         # What is recorded asks about as many positions every time, whatever is still masked.
         place = torch.arange(len(batch.rows), device=self.device)
         if one_each:
