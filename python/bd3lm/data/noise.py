@@ -207,7 +207,7 @@ def buffer(
 ) -> tuple[Tensor, NDArray[Any]]:
     """A new CPU tensor, not initialised, and the flat view of it that Rust fills.
 
-    Unless it is to be page-locked, NumPy allocates it, in a fraction of the time that PyTorch takes.
+    Unless it is to be page-locked, NumPy allocates it, in a fraction of the time PyTorch takes.
     """
     array = np.empty(0 if pinned else shape, dtype)
     tensor = torch.from_numpy(array)
