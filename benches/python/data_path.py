@@ -15,8 +15,8 @@ pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and 
     python benches/python/data_path.py
     python benches/python/data_path.py --rows text --tokenizers BERT
 
-What ``--out`` already holds is kept unless it is measured again. On a hundred megabytes the peer
-takes two minutes for each tokenizer, everything else takes three.
+What ``--out`` holds of the same machine and day is kept unless it is measured again. On a hundred
+megabytes the peer takes two minutes for each tokenizer, everything else takes three.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import original
 import torch
-from common import RESULTS, write
+from common import RESULTS, machine, write
 from timing import HEADER, Result, compare, skip
 from torch import Tensor
 
@@ -443,7 +443,8 @@ def main() -> None:
                 for rows, bench in (("packing", bench_packing), ("batches", bench_batches)):
                     if rows in args.rows:
                         found += [result.summary() for result in bench(data, args.repeats)]
-    kept = json.loads(args.out.read_text())["results"]["rows"] if args.out.exists() else []
+    before = json.loads(args.out.read_text()) if args.out.exists() else {"machine": None}
+    kept = before["results"]["rows"] if before["machine"] == machine() else []
     rows = {(row["work"], row["peer_name"]): row for row in (*kept, *found)}
     packages = [name for name in ("numpy", "datasets", "tokenizers") if find_spec(name)]
     versions = {name: version(name) for name in packages}
