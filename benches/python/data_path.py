@@ -9,35 +9,38 @@ Peers, each skipped with a sentence where it is not installed:
   * batches: PyTorch's DataLoader over a ``datasets`` table in torch format.
 
 ``BD3LM_PEER`` may name a folder with the original implementation; its masks and its grouping are
-then peers as well.
+then peers as well. ``BD3LM_SHARED`` may name one whose ``data`` holds 100 MB of books, government
+pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and tokenizer serve.
 
-    python benches/python/data_path.py --rows packing masks batches
-    python benches/python/data_path.py --rows text --text A.jsonl.xz B.jsonl.xz \
-        --tokenizer vocab.bpe vocab.txt
+    python benches/python/data_path.py
+    python benches/python/data_path.py --rows text --tokenizers BERT
 
-Rows that ``--out`` already holds are kept unless they are measured again. The ``text`` row takes a
-minute or two a run on a hundred megabytes.
+What ``--out`` holds of the same machine and day is kept unless it is measured again. On a hundred
+megabytes the peer takes two minutes for each tokenizer, everything else takes three.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import original
 import torch
-from common import machine
+from common import RESULTS, machine, write
 from timing import HEADER, Result, compare, skip
 from torch import Tensor
 
@@ -47,7 +50,6 @@ from bd3lm.data import (
     NoiseSpec,
     Rows,
     Schedule,
-    Tokenizer,
     draw_noise,
     load_tokenizer,
     prepare,
@@ -56,6 +58,7 @@ from bd3lm.data import (
 from bd3lm.data.store import TokenArrays
 
 Clip = tuple[float, float] | None
+Row = dict[str, Any]
 
 # Masks
 
@@ -94,7 +97,10 @@ MASK_KINDS: dict[str, tuple[NoiseSpec, Clip]] = {
     ),
     "count": (NoiseSpec(Schedule("loglinear"), estimator="count"), None),
 }
-MASK_GOALS = {("unclipped", 4): (6.0, 4.0), ("clipped [.3,.8]", 4): (40.0, 30.0)}
+MASK_GOALS: dict[tuple[str, int], tuple[float | None, float | None]] = {
+    ("unclipped", 4): (6.0, 4.0),
+    ("clipped [.3,.8]", 4): (40.0, 30.0),
+}
 
 
 def bench_masks(repeats: int) -> Iterator[Result]:
@@ -107,7 +113,7 @@ def bench_masks(repeats: int) -> Iterator[Result]:
         peers["original"] = theirs
     for block_size in (4, 16):
         for kind, (spec, clip) in MASK_KINDS.items():
-            step = itertools.count()
+            step, bounds = itertools.count(), MASK_GOALS.get((kind, block_size), (None, None))
 
             def ours(spec: NoiseSpec = spec, s: int = block_size, step: Any = step) -> Any:
                 return draw_noise(spec, x0, noisable, s, seed=1, step=next(step))
@@ -120,7 +126,7 @@ def bench_masks(repeats: int) -> Iterator[Result]:
                     ours,
                     lambda p=peer, s=block_size, c=clip: p(rows, seq_len, s, c),
                     repeats=repeats,
-                    bounds=MASK_GOALS.get((kind, block_size), (None, None)),
+                    bounds=bounds if name == "original" else (None, None),
                 )
 
 
@@ -167,7 +173,7 @@ def bench_packing(data: Dataset, repeats: int) -> Iterator[Result]:
                 ours,
                 lambda group=group, peer=peer: peer(group),
                 repeats=repeats,
-                bounds=bounds,
+                bounds=bounds if name == "original" else (None, None),
             )
 
 
@@ -176,23 +182,24 @@ def bench_packing(data: Dataset, repeats: int) -> Iterator[Result]:
 TEXT_GOAL = (80.0, 50.0)
 
 
-def bench_text(source: Path, name: str, work: Path, repeats: int) -> Iterator[Result]:
+def bench_text(
+    source: Path, kind: str, name: Path | str, seq_len: int, work: Path, repeats: int
+) -> Iterator[Row]:
     """A jsonl file to a data set on disk with its rows, each text tokenized once a run."""
-    if importlib.util.find_spec("datasets") is None:
-        skip(f"text, {name}", "the package datasets is not installed")
+    if find_spec("datasets") is None:
+        skip(f"text, {kind}", "the package datasets is not installed")
         return
     import datasets
     import tokenizers
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(name)
-    kind = "BERT" if "bert" in name else "GPT-2" if "gpt2" in name else name
-    seq_len = 128 if kind == "BERT" else 1024
     inner = tokenizers.Tokenizer.from_str(tokenizer.json)
     _, bos, eos, _ = tokenizer.special
     number = itertools.count()
     made = prepare([source], tokenizer, work / "once")[0]
-    report_disk(kind, work / "once", made.num_tokens, made.num_documents)
+    size = sum((work / "once" / name).stat().st_size for name in ("tokens.bin", "tokens.idx"))
+    beside = (size - 2 * made.num_tokens) / made.num_documents
 
     def ours() -> None:
         out = work / f"ours-{next(number)}"
@@ -226,7 +233,7 @@ def bench_text(source: Path, name: str, work: Path, repeats: int) -> Iterator[Re
         table.save_to_disk(str(cache / "rows"))
 
     peer_name = f"datasets {datasets.__version__}" + ("" if theirs is None else " + original")
-    yield compare(
+    result = compare(
         f"text to rows, {kind} L={seq_len}",
         peer_name,
         made.num_tokens,
@@ -237,15 +244,73 @@ def bench_text(source: Path, name: str, work: Path, repeats: int) -> Iterator[Re
         cold=True,
     )
     last = max(work.glob("peer-*"), key=lambda folder: folder.stat().st_mtime)
-    size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-    print(f"{'':36} the peer's files: {size / made.num_tokens:.1f} bytes a token")
+    theirs = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+    print(f"{'':36} disk: 2 bytes a token and {beside:.2f} a document", end="")
+    print(f"; the peer's {theirs / made.num_tokens:.1f} a token")
+    yield result.summary() | {
+        "bytes": size,
+        "bytes_a_document": beside,
+        "peer_bytes_a_token": theirs / made.num_tokens,
+    }
 
 
-def report_disk(kind: str, folder: Path, tokens: int, documents: int) -> None:
-    """What a data set takes, beside what its ids alone would."""
-    size = sum((folder / name).stat().st_size for name in ("tokens.bin", "tokens.idx"))
-    beside = (size - 2 * tokens) / documents
-    print(f"disk, {kind}: {size:,} bytes, 2 a token and {beside:.2f} a document")
+# Preparing
+
+PREPARE = """
+import json, sys, time
+from bd3lm.data import load_tokenizer, prepare
+tokenizer = load_tokenizer(sys.argv[2])
+start = time.perf_counter()
+(made,) = prepare([sys.argv[1]], tokenizer, sys.argv[3], lines=sys.argv[4] == "lines")
+seconds = time.perf_counter() - start
+status = open("/proc/self/status").read()  # not getrusage's, which begins at its parent's
+print(json.dumps([seconds, int(status.split("VmHWM:")[1].split()[0]) * 1024, made.num_tokens]))
+"""
+MEMORY = (256e6, 400e6)
+"""Goal and floor of the peak, in bytes, on any corpus."""
+
+
+def bench_preparing(shared: Path | None, work: Path, repeats: int) -> Iterator[Row]:
+    """Time and the whole process's peak memory of preparing, each in a process of its own."""
+    if not Path("/proc/self/status").exists():
+        skip("preparing", "there is no /proc to read peak memory from")
+        return
+    one, many = work / "one.txt", work / "many.txt"
+    with one.open("w") as file:
+        file.writelines(
+            f"The old house number {i:7} stood by the river.\n" for i in range(1_100_000)
+        )
+    line = "the old house stood by the river, and nobody had lived there for years"
+    with many.open("w") as file:
+        file.writelines(f"{i} {line}".ljust(99, ".") + "\n" for i in range(400_000))
+    cases: list[tuple[str, Path, Path | str]] = []
+    if shared is None:
+        skip("preparing 100 MB of books", NO_SHARED)
+    else:
+        books = shared / "books_train_100MB.jsonl.xz"
+        for kind, (name, _) in vocabularies(shared).items():
+            cases.append((f"100 MB of books (208 documents) as xz, {kind}", books, name))
+    cases.append(("one document of 50 MB, the shipped tokenizer", one, "default"))
+    cases.append(("400,000 documents of 100 bytes, the shipped tokenizer", many, "default"))
+    for what, source, name in cases:
+        runs = []
+        for _ in range(repeats):
+            shutil.rmtree(work / "out", ignore_errors=True)
+            how = "lines" if source == many else "whole"
+            arguments = [sys.executable, "-c", PREPARE, source, name, work / "out", how]
+            runs.append(json.loads(subprocess.check_output(arguments)))
+        seconds, peak = (statistics.median(run[i] for run in runs) for i in (0, 1))
+        print(f"preparing {what}: {seconds:.2f} s, peak {peak / 1e6:.0f} MB", flush=True)
+        yield {
+            "work": what,
+            "peer_name": None,
+            "tokens": runs[0][2],
+            "seconds": seconds,
+            "seconds_min": min(run[0] for run in runs),
+            "seconds_max": max(run[0] for run in runs),
+            "peak": peak,
+            "runs": repeats,
+        }
 
 
 # Batches
@@ -257,7 +322,7 @@ BATCH_GOALS = {1024: (40.0, 20.0), 128: (90.0, 50.0)}
 
 def bench_batches(data: Dataset, repeats: int) -> Iterator[Result]:
     """Shuffled batches of rows; ours with their noise as well."""
-    if importlib.util.find_spec("datasets") is None:
+    if find_spec("datasets") is None:
         skip("batches", "the package datasets is not installed")
         return
     import datasets
@@ -285,7 +350,11 @@ def bench_batches(data: Dataset, repeats: int) -> Iterator[Result]:
             for _ in range(BATCHES):
                 next(batches)
 
-        for work, mine in (("shuffled", ours), ("shuffled and noised", noised)):
+        # What was set out to be reached is of clean rows, which is what the peer makes.
+        for work, mine, wanted in (
+            ("shuffled", ours, bounds),
+            ("shuffled and noised", noised, (None, None)),
+        ):
             yield compare(
                 f"batches, {work} L={seq_len}",
                 "DataLoader over datasets",
@@ -293,7 +362,7 @@ def bench_batches(data: Dataset, repeats: int) -> Iterator[Result]:
                 mine,
                 peer,
                 repeats=repeats,
-                bounds=bounds,
+                bounds=wanted,
             )
 
 
@@ -302,74 +371,84 @@ def _endless(items: Any) -> Iterator[Any]:
         yield from items
 
 
-ROWS = ("masks", "packing", "text", "batches")
+ROWS = ("masks", "packing", "batches", "text", "preparing")
+NO_SHARED = "BD3LM_SHARED does not name a folder whose data holds the larger texts"
 
 
-def corpus(sources: list[str], megabytes: float, folder: Path) -> Path:
-    """A jsonl file of at most about so many megabytes."""
-    shipped = str(files("bd3lm") / "assets" / "default_corpus.jsonl.xz")
+def shared_data() -> Path | None:
+    """The folder with the larger texts."""
+    folder = Path(os.environ.get("BD3LM_SHARED", ""), "data")
+    return folder if "BD3LM_SHARED" in os.environ and folder.is_dir() else None
+
+
+def vocabularies(shared: Path | None) -> dict[str, tuple[Path | str, int]]:
+    """Tokenizers to measure with, and L of their rows."""
+    if shared is None:
+        return {"shipped": ("default", 1024)}
+    folder = shared / "tokenizers"
+    return {
+        "GPT-2": (folder / "gpt2_vocab.bpe", 1024),
+        "BERT": (folder / "bert_base_uncased_vocab.txt", 128),
+    }
+
+
+def corpus(shared: Path | None, folder: Path) -> Path:
+    """A jsonl file of all texts at hand."""
+    texts = [files("bd3lm") / "assets" / "default_corpus.jsonl.xz"]
+    if shared is not None:
+        texts = [shared / "books_train_100MB.jsonl.xz", shared / "govweb_train.jsonl.xz"]
     out = folder / "corpus.jsonl"
-    size = 0
     with out.open("w", encoding="utf-8") as file:
-        for text in itertools.chain.from_iterable(map(read_documents, sources or [shipped])):
-            if size >= megabytes * 1e6:
-                break
+        for text in itertools.chain.from_iterable(read_documents(str(path)) for path in texts):
             # Books are cut into chapters' length, as the peer maps documents in lists.
             for start in range(0, len(text), 20_000):
                 piece = text[start : start + 20_000]
                 file.write(json.dumps({"text": piece}, ensure_ascii=False) + "\n")
-                size += len(piece.encode())
     return out
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
+    shared = shared_data()
+    tokenizers = vocabularies(shared)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
-    parser.add_argument("--size", type=float, default=4.0, help="megabytes of text")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--text", nargs="+", default=[], help="in place of the shipped corpus")
-    parser.add_argument("--tokenizer", nargs="+", default=["default"], help="names or files")
-    parser.add_argument("--out", default="target/bench/data_path.json")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokenizers", nargs="+", choices=tokenizers, default=[*tokenizers])
+    parser.add_argument("--out", type=Path, default=RESULTS / "data_path.json")
     args = parser.parse_args()
+    if shared is None:
+        skip("books, GPT-2, BERT", NO_SHARED)
     torch.set_num_threads(1)
-    results: list[Result] = []
+    found: list[Row] = []
     print(HEADER)
     if "masks" in args.rows:
-        results += bench_masks(args.repeats)
+        found += [result.summary() for result in bench_masks(args.repeats)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = corpus(args.text, args.size, folder) if set(args.rows) - {"masks"} else folder
-        if "text" in args.rows:
-            for tokenizer in args.tokenizer:
-                (folder / "text").mkdir()
-                results += bench_text(source, tokenizer, folder / "text", min(args.repeats, 3))
-                shutil.rmtree(folder / "text")
-        if set(args.rows) & {"packing", "batches"}:
-            first: Tokenizer = load_tokenizer(args.tokenizer[0])
-            prepare([source], first, folder / "set")
-            data = Dataset(folder / "set")
-            if "packing" in args.rows:
-                results += bench_packing(data, args.repeats)
-            if "batches" in args.rows:
-                results += bench_batches(data, args.repeats)
-    save(Path(args.out), results)
-
-
-def save(out: Path, results: list[Result]) -> None:
-    """Write the rows, beside those that the file already holds."""
-    kept = json.loads(out.read_text())["results"] if out.exists() else []
-    made = [result.summary() for result in results]
-    key = lambda row: (row["work"], row["peer_name"])  # noqa: E731
-    rows = {key(row): row for row in (*kept, *made)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "numpy", "datasets", "tokenizers")
-    record = {
-        "machine": machine() | {name: version(name) for name in packages},
-        "results": list(rows.values()),
-    }
-    out.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {out}")
+        if "preparing" in args.rows:
+            found += bench_preparing(shared, folder, args.repeats)
+        if set(args.rows) & {"text", "packing", "batches"}:
+            source = corpus(shared, folder)
+            if "text" in args.rows:
+                for kind in args.tokenizers:
+                    (folder / "text").mkdir()
+                    case = (source, kind, *tokenizers[kind], folder / "text")
+                    found += bench_text(*case, args.repeats)
+                    shutil.rmtree(folder / "text")
+            if set(args.rows) & {"packing", "batches"}:
+                first = load_tokenizer(next(iter(tokenizers.values()))[0])
+                prepare([source], first, folder / "set")
+                data = Dataset(folder / "set")
+                for rows, bench in (("packing", bench_packing), ("batches", bench_batches)):
+                    if rows in args.rows:
+                        found += [result.summary() for result in bench(data, args.repeats)]
+    before = json.loads(args.out.read_text()) if args.out.exists() else {"machine": None}
+    kept = before["results"]["rows"] if before["machine"] == machine() else []
+    rows = {(row["work"], row["peer_name"]): row for row in (*kept, *found)}
+    packages = [name for name in ("numpy", "datasets", "tokenizers") if find_spec(name)]
+    versions = {name: version(name) for name in packages}
+    write(args.out, {"versions": versions, "rows": list(rows.values())})
 
 
 if __name__ == "__main__":

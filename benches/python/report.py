@@ -30,6 +30,12 @@ def ratio(value: dict[str, Any]) -> str:
     return f"**{value['median']:.1f}×** ({value['low']:.1f}–{value['high']:.1f})"
 
 
+def millions(value: float) -> str:
+    """Three figures, or all before the point."""
+    value /= 1e6
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def where(machine: dict[str, Any]) -> str:
     """One sentence on what ran it."""
     flags = ", ".join(flag.upper().replace("AVX512F", "AVX-512") for flag in machine["flags"])
@@ -191,11 +197,60 @@ def cold_rows(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def data_path(results: dict[str, Any]) -> str:
+    """Text to rows, masks, packing and batches against their peers, and what preparing takes."""
+    compared = [r for r in results["rows"] if r["peer_name"] is not None]
+
+    def cells(r: dict[str, Any]) -> list[str]:
+        spread = {"median": r["ratio"], "low": r["ratio_min"], "high": r["ratio_max"]}
+        speeds = [millions(r[f"{who}_tokens_per_second"]) for who in ("ours", "peer")]
+        bounds = "" if r["goal"] is None else f"{r['goal']:g}×, {r['floor']:g}×"
+        return [r["work"], r["peer_name"], *speeds, ratio(spread), bounds]
+
+    head = "work | peer | ours, Mtokens/s | peer | ratio (least–most) | goal, floor"
+    texts = [
+        [
+            *cells(r),
+            f"2 a token, {r['bytes_a_document']:.1f} a document",
+            f"{r['peer_bytes_a_token']:.1f} a token",
+        ]
+        for r in compared
+        if "bytes" in r
+    ]
+    others = [cells(r) for r in compared if "bytes" not in r]
+    prepared = [
+        [
+            r["work"],
+            f"{r['seconds']:.2f} s ({r['seconds_min']:.2f}–{r['seconds_max']:.2f})",
+            millions(r["tokens"] / r["seconds"]),
+            f"**{r['peak'] / 1e6:.0f} MB**",
+            "256 MB, 400 MB",
+        ]
+        for r in results["rows"]
+        if r["peer_name"] is None
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    disturbed = max(r["others_max"] for r in compared)
+    runs = min(r["runs"] for r in compared)
+    return "\n\n".join(
+        [
+            f"{versions}. Medians of {runs} pairs or more in turn; other processes took at most "
+            f"{disturbed:.0%} of the machine.",
+            table(f"{head} | bytes on disk | the peer's", texts),
+            table(
+                "preparing | time (least–most) | Mtokens/s | peak memory | goal, floor", prepared
+            ),
+            table(head, others),
+        ]
+    )
+
+
 SECTIONS: dict[str, Section] = {
     "training-step": Section("training_step.json", training_step),
     "attention": Section("cpu_attention.json", attention),
     "growth": Section("growth.json", growth),
     "sampling": Section("sampling.json", sampling),
+    "data-path": Section("data_path.json", data_path),
     "cold-rows": Section("cold_rows.json", cold_rows),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }

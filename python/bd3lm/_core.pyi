@@ -84,12 +84,8 @@ class RowPlan:
     @property
     def num_stream_tokens(self) -> int: ...
     def gather(
-        self,
-        rows: NDArray[np.uint64],
-        x0: NDArray[np.int64],
-        noisable: NDArray[np.uint8],
-        doc_ids: NDArray[np.int32],
-    ) -> bool: ...
+        self, rows: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int32] | None]: ...
     def gather_noised(
         self,
         spec: NoiseSpec,

@@ -287,6 +287,33 @@ def test_the_command_is_interrupted(tmp_path: Path) -> None:
     left_behind(tmp_path, text.name)
 
 
+@pytest.mark.parametrize("split", [None, 0.5])
+def test_the_command_is_killed_and_started_again(split: float | None, tmp_path: Path) -> None:
+    text = tmp_path / "many.txt"
+    text.write_text("".join(f"house number {i} by the river\n" for i in range(600_000)))
+    options = ["--lines"] if split is None else ["--lines", "--valid-fraction", split]
+    again = command(text, "--out", tmp_path / "set", *options)
+    running = subprocess.Popen(again)
+    partial = tmp_path / ".set.partial"
+    # With a split, when one side is whole and the other is not.
+    written = partial / "tokens.bin" if split is None else partial / "valid"
+    beside = written.with_name(".valid.partial") / "tokens.bin"
+    while not any(path.exists() and path.stat().st_size for path in (written, beside)):
+        assert running.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    running.kill()
+    running.wait(timeout=60)
+    assert not (tmp_path / "set").exists(), "nothing half-made has the name of what is whole"
+    assert partial.exists()
+    subprocess.run(again, check=True, capture_output=True)
+    left_behind(tmp_path, text.name, "set")
+    for made in ["set"] if split is None else ["set/train", "set/valid"]:
+        assert Dataset(tmp_path / made).num_tokens > 0
+    refused = subprocess.run(again, check=False, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "already exists; choose another output or remove it first" in refused.stderr
+
+
 REFUSED = {
     "missing": (["gone.txt"], "gone.txt: no such file or directory"),
     "empty": (["empty.txt"], "an empty corpus cannot be used"),

@@ -33,8 +33,9 @@ def prepare(
 ) -> list[Manifest]:
     """Tokenize text files into a data set, in parallel and in bounded memory.
 
-    Everything is written beside ``out`` and renamed at the end, so that an interruption leaves
-    nothing half-made.
+    Everything is written to a hidden sibling of ``out``, both sides of a split included, and
+    renamed at the end: ``out`` is whole or not there. What a killed process left under the hidden
+    name is removed by the next one with the same ``out``, which begins anew.
 
     Args:
         inputs: txt, jsonl or parquet files, the first two also as .gz, .xz or .zst.
@@ -63,10 +64,14 @@ def prepare(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExistsError(f"{out} already exists; choose another output or remove it first")
+    partial = out.with_name(f".{out.name}.partial")
     if valid_fraction is None:
         splits: list[tuple[Path, tuple[float, bool] | None]] = [(out, None)]
     elif 0.0 < valid_fraction < 1.0:
-        splits = [(out / "train", (valid_fraction, False)), (out / "valid", (valid_fraction, True))]
+        splits = [
+            (partial / "train", (valid_fraction, False)),
+            (partial / "valid", (valid_fraction, True)),
+        ]
     else:
         raise ConfigError("valid-fraction", valid_fraction, "between 0 and 1")
     fresh = not out.exists()
@@ -75,6 +80,8 @@ def prepare(
     new_parents = [parent for parent in out.parents if not parent.exists()]
     manifests = []
     try:
+        if len(splits) == 2 and partial.exists():
+            shutil.rmtree(partial)
         for target, hold_out in splits:
             text = _core.prepare(
                 [str(path) for path in inputs],
@@ -91,9 +98,11 @@ def prepare(
                 progress=progress,
             )
             manifests.append(Manifest.from_json(text))
+        if len(splits) == 2:
+            partial.rename(out)
     except BaseException:
         if len(splits) == 2:
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         if not fresh:
             out.mkdir(exist_ok=True)
         for parent in new_parents:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.data.noise import NoiseSpec, buffer, flat
+from bd3lm.data.noise import NoiseSpec, buffer
 from bd3lm.data.store import Dataset, TokenArrays
 from bd3lm.errors import ConfigError
 
@@ -126,13 +126,12 @@ class Rows:
         Raises:
             ConfigError: a row that does not exist.
         """
-        shape = (len(rows), self.seq_len)
-        x0, x0_out = buffer(shape, np.int64)
-        noisable, noisable_out = buffer(shape, np.bool_)
-        doc_ids = np.empty((len(rows), self.doc_ids_len), np.int32)
-        padded = self.core.gather(rows, x0_out, noisable_out, doc_ids.reshape(-1))
-        has_doc_ids = padded or self.documents
-        return CleanBatch(x0, noisable, torch.from_numpy(doc_ids) if has_doc_ids else None)
+        x0, noisable, doc_ids = self.core.gather(rows)
+        return CleanBatch(
+            torch.from_numpy(x0),
+            torch.from_numpy(noisable),
+            None if doc_ids is None else torch.from_numpy(doc_ids),
+        )
 
 
 class Loader:
@@ -173,13 +172,15 @@ class Loader:
         shape = (size, self.rows.seq_len)
         blocks = (size, self.rows.seq_len // self.rows.block_size)
         pin = self.pinned
-        x0, xt, masked = (torch.empty(shape, dtype=torch.int64, pin_memory=pin) for _ in range(3))
-        doc_ids = torch.empty((size, self.rows.doc_ids_len), dtype=torch.int32, pin_memory=pin)
-        masked_weight = torch.empty(shape, pin_memory=pin)
-        mask_prob = torch.empty(blocks, pin_memory=pin)
+        x0, x0_out = buffer(shape, np.int64, pinned=pin)
+        xt, xt_out = buffer(shape, np.int64, pinned=pin)
+        masked, masked_out = buffer((x0_out.size,), np.int64, pinned=pin)
+        masked_weight, masked_weight_out = buffer((x0_out.size,), np.float32, pinned=pin)
+        mask_prob, mask_prob_out = buffer(blocks, np.float32, pinned=pin)
+        doc_ids, doc_ids_out = buffer((size, self.rows.doc_ids_len), np.int32, pinned=pin)
         # These stay here.
-        noisable, mask = (np.empty(x0.numel(), np.uint8) for _ in range(2))
-        weight = np.empty(mask_prob.numel(), np.float32)
+        noisable, mask = (np.empty(x0_out.size, np.uint8) for _ in range(2))
+        weight = np.empty(mask_prob_out.size, np.float32)
         num_noisable, count, padded = self.rows.core.gather_noised(
             spec._core,
             self.seed,
@@ -187,21 +188,21 @@ class Loader:
             first,
             self.batch_size,
             order,
-            flat(x0),
+            x0_out,
             noisable,
-            flat(doc_ids),
-            flat(xt),
+            doc_ids_out,
+            xt_out,
             mask,
-            flat(mask_prob),
+            mask_prob_out,
             weight,
-            flat(masked),
-            flat(masked_weight),
+            masked_out,
+            masked_weight_out,
         )
         return Batch(
             x0=x0,
             xt=xt,
-            masked=masked.view(-1)[:count],
-            weight=masked_weight.view(-1)[:count],
+            masked=masked[:count],
+            weight=masked_weight[:count],
             mask_prob=mask_prob,
             doc_ids=doc_ids if padded or self.rows.documents else None,
             num_noisable=num_noisable,

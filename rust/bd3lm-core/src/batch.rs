@@ -101,6 +101,13 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
     }
 }
 
+/// Has the first rows on their way from memory, all at once.
+fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
+    for row in rows.iter().take(ROWS_AHEAD) {
+        plan.prefetch(store, *row as usize);
+    }
+}
+
 /// Before row `index` is read, has one that is read a little later on its way from memory.
 fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
     if let Some(row) = rows.get(index + ROWS_AHEAD) {
@@ -161,6 +168,7 @@ pub fn gather(
     check_rows(plan, rows)?;
     let l = plan.seq_len();
     out.check(plan, documents, rows.len() * l)?;
+    prefetch_first(store, plan, rows);
     let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
         prefetch_after(store, plan, rows, index);
         plan.gather(store, rows[index] as usize, documents, &mut buffers)
@@ -265,6 +273,7 @@ pub fn gather_noised(
     noise.check(tokens, tokens / block_size)?;
     let k = l / block_size;
     let mask_id = i64::from(store.vocab().mask_id);
+    prefetch_first(store, plan, rows);
     let one = |scratch: &mut Scratch, index: usize, row: u64, mut out: RowOut<'_>| {
         prefetch_after(store, plan, rows, index);
         let padded = plan.gather(store, row as usize, documents, &mut out.clean);

@@ -63,11 +63,20 @@ pub(crate) fn limited(isa: Isa) -> Isa {
 pub(crate) fn prefetch<T>(slice: &[T]) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         let start = slice.as_ptr().cast::<i8>();
-        for offset in (0..size_of_val(slice).min(4096)).step_by(64) {
+        let bytes = size_of_val(slice).min(4096);
+        for offset in (0..bytes).step_by(64) {
             // SAFETY: the address is inside the slice, and a prefetch changes nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.add(offset)) };
+            unsafe {
+                // The first cache has fewer lines under way than long slices need; short ones come
+                // all the way.
+                if bytes > 1024 {
+                    _mm_prefetch::<_MM_HINT_T1>(start.add(offset));
+                } else {
+                    _mm_prefetch::<_MM_HINT_T0>(start.add(offset));
+                }
+            }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -134,11 +134,13 @@ fn choose_block<const S: usize>(
             ranks[i] += u32::from(key < keys[i]);
         }
     }
+    // Arithmetic alone: of a comparison that chooses, or of a maximum, the compiler makes a branch
+    // a token, which no processor can foresee.
     let mut largest = 0;
     for i in 0..S {
-        let hit = ranks[i] < count;
-        mask[i] = u8::from(hit);
-        largest = largest.max(if hit { keys[i] >> 5 } else { 0 });
+        mask[i] = (ranks[i].wrapping_sub(count) >> 31) as u8;
+        let last = u32::from(ranks[i] + 1 == count);
+        largest |= (keys[i] >> 5) & last.wrapping_neg();
     }
     let level = (largest as f32 + 0.5) * (1.0 / 67_108_864.0);
     if count == 0 { 0.0 } else { level }

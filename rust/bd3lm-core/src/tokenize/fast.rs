@@ -22,10 +22,7 @@ pub(super) enum Fast {
 
 impl Fast {
     /// From a `tokenizer.json`; or why the library has to do all of it.
-    pub(super) fn new(
-        definition: &Value,
-        oracle: &tokenizers::Tokenizer,
-    ) -> Result<Self, &'static str> {
+    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
         for token in definition["added_tokens"].as_array().into_iter().flatten() {
             if token["rstrip"] == true || token["single_word"] == true {
                 return Err("its added tokens depend on what stands around them");
@@ -34,22 +31,26 @@ impl Fast {
                 return Err("its added tokens are looked for in normalized text");
             }
         }
-        let fast = match definition["model"]["type"].as_str() {
-            Some("BPE") => Fast::ByteLevel(Box::new(ByteLevel::new(definition)?)),
-            Some("WordPiece") => Fast::WordPiece(Box::new(WordPiece::new(definition)?)),
-            _ => return Err("its model is neither BPE nor WordPiece"),
-        };
+        match definition["model"]["type"].as_str() {
+            Some("BPE") => ByteLevel::new(definition).map(|m| Fast::ByteLevel(Box::new(m))),
+            Some("WordPiece") => WordPiece::new(definition).map(|m| Fast::WordPiece(Box::new(m))),
+            _ => Err("its model is neither BPE nor WordPiece"),
+        }
+    }
+
+    /// Itself if it agrees with the library; or why it does not.
+    pub(super) fn agreeing(self, oracle: &tokenizers::Tokenizer) -> Result<Self, &'static str> {
         let mut cache = WordCache::new();
         for text in PROBES {
             let mut ids = Vec::new();
             let known = oracle.encode_fast(text, false);
-            let same = fast.encode(text, oracle, &mut cache, &mut ids).is_ok()
+            let same = self.encode(text, oracle, &mut cache, &mut ids).is_ok()
                 && known.is_ok_and(|known| known.get_ids() == ids);
             if !same {
                 return Err("its ids are not those of its definition as it is read here");
             }
         }
-        Ok(fast)
+        Ok(self)
     }
 
     /// Appends the ids of a text that spells out no added token.
@@ -64,39 +65,41 @@ impl Fast {
         match self {
             Fast::ByteLevel(model) => {
                 let mut at = 0;
-                while at < bytes.len() {
-                    let end = model.word_end(text, at);
-                    cache.get(bytes, at, end, out, |word, out| {
-                        model.merge(word, out);
-                        Ok::<_, tokenizers::Error>(())
-                    })?;
-                    at = end;
-                }
+                let next = || {
+                    (at < bytes.len()).then(|| {
+                        let start = at;
+                        at = model.word_end(text, start);
+                        (start, at, ())
+                    })
+                };
+                cache.words(bytes, out, next, |word, (), out| {
+                    model.merge(&bytes[word], out);
+                    Ok(())
+                })
             }
             Fast::WordPiece(model) => {
-                let mut at = model.skip(bytes, 0);
-                while at < bytes.len() {
-                    let end = match model.word(text, at, oracle) {
-                        Word::Plain(end) => {
-                            cache.get(bytes, at, end, out, |word, out| {
-                                model.pieces(word, out);
-                                Ok::<_, tokenizers::Error>(())
-                            })?;
-                            end
-                        }
-                        Word::Single(end) | Word::Odd(end) => {
-                            cache.get(bytes, at, end, out, |_, out| {
-                                let made = oracle.encode_fast(&text[at..end], false)?;
-                                out.extend_from_slice(made.get_ids());
-                                Ok::<_, tokenizers::Error>(())
-                            })?;
-                            end
-                        }
-                    };
-                    at = model.skip(bytes, end);
-                }
+                let mut end = 0;
+                let next = || {
+                    let start = model.skip(bytes, end);
+                    (start < bytes.len()).then(|| {
+                        let plain;
+                        (plain, end) = match model.word(text, start, oracle) {
+                            Word::Plain(end) => (true, end),
+                            Word::Single(end) | Word::Odd(end) => (false, end),
+                        };
+                        (start, end, plain)
+                    })
+                };
+                cache.words(bytes, out, next, |word, plain, out| {
+                    if plain {
+                        model.pieces(&bytes[word], out);
+                    } else {
+                        let made = oracle.encode_fast(&text[word], false)?;
+                        out.extend_from_slice(made.get_ids());
+                    }
+                    Ok(())
+                })
             }
         }
-        Ok(())
     }
 }

@@ -49,8 +49,22 @@ impl Tokenizer {
             name: "definition".into(),
             reason,
         };
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(|e| bad(e.to_string()))?;
+        // The library and what is read here take about as long, side by side.
+        let read = || -> serde_json::Result<_> {
+            let value: Value = serde_json::from_str(json)?;
+            let added = value["added_tokens"].as_array().into_iter().flatten();
+            let added = added.filter_map(|token| token["content"].as_str());
+            Ok((Cut::of(&value), Fast::new(&value), AhoCorasick::new(added)))
+        };
+        let (inner, read) = std::thread::scope(|scope| {
+            let read = scope.spawn(read);
+            let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes());
+            (
+                inner,
+                read.join().expect("reading a definition does not panic"),
+            )
+        });
+        let mut inner = inner.map_err(|e| bad(e.to_string()))?;
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -62,13 +76,11 @@ impl Tokenizer {
                 vocab.vocab_size
             )));
         }
-        let value: Value = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
-        let added = value["added_tokens"].as_array().into_iter().flatten();
-        let added = added.filter_map(|token| token["content"].as_str());
+        let (cut, fast, added) = read.map_err(|e| bad(e.to_string()))?;
         Ok(Tokenizer {
-            cut: Cut::of(&value),
-            fast: Fast::new(&value, &inner),
-            added: AhoCorasick::new(added).map_err(|e| bad(e.to_string()))?,
+            cut,
+            fast: fast.and_then(|fast| fast.agreeing(&inner)),
+            added: added.map_err(|e| bad(e.to_string()))?,
             inner,
             json: json.into(),
             vocab,
