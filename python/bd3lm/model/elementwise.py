@@ -169,13 +169,21 @@ def flat(x: Tensor) -> NDArray[Any]:
     return bits.detach().view(-1).numpy()
 
 
+def row(x: Tensor) -> NDArray[Any]:
+    """A float32 copy of a short parameter.
+
+    What NumPy has seen of a parameter itself could not be freed by FSDP any more.
+    """
+    return flat(x.detach().float().clone())
+
+
 def _bias(bias: Tensor | None, width: int) -> Tensor:
-    return torch.zeros(width) if bias is None else bias.float()
+    return torch.zeros(width) if bias is None else bias
 
 
 def _activated(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     out = torch.empty_like(x)
-    _core.activate(activation, flat(x), flat(bias), flat(out), kernel_threads())
+    _core.activate(activation, flat(x), row(bias), flat(out), kernel_threads())
     return out
 
 
@@ -208,9 +216,9 @@ class _ActivatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, matrix = ctx.saved_tensors
         d_out = upstream[0].to(x.dtype)
-        d, h, d_bias = (d_out @ matrix).contiguous(), torch.empty_like(x), torch.empty_like(bias)
+        d, h, d_bias = (d_out @ matrix).contiguous(), torch.empty_like(x), torch.empty(len(bias))
         _core.activate_backward(
-            ctx.activation, flat(x), flat(bias), flat(d), flat(h), flat(d_bias), kernel_threads()
+            ctx.activation, flat(x), row(bias), flat(d), flat(h), flat(d_bias), kernel_threads()
         )
         d_weight = d_out.flatten(0, -2).T @ h.flatten(0, -2)
         return d, d_bias, d_weight.to(ctx.dtype), None
@@ -224,7 +232,7 @@ class _DropoutAdd(torch.autograd.Function):
         ctx.seed = int(torch.randint(1 << 62, ())) if p else 0
         ctx.p, ctx.dtype = p, x.dtype
         threads = kernel_threads()
-        _core.dropout_add(flat(h), flat(x), flat(bias), ctx.seed, p, flat(out), threads)
+        _core.dropout_add(flat(h), flat(x), row(bias), ctx.seed, p, flat(out), threads)
         return out
 
     @staticmethod
@@ -247,7 +255,7 @@ class _Normalised(torch.autograd.Function):
         out = torch.empty_like(rows, dtype=compute_dtype(x))
         moments = torch.empty(rows.numel() // rows.shape[-1], 2)
         threads = kernel_threads()
-        inputs = flat(rows), flat(weight), flat(bias)
+        inputs = flat(rows), row(weight), row(bias)
         _core.normalise(*inputs, centred, eps, flat(out), flat(moments), threads)
         ctx.save_for_backward(rows, weight, moments)
         ctx.centred = centred
@@ -263,7 +271,7 @@ class _Normalised(torch.autograd.Function):
         _core.normalise_backward(
             flat(d_out.contiguous()),
             flat(x),
-            flat(weight),
+            row(weight),
             ctx.centred,
             flat(moments),
             None if beside is None else flat(beside.contiguous()),

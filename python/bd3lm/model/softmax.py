@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.model.elementwise import flat
+from bd3lm.model.elementwise import flat, row
 from bd3lm.model.threads import kernel_threads
 
 
@@ -50,7 +50,7 @@ def _on_cpu(
     nll, total = torch.empty(logits.shape[0]), torch.empty(logits.shape[1])
     _core.cross_entropy(
         flat(logits),
-        flat(torch.zeros_like(total) if bias is None else bias.float()),
+        row(torch.zeros_like(total) if bias is None else bias),
         target.contiguous().numpy(),
         None if weight is None else weight.contiguous().numpy(),
         mask_id,

@@ -9,7 +9,7 @@ from torch import Tensor
 from bd3lm.config import NoiseConfig, TrainConfig, check
 from bd3lm.data import Batch, NoiseSpec
 from bd3lm.model import Transformer
-from bd3lm.systems.base import Scorer, System, flat_targets
+from bd3lm.systems.base import Scorer, System, flat_targets, whole_tiles
 
 
 class Autoregressive(System):
@@ -49,9 +49,9 @@ class Autoregressive(System):
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Σ of the next-token cross-entropy, in nats."""
-        features = self._features(model, batch.x0, batch.masked, batch.doc_ids)
-        target = flat_targets(batch.x0, batch.masked)
-        return self.head_loss(model, features, target, batch.weight)[0]
+        select, weight = whole_tiles(batch)
+        features = self._features(model, batch.x0, select, batch.doc_ids)
+        return self.head_loss(model, features, flat_targets(batch.x0, select), weight)[0]
 
     def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
         """One causal forward a call; what is masked and how much does not matter."""

@@ -14,7 +14,7 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
-from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of
+from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of, whole_tiles
 from bd3lm.systems.learned import CountLaw, rarity_exponents
 
 
@@ -151,27 +151,20 @@ class BlockDiffusion(System):
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Σ weight·CE over masked positions, in nats; gradients reach every parameter."""
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
+        select, weight = whole_tiles(batch)
         if self.block_size == batch.x0.shape[1]:
             features = model.encode(
-                batch.xt,
-                self.block_size,
-                select=batch.masked,
-                doc_ids=batch.doc_ids,
-                sigma=sigma,
+                batch.xt, self.block_size, select=select, doc_ids=batch.doc_ids, sigma=sigma
             )
         else:
             features = model.denoise(
-                batch.xt,
-                batch.x0,
-                self.block_size,
-                batch.masked,
-                doc_ids=batch.doc_ids,
-                sigma=sigma,
+                batch.xt, batch.x0, self.block_size, select, doc_ids=batch.doc_ids, sigma=sigma
             )
-        target = flat_targets(batch.x0, batch.masked)
-        loss, nats = self.head_loss(model, features, target, batch.weight)
+        target = flat_targets(batch.x0, select)
+        loss, nats = self.head_loss(model, features, target, weight)
         if self._law is not None:
-            self._law.observe(nats, batch.masked, batch.mask_prob.numel())
+            masked = batch.masked
+            self._law.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
         return loss
 
     def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:

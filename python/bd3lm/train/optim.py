@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from bd3lm.config import OptimConfig
 from bd3lm.errors import CheckpointError
@@ -25,8 +27,66 @@ def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
     return warm
 
 
+class AdamW:
+    """PyTorch's fused AdamW, driven by hand.
+
+    Its :class:`torch.optim.AdamW` imports the compiler and Triton: a second and 140 MB for those
+    who never compile.
+
+    Args:
+        groups: each with ``params`` and ``weight_decay``; ``lr`` is set before every step.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
+    ) -> None:
+        self.param_groups = groups
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._betas, self._eps = betas, eps
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            entries = [self._entry(p) for p in params]
+            with torch.no_grad():
+                adamw(
+                    params,
+                    [p.grad for p in params],
+                    [entry["exp_avg"] for entry in entries],
+                    [entry["exp_avg_sq"] for entry in entries],
+                    [],
+                    [entry["step"] for entry in entries],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=self._betas[0],
+                    beta2=self._betas[1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=self._eps,
+                    maximize=False,
+                )
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _entry(self, p: Tensor) -> dict[str, Tensor]:
+        if p not in self.state:
+            self.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+            }
+        return self.state[p]
+
+
 class Optimizers:
-    """One or two torch optimizers driven as one, with a common schedule.
+    """One or two optimizers driven as one, with a common schedule.
 
     ``adamw`` takes every parameter; ``muon`` takes the matrices of the Transformer's blocks and
     leaves embeddings, head, norms and biases to AdamW.
@@ -47,8 +107,8 @@ class Optimizers:
             {"params": decayed, "weight_decay": cfg.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-        self._peaks: list[tuple[torch.optim.Optimizer, float]] = [(adamw, cfg.lr)]
+        adam = AdamW(groups, cfg.betas, cfg.eps)
+        self._peaks: list[tuple[AdamW | torch.optim.Optimizer, float]] = [(adam, cfg.lr)]
         if matrices:
             muon = torch.optim.Muon(
                 matrices.values(),
@@ -66,7 +126,7 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """All state tensors, named ``parameter/key``."""
@@ -101,6 +161,6 @@ class Optimizers:
                             )
                         optimizer.state[p] = {key: v.to(p.device) for key, v in entry.items()}
 
-    def _entries(self) -> Iterable[tuple[Tensor, dict[str, object]]]:
+    def _entries(self) -> Iterable[tuple[Tensor, Any]]:
         for optimizer, _ in self._peaks:
             yield from optimizer.state.items()

@@ -21,16 +21,18 @@ DATA, AVERAGE = "bd3lm::data", "bd3lm::average"
 _COMPONENTS = {
     "data": (DATA,),
     "weight average": (AVERAGE,),
-    "optimizer": ("Optimizer.", "clip_grad", "linalg_vector_norm"),
+    "optimizer": ("Optimizer.", "adamw", "clip_grad", "linalg_vector_norm"),
     "head and loss": ("_ChunkedLoss",),
-    "attention": ("_attention", "scaled_dot_product"),
+    "attention": ("_attention", "BlockAttention", "scaled_dot_product"),
     "embedding": ("embedding",),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
-    "activations": ("Gelu", "gelu", "SquaredRelu", "silu"),
-    "norms": ("layer_norm", "rms_norm"),
-    "dropout": ("Dropout", "dropout"),
+    # A product inside one of these is a product, by the line above.
+    "activations": ("ActivatedLinear", "gelu", "SquaredRelu", "silu"),
+    "rotations": ("ProjectedHeads", "Rotated"),
+    "norms": ("Normalised", "layer_norm", "rms_norm"),
+    "dropout and sums": ("Dropout", "dropout"),
 }
-OTHER, PYTHON = "rotations, casts, sums", "Python"
+OTHER, PYTHON = "casts and others", "Python"
 
 
 class Profile(NamedTuple):

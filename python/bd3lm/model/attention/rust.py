@@ -2,14 +2,15 @@
 
 Shapes: B batch, H heads, Hkv key heads, Tq queries, Tk keys, Dh head width, L sequence.
 
-Operators carry it through autograd, autocast and ``torch.compile``; what they take is the mask's
-ranges of keys. Without a gradient to record the extension is called directly: while decoding, a
-dispatcher's detours would cost more than the kernel.
+Operators carry it through ``torch.compile`` and fake tensors; what they take is the mask's ranges
+of keys. Elsewhere the extension is called directly: while decoding, a dispatcher's detours would
+cost more than the kernel, and in training they import the compiler.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,10 +65,26 @@ def rust_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         ranges = block_intervals(q, mask.doc_ids, *shape)
         return block_attention(q, k, v, *ranges, clean_offset)[0]
     ranges = _ranges(mask)
-    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    if wants_grad and torch.is_grad_enabled():
+    if type(q) is not Tensor:  # a fake one, say, without memory to read
         return block_attention(q, k, v, *ranges, clean_offset)[0]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _BlockAttention.apply(q, k, v, ranges, clean_offset)
     return _forward(q, k, v, ranges, clean_offset)[0]
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Intervals, clean_offset: int
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, ranges, clean_offset)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask = ranges, clean_offset
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(upstream[0], *ctx.saved_tensors, *ctx.mask), None, None)
 
 
 _known_ranges: WeakKeyDictionary[BlockMask, Intervals] = WeakKeyDictionary()
@@ -138,6 +155,19 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`block_attention` with respect to q, k and v."""
     ranges = Intervals(clean_lo, clean_hi, noised_lo, noised_hi)
+    return _gradients(d_out, q, k, v, out, lse, ranges, clean_offset)
+
+
+def _gradients(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: Intervals,
+    clean_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, d_out = (_adjacent(x) for x in (q, k, v, out, d_out.to(q.dtype)))
     lse = lse.contiguous()
     dq, dk, dv = _rows_first(q), _rows_first(k), _rows_first(v)
