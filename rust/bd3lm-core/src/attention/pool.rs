@@ -66,21 +66,27 @@ pub unsafe fn use_openmp(parallel: usize) {
     OPENMP.store(parallel, Ordering::Release);
 }
 
+/// How often a thread takes items.
+const TURNS: usize = 16;
+
 /// Calls `f` with every item below `items`, on up to `threads` threads, in no fixed order.
 ///
 /// A call while another thread uses our own helpers runs on its own thread alone.
 pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
+    let threads = threads.min(items);
+    // Neighbours go to one thread, as their memory is side by side; the last are few enough to
+    // keep all threads busy to the end.
+    let together = (items / (TURNS * threads.max(1))).max(1);
     let next = AtomicUsize::new(0);
     let work = || {
         loop {
-            let item = next.fetch_add(1, Ordering::Relaxed);
-            if item >= items {
+            let first = next.fetch_add(together, Ordering::Relaxed);
+            if first >= items {
                 break;
             }
-            f(item);
+            (first..items.min(first + together)).for_each(&f);
         }
     };
-    let threads = threads.min(items);
     if threads < 2 || !is_owner() {
         return work();
     }
