@@ -60,7 +60,7 @@ def resident(key: str) -> int:
 
 
 def extra_memory(length: int) -> int:
-    """Bytes that one forward and backward pass adds to the inputs, once the library is in memory."""
+    """Bytes that a forward and backward pass adds to the inputs, once the library is loaded."""
     if length > SMALLEST:
         extra_memory(SMALLEST)
     q, k, v, d_out = leaves(1, length, torch.bfloat16)
