@@ -34,19 +34,8 @@ def cross_entropy_(
     Returns:
         float32 [R], in nats.
     """
-    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
-        return _on_cpu(logits, bias, target, weight, mask_id, d_bias)
-    return composed_cross_entropy_(logits, bias, target, weight, mask_id, d_bias)
-
-
-def _on_cpu(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    mask_id: int,
-    d_bias: Tensor | None,
-) -> Tensor:
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16):
+        return composed_cross_entropy_(logits, bias, target, weight, mask_id, d_bias)
     nll, total = torch.empty(logits.shape[0]), torch.empty(logits.shape[1])
     _core.cross_entropy(
         flat(logits),

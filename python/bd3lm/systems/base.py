@@ -16,6 +16,7 @@ from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import Transformer, head_cross_entropy
+from bd3lm.model.head import TILE_ROWS
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0), or an upper bound on it,
@@ -136,10 +137,6 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
     return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
 
 
-TILE = 64
-"""Rows of what products are computed in."""
-
-
 def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
     """Masked positions and their weights, with the last repeated at weight 0 up to whole tiles.
 
@@ -149,7 +146,7 @@ def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(select, weight)``, int64 and float32 [M rounded up].
     """
-    more = -len(batch.masked) % TILE
+    more = -len(batch.masked) % TILE_ROWS
     if not more:
         return batch.masked, batch.weight
     select = torch.cat([batch.masked, batch.masked[-1:].expand(more)])

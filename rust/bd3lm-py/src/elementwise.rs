@@ -80,12 +80,13 @@ macro_rules! of_one_width {
             #[allow(unreachable_patterns)] // where there is but one array
             _ => {
                 let message = "the arrays must all be float32 or all bf16 bits";
-                return Err(PyTypeError::new_err(message));
+                return Err(pyo3::exceptions::PyTypeError::new_err(message));
             }
         }
-        .map_err(to_py)
+        .map_err(crate::errors::to_py)
     };
 }
+pub(crate) use of_one_width;
 
 fn pointwise(name: &str) -> PyResult<Pointwise> {
     match name {

@@ -4,7 +4,7 @@ use bd3lm_core::{draw as drawing, softmax};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
-use crate::elementwise::Out;
+use crate::elementwise::{Out, of_one_width};
 use crate::errors::to_py;
 
 /// Adds this module's functions to `_core`.
@@ -34,17 +34,12 @@ fn cross_entropy(
     };
     let (bias, nll) = (bias.as_slice()?, nll.as_slice_mut()?);
     let d_bias = d_bias.as_slice_mut()?;
-    match logits {
-        Out::F32(mut x) => {
-            let x = x.as_slice_mut()?;
-            py.detach(|| softmax::cross_entropy(x, bias, targets, nll, d_bias, threads))
-        }
-        Out::Bf16(mut x) => {
-            let x = x.as_slice_mut()?;
-            py.detach(|| softmax::cross_entropy(x, bias, targets, nll, d_bias, threads))
-        }
-    }
-    .map_err(to_py)
+    of_one_width!(
+        py,
+        [],
+        [logits],
+        softmax::cross_entropy(logits, bias, targets, nll, d_bias, threads)
+    )
 }
 
 /// Fills `token` and `log_p`.
