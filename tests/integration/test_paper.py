@@ -107,11 +107,16 @@ def test_operations_of_a_step_follow_from_the_shape():
     half = length / 2
     expected = length * 3 * width**2 + half * 9 * width**2 + 2 * width * length**2
     assert mdlm == 6 * rows * (expected + half * width * vocab)
-    # Two streams: keys and values of 2L positions, twice the pairs of a causal mask.
-    bd3lm = step_flops(recipes.train("bd3lm", "lm1b", 4, (1,)), vocab)
-    expected = length * width**2 + 2 * length * 2 * width**2 + half * 9 * width**2
-    expected += 2 * width * length * (length + 4)
-    assert bd3lm == 6 * rows * (expected + half * width * vocab)
+    # Two streams: keys and values of all positions but the last clean block's. With one layer, no
+    # clean position asks; in another one, they and their MLP are all there.
+    recipe = recipes.train("bd3lm", "lm1b", 4, (1,))
+    expected = length * width**2 + (2 * length - 4) * 2 * width**2 + half * 9 * width**2
+    expected += 2 * width * length * (length + 4) / 2
+    one = 6 * rows * (expected + half * width * vocab)
+    assert step_flops(recipe, vocab) == one
+    deeper = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, depth=2))
+    another = (2 * length - 4) * 12 * width**2 + 2 * width * length**2
+    assert step_flops(deeper, vocab) == one + 6 * rows * another
 
 
 def test_tables_with_every_kind_of_cell(tmp_path, roles, capsys):

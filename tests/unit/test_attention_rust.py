@@ -235,7 +235,7 @@ def test_operators_are_registered_soundly() -> None:
     leaves = [torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3)]
     args = (*leaves, *mask.intervals(), 10)
     torch.library.opcheck(rust.block_attention, args)
-    torch.library.opcheck(rust.block_intervals, (leaves[0], None, 10, 4, True, True, 0))
+    torch.library.opcheck(rust.block_intervals, (leaves[0], None, *mask.shape))
 
 
 def test_wrong_arguments_are_named() -> None:

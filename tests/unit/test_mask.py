@@ -37,9 +37,13 @@ def allowed(q, k, block_size, seq_len, doc, *, noised):
 @pytest.mark.parametrize(("seq_len", "block_size"), SHAPES)
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("form", ["training", "denoise", "clean"])
-def test_dense_is_the_definition(seq_len, block_size, docs, form):
+@pytest.mark.parametrize("last", [True, False], ids=["", "no last block"])
+def test_dense_is_the_definition(seq_len, block_size, docs, form, last):
+    if form == "clean" and not last:
+        pytest.skip("x0 alone is whole")
     doc_ids = documents(seq_len, docs)
-    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids)
+    kind = {} if last else {"last_clean": False}
+    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids, **kind)
     dense = mask.dense()
     assert dense.shape[1:] == (mask.num_queries, mask.num_keys)
     for row in range(dense.shape[0]):
@@ -48,6 +52,12 @@ def test_dense_is_the_definition(seq_len, block_size, docs, form):
             for k in range(mask.num_keys):
                 expected = allowed(q, k, block_size, seq_len, doc, noised=form != "clean")
                 assert bool(dense[row, q, k]) == expected, (row, q, k)
+
+
+def test_no_noised_query_sees_the_last_clean_block():
+    whole = BlockMask.denoise(9, 4).dense()
+    assert not whole[:, :, 9 + 8 :].any()
+    assert torch.equal(BlockMask.denoise(9, 4, last_clean=False).dense(), whole[:, :, : 9 + 8])
 
 
 def test_cached_queries_are_the_last_rows():

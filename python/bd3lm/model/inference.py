@@ -172,7 +172,7 @@ def _pack(module: nn.Module, bf16: bool) -> None:
 
 def _fold_conditioning(model: Transformer) -> None:
     """norm(x)·(1 + scale) + shift is a norm of another weight and a bias; gates scale a matrix."""
-    cond = model.condition(None, 1, noised=False)
+    cond = model.condition(None, 1)
     assert cond is not None
     for block in model.blocks:
         assert isinstance(block, Block)

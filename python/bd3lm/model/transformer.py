@@ -247,14 +247,17 @@ class Transformer(nn.Module):
             Normalised features [M, D].
         """
         seq_len = x0.shape[1]
+        # No one sees the last clean block. The kernels for GPUs want streams of one length.
+        last_clean = x0.device.type != "cpu"
+        mask = BlockMask.training(seq_len, block_size, doc_ids, last_clean=last_clean)
+        x0 = x0[:, : mask.clean_len]
         cos, sin = self.rotary.table(seq_len, x0.device)
-        rope = (torch.cat([cos, cos]), torch.cat([sin, sin]))
-        cond = self.condition(sigma, block_size, noised=True)
+        rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
+        cond = self.condition(sigma, block_size, clean=mask.clean_len)
         h = self.embed(torch.cat([xt, x0], dim=1))
-        mask = BlockMask.training(seq_len, block_size, doc_ids)
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
-        mask = BlockMask.denoise(seq_len, block_size, doc_ids)
+        mask = BlockMask.denoise(seq_len, block_size, doc_ids, last_clean=last_clean)
         h = self._run(self.blocks[-1], h, mask, rope, cond, queries=seq_len, select=select)
         return self._finish(h, cond, seq_len, select)
 
@@ -293,7 +296,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary.table(first + length, ids.device)
         rope = (cos[first:], sin[first:])
         mask = BlockMask.clean(first + length, block_size, doc_ids, first=first)
-        cond = self.condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
@@ -345,7 +348,7 @@ class Transformer(nn.Module):
         mask = CachedMask(last.int()[None])
         table = self.rotary.table(cache.capacity, ids.device)
         rope = (table[0][position], table[1][position])
-        cond = self.condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size)
         here = CacheAt(cache, position)
         h = self.embed(ids)
         for layer, block in enumerate(self.blocks):
@@ -380,7 +383,7 @@ class Transformer(nn.Module):
         seq_len = xt.shape[1]
         rope = self.rotary.table(seq_len, xt.device)
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
-        cond = self.condition(sigma, block_size, noised=False)
+        cond = self.condition(sigma, block_size)
         h = self.embed(xt)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
@@ -407,13 +410,13 @@ class Transformer(nn.Module):
         shift, scale = (_pick(m, queries, select) for m in modulation)
         return self.norm(h, shift, scale)
 
-    def condition(self, sigma: Tensor | None, block_size: int, *, noised: bool) -> Tensor | None:
+    def condition(self, sigma: Tensor | None, block_size: int, *, clean: int = 0) -> Tensor | None:
         """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C].
 
         Args:
             sigma: -log(alpha) of every block [B, K]; None means clean.
             block_size: S.
-            noised: whether a clean stream follows the rows of the blocks.
+            clean: rows of a clean stream, which follow those of the blocks and see sigma 0.
         """
         if self.time is None:
             return None
@@ -422,6 +425,6 @@ class Transformer(nn.Module):
             with torch.autocast(zero.device.type, enabled=False):
                 return F.silu(self.time(zero))
         sigma = sigma.repeat_interleave(block_size, dim=1)
-        if noised:  # the clean stream sees sigma = 0
-            sigma = torch.cat([sigma, torch.zeros_like(sigma)], dim=1)
+        if clean:
+            sigma = torch.cat([sigma, sigma.new_zeros(len(sigma), clean)], dim=1)
         return F.silu(self.time(sigma))

@@ -18,8 +18,9 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
 
     A multiplication and an addition are two; the backward pass costs twice the forward one. What
     is counted is what has to be computed: of the attention's pairs only those that see each
-    other, in the last layer and the output head only positions whose token is predicted (half of
-    them under loglinear levels). Norms, rotations and adaLN are left out.
+    other, of the clean stream all but its last block, in the last layer only its keys and values,
+    and there and in the output head only positions whose token is predicted (half of them under
+    loglinear levels). Norms, rotations and adaLN are left out.
 
     Args:
         cfg: the run.
@@ -32,13 +33,15 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     after = model.width**2 + (up + 1) * model.width * model.hidden  # projection and MLP
     predicted = length if cfg.system == "ar" else length / 2
     two_streams = cfg.system == "bd3lm" and block < length
-    positions = 2 * length if two_streams else length
+    clean = length - block if two_streams else 0
+    positions = length + clean
     layer = positions * (to_queries + to_keys + after)
     last = length * to_queries + positions * to_keys + predicted * after
     products = (model.depth - 1) * layer + last + predicted * model.width * vocab_size
-    # Clean blocks see themselves and what is before them; so do noised ones.
-    pairs = length * (length + block) / 2 * (2 if two_streams else 1)
-    attention = 2 * model.width * pairs * model.depth
+    # Blocks of either stream see their own and the clean ones before them.
+    pairs = length * (length + block) / 2
+    clean_pairs = clean * (clean + block) / 2
+    attention = 2 * model.width * (pairs * model.depth + clean_pairs * (model.depth - 1))
     return 6.0 * cfg.batch_size * (products + attention)
 
 

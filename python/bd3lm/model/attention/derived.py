@@ -24,9 +24,16 @@ def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], 
 
     @lru_cache(maxsize=64)
     def of_shape(
-        seq_len: int, block_size: int, noised: bool, clean_queries: bool, first: int, device: str
+        seq_len: int,
+        block_size: int,
+        noised: bool,
+        clean_queries: bool,
+        first: int,
+        last_clean: bool,
+        device: str,
     ) -> T:
-        return build(BlockMask(seq_len, block_size, noised, clean_queries, first), device)
+        shape = seq_len, block_size, noised, clean_queries, first
+        return build(BlockMask(*shape, last_clean=last_clean), device)
 
     @wraps(build)
     def get(mask: BlockMask, device: str) -> T:
@@ -35,8 +42,7 @@ def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], 
         # Autograd refuses to save tensors born in inference mode, and these outlive it.
         with torch.inference_mode(False):
             if mask.doc_ids is None:
-                shape = (mask.seq_len, mask.block_size, mask.noised, mask.clean_queries)
-                return of_shape(*shape, mask.first, device)
+                return of_shape(*mask.shape, device)
             known = of_mask.setdefault(mask, {})
             if device not in known:
                 known[device] = build(mask, device)

@@ -33,6 +33,9 @@ class BlockMask:
     one asks what the clean stream thinks), or, without an xt stream, as positions
     ``first .. L-1`` of x0 (``first > 0``: the earlier keys come from a cache).
 
+    Beside an xt stream x0 may end before its last block, which no xt position sees: nothing that
+    it computes is ever used (``last_clean=False``).
+
     Use the constructors :meth:`training`, :meth:`denoise` and :meth:`clean`.
 
     Attributes:
@@ -43,6 +46,7 @@ class BlockMask:
         first: position of the first query; 0 unless ``noised`` is False.
         doc_ids: int32 [B, L] or None; attention stays inside a document, and -1 is padding.
             The positions of a document are contiguous.
+        last_clean: whether the last block of x0 is there; True unless ``noised``.
     """
 
     seq_len: int
@@ -51,16 +55,31 @@ class BlockMask:
     clean_queries: bool
     first: int = 0
     doc_ids: Tensor | None = None
+    last_clean: bool = True
 
     @classmethod
-    def training(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
-        """Both streams ask, both answer: Tq = Tk = 2L."""
-        return cls(seq_len, block_size, noised=True, clean_queries=True, doc_ids=doc_ids)
+    def training(
+        cls,
+        seq_len: int,
+        block_size: int,
+        doc_ids: Tensor | None = None,
+        *,
+        last_clean: bool = True,
+    ) -> BlockMask:
+        """Both streams ask, both answer: Tq = Tk = 2L, or less without the last clean block."""
+        return cls(seq_len, block_size, True, True, doc_ids=doc_ids, last_clean=last_clean)
 
     @classmethod
-    def denoise(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
-        """Only xt asks, both streams answer: Tq = L, Tk = 2L."""
-        return cls(seq_len, block_size, noised=True, clean_queries=False, doc_ids=doc_ids)
+    def denoise(
+        cls,
+        seq_len: int,
+        block_size: int,
+        doc_ids: Tensor | None = None,
+        *,
+        last_clean: bool = True,
+    ) -> BlockMask:
+        """Only xt asks, both streams answer: Tq = L, Tk = 2L, or less without the last block."""
+        return cls(seq_len, block_size, True, False, doc_ids=doc_ids, last_clean=last_clean)
 
     @classmethod
     def clean(
@@ -76,36 +95,44 @@ class BlockMask:
         )
 
     @property
+    def clean_len(self) -> int:
+        """Positions of x0 among the keys: L, or those before the last block."""
+        return self.seq_len if self.last_clean else before_last(self.seq_len, self.block_size)
+
+    @property
     def num_queries(self) -> int:
         """Tq, the number of query rows."""
         if self.noised:
-            return self.seq_len * (2 if self.clean_queries else 1)
+            return self.seq_len + (self.clean_len if self.clean_queries else 0)
         return self.seq_len - self.first
 
     @property
     def num_keys(self) -> int:
         """Tk, the number of key rows."""
-        return self.seq_len * (2 if self.noised else 1)
+        return self.clean_len + (self.seq_len if self.noised else 0)
+
+    @property
+    def shape(self) -> tuple[int, int, bool, bool, int, bool]:
+        """All but the documents: L, S, noised, clean queries, first, last clean."""
+        streams = self.noised, self.clean_queries
+        return self.seq_len, self.block_size, *streams, self.first, self.last_clean
 
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """The keys of every query, as ranges; shared between calls where no documents are given."""
-        shape = (self.seq_len, self.block_size, self.noised, self.clean_queries, self.first)
         if self.doc_ids is None:
-            return _intervals(*shape, None, str(device))
-        return _intervals.__wrapped__(*shape, self.doc_ids.to(device), str(device))
+            return _intervals(*self.shape, None, str(device))
+        return _intervals.__wrapped__(*self.shape, self.doc_ids.to(device), str(device))
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask as booleans [B or 1, Tq, Tk], True where attention is allowed."""
         if self.doc_ids is None:
-            return _dense(
-                self.seq_len,
-                self.block_size,
-                self.noised,
-                self.clean_queries,
-                self.first,
-                str(device),
-            )
-        return _materialise(self.intervals(device), self.seq_len, self.noised)
+            return _dense(*self.shape, str(device))
+        return _materialise(self.intervals(device), self)
+
+
+def before_last(seq_len: int, block_size: int) -> int:
+    """Positions before the last block of a row."""
+    return (seq_len - 1) // block_size * block_size
 
 
 class CachedMask(NamedTuple):
@@ -126,6 +153,7 @@ def _intervals(
     noised: bool,
     clean_queries: bool,
     first: int,
+    last_clean: bool,
     doc_ids: Tensor | None,
     device: str,
 ) -> Intervals:
@@ -141,13 +169,15 @@ def _intervals(
     zero = torch.zeros_like(own_lo)
     live = torch.ones_like(own_lo) if doc_ids is None else (doc_ids >= 0).int()
 
-    streams: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    asking: list[tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor]]] = []
     if noised:
-        streams.append((doc_start, torch.maximum(start, doc_start), own_lo, own_hi))
+        before = torch.maximum(start, doc_start)
+        asking.append((slice(None), (doc_start, before, own_lo, own_hi)))
     if clean_queries:
-        streams.append((doc_start, own_hi, zero, zero))
+        stop = seq_len if last_clean else before_last(seq_len, block_size)
+        asking.append((slice(first, stop), (doc_start, own_hi, zero, zero)))
     columns = [
-        torch.cat([(stream[i] * live)[:, first:] for stream in streams], dim=1).contiguous()
+        torch.cat([(stream[i] * live)[:, part] for part, stream in asking], dim=1).contiguous()
         for i in range(4)
     ]
     return Intervals(*columns)
@@ -165,11 +195,12 @@ def document_bounds(doc_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     return start.int(), end.int()
 
 
-def _materialise(intervals: Intervals, seq_len: int, noised: bool) -> Tensor:
-    key = torch.arange(seq_len, dtype=torch.int32, device=intervals.clean_lo.device)
+def _materialise(intervals: Intervals, mask: BlockMask) -> Tensor:
+    key = torch.arange(mask.seq_len, dtype=torch.int32, device=intervals.clean_lo.device)
     clean_lo, clean_hi, noised_lo, noised_hi = (bound[..., None] for bound in intervals)
-    clean = (key >= clean_lo) & (key < clean_hi)
-    if not noised:
+    there = key[: mask.clean_len]
+    clean = (there >= clean_lo) & (there < clean_hi)
+    if not mask.noised:
         return clean
     return torch.cat([(key >= noised_lo) & (key < noised_hi), clean], dim=-1)
 
@@ -177,7 +208,13 @@ def _materialise(intervals: Intervals, seq_len: int, noised: bool) -> Tensor:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _dense(
-    seq_len: int, block_size: int, noised: bool, clean_queries: bool, first: int, device: str
+    seq_len: int,
+    block_size: int,
+    noised: bool,
+    clean_queries: bool,
+    first: int,
+    last_clean: bool,
+    device: str,
 ) -> Tensor:
-    shape = (seq_len, block_size, noised, clean_queries, first)
-    return _materialise(_intervals(*shape, None, device), seq_len, noised)
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, None, last_clean)
+    return _materialise(mask.intervals(device), mask)

@@ -61,8 +61,7 @@ def rust_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     clean_offset = mask.seq_len if mask.noised else 0
     if torch.compiler.is_compiling():
         # One opaque node in the graph, instead of the arithmetic behind the ranges.
-        shape = (mask.seq_len, mask.block_size, mask.noised, mask.clean_queries, mask.first)
-        ranges = block_intervals(q, mask.doc_ids, *shape)
+        ranges = block_intervals(q, mask.doc_ids, *mask.shape)
         return block_attention(q, k, v, *ranges, clean_offset)[0]
     ranges = _ranges(mask)
     if type(q) is not Tensor:  # a fake one, say, without memory to read
@@ -109,16 +108,17 @@ def block_intervals(
     noised: bool,
     clean_queries: bool,
     first: int,
+    last_clean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ranges of the mask that the arguments describe; ``like`` only says where."""
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, doc_ids)
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, doc_ids, last_clean)
     clean_lo, clean_hi, noised_lo, noised_hi = (x.clone() for x in mask.intervals())
     return clean_lo, clean_hi, noised_lo, noised_hi
 
 
 @block_intervals.register_fake
-def _(like, doc_ids, seq_len, block_size, noised, clean_queries, first):
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first)
+def _(like, doc_ids, seq_len, block_size, noised, clean_queries, first, last_clean):
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, None, last_clean)
     shape = (1 if doc_ids is None else doc_ids.shape[0], mask.num_queries)
     return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(4))
 

@@ -20,7 +20,10 @@ from bd3lm.model.attention.cuda.ranges import ranges
 from bd3lm.model.attention.mask import BlockMask, CachedMask
 
 NEEDS = "needs an NVIDIA GPU of compute capability 8.0 or newer and the triton package"
-LIMITS = "takes fp16, bf16 or fp32 tensors of one dtype on a GPU, with heads of up to 256 features"
+LIMITS = (
+    "takes fp16, bf16 or fp32 tensors of one dtype on a GPU, heads of up to 256 features, "
+    "and the last clean block"
+)
 # Heads of other widths are copied into ones that are a multiple of this, so that rows begin where
 # wide loads may.
 WIDTH_STEP = 16
@@ -44,6 +47,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> b
         and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] <= 256
+        and (isinstance(mask, CachedMask) or mask.last_clean)
     )
 
 
