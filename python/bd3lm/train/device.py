@@ -51,13 +51,13 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next step, where it is glibc.
 
     By default it hands large blocks back to the system: 38,000 page faults a step of the tiny
-    model, 7% of its time.
+    model, 7% of its time. Blocks of their own (mmap) are handed back whatever their size.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
+        trim_threshold, mmap_max = -1, -4
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(mmap_max, 0)
 
 
 def has_bf16(device: torch.device) -> bool:
