@@ -23,9 +23,9 @@ pub(super) const fn tile_row(pair: usize) -> usize {
 /// As [`tile_row`], for units along the keys.
 pub(super) const ZIP_ROW: usize = QT + 16;
 /// Keys come in multiples of this: every backend's rows of a score tile divide it.
-pub(super) const FORWARD_STEP: usize = 12;
+pub(super) const FORWARD_STEP: usize = 8;
 /// As [`FORWARD_STEP`], for the tile of the backward pass, which holds two products.
-pub(super) const BACKWARD_STEP: usize = 6;
+pub(super) const BACKWARD_STEP: usize = 4;
 /// Lanes of the widest backend.
 pub(super) const MAX_W: usize = 16;
 /// Rows that [`Backend::accumulate`] works on.
@@ -350,8 +350,8 @@ macro_rules! backend {
 backend!(
     Avx512,
     Avx512,
-    12,
-    6,
+    8,
+    4,
     8,
     "avx512f,avx512dq,avx512bw,avx512vl,fma"
 );
@@ -359,11 +359,11 @@ backend!(
 backend!(
     Avx512Bf16,
     Avx512,
-    12,
-    6,
+    8,
+    4,
     8,
     "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma"
 );
 #[cfg(target_arch = "x86_64")]
-backend!(Avx2, Avx2, 6, 3, 4, "avx2,fma");
+backend!(Avx2, Avx2, 4, 2, 4, "avx2,fma");
 backend!(Portable, Portable, 4, 2, 4);

@@ -6,8 +6,8 @@
 use super::backend::{
     BACKWARD_STEP, Backend, Gradients, NV, Operand, QT, ROWS, Run, ZIP_ROW, tile_row,
 };
-use super::forward::{Head, Layout};
-use super::pack::Rows;
+use super::forward::{Head, Layout, each_tile};
+use super::pack::{Ahead, Rows};
 use super::plan::{GRAIN, Part, Stream, Tile, split};
 use super::scratch::{self, Scratch};
 use std::f32::consts::LOG2_E;
@@ -52,13 +52,14 @@ struct Buffers {
 }
 
 /// # Safety
-/// As [`super::forward::forward`]; nothing else writes the gradients of this head.
+/// As [`super::forward::forward`], `next` too; nothing else writes the gradients of this head.
 pub(super) unsafe fn backward<B: Backend>(
     head: &Head,
     queries: &[Queries],
     tiles: &[Tile],
     dk: &Rows,
     dv: &Rows,
+    next: &[(Rows, Range<usize>)],
 ) {
     let layout = Layout::new::<B>(head.k.width);
     let Layout { ld, ld_wide, .. } = layout;
@@ -137,11 +138,17 @@ pub(super) unsafe fn backward<B: Backend>(
                 *factor.add(i) = head.scale;
             }
         }
-        for queries in queries {
-            for tile in tiles {
-                // SAFETY: by the contract of this function.
-                unsafe { tile_gradients::<B>(head, queries, tile, layout, &buffers) };
-            }
+        let mut work = each_tile(queries, tiles).peekable();
+        while let Some((queries, tile)) = work.next() {
+            let mut ahead = Ahead(match work.peek() {
+                Some((queries, tile)) => [queries.d_out, queries.out, queries.q]
+                    .map(|rows| (rows, tile.range()))
+                    .into(),
+                None => [next, &[(*dv, 0..keys), (*dk, 0..keys)]].concat(),
+            });
+            ahead.0.push((queries.dq, tile.range()));
+            // SAFETY: by the contract of this function.
+            unsafe { tile_gradients::<B>(head, queries, tile, layout, &buffers, &mut ahead) };
         }
         // SAFETY: `keys` rows and factors; dV is not scaled.
         unsafe {
@@ -179,6 +186,7 @@ unsafe fn tile_gradients<B: Backend>(
     tile: &Tile,
     layout: Layout,
     buffers: &Buffers,
+    ahead: &mut Ahead,
 ) {
     let Layout {
         ld, ld_wide, depth, ..
@@ -218,7 +226,7 @@ unsafe fn tile_gradients<B: Backend>(
         while key < all.hi as usize {
             // SAFETY: by the contract of this function; at most KEYS rows beyond the last key
             // are touched, and K, V, dK and dV have that many more.
-            unsafe { block::<B>(head, tile, stream, key, layout, buffers) };
+            unsafe { block::<B>(head, tile, stream, key, layout, buffers, ahead) };
             key += KEYS;
         }
     }
@@ -246,6 +254,7 @@ unsafe fn block<B: Backend>(
     key: usize,
     layout: Layout,
     buffers: &Buffers,
+    ahead: &mut Ahead,
 ) {
     let Layout { ld_wide, wide, .. } = layout;
     let grains = tile.rows.div_ceil(GRAIN);
@@ -277,25 +286,19 @@ unsafe fn block<B: Backend>(
             _ => split(live[g].clone(), 0..0, BACKWARD_STEP),
         };
         for part in parts.into_iter().filter(|part| !part.keys.is_empty()) {
+            ahead.step();
             // SAFETY: rows below KEYS of P and dS, columns of this group.
             unsafe { part_gradients::<B>(head, stream, key, g, part, layout, buffers) };
         }
     }
-    for (g, live) in live.iter().enumerate().take(grains) {
-        // SAFETY: rows below KEYS of P and dS, columns of grain g; rows of K and dQ.
+    for (g, live) in live.iter().enumerate().filter(|(_, l)| !l.is_empty()) {
+        // SAFETY: rows below KEYS of dS, columns of grain g; rows of K and dQ.
         unsafe {
-            for row in (0..live.start).chain(live.end..end) {
-                let at = row * q_units + g * grain_units;
-                buffers.p.add(at).write_bytes(0, grain_units);
-                buffers.ds.add(at).write_bytes(0, grain_units);
-            }
-            if live.is_empty() {
-                continue;
-            }
             let zip = buffers
                 .ds_zip
                 .add(live.start / B::PAIR * ZIP_ROW + g * GRAIN);
             let k = buffers.k.pairs.add((key + live.start) / B::PAIR * ld_wide);
+            ahead.step();
             for row in (0..GRAIN).step_by(ROWS) {
                 let a = Operand {
                     a: zip.add(row),
@@ -309,13 +312,24 @@ unsafe fn block<B: Backend>(
         }
     }
     for row in (0..end).step_by(ROWS) {
-        // Only grains that see one of these keys: the others hold zeros, or nothing.
+        // Only grains that see one of these keys, with zeros where they do not see others.
         let sees = |l: &Range<usize>| l.start < row + ROWS && row < l.end;
         let Some(from) = live.iter().position(sees) else {
             continue;
         };
         let to = live.iter().rposition(sees).map_or(0, |g| g + 1);
+        for (g, live) in live.iter().enumerate().take(to).skip(from) {
+            for row in (row..row + ROWS).filter(|row| !live.contains(row)) {
+                let at = row * q_units + g * grain_units;
+                // SAFETY: rows below KEYS of P and dS, columns of grain g.
+                unsafe {
+                    buffers.p.add(at).write_bytes(0, grain_units);
+                    buffers.ds.add(at).write_bytes(0, grain_units);
+                }
+            }
+        }
         let (from, units) = (from * grain_units, (to - from) * grain_units);
+        ahead.step();
         for (scores, other, sum) in [
             (buffers.p, buffers.d_out.pairs, buffers.dv),
             (buffers.ds, buffers.q.pairs, buffers.dk),

@@ -1,10 +1,11 @@
 //! Forward: output and log-sum-exp of one head of keys, for every head of queries that reads it.
 
 use super::backend::{Backend, FORWARD_STEP, NV, Operand, QT, ROWS, Run, Softmax};
-use super::pack::{Rows, row_units};
+use super::pack::{Ahead, Rows, row_units};
 use super::plan::{GRAIN, Part, Stream, Tile};
 use super::scratch::{self, Scratch};
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 /// Keys whose scores are held at once: they, K and V stay in the first-level cache.
 const KEYS: usize = 96;
@@ -68,7 +69,14 @@ struct Buffers {
 /// # Safety
 /// All rows exist that the plan and `num_keys` name, and the processor has the backend's
 /// instructions. Nothing else writes `out` and `lse` of these queries.
-pub(super) unsafe fn forward<B: Backend>(head: &Head, queries: &[Queries], tiles: &[Tile]) {
+///
+/// `next` are rows that this thread will probably read after this call.
+pub(super) unsafe fn forward<B: Backend>(
+    head: &Head,
+    queries: &[Queries],
+    tiles: &[Tile],
+    next: &[(Rows, Range<usize>)],
+) {
     let layout = Layout::new::<B>(head.k.width);
     let padded = (head.num_keys + FORWARD_STEP).next_multiple_of(2);
     let group = NV * B::W;
@@ -102,20 +110,36 @@ pub(super) unsafe fn forward<B: Backend>(head: &Head, queries: &[Queries], tiles
                 B::pairs(&head.v, 0, head.num_keys, padded, v, layout.ld_wide);
             }
         }
-        for queries in queries {
-            for tile in tiles {
-                // SAFETY: by the contract of this function; the buffers are as long as above.
+        let mut work = each_tile(queries, tiles).peekable();
+        while let Some((queries, tile)) = work.next() {
+            let mut ahead = Ahead(match work.peek() {
+                Some((queries, tile)) => vec![(queries.q, tile.range())],
+                None => next.to_vec(),
+            });
+            ahead.0.push((queries.out, tile.range()));
+            // SAFETY: by the contract of this function; the buffers are as long as above.
+            unsafe {
+                B::rows(&queries.q, tile.first, tile.rows, QT, q, layout.ld);
+                B::transposed(q, layout.ld, layout.depth, qt);
+            }
+            for from in (0..tile.rows).step_by(group) {
+                // SAFETY: as above, for a group of the tile.
                 unsafe {
-                    B::rows(&queries.q, tile.first, tile.rows, QT, q, layout.ld);
-                    B::transposed(q, layout.ld, layout.depth, qt);
-                }
-                for from in (0..tile.rows).step_by(group) {
-                    // SAFETY: as above, for a group of the tile.
-                    unsafe { attend_group::<B>(head, queries, tile, from, layout, &buffers) };
+                    attend_group::<B>(head, queries, tile, from, layout, &buffers, &mut ahead);
                 }
             }
         }
     });
+}
+
+/// All tiles of one head of queries, then those of the next.
+pub(super) fn each_tile<'a, Q>(
+    queries: &'a [Q],
+    tiles: &'a [Tile],
+) -> impl Iterator<Item = (&'a Q, &'a Tile)> {
+    queries
+        .iter()
+        .flat_map(move |queries| tiles.iter().map(move |tile| (queries, tile)))
 }
 
 /// Queries `from .. from + NV * W` of a tile.
@@ -129,10 +153,11 @@ unsafe fn attend_group<B: Backend>(
     from: usize,
     layout: Layout,
     buffers: &Buffers,
+    ahead: &mut Ahead,
 ) {
     let group = NV * B::W;
     let ld_wide = layout.ld_wide;
-    let [_, max, sum, shrink, factor] = buffers.lanes;
+    let [_, max, sum, _, factor] = buffers.lanes;
     // SAFETY: pieces of `group` values and rows.
     unsafe {
         buffers.out.write_bytes(0, group * ld_wide);
@@ -141,11 +166,10 @@ unsafe fn attend_group<B: Backend>(
             *max.add(i) = B::FLOOR;
         }
     }
-    let state = Softmax { max, sum, shrink };
     for stream in &tile.streams {
         for part in stream.parts(from, group / GRAIN, B::PAIR, FORWARD_STEP) {
             // SAFETY: as above.
-            unsafe { attend_part::<B>(head, stream, from, part, layout, buffers, &state) };
+            unsafe { attend_part::<B>(head, stream, from, part, layout, buffers, ahead) };
         }
     }
     let rows = group.min(tile.rows - from);
@@ -184,7 +208,7 @@ unsafe fn attend_part<B: Backend>(
     part: Part,
     layout: Layout,
     buffers: &Buffers,
-    state: &Softmax,
+    ahead: &mut Ahead,
 ) {
     let group = NV * B::W;
     let Layout {
@@ -212,13 +236,9 @@ unsafe fn attend_part<B: Backend>(
         // SAFETY: fewer than FORWARD_STEP keys lie beyond the last, and that many rows of zeros
         // follow K and V; `lanes` lanes of the group begin at `lane`.
         unsafe {
-            let state = Softmax {
-                max: state.max.add(lane),
-                sum: state.sum.add(lane),
-                shrink: state.shrink.add(lane),
-            };
+            let [block_max, max, sum, shrink, _] = buffers.lanes.map(|x| x.add(lane));
+            let state = Softmax { max, sum, shrink };
             let (qt, s) = (buffers.qt.add(from * ld + lane), buffers.s.add(lane));
-            let block_max = buffers.lanes[0].add(lane);
             B::scores(&run, ld, buffers.k.add(key * ld), qt, s, block_max);
             if B::softmax(&run, s, block_max, &state) {
                 let out = buffers.out.add(lane * ld_wide);
@@ -226,6 +246,7 @@ unsafe fn attend_part<B: Backend>(
             }
             let v = buffers.v.add(key / B::PAIR * ld_wide);
             for row in (0..lanes).step_by(ROWS) {
+                ahead.step();
                 let a = Operand {
                     a: s.add(row),
                     transposed: true,

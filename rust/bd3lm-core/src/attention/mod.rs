@@ -33,7 +33,7 @@ pub use plan::Ranges;
 pub use simd::Isa;
 
 use crate::{Error, Result};
-use backend::Backend;
+use backend::{Backend, QT};
 use pack::Rows;
 use plan::{Plan, Tile};
 use simd::portable::Portable;
@@ -240,10 +240,20 @@ unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
                 })
                 .collect();
             if decodes {
-                decode::decode::<B::Wide>(&head, &queries, tiles);
-            } else {
-                forward::forward::<B>(&head, &queries, tiles);
+                return decode::decode::<B::Wide>(&head, &queries, tiles);
             }
+            let next = match pair + 1 {
+                next if cuts == 1 && next < batch * kv_heads => {
+                    let (b, kv) = (next / kv_heads, next % kv_heads);
+                    vec![
+                        (args.q.head(b, kv * shared), 0..num_queries.min(QT)),
+                        (args.v.head(b, kv), 0..head.num_keys),
+                        (args.k.head(b, kv), 0..head.num_keys),
+                    ]
+                }
+                _ => Vec::new(),
+            };
+            forward::forward::<B>(&head, &queries, tiles, &next);
         }
     });
 }
@@ -298,7 +308,20 @@ unsafe fn backward_with<B: Backend>(args: &Backward<'_>, plans: &[Plan]) {
                 })
                 .collect();
             let tiles = &plans[b % plans.len()].tiles;
-            backward::backward::<B>(&head, &queries, tiles, &dk.head(b, kv), &dv.head(b, kv));
+            let (dk, dv) = (dk.head(b, kv), dv.head(b, kv));
+            let next = match item + 1 {
+                next if next < batch * kv_heads => {
+                    let (b, kv) = (next / kv_heads, next % kv_heads);
+                    let first = 0..num_queries.min(QT);
+                    let [q, out, d_out] = [&forward.q, &forward.out, d_out]
+                        .map(|x| (x.head(b, kv * shared), first.clone()));
+                    let [k, v] =
+                        [&forward.k, &forward.v].map(|x| (x.head(b, kv), 0..head.num_keys));
+                    vec![d_out, out, q, v, k]
+                }
+                _ => Vec::new(),
+            };
+            backward::backward::<B>(&head, &queries, tiles, &dk, &dv, &next);
         }
     });
 }

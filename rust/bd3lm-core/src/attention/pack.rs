@@ -5,6 +5,8 @@
 
 use super::backend::{MAX_W, NV, QT};
 use super::simd::Simd;
+use crate::simd::prefetch_line;
+use std::ops::Range;
 
 /// What a tensor holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,18 +40,14 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Asks for a row, which need not exist.
-    ///
-    /// # Safety
-    /// The processor has the instructions of `S`.
     #[inline(always)]
-    pub unsafe fn prefetch<S: Simd>(&self, row: usize) {
+    pub fn prefetch(&self, row: usize) {
         let size = self.dtype.size();
         let start = self
             .ptr
             .wrapping_offset(row as isize * self.stride * size as isize);
         for line in (0..self.width * size).step_by(64) {
-            // SAFETY: a hint that never faults.
-            unsafe { S::prefetch(start.wrapping_add(line)) };
+            prefetch_line(start.wrapping_add(line));
         }
     }
 
@@ -83,6 +81,26 @@ impl Rows {
     unsafe fn u16(&self, row: usize) -> *mut u16 {
         // SAFETY: the row lies inside the tensor.
         unsafe { self.ptr.cast::<u16>().offset(row as isize * self.stride) }
+    }
+}
+
+/// Rows that are needed soon, the first at the end: asked for a few at a time, between pieces of
+/// the work that goes on meanwhile.
+pub(super) struct Ahead(pub Vec<(Rows, Range<usize>)>);
+
+impl Ahead {
+    /// Asks for the next few.
+    pub fn step(&mut self) {
+        const FEW: usize = 32;
+        for _ in 0..FEW {
+            let Some((rows, left)) = self.0.last_mut() else {
+                return;
+            };
+            match left.next() {
+                Some(row) => rows.prefetch(row),
+                None => drop(self.0.pop()),
+            }
+        }
     }
 }
 
@@ -120,8 +138,7 @@ pub(super) fn round_bf16(x: f32) -> u16 {
 pub(super) unsafe fn rows<S: Simd>(src: &Rows, from: usize, n: usize, dst: *mut f32, ld: usize) {
     let zero_from = src.width / S::PAIR; // the last unit of an odd width is half zero
     for i in 0..n {
-        // SAFETY: only a hint.
-        unsafe { src.prefetch::<S>(from + i + AHEAD) };
+        src.prefetch(from + i + AHEAD);
         // SAFETY: row i of both, `width` elements and `ld` units long; whole vectors of the
         // source lie below `width`, those of `dst` below `ld`.
         unsafe {
@@ -238,8 +255,7 @@ pub(super) unsafe fn transpose<S: Simd>(src: *const f32, ld: usize, depth: usize
 #[inline(always)]
 pub(super) unsafe fn row_dots<S: Simd>(a: &Rows, b: &Rows, from: usize, n: usize, dst: *mut f32) {
     for i in 0..n {
-        // SAFETY: only a hint.
-        unsafe { a.prefetch::<S>(from + i + AHEAD) };
+        a.prefetch(from + i + AHEAD);
         // SAFETY: row i of both; full vectors below `whole`, single elements after it.
         unsafe {
             let whole = a.width / S::W * S::W;

@@ -179,6 +179,12 @@ pub(super) struct Tile {
     pub streams: [Stream; 2],
 }
 
+impl Tile {
+    pub fn range(&self) -> Range<usize> {
+        self.first..self.first + self.rows
+    }
+}
+
 /// The tiles of one batch row.
 pub(super) struct Plan {
     pub tiles: Vec<Tile>,

@@ -123,13 +123,6 @@ impl Simd for Avx2 {
     }
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    #[allow(unused_unsafe)] // newer compilers call the hint safe
-    unsafe fn prefetch(p: *const u8) {
-        // SAFETY: a hint, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-    }
-    #[target_feature(enable = "avx2,fma")]
-    #[inline]
     unsafe fn transpose(src: *const f32, ld_src: usize, dst: *mut f32, ld_dst: usize) {
         let mut x = [_mm256_setzero_ps(); 8];
         for (i, row) in x.iter_mut().enumerate() {

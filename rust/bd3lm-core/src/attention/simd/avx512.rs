@@ -122,13 +122,6 @@ macro_rules! common {
         }
         #[target_feature(enable = $features)]
         #[inline]
-        #[allow(unused_unsafe)] // newer compilers call the hint safe
-        unsafe fn prefetch(p: *const u8) {
-            // SAFETY: a hint, whatever the address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-        }
-        #[target_feature(enable = $features)]
-        #[inline]
         unsafe fn sum(x: __m512) -> f32 {
             _mm512_reduce_add_ps(x)
         }

@@ -113,8 +113,6 @@ pub(crate) trait Simd: Copy + 'static {
     /// # Safety
     /// That many writable units.
     unsafe fn store_units(p: *mut f32, x: Self::V);
-    /// Asks for the cache line at any address; never faults.
-    unsafe fn prefetch(p: *const u8);
     /// Transposes W rows of W units: `dst[c * ld_dst + r] = src[r * ld_src + c]`.
     ///
     /// # Safety

@@ -104,8 +104,6 @@ impl Simd for Portable {
         unsafe { Self::store(p, x) }
     }
     #[inline(always)]
-    unsafe fn prefetch(_p: *const u8) {}
-    #[inline(always)]
     unsafe fn transpose(src: *const f32, ld_src: usize, dst: *mut f32, ld_dst: usize) {
         for r in 0..8 {
             for c in 0..8 {
