@@ -32,8 +32,8 @@ def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], 
         last_clean: bool,
         device: str,
     ) -> T:
-        shape = seq_len, block_size, noised, clean_queries, first
-        return build(BlockMask(*shape, last_clean=last_clean), device)
+        mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
+        return build(mask, device)
 
     @wraps(build)
     def get(mask: BlockMask, device: str) -> T:

@@ -44,9 +44,9 @@ class BlockMask:
         noised: whether there is an xt stream.
         clean_queries: whether x0 positions are queries.
         first: position of the first query; 0 unless ``noised`` is False.
+        last_clean: whether the last block of x0 is there; True unless ``noised``.
         doc_ids: int32 [B, L] or None; attention stays inside a document, and -1 is padding.
             The positions of a document are contiguous.
-        last_clean: whether the last block of x0 is there; True unless ``noised``.
     """
 
     seq_len: int
@@ -54,8 +54,8 @@ class BlockMask:
     noised: bool
     clean_queries: bool
     first: int = 0
-    doc_ids: Tensor | None = None
     last_clean: bool = True
+    doc_ids: Tensor | None = None
 
     @classmethod
     def training(
@@ -216,5 +216,5 @@ def _dense(
     last_clean: bool,
     device: str,
 ) -> Tensor:
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, None, last_clean)
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
     return _materialise(mask.intervals(device), mask)

@@ -111,14 +111,14 @@ def block_intervals(
     last_clean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ranges of the mask that the arguments describe; ``like`` only says where."""
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, doc_ids, last_clean)
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean, doc_ids)
     clean_lo, clean_hi, noised_lo, noised_hi = (x.clone() for x in mask.intervals())
     return clean_lo, clean_hi, noised_lo, noised_hi
 
 
 @block_intervals.register_fake
 def _(like, doc_ids, seq_len, block_size, noised, clean_queries, first, last_clean):
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, None, last_clean)
+    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
     shape = (1 if doc_ids is None else doc_ids.shape[0], mask.num_queries)
     return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(4))
 
