@@ -159,6 +159,14 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
         return ada(cond)
 
 
+def wants_last_clean(device: torch.device) -> bool:
+    """Whether the last clean block is computed, though no one sees it.
+
+    The kernels for GPUs take streams of one length.
+    """
+    return device.type != "cpu"
+
+
 def _first(rope: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Angles of the first rows."""
     return rope[0][:count], rope[1][:count]
@@ -247,8 +255,7 @@ class Transformer(nn.Module):
             Normalised features [M, D].
         """
         seq_len = x0.shape[1]
-        # No one sees the last clean block. The kernels for GPUs want streams of one length.
-        last_clean = x0.device.type != "cpu"
+        last_clean = wants_last_clean(x0.device)
         mask = BlockMask.training(seq_len, block_size, doc_ids, last_clean=last_clean)
         x0 = x0[:, : mask.clean_len]
         cos, sin = self.rotary.table(seq_len, x0.device)
