@@ -42,8 +42,8 @@ def test_dense_is_the_definition(seq_len, block_size, docs, form, last):
     if form == "clean" and not last:
         pytest.skip("x0 alone is whole")
     doc_ids = documents(seq_len, docs)
-    kind = {} if last else {"last_clean": False}
-    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids, **kind)
+    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids)
+    mask = mask if last else mask.without_last_clean()
     dense = mask.dense()
     assert dense.shape[1:] == (mask.num_queries, mask.num_keys)
     for row in range(dense.shape[0]):
@@ -57,7 +57,7 @@ def test_dense_is_the_definition(seq_len, block_size, docs, form, last):
 def test_no_noised_query_sees_the_last_clean_block():
     whole = BlockMask.denoise(9, 4).dense()
     assert not whole[:, :, 9 + 8 :].any()
-    assert torch.equal(BlockMask.denoise(9, 4, last_clean=False).dense(), whole[:, :, : 9 + 8])
+    assert torch.equal(BlockMask.denoise(9, 4).without_last_clean().dense(), whole[:, :, : 9 + 8])
 
 
 def test_cached_queries_are_the_last_rows():

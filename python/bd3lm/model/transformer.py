@@ -6,6 +6,7 @@ Dh head width, M selected positions, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -255,8 +256,9 @@ class Transformer(nn.Module):
             Normalised features [M, D].
         """
         seq_len = x0.shape[1]
-        last_clean = wants_last_clean(x0.device)
-        mask = BlockMask.training(seq_len, block_size, doc_ids, last_clean=last_clean)
+        mask = BlockMask.training(seq_len, block_size, doc_ids)
+        if not wants_last_clean(x0.device):
+            mask = mask.without_last_clean()
         x0 = x0[:, : mask.clean_len]
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
@@ -264,7 +266,7 @@ class Transformer(nn.Module):
         h = self.embed(torch.cat([xt, x0], dim=1))
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
-        mask = BlockMask.denoise(seq_len, block_size, doc_ids, last_clean=last_clean)
+        mask = dataclasses.replace(mask, clean_queries=False)
         h = self._run(self.blocks[-1], h, mask, rope, cond, queries=seq_len, select=select)
         return self._finish(h, cond, seq_len, select)
 

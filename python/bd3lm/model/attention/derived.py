@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.mask import BlockMask, Shape
 
 T = TypeVar("T")
 
@@ -20,32 +20,23 @@ def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], 
     Under ``torch.compile`` nothing is kept, since what is built there are nodes of a graph; the
     compiler merges the copies of the layers itself.
     """
+    # Autograd refuses to save tensors born in inference mode, and these outlive it.
+    fresh = torch.inference_mode(False)(build)
     of_mask: WeakKeyDictionary[BlockMask, dict[str, T]] = WeakKeyDictionary()
 
     @lru_cache(maxsize=64)
-    def of_shape(
-        seq_len: int,
-        block_size: int,
-        noised: bool,
-        clean_queries: bool,
-        first: int,
-        last_clean: bool,
-        device: str,
-    ) -> T:
-        mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
-        return build(mask, device)
+    def of_shape(shape: Shape, device: str) -> T:
+        return fresh(BlockMask(*shape), device)
 
     @wraps(build)
     def get(mask: BlockMask, device: str) -> T:
         if torch.compiler.is_compiling():
             return build(mask, device)
-        # Autograd refuses to save tensors born in inference mode, and these outlive it.
-        with torch.inference_mode(False):
-            if mask.doc_ids is None:
-                return of_shape(*mask.shape, device)
-            known = of_mask.setdefault(mask, {})
-            if device not in known:
-                known[device] = build(mask, device)
-            return known[device]
+        if mask.doc_ids is None:
+            return of_shape(mask.shape, device)
+        known = of_mask.setdefault(mask, {})
+        if device not in known:
+            known[device] = fresh(mask, device)
+        return known[device]
 
     return get

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.model.attention.compiling import fixed_while_compiling
-from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.mask import BlockMask, before_last
 
 NEEDS = "needs an NVIDIA GPU and the flash-attn package (pip install bd3lm[gpu])"
 LIMITS = (
@@ -30,10 +30,10 @@ def is_causal(mask: BlockMask) -> bool | None:
     if mask.doc_ids is not None or mask.clean_queries == mask.noised:
         # Only one stream may ask; of two, xt can be alone with itself (below).
         return None
-    last_block = (mask.seq_len - 1) // mask.block_size
+    last_block = before_last(mask.seq_len, mask.block_size)
     if mask.noised:
         return False if last_block == 0 else None
-    if mask.first // mask.block_size == last_block:
+    if mask.first >= last_block:
         return False
     return True if mask.block_size == 1 else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ class Intervals(NamedTuple):
     clean_hi: Tensor
     noised_lo: Tensor
     noised_hi: Tensor
+
+
+Shape = tuple[int, int, bool, bool, int, bool]
+"""The first fields of a :class:`BlockMask`: all but the documents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,28 +62,18 @@ class BlockMask:
     doc_ids: Tensor | None = None
 
     @classmethod
-    def training(
-        cls,
-        seq_len: int,
-        block_size: int,
-        doc_ids: Tensor | None = None,
-        *,
-        last_clean: bool = True,
-    ) -> BlockMask:
-        """Both streams ask, both answer: Tq = Tk = 2L, or less without the last clean block."""
-        return cls(seq_len, block_size, True, True, doc_ids=doc_ids, last_clean=last_clean)
+    def training(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
+        """Both streams ask, both answer: Tq = Tk = 2L."""
+        return cls(seq_len, block_size, noised=True, clean_queries=True, doc_ids=doc_ids)
 
     @classmethod
-    def denoise(
-        cls,
-        seq_len: int,
-        block_size: int,
-        doc_ids: Tensor | None = None,
-        *,
-        last_clean: bool = True,
-    ) -> BlockMask:
-        """Only xt asks, both streams answer: Tq = L, Tk = 2L, or less without the last block."""
-        return cls(seq_len, block_size, True, False, doc_ids=doc_ids, last_clean=last_clean)
+    def denoise(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
+        """Only xt asks, both streams answer: Tq = L, Tk = 2L."""
+        return cls(seq_len, block_size, noised=True, clean_queries=False, doc_ids=doc_ids)
+
+    def without_last_clean(self) -> BlockMask:
+        """The same beside an xt stream, where x0 ends before its last block."""
+        return replace(self, last_clean=False)
 
     @classmethod
     def clean(
@@ -112,7 +106,7 @@ class BlockMask:
         return self.clean_len + (self.seq_len if self.noised else 0)
 
     @property
-    def shape(self) -> tuple[int, int, bool, bool, int, bool]:
+    def shape(self) -> Shape:
         """All but the documents: L, S, noised, clean queries, first, last clean."""
         streams = self.noised, self.clean_queries
         return self.seq_len, self.block_size, *streams, self.first, self.last_clean
@@ -120,13 +114,13 @@ class BlockMask:
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """The keys of every query, as ranges; shared between calls where no documents are given."""
         if self.doc_ids is None:
-            return _intervals(*self.shape, None, str(device))
-        return _intervals.__wrapped__(*self.shape, self.doc_ids.to(device), str(device))
+            return _intervals_of(self.shape, str(device))
+        return _intervals(self, device)
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask as booleans [B or 1, Tq, Tk], True where attention is allowed."""
         if self.doc_ids is None:
-            return _dense(*self.shape, str(device))
+            return _dense_of(self.shape, str(device))
         return _materialise(self.intervals(device), self)
 
 
@@ -147,16 +141,13 @@ class CachedMask(NamedTuple):
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for later calls, which may want gradients
-def _intervals(
-    seq_len: int,
-    block_size: int,
-    noised: bool,
-    clean_queries: bool,
-    first: int,
-    last_clean: bool,
-    doc_ids: Tensor | None,
-    device: str,
-) -> Intervals:
+def _intervals_of(shape: Shape, device: str) -> Intervals:
+    return _intervals(BlockMask(*shape), device)
+
+
+def _intervals(mask: BlockMask, device: torch.device | str) -> Intervals:
+    seq_len, block_size = mask.seq_len, mask.block_size
+    doc_ids = None if mask.doc_ids is None else mask.doc_ids.to(device)
     position = torch.arange(seq_len, dtype=torch.int32, device=device)[None]  # [1, L]
     start = position // block_size * block_size
     end = (start + block_size).clamp(max=seq_len)
@@ -170,12 +161,12 @@ def _intervals(
     live = torch.ones_like(own_lo) if doc_ids is None else (doc_ids >= 0).int()
 
     asking: list[tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor]]] = []
-    if noised:
+    if mask.noised:
         before = torch.maximum(start, doc_start)
         asking.append((slice(None), (doc_start, before, own_lo, own_hi)))
-    if clean_queries:
-        stop = seq_len if last_clean else before_last(seq_len, block_size)
-        asking.append((slice(first, stop), (doc_start, own_hi, zero, zero)))
+    if mask.clean_queries:
+        part = slice(mask.first, mask.clean_len)
+        asking.append((part, (doc_start, own_hi, zero, zero)))
     columns = [
         torch.cat([(stream[i] * live)[:, part] for part, stream in asking], dim=1).contiguous()
         for i in range(4)
@@ -207,14 +198,6 @@ def _materialise(intervals: Intervals, mask: BlockMask) -> Tensor:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _dense(
-    seq_len: int,
-    block_size: int,
-    noised: bool,
-    clean_queries: bool,
-    first: int,
-    last_clean: bool,
-    device: str,
-) -> Tensor:
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
+def _dense_of(shape: Shape, device: str) -> Tensor:
+    mask = BlockMask(*shape)
     return _materialise(mask.intervals(device), mask)

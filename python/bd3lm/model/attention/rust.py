@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from bd3lm import _core
+from bd3lm.model.attention.derived import derived
 from bd3lm.model.attention.mask import BlockMask, Intervals
 from bd3lm.model.threads import kernel_threads
 
@@ -63,7 +63,7 @@ def rust_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         # One opaque node in the graph, instead of the arithmetic behind the ranges.
         ranges = block_intervals(q, mask.doc_ids, *mask.shape)
         return block_attention(q, k, v, *ranges, clean_offset)[0]
-    ranges = _ranges(mask)
+    ranges = _ranges(mask, "cpu")
     if type(q) is not Tensor:  # a fake one, say, without memory to read
         return block_attention(q, k, v, *ranges, clean_offset)[0]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -86,17 +86,9 @@ class _BlockAttention(torch.autograd.Function):
         return (*_gradients(upstream[0], *ctx.saved_tensors, *ctx.mask), None, None)
 
 
-_known_ranges: WeakKeyDictionary[BlockMask, Intervals] = WeakKeyDictionary()
-
-
-def _ranges(mask: BlockMask) -> Intervals:
-    """The mask's ranges, computed once for all layers that share the mask."""
-    if mask.doc_ids is None:
-        return mask.intervals()
-    ranges = _known_ranges.get(mask)
-    if ranges is None:
-        ranges = _known_ranges[mask] = mask.intervals()
-    return ranges
+@derived
+def _ranges(mask: BlockMask, device: str) -> Intervals:
+    return mask.intervals(device)
 
 
 @torch.library.custom_op("bd3lm::block_intervals", mutates_args=(), device_types="cpu")

@@ -242,15 +242,12 @@ unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
             if decodes {
                 return decode::decode::<B::Wide>(&head, &queries, tiles);
             }
-            let next = match pair + 1 {
-                next if cuts == 1 && next < batch * kv_heads => {
-                    let (b, kv) = (next / kv_heads, next % kv_heads);
-                    vec![
-                        (args.q.head(b, kv * shared), 0..num_queries.min(QT)),
-                        (args.v.head(b, kv), 0..head.num_keys),
-                        (args.k.head(b, kv), 0..head.num_keys),
-                    ]
-                }
+            let next = match after(pair, batch, kv_heads) {
+                Some((b, kv)) if cuts == 1 => vec![
+                    (args.q.head(b, kv * shared), 0..num_queries.min(QT)),
+                    (args.v.head(b, kv), 0..head.num_keys),
+                    (args.k.head(b, kv), 0..head.num_keys),
+                ],
                 _ => Vec::new(),
             };
             forward::forward::<B>(&head, &queries, tiles, &next);
@@ -267,6 +264,12 @@ fn useful_threads(args: &Forward<'_>, products: usize) -> usize {
     let rows = heads * queries * products / 4 + 8 * kv_heads;
     let work = (batch * rows).saturating_mul(keys * width);
     args.options.threads.min(1 + work / WORTH)
+}
+
+/// Batch row and index of the head of keys after the `pair`-th, if there is one.
+fn after(pair: usize, batch: usize, kv_heads: usize) -> Option<(usize, usize)> {
+    let next = pair + 1;
+    (next < batch * kv_heads).then(|| (next / kv_heads, next % kv_heads))
 }
 
 /// Every `cuts`-th share of the tiles.
@@ -309,9 +312,8 @@ unsafe fn backward_with<B: Backend>(args: &Backward<'_>, plans: &[Plan]) {
                 .collect();
             let tiles = &plans[b % plans.len()].tiles;
             let (dk, dv) = (dk.head(b, kv), dv.head(b, kv));
-            let next = match item + 1 {
-                next if next < batch * kv_heads => {
-                    let (b, kv) = (next / kv_heads, next % kv_heads);
+            let next = match after(item, batch, kv_heads) {
+                Some((b, kv)) => {
                     let first = 0..num_queries.min(QT);
                     let [q, out, d_out] = [&forward.q, &forward.out, d_out]
                         .map(|x| (x.head(b, kv * shared), first.clone()));
@@ -319,7 +321,7 @@ unsafe fn backward_with<B: Backend>(args: &Backward<'_>, plans: &[Plan]) {
                         [&forward.k, &forward.v].map(|x| (x.head(b, kv), 0..head.num_keys));
                     vec![d_out, out, q, v, k]
                 }
-                _ => Vec::new(),
+                None => Vec::new(),
             };
             backward::backward::<B>(&head, &queries, tiles, &dk, &dv, &next);
         }
