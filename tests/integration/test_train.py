@@ -121,7 +121,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
 )
 def test_what_was_learned_of_the_noise_resumes_bitwise(config, tmp_path, monkeypatch, noise):
     """A law and a clip that are new at step 2, and a stop at step 3."""
-    monkeypatch.setattr("bd3lm.systems.learned.EVERY", 2)
+    monkeypatch.setattr("bd3lm.systems.learned_noise.EVERY", 2)
     config = dataclasses.replace(
         config,
         noise=dataclasses.replace(config.noise, **noise),

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3lm.device import has_bf16
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, for_inference
 from bd3lm.sample import Sampler
 from bd3lm.systems import BlockDiffusion
-from bd3lm.train.device import has_bf16
 from tests.conftest import MASK_ID, random_ids, tiny_model
 from tests.unit.test_sampler import config, sampler
 

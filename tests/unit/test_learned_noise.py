@@ -16,7 +16,7 @@ from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance
 from bd3lm.evaluate.likelihood import exact_draws
 from bd3lm.evaluate.variance import CountStatistics, clip_candidates
 from bd3lm.systems import BlockDiffusion, build_system
-from bd3lm.systems.learned import CountLaw, fitted, rarity_exponents
+from bd3lm.systems.learned_noise import CountLaw, fitted, rarity_exponents
 from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model, token_arrays
 
 SCHEDULES = {

@@ -17,8 +17,8 @@ from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.live import show
 from bd3lm.config import AttentionName, SampleConfig, check
+from bd3lm.device import check_attention, inference, resolve_device
 from bd3lm.sample import Sampler
-from bd3lm.train.device import check_attention, inference, resolve_device
 
 
 @dataclass(frozen=True)

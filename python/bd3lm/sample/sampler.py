@@ -16,7 +16,7 @@ from bd3lm.config import SampleConfig, check
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
 from bd3lm.sample.draw import discourage, draw
 from bd3lm.sample.plan import block_uniforms, plan_block
-from bd3lm.sample.rows import RowState, Running
+from bd3lm.sample.state import RowState, Running
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
 from bd3lm.systems import System, sigma_of
 

@@ -14,6 +14,7 @@ from bd3lm.checkpoint.native import read_meta
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.device import check_attention, inference, resolve_device
 from bd3lm.errors import CheckpointError, ConfigError, ExistsError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
@@ -21,7 +22,6 @@ from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.train.device import check_attention, inference, resolve_device
 from bd3lm.train.profile import StepProfiler
 from bd3lm.train.trainer import Reporter, Trainer
 

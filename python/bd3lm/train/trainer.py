@@ -20,6 +20,7 @@ from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
 from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Dataset, Loader, Prefetcher, Rows
+from bd3lm.device import autocast, compute_dtype, keep_freed_memory, resolve_device
 from bd3lm.errors import Bd3lmError, CheckpointError
 from bd3lm.evaluate import (
     Likelihood,
@@ -30,10 +31,9 @@ from bd3lm.evaluate import (
 )
 from bd3lm.files import write_text
 from bd3lm.model import Transformer
+from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.systems import build_system
-from bd3lm.train.device import autocast, compute_dtype, keep_freed_memory, resolve_device
 from bd3lm.train.ema import Ema
-from bd3lm.train.flops import peak_flops, step_flops
 from bd3lm.train.optim import Optimizers, lr_factor
 from bd3lm.train.profile import AVERAGE, DATA, StepProfiler
 

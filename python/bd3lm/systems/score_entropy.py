@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bd3lm.config import TrainConfig, check
 from bd3lm.model import Transformer, head_score_entropy
-from bd3lm.systems.bd3lm import BlockDiffusion
+from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
 class ScoreEntropy(BlockDiffusion):

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.evaluate import Likelihood
-from bd3lm.experiments.corpora import Texts
-from bd3lm.experiments.measures import AnyMeasure, Trained
-from bd3lm.experiments.spec import Measure, Run, Table, record_key
 from bd3lm.files import write_json
 from bd3lm.train import train_only
+from bd3lm_paper.corpora import Texts
+from bd3lm_paper.measures import AnyMeasure, Trained
+from bd3lm_paper.spec import Measure, Run, Table, record_key
 
 
 class Events(Protocol):

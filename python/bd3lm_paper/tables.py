@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.experiments.measures import (
+from bd3lm.model.flops import step_flops
+from bd3lm_paper.measures import (
     Cost,
     Curve,
     Generated,
@@ -16,9 +17,8 @@ from bd3lm.experiments.measures import (
     Variance,
     ZeroShot,
 )
-from bd3lm.experiments.scale import Scale
-from bd3lm.experiments.spec import Cell, Row, Run, Table
-from bd3lm.train.flops import step_flops
+from bd3lm_paper.scale import Scale
+from bd3lm_paper.spec import Cell, Row, Run, Table
 
 System = Literal["ar", "sedd", "mdlm", "bd3lm"]
 Clip = tuple[float, float] | None

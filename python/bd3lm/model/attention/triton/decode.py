@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bd3lm.model.attention.cuda.common import SIZES, cast, dot
-from bd3lm.model.attention.cuda.forward import softmax_step
+from bd3lm.model.attention.triton.common import SIZES, cast, dot
+from bd3lm.model.attention.triton.forward import softmax_step
 
 
 @triton.jit

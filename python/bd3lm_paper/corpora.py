@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, open_data, open_splits
-from bd3lm.experiments.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
-from bd3lm.experiments.spec import digest
+from bd3lm_paper.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
+from bd3lm_paper.spec import digest
 
 DETOKENIZERS = {"zero_lm1b": "lm1b", "lambada": "lambada", "wikitext": "wikitext"}
 """Zero-shot texts are put back as they were written, and run together without EOS, as the paper's

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from bd3lm.model.elementwise import (
+from bd3lm.model.fused import (
     activated,
     activated_linear,
     add_to,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from bd3lm.config import check
 from bd3lm.errors import ConfigError
-from bd3lm.experiments.corpora import Texts
-from bd3lm.experiments.formulas import FORMULAS
-from bd3lm.experiments.render import figure, to_json, to_markdown
-from bd3lm.experiments.runner import Events, Sweep
-from bd3lm.experiments.scale import Corpora, scale_named
-from bd3lm.experiments.spec import Table
-from bd3lm.experiments.tables import TABLES, Recipes
 from bd3lm.files import write_json, write_text
-from bd3lm.report.plots import plot_beside, plot_lines, plot_panels, plot_points
+from bd3lm.plots import plot_beside, plot_lines, plot_panels, plot_points
+from bd3lm_paper.corpora import Texts
+from bd3lm_paper.formulas import FORMULAS
+from bd3lm_paper.render import figure, to_json, to_markdown
+from bd3lm_paper.runner import Events, Sweep
+from bd3lm_paper.scale import Corpora, scale_named
+from bd3lm_paper.spec import Table
+from bd3lm_paper.tables import TABLES, Recipes
 
 
 def make_tables(

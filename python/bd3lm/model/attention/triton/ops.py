@@ -43,7 +43,7 @@ def block_attention(
         [B, H, Tq, D], and float32 [B, H, Tq] log2-sum-exp of the scaled scores (not
         differentiable; +inf where a query sees nothing).
     """
-    from bd3lm.model.attention.cuda.launch import run_forward
+    from bd3lm.model.attention.triton.launch import run_forward
 
     return run_forward(q, k, v, key_ranges, noised, scale)
 
@@ -75,7 +75,7 @@ def block_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; arguments as :func:`block_attention` took and gave them."""
-    from bd3lm.model.attention.cuda.launch import run_backward
+    from bd3lm.model.attention.triton.launch import run_backward
 
     return run_backward(dout, q, k, v, out, lse, key_ranges, query_ranges, noised, scale)
 
@@ -139,7 +139,7 @@ def decode_attention(
     Returns:
         [B, H, Tq, D].
     """
-    from bd3lm.model.attention.cuda.launch import run_decode
+    from bd3lm.model.attention.triton.launch import run_decode
 
     return run_decode(q, k, v, pages, lo, hi, scale, chunks)
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
-from bd3lm.model.attention.compiling import fixed_while_compiling
-from bd3lm.model.attention.cuda import ops
-from bd3lm.model.attention.cuda.ranges import ranges
+from bd3lm.model.attention.dynamo import fixed_while_compiling
 from bd3lm.model.attention.mask import BlockMask, CachedMask
+from bd3lm.model.attention.triton import ops
+from bd3lm.model.attention.triton.ranges import ranges
 
 NEEDS = "needs an NVIDIA GPU of compute capability 8.0 or newer and the triton package"
 LIMITS = (
@@ -51,7 +51,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> b
     )
 
 
-def cuda_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention under ``mask`` by the Triton kernels; see :func:`bd3lm.model.attention.attend`.
 
     Args:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bd3lm.config import EvalConfig, ModelConfig, NoiseConfig, OptimConfig, TrainConfig, check, tiny
+from bd3lm.config import EvalConfig, ModelConfig, NoiseConfig, OptimConfig, TrainConfig, check
+from bd3lm.config.presets import tiny
 from bd3lm.errors import ConfigError
 
 ScaleName = Literal["smoke", "cpu", "full"]

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts
-from bd3lm.experiments import Corpora, Run, ScaleName, make_tables
-from bd3lm.experiments.spec import Measure
+from bd3lm_paper import Corpora, Run, ScaleName, make_tables
+from bd3lm_paper.spec import Measure
 
 
 @dataclass(frozen=True)

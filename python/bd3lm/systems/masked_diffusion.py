@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bd3lm.systems.bd3lm import BlockDiffusion
+from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
 class MaskedDiffusion(BlockDiffusion):

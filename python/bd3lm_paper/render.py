@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from bd3lm.experiments.runner import Sweep
-from bd3lm.experiments.spec import Cell, Row, Table
+from bd3lm_paper.runner import Sweep
+from bd3lm_paper.spec import Cell, Row, Table
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of, whole_tiles
-from bd3lm.systems.learned import CountLaw, rarity_exponents
+from bd3lm.systems.learned_noise import CountLaw, rarity_exponents
 
 
 def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:

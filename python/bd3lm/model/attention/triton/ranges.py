@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bd3lm.model.attention.derived import derived
 from bd3lm.model.attention.mask import BlockMask, Intervals, document_bounds
+from bd3lm.model.attention.mask_cache import derived
 
 
 @derived

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from bd3lm.model.attention.cuda import backward, decode, forward
-from bd3lm.model.attention.cuda.tuning import Kernel, Tiles, architecture, tiles
+from bd3lm.model.attention.triton import backward, decode, forward
+from bd3lm.model.attention.triton.tuning import Kernel, Tiles, architecture, tiles
 
 LOG2E = 1.4426950408889634
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.model.elementwise import flat, row
+from bd3lm.model.fused import flat, row
 from bd3lm.model.threads import kernel_threads
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bd3lm.model.attention.cuda.common import (
+from bd3lm.model.attention.triton.common import (
     SIZES,
     cast,
     dot,
