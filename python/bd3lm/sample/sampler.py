@@ -245,7 +245,7 @@ class Sampler:
         A system that predicts a token from the one before keeps that one for the next forward.
         """
         batch.base = self._base(batch.start)
-        end = batch.start - self.system.looks_back
+        end = batch.start - self.system.prediction_offset
         batch.cache.length = 0
         batch.committed = batch.base
         if end <= batch.base:
@@ -271,7 +271,7 @@ class Sampler:
         masked = batch.masked[:, start : start + size]
         draws = [block_uniforms(cfg.seed, row.number, start // size, size) for row in batch.rows]
         uniform = np.stack(draws)  # [B, S, 2]
-        if self.system.has_mass:
+        if self.system.unnormalized_scores:
             yield from self._analytic(batch, cfg, masked, uniform)
         elif cfg.adaptive:
             yield from self._adaptive(batch, cfg, masked, uniform)
@@ -384,7 +384,7 @@ class Sampler:
         """
         start, stop = batch.start, batch.start + self.block_size
         waiting = start - batch.committed
-        back = self.system.looks_back
+        back = self.system.prediction_offset
         ids = batch.tokens[:, batch.committed : stop - back]
         if batch.committed == batch.base > 0:
             ids = ids.clone()
@@ -481,7 +481,7 @@ class Sampler:
         for token in cfg.forbidden:
             check(0 <= token < vocab_size and token != self.mask_id, "forbidden", token, ids)
         check(
-            not (self.system.has_mass and (cfg.adaptive or cfg.tokens_per_forward > 1)),
+            not (self.system.unnormalized_scores and (cfg.adaptive or cfg.tokens_per_forward > 1)),
             "threshold, entropy-bound, tokens-per-forward",
             "set",
             f"not for {self.system.name}, whose scores are no probabilities; use steps",

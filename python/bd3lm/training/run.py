@@ -22,8 +22,8 @@ from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.train.profile import StepProfiler
-from bd3lm.train.trainer import Reporter, Trainer
+from bd3lm.training.profile import StepProfiler
+from bd3lm.training.trainer import Reporter, Trainer
 
 
 def saved_config(out: Path) -> TrainConfig:
