@@ -165,7 +165,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             eos_id=tokenizer.eos_id,
         )
         with arithmetic:
-            samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
+            samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
     write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")
