@@ -3,6 +3,8 @@
 mod binomial;
 mod choice;
 mod levels;
+pub mod schedule;
+pub mod weighting;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -10,10 +12,10 @@ use std::sync::{Arc, Mutex};
 use statrs::function::beta::{beta_reg, ln_beta};
 
 use crate::error::{Error, Result};
-use crate::order::Permutation;
-use crate::rng::{Domain, Stream, key_of};
-use crate::schedule::{MIN_LEVEL, Schedule, root};
-use crate::weighting::Weighting;
+use crate::noise::schedule::{MIN_LEVEL, Schedule, root};
+use crate::noise::weighting::Weighting;
+use crate::random::Permutation;
+use crate::random::{Domain, Stream, key_of};
 use binomial::truncated_binomial;
 use choice::Choice;
 use levels::{compare, count_live, limit, limits, limits_by_frequency, narrow, place_levels};

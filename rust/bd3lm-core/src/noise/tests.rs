@@ -1,6 +1,6 @@
 use super::binomial::CHOOSE;
 use super::*;
-use crate::schedule::tests::all;
+use crate::noise::schedule::tests::all;
 use proptest::prelude::*;
 
 fn spec(schedule: Schedule, estimator: Estimator, clip: Option<(f64, f64)>) -> NoiseSpec {
