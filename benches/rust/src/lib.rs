@@ -3,9 +3,7 @@
 use std::time::Duration;
 
 use bd3lm_core::data::store::Vocab;
-use bd3lm_core::noise::schedule::Schedule;
-use bd3lm_core::noise::weighting::Weighting;
-use bd3lm_core::noise::{Estimator, NoiseSpec};
+use bd3lm_core::noise::{Estimator, NoiseSpec, Schedule, Weighting};
 use criterion::Criterion;
 
 /// A vocabulary of 16 bits.

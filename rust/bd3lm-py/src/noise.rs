@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use bd3lm_core::data::batch::{self, NoiseBatch};
-use bd3lm_core::noise::schedule::Schedule;
-use bd3lm_core::noise::weighting::Weighting;
-use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec};
+use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec, Schedule, Weighting};
 use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;

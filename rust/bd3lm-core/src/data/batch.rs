@@ -373,8 +373,8 @@ mod tests {
     use crate::data::pack::Packing;
     use crate::data::store::Vocab;
     use crate::noise::Estimator;
-    use crate::noise::schedule::Schedule;
-    use crate::noise::weighting::Weighting;
+    use crate::noise::Schedule;
+    use crate::noise::Weighting;
 
     const VOCAB: Vocab = Vocab {
         vocab_size: 1 << 20,

@@ -1,6 +1,6 @@
 //! Reweightings of the training loss (MATH §3). Reported likelihoods always use [`Weighting::Nelbo`].
 
-use crate::noise::schedule::Schedule;
+use super::schedule::Schedule;
 
 /// A factor w̃ on top of the NELBO weight.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,4 +4,4 @@ pub mod permutation;
 pub mod philox;
 
 pub use permutation::Permutation;
-pub use philox::{Domain, Stream, key_of, mix};
+pub use philox::{Domain, Stream, key_of, mix, unit};

@@ -56,6 +56,12 @@ pub fn key_of(seed: u64, domain: Domain, step: u64) -> u64 {
     mix(mix(seed ^ (u64::from(domain as u32) << 56)) ^ step)
 }
 
+/// A number in (0, 1) from 32 bits.
+#[inline(always)]
+pub fn unit(word: u32) -> f64 {
+    (f64::from(word) + 0.5) * (1.0 / 4_294_967_296.0)
+}
+
 /// The random numbers of one row at one step, read in order.
 #[derive(Clone, Debug)]
 pub struct Stream {
