@@ -37,7 +37,7 @@ from common import RESULTS, spread, write
 from bd3lm.config import TrainConfig, preset
 from bd3lm.data.store import TokenArrays
 from bd3lm.model.flops import peak_flops, step_flops
-from bd3lm.train.trainer import Trainer, frozen
+from bd3lm.training.trainer import Trainer, frozen
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.evaluate import Likelihood
 from bd3lm.files import write_json
-from bd3lm.train import train_only
+from bd3lm.training import train_only
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.measures import AnyMeasure, Trained
 from bd3lm_paper.spec import Measure, Run, Table, record_key

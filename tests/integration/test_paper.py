@@ -11,7 +11,7 @@ import pytest
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
 from bd3lm.model.flops import step_flops
-from bd3lm.train import train_only
+from bd3lm.training import train_only
 from bd3lm_paper import TABLES, Corpora, Row, Run, make_tables, runner
 from bd3lm_paper import cli as paper
 from bd3lm_paper.corpora import Texts

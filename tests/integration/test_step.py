@@ -18,7 +18,7 @@ from bd3lm.errors import ConfigError
 from bd3lm.model import Transformer
 from bd3lm.model.cross_entropy import composed_cross_entropy_
 from bd3lm.systems import build_system
-from bd3lm.train import InterruptedRunError, Trainer
+from bd3lm.training import InterruptedRunError, Trainer
 from tests.integration.conftest import Silent
 
 

@@ -81,8 +81,8 @@ def sample(args: SampleArgs) -> None:
         for first in range(0, cfg.num, args.batch_size):
             rows = min(args.batch_size, cfg.num - first)
             samples = sampler.generate(
-                cfg,
-                [prompt] * rows,
+                dataclasses.replace(cfg, num=rows),
+                [prompt],
                 first=first,
                 progress=lambda done, f=first, n=rows: progress.update(
                     task, completed=f * length + done * n

@@ -11,8 +11,8 @@ from bd3lm.config.check import check
 class SampleConfig:
     """Sampling (MATH §8)."""
 
-    num: int = 4
-    """Samples."""
+    num: int = 1
+    """Samples of each prompt."""
     length: int | None = None
     """Largest number of tokens, prompt and BOS included. None: the trained length."""
     steps: int | None = None

@@ -72,7 +72,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "steps", "batch_size", "log_every", "checkpoint_every"):

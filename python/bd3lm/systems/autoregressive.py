@@ -21,7 +21,7 @@ class Autoregressive(System):
     """
 
     name = "ar"
-    looks_back = 1
+    prediction_offset = 1
 
     def __init__(self, mask_id: int) -> None:
         super().__init__(1, mask_id)
@@ -71,4 +71,4 @@ class Autoregressive(System):
 
         Position 0 of a row or a document is a BOS and never selected, so there always is one.
         """
-        return model.encode(x0, 1, select=select - self.looks_back, doc_ids=doc_ids)
+        return model.encode(x0, 1, select=select - self.prediction_offset, doc_ids=doc_ids)

@@ -113,18 +113,18 @@ class BlockDiffusion(System):
         probs = None if self._law is None else self._law.probs
         self._noise = noise_spec(self._cfg, self.clip, count_probs=probs, gamma=self._gamma)
 
-    def see(self, data: Dataset | TokenArrays) -> None:
+    def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Rank the tokens by rarity, where masking goes by it."""
         if self._cfg.frequency_gap > 0:
             self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
             self._renew()
 
-    def adapt(self, step: int) -> None:
+    def update_noise_after_step(self, step: int) -> None:
         """Every few steps a new law of counts, where one is fitted."""
-        if self._law is not None and self._law.adapt(step):
+        if self._law is not None and self._law.update_noise_after_step(step):
             self._renew()
 
-    def use_clip(self, clip: tuple[float, float] | None) -> None:
+    def set_clip(self, clip: tuple[float, float] | None) -> None:
         """Train on these levels from the next step on."""
         self.clip = clip
         self._renew()

@@ -52,7 +52,7 @@ class CountLaw:
             self._sums[0].index_add_(0, count.long(), square)
             self._sums[1].index_add_(0, count.long(), torch.ones_like(square))
 
-    def adapt(self, step: int) -> bool:
+    def update_noise_after_step(self, step: int) -> bool:
         """After a step: let the averages fade; every so often a new q. Returns whether it is."""
         if self._sums is None:
             return False

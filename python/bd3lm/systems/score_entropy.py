@@ -22,7 +22,7 @@ class ScoreEntropy(BlockDiffusion):
     """
 
     name = "sedd"
-    has_mass = True
+    unnormalized_scores = True
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:

@@ -22,8 +22,8 @@ from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.train.profile import StepProfiler
-from bd3lm.train.trainer import Reporter, Trainer
+from bd3lm.training.profile import StepProfiler
+from bd3lm.training.trainer import Reporter, Trainer
 
 
 def saved_config(out: Path) -> TrainConfig:
@@ -163,7 +163,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             eos_id=tokenizer.eos_id,
         )
         with arithmetic:
-            samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
+            samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
     write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")

@@ -1,7 +1,7 @@
 """The training loop and what it needs."""
 
-from bd3lm.train.run import run_training, saved_config, train_only
-from bd3lm.train.trainer import InterruptedRunError, Reporter, Trainer
+from bd3lm.training.run import run_training, saved_config, train_only
+from bd3lm.training.trainer import InterruptedRunError, Reporter, Trainer
 
 __all__ = [
     "InterruptedRunError",

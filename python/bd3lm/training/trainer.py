@@ -33,9 +33,9 @@ from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.systems import build_system
-from bd3lm.train.ema import Ema
-from bd3lm.train.optim import Optimizers, lr_factor
-from bd3lm.train.profile import AVERAGE, DATA, StepProfiler
+from bd3lm.training.ema import Ema
+from bd3lm.training.optim import Optimizers, lr_factor
+from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 
 
 class Reporter(Protocol):
@@ -84,7 +84,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.system = build_system(cfg, self.tokenizer.mask_id)
-        self.system.see(train)
+        self.system.fit_to_data(train)
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
@@ -187,7 +187,7 @@ class Trainer:
         with record_function(AVERAGE):
             self.ema.update()
         self.steps_done += 1
-        self.system.adapt(self.steps_done)
+        self.system.update_noise_after_step(self.steps_done)
         return total, norm
 
     def validate(self, *, quick: bool) -> Likelihood:
@@ -233,7 +233,7 @@ class Trainer:
             resample=noise.resample,
             count_probs=self.system.count_probs,
         )
-        self.system.use_clip(clip)
+        self.system.set_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
     # --- logging ----------------------------------------------------------------------------
