@@ -28,7 +28,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
-        check(name in known, name, values[name], f"not a setting of {kind.__name__}")
+        check(name in known, name, values[name], f"left out: {kind.__name__} has no such setting")
     return kind(**{name: _convert(hints[name], value) for name, value in values.items()})
 
 
