@@ -23,7 +23,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 pub struct PySchedule(Schedule);
 
 fn need(name: &'static str, value: Option<f64>) -> Result<f64> {
-    value.ok_or_else(|| Error::config(name, "None", "is needed by this schedule"))
+    value.ok_or_else(|| Error::config(name, "None", "a number for this schedule"))
 }
 
 #[pymethods]
@@ -59,7 +59,7 @@ impl PySchedule {
                     return Err(Error::config(
                         "schedule",
                         name,
-                        "must be loglinear, square, square_root, logarithmic, cosine, gaussian \
+                        "loglinear, square, square_root, logarithmic, cosine, gaussian \
                          or bimodal_gaussian",
                     ));
                 }
@@ -117,7 +117,7 @@ impl PyWeighting {
                 return Err(to_py(Error::config(
                     "weighting",
                     name,
-                    "must be nelbo, edm, iddpm, sigmoid, flow_matching or simple",
+                    "nelbo, edm, iddpm, sigmoid, flow_matching or simple",
                 )));
             }
         }))
@@ -163,7 +163,7 @@ impl PyNoiseSpec {
             },
             "full" => Estimator::Full,
             _ => {
-                let allowed = "must be bernoulli, count or full";
+                let allowed = "bernoulli, count or full";
                 return Err(to_py(Error::config("estimator", estimator, allowed)));
             }
         };

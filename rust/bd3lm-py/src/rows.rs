@@ -53,7 +53,7 @@ impl PyRowPlan {
         documents: bool,
     ) -> PyResult<Self> {
         if packing != "wrap" && (row_eos || stride.is_some()) {
-            let allowed = "goes with wrap where rows have a stride or an EOS of their own";
+            let allowed = "wrap where rows have a stride or an EOS of their own";
             return Err(to_py(Error::config("packing", packing, allowed)));
         }
         let packing = match packing {
@@ -61,7 +61,7 @@ impl PyRowPlan {
             "aligned" => Packing::Aligned,
             "best_fit" => Packing::BestFit,
             _ => {
-                let allowed = "must be wrap, aligned or best_fit";
+                let allowed = "wrap, aligned or best_fit";
                 return Err(to_py(Error::config("packing", packing, allowed)));
             }
         };
@@ -207,7 +207,7 @@ fn row_order(
     count: usize,
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
     if num_rows == 0 {
-        return Err(to_py(Error::config("num_rows", 0, "must be at least 1")));
+        return Err(to_py(Error::config("num_rows", 0, "at least 1")));
     }
     let mut rows = vec![0; count];
     Order::new(seed, num_rows).fill(first, &mut rows);

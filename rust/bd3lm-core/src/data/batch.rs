@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::cpu::buffers::{check_len, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::data::pack::{RowBuffers, RowPlan};
 use crate::data::store::TokenStore;
@@ -64,7 +65,7 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
         Some(row) => Err(Error::config(
             "row",
             row,
-            format!("must be below the {} rows", plan.num_rows()),
+            format!("below the {} rows", plan.num_rows()),
         )),
     }
 }
@@ -83,22 +84,14 @@ fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize
     }
 }
 
-fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
-    if len == needed {
-        return Ok(());
-    }
-    let allowed = format!("must hold {needed} elements");
-    Err(Error::config(field, format!("{len} elements"), allowed))
-}
-
 impl<'a> CleanBatch<'a> {
     fn check(&self, plan: &RowPlan, documents: bool, tokens: usize) -> Result<()> {
-        check_len("x0", self.x0.len(), tokens)?;
-        check_len("noisable", self.noisable.len(), tokens)?;
+        check_len("x0", tokens, self.x0.len())?;
+        check_len("noisable", tokens, self.noisable.len())?;
         if self.doc_ids.is_empty() && !documents && !plan.may_pad() {
             return Ok(());
         }
-        check_len("doc_ids", self.doc_ids.len(), tokens)
+        check_len("doc_ids", tokens, self.doc_ids.len())
     }
 
     /// Cuts buffers of checked sizes into rows of L tokens.
@@ -115,9 +108,9 @@ impl<'a> CleanBatch<'a> {
 
 impl NoiseBatch<'_> {
     fn check(&self, tokens: usize, blocks: usize) -> Result<()> {
-        check_len("mask", self.mask.len(), tokens)?;
-        check_len("mask_prob", self.mask_prob.len(), blocks)?;
-        check_len("weight", self.weight.len(), blocks)
+        check_len("mask", tokens, self.mask.len())?;
+        check_len("mask_prob", blocks, self.mask_prob.len())?;
+        check_len("weight", blocks, self.weight.len())
     }
 }
 
@@ -166,17 +159,10 @@ pub fn noise(
     out: NoiseBatch<'_>,
 ) -> Result<()> {
     spec.check(seq_len, block_size)?;
-    if !x0.len().is_multiple_of(seq_len) {
-        let allowed = format!("must be whole rows of {seq_len}");
-        return Err(Error::config(
-            "x0",
-            format!("{} elements", x0.len()),
-            allowed,
-        ));
-    }
+    whole_rows("x0", x0.len(), seq_len)?;
     let k = seq_len / block_size;
     let rows = x0.len() / seq_len;
-    check_len("noisable", noisable.len(), x0.len())?;
+    check_len("noisable", x0.len(), noisable.len())?;
     out.check(x0.len(), rows * k)?;
     let one = |scratch: &mut Scratch, i: usize, ids, noisable, mask, prob, weight| {
         let key = NoiseKey {
@@ -231,9 +217,9 @@ pub fn gather_noised(
 ) -> Result<Filled> {
     let l = plan.seq_len();
     let tokens = rows.len() * l;
-    check_len("xt", out.xt.len(), tokens)?;
-    check_len("masked", out.masked.len(), tokens)?;
-    check_len("masked_weight", out.masked_weight.len(), tokens)?;
+    check_len("xt", tokens, out.xt.len())?;
+    check_len("masked", tokens, out.masked.len())?;
+    check_len("masked_weight", tokens, out.masked_weight.len())?;
     let noise = out.noise;
     check_rows(plan, rows)?;
     spec.check(l, block_size)?;

@@ -93,11 +93,11 @@ impl RowPlan {
             _ => 2,
         };
         if seq_len < shortest || seq_len > 1 << 24 {
-            let allowed = format!("must be {shortest} to {}", 1 << 24);
+            let allowed = format!("{shortest} to {}", 1 << 24);
             return Err(Error::config("seq_len", seq_len, allowed));
         }
         if block_size == 0 || !seq_len.is_multiple_of(block_size) {
-            let allowed = format!("must divide seq_len = {seq_len}");
+            let allowed = format!("a divisor of seq_len = {seq_len}");
             return Err(Error::config("block_size", block_size, allowed));
         }
         let total = store.tokens().len() as u64;
@@ -112,7 +112,7 @@ impl RowPlan {
             return Err(Error::config(
                 "seq_len",
                 seq_len,
-                format!("the data set's {total} tokens do not fill one row"),
+                format!("shorter: the data set's {total} tokens do not fill one row"),
             ));
         }
         Ok(plan)
@@ -283,11 +283,11 @@ fn wrap(
 ) -> Result<RowPlan> {
     if let Some(stride) = stride {
         if row_eos {
-            let allowed = "goes with rows that do not close with EOS";
+            let allowed = "left out where rows close with EOS";
             return Err(Error::config("stride", stride, allowed));
         }
         if stride == 0 || stride >= seq_len || !stride.is_multiple_of(block_size) {
-            let allowed = format!("must be a multiple of {block_size} below {seq_len}");
+            let allowed = format!("a multiple of {block_size} below {seq_len}");
             return Err(Error::config("stride", stride, allowed));
         }
     }

@@ -27,10 +27,10 @@ impl Truncated {
     /// `names` of the two parameters are what an error says.
     fn new(names: [&'static str; 2], mu: f64, sigma: f64) -> Result<Self> {
         if !mu.is_finite() {
-            return Err(Error::config(names[0], mu, "a finite number is needed"));
+            return Err(Error::config(names[0], mu, "finite"));
         }
         if !(sigma.is_finite() && sigma > 0.0) {
-            return Err(Error::config(names[1], sigma, "must be greater than 0"));
+            return Err(Error::config(names[1], sigma, "greater than 0"));
         }
         let sign = if mu < 0.0 { -1.0 } else { 1.0 };
         let before = area_below(-sign * mu / sigma);
@@ -39,7 +39,9 @@ impl Truncated {
             return Err(Error::config(
                 names[0],
                 mu,
-                format!("a Gaussian of deviation {sigma} there leaves no mass in (0, 1)"),
+                format!(
+                    "nearer to (0, 1): a Gaussian of deviation {sigma} there leaves it no mass"
+                ),
             ));
         }
         Ok(Truncated {
@@ -133,7 +135,7 @@ impl Schedule {
         paper_weights: bool,
     ) -> Result<Self> {
         if !(weight > 0.0 && weight < 1.0) {
-            return Err(Error::config("mixture", weight, "must lie in (0, 1)"));
+            return Err(Error::config("mixture", weight, "in (0, 1)"));
         }
         Ok(Schedule::BimodalGaussian {
             first: Truncated::new(["mu", "sigma"], mu1, sigma1)?,
@@ -146,7 +148,7 @@ impl Schedule {
     /// The cosine schedule with p(0) = `eps`.
     pub fn cosine(eps: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&eps) {
-            return Err(Error::config("eps", eps, "must lie in [0, 1)"));
+            return Err(Error::config("eps", eps, "in [0, 1)"));
         }
         Ok(Schedule::Cosine { eps })
     }
@@ -247,8 +249,8 @@ impl Schedule {
                 return Err(Error::config(
                     "paper_weights",
                     true,
-                    "the paper's bimodal p(t) is not monotone and has no inverse; \
-                     it is for training with the bernoulli estimator and no clip",
+                    "false here: the paper's bimodal p(t) is not monotone and has no inverse. It is for \
+                     training with the bernoulli estimator and no clip",
                 ));
             }
             Schedule::BimodalGaussian {

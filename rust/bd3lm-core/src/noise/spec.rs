@@ -75,7 +75,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     shown,
-                    "needs 0 <= a <= b <= 1 and b > 0",
+                    "[a, b] with 0 <= a <= b <= 1 and b > 0",
                 ));
             }
             if a == 1.0 {
@@ -85,7 +85,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     shown,
-                    "the full estimator masks everything; a clip goes with bernoulli or count",
+                    "left out with the full estimator, which masks everything",
                 ));
             } else {
                 let a = a.max(MIN_LEVEL);
@@ -94,7 +94,7 @@ impl NoiseSpec {
                         "clip",
                         shown,
                         format!(
-                            "needs a < b, and a is at least {MIN_LEVEL}; [1, 1] masks everything"
+                            "[a, b] with a < b, where a is at least {MIN_LEVEL}; or [1, 1], which masks all"
                         ),
                     ));
                 }
@@ -106,14 +106,14 @@ impl NoiseSpec {
             return Err(Error::config(
                 "resample",
                 true,
-                "goes with the bernoulli estimator and a clip",
+                "false unless the estimator is bernoulli and has a clip",
             ));
         }
         if gamma.is_some() && (!bernoulli || resample) {
             return Err(Error::config(
                 "gamma",
                 "given",
-                "frequency-informed masking goes with the bernoulli estimator, without resample",
+                "left out unless the estimator is bernoulli, without resample",
             ));
         }
         if let Some(gamma) = &gamma
@@ -122,14 +122,14 @@ impl NoiseSpec {
             return Err(Error::config(
                 "gamma",
                 "given",
-                "every factor must be greater than 0",
+                "greater than 0 for every token",
             ));
         }
         if !schedule.is_monotone() && (clip.is_some() || !bernoulli) {
             return Err(Error::config(
                 "paper_weights",
                 true,
-                "goes with the bernoulli estimator and no clip: its p(t) has no inverse",
+                "false unless the estimator is bernoulli without a clip: its p(t) has no inverse",
             ));
         }
         if let Estimator::Count { probs, stratum } = &estimator {
@@ -139,7 +139,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "count_probs",
                     "given",
-                    "every q(k) must be greater than 0",
+                    "greater than 0 for every k",
                 ));
             }
             if let Some((j, r)) = stratum
@@ -148,7 +148,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "stratum",
                     format!("({j}, {r})"),
-                    "needs index < number",
+                    "(index, number) with index < number",
                 ));
             }
         }
@@ -183,7 +183,7 @@ impl NoiseSpec {
             return Err(Error::config(
                 "block_size",
                 block_size,
-                format!("must divide seq_len = {seq_len}"),
+                format!("a divisor of seq_len = {seq_len}"),
             ));
         }
         if self.resample {
@@ -193,7 +193,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     format!("[{a}, {b}]"),
-                    format!("holds no k/{block_size} of k >= 1, so resample leaves no loss"),
+                    format!("around a k/{block_size} of k >= 1, or resample leaves no loss"),
                 ));
             }
         }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use regex::{Captures, Regex};
 
-use crate::error::{Error, Result};
+use crate::error::{Result, named};
 
 /// Whose conventions a text follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +38,7 @@ impl Detokenizer {
     /// # Errors
     /// [`Error::Config`] that lists the names there are.
     pub fn named(name: &str) -> Result<Self> {
-        let found = ALL.iter().find(|(known, _)| *known == name);
-        found.map(|(_, value)| *value).ok_or_else(|| {
-            let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
-            Error::config("detokenizer", name, format!("one of {}", names.join(", ")))
-        })
+        named("detokenizer", name, &ALL)
     }
 
     /// Its name.

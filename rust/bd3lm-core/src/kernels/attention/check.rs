@@ -10,7 +10,7 @@ fn bad<T>(field: &'static str, value: impl ToString, allowed: &str) -> Result<T>
 fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Result<()> {
     if x.shape != shape {
         let got = format!("shape {:?}", x.shape);
-        return bad(name, got, &format!("a tensor of shape {shape:?} is needed"));
+        return bad(name, got, &format!("of shape {shape:?}"));
     }
     if x.dtype != dtype {
         return bad(
@@ -21,15 +21,15 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
     }
     let empty = x.shape.contains(&0);
     if !empty && (x.ptr.is_null() || !(x.ptr as usize).is_multiple_of(dtype.size())) {
-        return bad(name, format!("address {:?}", x.ptr), "an aligned address");
+        return bad(
+            name,
+            format!("address {:?}", x.ptr),
+            "aligned to its elements",
+        );
     }
     if x.strides.iter().any(|&s| s < 0) || (x.strides[3] != 1 && x.shape[3] > 1) {
         let got = format!("strides {:?}", x.strides);
-        return bad(
-            name,
-            got,
-            "strides are not negative, and 1 along the last axis",
-        );
+        return bad(name, got, "not negative, and 1 along the last axis");
     }
     let elements = x
         .shape
@@ -41,11 +41,7 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
                 .checked_add(sum)
         });
     if elements.is_none_or(|n| n > isize::MAX as usize / dtype.size()) {
-        return bad(
-            name,
-            format!("strides {:?}", x.strides),
-            "a tensor that fits in memory",
-        );
+        return bad(name, format!("strides {:?}", x.strides), "within memory");
     }
     Ok(())
 }
@@ -63,11 +59,7 @@ fn distinct(name: &'static str, x: &Tensor) -> Result<()> {
     for (stride, n) in axes {
         if stride as usize <= reach {
             let got = format!("strides {:?}", x.strides);
-            return bad(
-                name,
-                got,
-                "a result has every element in a place of its own",
-            );
+            return bad(name, got, "such that no two elements share a place");
         }
         reach += stride as usize * (n - 1);
     }
@@ -79,17 +71,13 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     let [batch, heads, queries, width] = args.q.shape;
     let dtype = args.q.dtype;
     if width == 0 || width > MAX_HEAD_WIDTH {
-        return bad(
-            "q",
-            format!("head width {width}"),
-            "head widths are 1 to 256",
-        );
+        return bad("q", format!("head width {width}"), "1 to 256");
     }
     tensor("q", &args.q, args.q.shape, dtype)?;
     let [_, kv_heads, keys, _] = args.k.shape;
     if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
         let got = format!("{kv_heads} key heads for {heads} query heads");
-        return bad("k", got, "query heads are a multiple of key heads");
+        return bad("k", got, "a divisor of the query heads");
     }
     if keys > i32::MAX as usize / 2 || args.mask.clean_offset > keys {
         return bad(
@@ -107,11 +95,11 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
         return bad(
             "lse",
             format!("address {:?}", args.lse.0),
-            "an aligned address",
+            "aligned to float32",
         );
     }
     if args.options.threads == 0 || args.options.threads > 1024 {
-        return bad("threads", args.options.threads, "1 to 1024 threads");
+        return bad("threads", args.options.threads, "1 to 1024");
     }
     if !args.options.scale.is_finite() || args.options.scale <= 0.0 {
         return bad("scale", args.options.scale, "a positive number");
@@ -122,7 +110,7 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
         return bad(
             "mask",
             format!("{rows} rows"),
-            "one row a query, for all or for each batch row",
+            "one for each query, of one row or of every row",
         );
     }
     if [ranges.clean_hi, ranges.noised_lo, ranges.noised_hi]

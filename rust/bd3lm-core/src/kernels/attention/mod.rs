@@ -28,12 +28,7 @@ pub use layout::Dtype;
 pub use tiles::Ranges;
 
 use crate::cpu::Isa;
-use crate::cpu::simd::portable::Portable;
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::{
-    avx2::Avx2,
-    avx512::{Avx512, Avx512Bf16},
-};
+use crate::cpu::simd::dispatch;
 use crate::cpu::threads::parallel;
 use crate::{Error, Result};
 use backend::{Backend, QT};
@@ -159,17 +154,7 @@ pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
     let isa = choose(args.options.isa, args.q.dtype)?;
     let plans = plans(args)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => forward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => forward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => forward_with::<Avx2>(args, &plans),
-            _ => forward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => forward_with::<B>(args, &plans)) };
     Ok(())
 }
 
@@ -185,17 +170,7 @@ pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
     let isa = choose(args.forward.options.isa, args.forward.q.dtype)?;
     let plans = plans(&args.forward)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => backward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => backward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => backward_with::<Avx2>(args, &plans),
-            _ => backward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => backward_with::<B>(args, &plans)) };
     Ok(())
 }
 
@@ -355,8 +330,8 @@ fn choose(forced: Option<Isa>, dtype: Dtype) -> Result<Isa> {
     if !isa.is_available() {
         return Err(Error::config(
             "isa",
-            format!("{isa:?}"),
-            format!("this processor has at most {:?}", Isa::best()),
+            isa.name(),
+            format!("at most {}, the best of this processor", Isa::best().name()),
         ));
     }
     Ok(match (isa, dtype) {
