@@ -179,36 +179,49 @@ impl PyNoiseSpec {
     }
 }
 
+/// (seed, step, first row, rows of the global batch).
+pub type Key = (u64, u64, u64, u64);
+
+pub fn noise_key((seed, step, row, rows): Key) -> NoiseKey {
+    NoiseKey {
+        seed,
+        step,
+        row,
+        rows,
+    }
+}
+
 /// Noises rows that are already there.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn noise(
     py: Python<'_>,
     spec: &PyNoiseSpec,
+    key: Key,
     seq_len: usize,
     block_size: usize,
-    seed: u64,
-    step: u64,
-    first_row: u64,
-    num_rows: u64,
     x0: PyReadonlyArray1<'_, i64>,
     noisable: PyReadonlyArray1<'_, u8>,
     mut mask: PyReadwriteArray1<'_, u8>,
     mut mask_prob: PyReadwriteArray1<'_, f32>,
     mut weight: PyReadwriteArray1<'_, f32>,
 ) -> PyResult<()> {
-    let key = NoiseKey {
-        seed,
-        step,
-        row: first_row,
-        rows: num_rows,
-    };
     let (x0, noisable) = (x0.as_slice()?, noisable.as_slice()?);
     let out = NoiseBatch {
         mask: mask.as_slice_mut()?,
         mask_prob: mask_prob.as_slice_mut()?,
         weight: weight.as_slice_mut()?,
     };
-    py.detach(|| batch::noise(&spec.0, key, seq_len, block_size, x0, noisable, out))
-        .map_err(to_py)
+    py.detach(|| {
+        batch::noise(
+            &spec.0,
+            noise_key(key),
+            seq_len,
+            block_size,
+            x0,
+            noisable,
+            out,
+        )
+    })
+    .map_err(to_py)
 }

@@ -8,12 +8,11 @@ use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::read_ahead::ReadAhead;
 use bd3lm_core::data::store::TokenStore;
-use bd3lm_core::noise::NoiseKey;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
-use crate::noise::PyNoiseSpec;
+use crate::noise::{Key, PyNoiseSpec, noise_key};
 use crate::store::PyTokenStore;
 
 /// Adds this module's classes and functions to `_core`.
@@ -133,63 +132,54 @@ impl PyRowPlan {
         Ok((x0, noisable, doc_ids.filter(|_| padded || self.documents)))
     }
 
-    /// Writes rows and their noise; returns (noisable tokens, masked tokens, any padding).
+    /// Fills a training batch: ids `x0` and `xt` [B, L], levels `mask_prob` [B, K], and the flat
+    /// positions and weights of masked tokens, of which the first so many are written; `doc_ids`
+    /// [B, L] may be empty where no row pads. Returns (noisable tokens, masked tokens, any padding).
+    #[pyo3(signature = (spec, key, rows, *, x0, doc_ids, xt, mask_prob, masked, masked_weight))]
     #[allow(clippy::too_many_arguments)]
     fn gather_noised(
         &self,
         py: Python<'_>,
         spec: &PyNoiseSpec,
-        seed: u64,
-        step: u64,
-        first_row: u64,
-        num_rows: u64,
+        key: Key,
         rows: PyReadonlyArray1<'_, u64>,
         mut x0: PyReadwriteArray1<'_, i64>,
-        mut noisable: PyReadwriteArray1<'_, u8>,
         mut doc_ids: PyReadwriteArray1<'_, i32>,
         mut xt: PyReadwriteArray1<'_, i64>,
-        mut mask: PyReadwriteArray1<'_, u8>,
         mut mask_prob: PyReadwriteArray1<'_, f32>,
-        mut weight: PyReadwriteArray1<'_, f32>,
         mut masked: PyReadwriteArray1<'_, i64>,
         mut masked_weight: PyReadwriteArray1<'_, f32>,
     ) -> PyResult<(u64, usize, bool)> {
-        let key = NoiseKey {
-            seed,
-            step,
-            row: first_row,
-            rows: num_rows,
-        };
         let rows = rows.as_slice()?;
-        let clean = CleanBatch {
-            x0: x0.as_slice_mut()?,
-            noisable: noisable.as_slice_mut()?,
-            doc_ids: doc_ids.as_slice_mut()?,
-        };
-        let out = NoisedBatch {
-            xt: xt.as_slice_mut()?,
-            noise: NoiseBatch {
-                mask: mask.as_slice_mut()?,
-                mask_prob: mask_prob.as_slice_mut()?,
-                weight: weight.as_slice_mut()?,
-            },
-            masked: masked.as_slice_mut()?,
-            masked_weight: masked_weight.as_slice_mut()?,
-        };
+        let (x0, doc_ids) = (x0.as_slice_mut()?, doc_ids.as_slice_mut()?);
+        let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
+        let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
         let filled = py
             .detach(|| {
-                self.ahead.around(&self.store, &self.plan, rows, || {
-                    batch::gather_noised(
-                        &self.store,
-                        &self.plan,
-                        &spec.0,
-                        key,
-                        rows,
-                        self.block_size,
-                        self.documents,
-                        clean,
-                        out,
-                    )
+                // These stay here.
+                let (mut noisable, mut mask) = (vec![0; x0.len()], vec![0; x0.len()]);
+                let mut weight = vec![0.0; mask_prob.len()];
+                let clean = CleanBatch {
+                    x0,
+                    noisable: &mut noisable,
+                    doc_ids,
+                };
+                let noise = NoiseBatch {
+                    mask: &mut mask,
+                    mask_prob,
+                    weight: &mut weight,
+                };
+                let out = NoisedBatch {
+                    xt,
+                    noise,
+                    masked,
+                    masked_weight,
+                };
+                let (store, plan) = (&self.store, &self.plan);
+                let (s, documents) = (self.block_size, self.documents);
+                self.ahead.around(store, plan, rows, || {
+                    let key = noise_key(key);
+                    batch::gather_noised(store, plan, &spec.0, key, rows, s, documents, clean, out)
                 })
             })
             .map_err(to_py)?;

@@ -199,6 +199,59 @@ pub fn noise(
     Ok(())
 }
 
+/// Buffers of B noised rows of L tokens in K blocks, owned.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "as in CleanBatch, NoiseBatch and NoisedBatch")]
+pub struct OwnedBatch {
+    pub x0: Vec<i64>,
+    pub noisable: Vec<u8>,
+    pub doc_ids: Vec<i32>,
+    pub xt: Vec<i64>,
+    pub mask: Vec<u8>,
+    pub mask_prob: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub masked: Vec<i64>,
+    pub masked_weight: Vec<f32>,
+}
+
+impl OwnedBatch {
+    /// Room for `rows` rows of `seq_len` tokens in blocks of `block_size`.
+    pub fn new(rows: usize, seq_len: usize, block_size: usize) -> Self {
+        let (tokens, blocks) = (rows * seq_len, rows * (seq_len / block_size));
+        OwnedBatch {
+            x0: vec![0; tokens],
+            noisable: vec![0; tokens],
+            doc_ids: vec![0; tokens],
+            xt: vec![0; tokens],
+            mask: vec![0; tokens],
+            mask_prob: vec![0.0; blocks],
+            weight: vec![0.0; blocks],
+            masked: vec![0; tokens],
+            masked_weight: vec![0.0; tokens],
+        }
+    }
+
+    /// The buffers as [`gather_noised`] takes them.
+    pub fn views(&mut self) -> (CleanBatch<'_>, NoisedBatch<'_>) {
+        let clean = CleanBatch {
+            x0: &mut self.x0,
+            noisable: &mut self.noisable,
+            doc_ids: &mut self.doc_ids,
+        };
+        let noised = NoisedBatch {
+            xt: &mut self.xt,
+            noise: NoiseBatch {
+                mask: &mut self.mask,
+                mask_prob: &mut self.mask_prob,
+                weight: &mut self.weight,
+            },
+            masked: &mut self.masked,
+            masked_weight: &mut self.masked_weight,
+        };
+        (clean, noised)
+    }
+}
+
 /// Gathers and noises rows for a training step.
 ///
 /// # Errors
@@ -396,59 +449,21 @@ mod tests {
         .unwrap()
     }
 
-    #[derive(Default)]
-    struct Buffers {
-        x0: Vec<i64>,
-        noisable: Vec<u8>,
-        doc_ids: Vec<i32>,
-        xt: Vec<i64>,
-        mask: Vec<u8>,
-        mask_prob: Vec<f32>,
-        weight: Vec<f32>,
-        masked: Vec<i64>,
-        masked_weight: Vec<f32>,
-    }
-
     fn fill(
         (store, plan): &(TokenStore, RowPlan),
         s: usize,
         rows: &[u64],
         first: u64,
         global: u64,
-    ) -> (Buffers, Filled) {
-        let n = rows.len() * plan.seq_len();
-        let mut b = Buffers {
-            x0: vec![0; n],
-            noisable: vec![0; n],
-            doc_ids: vec![0; n],
-            xt: vec![0; n],
-            mask: vec![0; n],
-            mask_prob: vec![0.0; n / s],
-            weight: vec![0.0; n / s],
-            masked: vec![0; n],
-            masked_weight: vec![0.0; n],
-        };
+    ) -> (OwnedBatch, Filled) {
+        let mut b = OwnedBatch::new(rows.len(), plan.seq_len(), s);
         let key = NoiseKey {
             seed: 5,
             step: 2,
             row: first,
             rows: global,
         };
-        let clean = CleanBatch {
-            x0: &mut b.x0,
-            noisable: &mut b.noisable,
-            doc_ids: &mut b.doc_ids,
-        };
-        let noised = NoisedBatch {
-            xt: &mut b.xt,
-            noise: NoiseBatch {
-                mask: &mut b.mask,
-                mask_prob: &mut b.mask_prob,
-                weight: &mut b.weight,
-            },
-            masked: &mut b.masked,
-            masked_weight: &mut b.masked_weight,
-        };
+        let (clean, noised) = b.views();
         let filled =
             gather_noised(store, plan, &spec(), key, rows, s, false, clean, noised).unwrap();
         (b, filled)
