@@ -12,8 +12,8 @@ from bd3lm_paper.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
 from bd3lm_paper.spec import digest
 
 DETOKENIZERS = {"zero_lm1b": "lm1b", "lambada": "lambada", "wikitext": "wikitext"}
-"""Detokenizer of each zero-shot text. Its documents are concatenated without EOS, as in the original
-implementation. A prepared directory is used unchanged."""
+"""Detokenizer of each zero-shot text. Its documents are concatenated without EOS, as the original
+implementation does. A prepared directory is used unchanged."""
 
 
 class Texts:

@@ -157,7 +157,7 @@ class Generated:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """Return ``entropy``, ``nfe``, ``nfe_paper``, ``ms_per_token``, the texts and ``gen_ppl``."""
+        """Return ``entropy``, ``nfe``, ``nfe_paper``, ``ms_per_token``, texts and ``gen_ppl``."""
         config = SampleConfig(
             num=self.num,
             length=self.length,
