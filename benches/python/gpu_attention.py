@@ -75,7 +75,7 @@ def main() -> None:
     for length, block in itertools.product(LENGTHS, BLOCKS):
         batch = TOKENS // length
         training = BlockMask.training(length, block)
-        for backend in ("cuda", "flex", "dense", "flash"):
+        for backend in ("triton", "flex", "dense", "flash"):
             if backend == "dense" and length > DENSE_UP_TO:
                 continue
             if not BACKENDS[backend].available():

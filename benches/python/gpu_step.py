@@ -1,8 +1,8 @@
 """A training step on a GPU by each attention backend: tokens/s, TFLOP/s and MFU.
 
-The whole step of :class:`bd3lm.train.Trainer` on random text: forward, backward, clipping,
+The whole step of :class:`bd3lm.training.Trainer` on random text: forward, backward, clipping,
 optimizer and average, bf16 autocast, batches made ahead. Operations are those that the step has to
-do (:func:`bd3lm.experiments.budget.step_flops`), whatever a backend computes beside them; MFU is
+do (:func:`bd3lm_paper.budget.step_flops`), whatever a backend computes beside them; MFU is
 their rate over the data sheet's dense bf16 peak. Tokens are those of x0. Never run so far
 (docs/gpu.md).
 
@@ -22,8 +22,8 @@ from bd3lm.config import preset
 from bd3lm.data import load_tokenizer, prepare
 from bd3lm.data.resolve import open_splits
 from bd3lm.model.attention import BACKENDS
-from bd3lm.train import Trainer
-from bd3lm.train.flops import step_flops
+from bd3lm.model.flops import step_flops
+from bd3lm.training import Trainer
 
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "L40S": 362e12}
 """Dense bf16 operations a second with float32 sums, of NVIDIA's data sheets, by a part of the
@@ -93,7 +93,7 @@ def main() -> None:
             precision="bf16",
         )
         splits = open_splits(cfg.data, None, "default", Path(folder) / "work", print)
-        for backend in ("cuda", "flex", "dense"):
+        for backend in ("triton", "flex", "dense"):
             if not BACKENDS[backend].available():
                 print(f"{backend:8} {BACKENDS[backend].needs}")
                 continue

@@ -21,11 +21,11 @@ from common import RESULTS, write
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.config import SampleConfig
+from bd3lm.device import has_bf16
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample import Sampler
 from bd3lm.sample.stopping import token_entropy
-from bd3lm.train.device import has_bf16
 
 PICTURE = Path(__file__).parents[2] / "docs" / "parallel_decoding.png"
 CPU = torch.device("cpu")

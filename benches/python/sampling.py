@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 from common import RESULTS, write
 
-from bd3lm.config import SampleConfig, tiny
+from bd3lm.config import SampleConfig
+from bd3lm.config.presets import tiny
+from bd3lm.device import has_bf16
 from bd3lm.model import Transformer, for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import BlockDiffusion
-from bd3lm.train.device import has_bf16
 
 LENGTH, BLOCK, IDS = 128, 4, 50_257
 DRAWN = LENGTH - 1  # BOS is given

@@ -9,7 +9,7 @@ folder that ``BD3LM_PEER`` names, by the interpreter that ``BD3LM_PEER_PYTHON`` 
 hydra-core, lightning, transformers, einops and timm); without them its columns are left out.
 
 MFU is the share of the fastest large bf16 matrix product of the same run, counted by
-:func:`bd3lm.train.flops.step_flops`.
+:func:`bd3lm.model.flops.step_flops`.
 
 Run: python benches/python/training_step.py [--rounds N] [--threads N] [--out FILE]
 """
@@ -36,8 +36,8 @@ from common import RESULTS, spread, write
 
 from bd3lm.config import TrainConfig, preset
 from bd3lm.data.store import TokenArrays
-from bd3lm.train.flops import peak_flops, step_flops
-from bd3lm.train.trainer import Trainer, frozen
+from bd3lm.model.flops import peak_flops, step_flops
+from bd3lm.training.trainer import Trainer, frozen
 
 
 class Case(NamedTuple):

@@ -15,9 +15,9 @@ from bd3lm.config import preset
 from bd3lm.data import Loader, Rows
 from bd3lm.model import Transformer
 from bd3lm.systems import build_system
-from bd3lm.train.ema import Ema
-from bd3lm.train.optim import Optimizers, lr_factor
-from bd3lm.train.trainer import Trainer
+from bd3lm.training.ema import Ema
+from bd3lm.training.optim import Optimizers, lr_factor
+from bd3lm.training.trainer import Trainer
 from tests.conftest import MASK_ID, VOCAB_SIZE, token_arrays
 
 GOLDEN = Path(__file__).with_name("loss_curve.json")

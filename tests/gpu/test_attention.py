@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from bd3lm.config import ModelConfig
 from bd3lm.model import DecodeStep, KVCache, Transformer
 from bd3lm.model.attention import BACKENDS, BlockMask, attend
-from bd3lm.model.attention.cuda import cuda_attention, paged_attention
+from bd3lm.model.attention.triton import paged_attention, triton_attention
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and this machine has none"
@@ -78,7 +78,7 @@ def test_split_decoding_equals_float64(name: str) -> None:
     mask = MASKS[name]
     mine = inputs(mask, 64, torch.bfloat16, grad=False)
     wanted = attend(*(x.double() for x in mine), mask, backend="dense")
-    close(attend(*mine, mask, backend="cuda"), wanted, 1e-2)
+    close(attend(*mine, mask, backend="triton"), wanted, 1e-2)
 
 
 def test_paged_cache_equals_rows_on_their_own() -> None:
@@ -104,7 +104,7 @@ def test_same_bits_every_time() -> None:
     results = []
     for _ in range(3):
         q, k, v = inputs(mask, 64, torch.bfloat16, grad=True)
-        out = cuda_attention(q, k, v, mask)
+        out = triton_attention(q, k, v, mask)
         results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -114,7 +114,7 @@ def test_compiled_and_checkpointed_equal_eager() -> None:
     mask = MASKS["training"]
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cuda_attention(q * 2, k, v, mask).float().square().mean()
+        return triton_attention(q * 2, k, v, mask).float().square().mean()
 
     def gradients(run: object) -> list[Tensor]:
         mine = inputs(mask, 64, torch.bfloat16, grad=True)
@@ -172,6 +172,6 @@ def test_a_replayed_forward_equals_encode(precision: str) -> None:
 def test_more_pairs_of_row_and_head_than_a_grid_is_high() -> None:
     mask = BlockMask.clean(16, 4)
     q, k, v = (torch.randn(8200, 8, 16, 64, device="cuda").bfloat16() for _ in range(3))
-    found = attend(q, k, v, mask, backend="cuda")
+    found = attend(q, k, v, mask, backend="triton")
     wanted = attend(q.float(), k.float(), v.float(), mask, backend="dense")
     close(found, wanted.double(), 1e-2)

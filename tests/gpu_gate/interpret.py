@@ -27,8 +27,8 @@ from cases import DTYPES, Case, error, guarded, reference, spread
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-import bd3lm.model.attention.cuda as package
-from bd3lm.model.attention.cuda.ranges import ranges
+import bd3lm.model.attention.triton as package
+from bd3lm.model.attention.triton.ranges import ranges
 
 names = (f"mutant{i}" for i in itertools.count())
 
@@ -37,12 +37,12 @@ def load(mutation: list[str] | None, folder: Path) -> ModuleType:
     """The launch module over the kernels, or over a copy whose text was changed."""
     source = Path(package.__file__).parent
     if mutation is None:
-        return importlib.import_module("bd3lm.model.attention.cuda.launch")
+        return importlib.import_module("bd3lm.model.attention.triton.launch")
     name = next(names)
     shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / name / "__init__.py").write_text("")
     for path in (folder / name).glob("*.py"):
-        text = path.read_text().replace("bd3lm.model.attention.cuda", name)
+        text = path.read_text().replace("bd3lm.model.attention.triton", name)
         if path.name == mutation[0]:
             if text.count(mutation[1]) < 1:
                 raise SystemExit(f"{mutation[0]} no longer holds {mutation[1]!r}")

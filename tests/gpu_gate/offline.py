@@ -12,9 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bd3lm.model.attention.cuda import backward, decode, forward
-from bd3lm.model.attention.cuda.common import SIZES
-from bd3lm.model.attention.cuda.tuning import Kernel, Tiles, tiles
+from bd3lm.model.attention.triton import backward, decode, forward
+from bd3lm.model.attention.triton.common import SIZES
+from bd3lm.model.attention.triton.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of one block, from the CUDA programming guide's table of compute capabilities.

@@ -13,8 +13,8 @@ import triton.language as tl
 from roofline import tile_work
 from torch import Tensor
 
-from bd3lm.model.attention.cuda.ranges import ranges
 from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.triton.ranges import ranges
 
 OWN, OTHER = 32, 16
 MASKS = (

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3lm.model.attention.cuda.ranges import ranges
-from bd3lm.model.attention.cuda.tuning import Kernel, tiles
 from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.triton.ranges import ranges
+from bd3lm.model.attention.triton.tuning import Kernel, tiles
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def visited(rows: Tensor, per_stream: int, own: int, other: int) -> tuple[int, i
     """Full and partial tiles that a kernel visits.
 
     Args:
-        rows: int32 [1, 4, T], as :func:`bd3lm.model.attention.cuda.ranges.ranges` gives.
+        rows: int32 [1, 4, T], as :func:`bd3lm.model.attention.triton.ranges.ranges` gives.
         per_stream: rows of a stream; tiles do not straddle two.
         own: rows of a tile.
         other: columns of a tile.

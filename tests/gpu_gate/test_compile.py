@@ -20,7 +20,7 @@ from offline import (
     compile_kernel,
 )
 
-from bd3lm.model.attention.cuda.tuning import Kernel
+from bd3lm.model.attention.triton.tuning import Kernel
 
 TABLES = [arch for arch in ARCHS if arch not in TABLE]
 

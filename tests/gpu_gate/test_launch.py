@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 import torch
 
-from bd3lm.model.attention.cuda.launch import count_chunks, laid_out, padded
+from bd3lm.model.attention.triton.launch import count_chunks, laid_out, padded
 
 
 @pytest.mark.parametrize(

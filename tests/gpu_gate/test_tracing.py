@@ -22,8 +22,8 @@ def test_training_forward_on_a_fake_gpu_is_one_graph(monkeypatch: pytest.MonkeyP
 
     The backward is traced on the CPU, below.
     """
-    there = attention.BACKENDS["cuda"]._replace(available=lambda: True)
-    monkeypatch.setitem(attention.BACKENDS, "cuda", there)
+    there = attention.BACKENDS["triton"]._replace(available=lambda: True)
+    monkeypatch.setitem(attention.BACKENDS, "triton", there)
     graphs: list[torch.fx.GraphModule] = []
 
     def capture(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -55,8 +55,8 @@ def test_scoring_and_decoding_on_a_fake_gpu_go_through_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Keys from a cache have the dtype of the queries, or the slow backend would take over."""
-    there = attention.BACKENDS["cuda"]._replace(available=lambda: True)
-    monkeypatch.setitem(attention.BACKENDS, "cuda", there)
+    there = attention.BACKENDS["triton"]._replace(available=lambda: True)
+    monkeypatch.setitem(attention.BACKENDS, "triton", there)
     with FakeTensorMode(), torch.device("cuda"), torch.inference_mode():
         model = Transformer(ModelConfig(width=144, depth=2, heads=2, qk_norm=True), 100)
         ids = torch.zeros(2, 32, dtype=torch.long)

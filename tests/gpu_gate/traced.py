@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import bd3lm.model.attention as attention
-import bd3lm.model.attention.cuda as cuda
 from bd3lm.config import ModelConfig
 from bd3lm.model import Transformer, transformer
-from bd3lm.model.attention.cuda import ops
-from bd3lm.model.attention.cuda.ranges import ranges
+from bd3lm.model.attention import triton
 from bd3lm.model.attention.mask import BlockMask
+from bd3lm.model.attention.triton import ops
+from bd3lm.model.attention.triton.ranges import ranges
 
 LENGTH, BLOCK = 12, 4
 
@@ -130,7 +130,7 @@ def decoded() -> float:
     mask = BlockMask.clean(530, 4, first=522)
     q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 1, 530, 16), torch.randn(1, 1, 530, 16)
     wanted = attention.attend(q, k, v, mask, backend="dense")
-    plain = cuda.cuda_attention(q, k, v, mask)
+    plain = triton.triton_attention(q, k, v, mask)
 
     order = torch.randperm(9)
     pools = []
@@ -139,7 +139,7 @@ def decoded() -> float:
         pools.append(rows[0].transpose(0, 1)[order])
     pages = order.argsort().int()[None]
     length = torch.tensor([530], dtype=torch.int32)
-    paged = cuda.paged_attention(q, *pools, pages, length, 4)
+    paged = triton.paged_attention(q, *pools, pages, length, 4)
     return max(difference([plain], [wanted]), difference([paged], [wanted]))
 
 
@@ -151,7 +151,10 @@ def padded() -> float:
     dout = torch.randn(1, 2, 42, 24)
     found, wanted = (
         [out, *torch.autograd.grad(out, qkv, dout)]
-        for out in (cuda.cuda_attention(*qkv, mask), attention.attend(*qkv, mask, backend="dense"))
+        for out in (
+            triton.triton_attention(*qkv, mask),
+            attention.attend(*qkv, mask, backend="dense"),
+        )
     )
     return difference(found, wanted)
 
@@ -160,9 +163,9 @@ def run() -> dict[str, Any]:
     """What ``test_tracing.py`` asserts."""
     attention.AUTO["cpu"] = ("dense",)
     wanted = gradients(step)
-    here = attention.BACKENDS["cuda"]._replace(supports=lambda *_: True, available=lambda: True)
-    attention.BACKENDS["cuda"] = here
-    attention.AUTO["cpu"] = ("cuda", "dense")
+    here = attention.BACKENDS["triton"]._replace(supports=lambda *_: True, available=lambda: True)
+    attention.BACKENDS["triton"] = here
+    attention.AUTO["cpu"] = ("triton", "dense")
     transformer.wants_last_clean = lambda device: True  # as on a GPU
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     return {

@@ -135,7 +135,7 @@ NARROW = "--noise.estimator bernoulli --noise.clip 0.3 0.45 --noise.resample".sp
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--tokenizer", "./nothing.json", "--data", "TEXT"], "nothing.json: no such file"),
         (["--device", "tpu"], "device = tpu: auto, cpu, cuda or cuda:N"),
-        (["--attention", "cuda"], "attention = cuda: "),
+        (["--attention", "triton"], "attention = triton: "),
         (NARROW, "holds no k/4 of k >= 1, so resample leaves no loss"),
         (["--resume"], "--resume needs the --out DIR"),
     ],

@@ -11,7 +11,7 @@ from bd3lm.data import load_tokenizer
 from bd3lm.data.hub import KNOWN, named, prepare_split
 from bd3lm.data.resolve import open_data, open_splits
 from bd3lm.errors import ConfigError
-from bd3lm.train import run_training
+from bd3lm.training import run_training
 from tests.integration.conftest import Silent, story
 
 

@@ -8,20 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from bd3lm.cli import paper
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
-from bd3lm.experiments import TABLES, Corpora, Row, Run, make_tables, runner
-from bd3lm.experiments.corpora import Texts
-from bd3lm.experiments.formulas import FORMULAS, schedules
-from bd3lm.experiments.make import chosen
-from bd3lm.experiments.render import difference, figure
-from bd3lm.experiments.runner import Sweep
-from bd3lm.experiments.scale import scale_named
-from bd3lm.experiments.spec import record_key
-from bd3lm.experiments.tables import Recipes
-from bd3lm.train import train_only
-from bd3lm.train.flops import step_flops
+from bd3lm.model.flops import step_flops
+from bd3lm.training import train_only
+from bd3lm_paper import TABLES, Corpora, Row, Run, make_tables, runner
+from bd3lm_paper import cli as paper
+from bd3lm_paper.corpora import Texts
+from bd3lm_paper.formulas import FORMULAS, schedules
+from bd3lm_paper.make import chosen
+from bd3lm_paper.render import difference, figure
+from bd3lm_paper.runner import Sweep
+from bd3lm_paper.scale import scale_named
+from bd3lm_paper.spec import record_key
+from bd3lm_paper.tables import Recipes
 
 TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
 

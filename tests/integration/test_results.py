@@ -4,13 +4,13 @@ import os
 import re
 from pathlib import Path
 
-from bd3lm.experiments import TABLES, Corpora
-from bd3lm.experiments.corpora import Texts
-from bd3lm.experiments.formulas import FORMULAS
-from bd3lm.experiments.render import to_markdown
-from bd3lm.experiments.runner import Sweep
-from bd3lm.experiments.scale import scale_named
-from bd3lm.experiments.tables import Recipes
+from bd3lm_paper import TABLES, Corpora
+from bd3lm_paper.corpora import Texts
+from bd3lm_paper.formulas import FORMULAS
+from bd3lm_paper.render import to_markdown
+from bd3lm_paper.runner import Sweep
+from bd3lm_paper.scale import scale_named
+from bd3lm_paper.tables import Recipes
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = {"zero_lm1b": "lm1b_heldout.txt", "wikitext": "wikitext_raw_test.jsonl"}

@@ -9,16 +9,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.head as head
-import bd3lm.systems.learned as learned
+import bd3lm.systems.learned_noise as learned
 from bd3lm.config import NoiseConfig, preset
 from bd3lm.data import Loader, Prefetcher, Rows
 from bd3lm.data.prefetch import AHEAD
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import ConfigError
 from bd3lm.model import Transformer
-from bd3lm.model.softmax import composed_cross_entropy_
+from bd3lm.model.cross_entropy import composed_cross_entropy_
 from bd3lm.systems import build_system
-from bd3lm.train import InterruptedRunError, Trainer
+from bd3lm.training import InterruptedRunError, Trainer
 from tests.integration.conftest import Silent
 
 

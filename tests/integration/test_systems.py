@@ -13,7 +13,7 @@ from bd3lm.config import preset
 from bd3lm.data import Dataset, Loader, NoiseSpec, Rows, Schedule
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.train import Trainer, run_training
+from bd3lm.training import Trainer, run_training
 from tests.integration.conftest import Silent
 from tests.integration.test_train import assert_same_run
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError, ExistsError
-from bd3lm.train import InterruptedRunError, Trainer, run_training, saved_config
+from bd3lm.training import InterruptedRunError, Trainer, run_training, saved_config
 from tests.integration.conftest import Silent
 
 SUMMARY = {
@@ -121,7 +121,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
 )
 def test_what_was_learned_of_the_noise_resumes_bitwise(config, tmp_path, monkeypatch, noise):
     """A law and a clip that are new at step 2, and a stop at step 3."""
-    monkeypatch.setattr("bd3lm.systems.learned.EVERY", 2)
+    monkeypatch.setattr("bd3lm.systems.learned_noise.EVERY", 2)
     config = dataclasses.replace(
         config,
         noise=dataclasses.replace(config.noise, **noise),
@@ -236,7 +236,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch):
 
 
 def test_divergence_is_told_before_it_is_saved(config, tmp_path):
-    from bd3lm.train.trainer import DivergedError
+    from bd3lm.training.trainer import DivergedError
 
     config = dataclasses.replace(config, log_every=100, checkpoint_every=3)
     splits = open_splits(config.data, None, "default", tmp_path / "work", print)

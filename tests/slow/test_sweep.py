@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def sweep(out):
-    code = "from bd3lm.cli.paper import main; main()"
+    code = "from bd3lm_paper.cli import main; main()"
     command = [sys.executable, "-c", code, "table1", "table2", "--scale", "smoke"]
     return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL)
 

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, attend, choose, flash
-from bd3lm.model.attention.compiling import MARK, fixed_while_compiling
-from bd3lm.model.attention.cuda.ranges import queries_of_keys
+from bd3lm.model.attention.dynamo import MARK, fixed_while_compiling
 from bd3lm.model.attention.flex import TILE, tile_coverage
+from bd3lm.model.attention.triton.ranges import queries_of_keys
 
 DOCUMENTS = torch.tensor(
     [[0] * 11 + [1] * 19 + [-1] * 3, [7] * 33, [-1] * 2 + [3] * 30 + [4]], dtype=torch.int32
@@ -143,13 +143,13 @@ def test_flex_refuses_to_be_traced_into_another_graph() -> None:
 
 
 def test_a_backend_that_is_not_there_says_so_in_one_sentence() -> None:
-    if BACKENDS["cuda"].available():
+    if BACKENDS["triton"].available():
         pytest.skip("this machine has a GPU")
     mask = MASKS["training"]
     with pytest.raises(ConfigError) as caught:
-        attend(*inputs(mask, False), mask, backend="cuda")
+        attend(*inputs(mask, False), mask, backend="triton")
     assert str(caught.value) == (
-        "attention = cuda: needs an NVIDIA GPU of compute capability 8.0 or newer"
+        "attention = triton: needs an NVIDIA GPU of compute capability 8.0 or newer"
         " and the triton package"
     )
     with pytest.raises(ConfigError, match="one of auto, "):
@@ -252,21 +252,21 @@ def test_on_a_gpu_auto_tries_ours_then_flex_then_dense(monkeypatch: pytest.Monke
     mask = MASKS["training"]
     with FakeTensorMode(), torch.device("cuda"):
         qkv = [torch.empty(1, 2, mask.num_queries, 64, dtype=torch.bfloat16) for _ in range(3)]
-        for gone in ("", "cuda", "flex"):
+        for gone in ("", "triton", "flex"):
             if gone:
                 left = BACKENDS[gone]._replace(available=lambda: False)
                 monkeypatch.setitem(BACKENDS, gone, left)
             else:
-                there = BACKENDS["cuda"]._replace(available=lambda: True)
-                monkeypatch.setitem(BACKENDS, "cuda", there)
+                there = BACKENDS["triton"]._replace(available=lambda: True)
+                monkeypatch.setitem(BACKENDS, "triton", there)
             found = choose(*qkv, mask)
-            expected = {"": "cuda", "cuda": "flex", "flex": "dense"}[gone]
+            expected = {"": "triton", "triton": "flex", "flex": "dense"}[gone]
             assert found is BACKENDS[expected]
         assert AUTO["cpu"] == ("rust", "dense")
 
 
 def test_masks_made_in_inference_mode_serve_training() -> None:
-    from bd3lm.model.attention.cuda.ranges import ranges
+    from bd3lm.model.attention.triton.ranges import ranges
 
     mask: Any = BlockMask.training(19, 3)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bd3lm.errors import ConfigError
-from bd3lm.model.attention.cuda import tuning
+from bd3lm.model.attention.triton import tuning
 
 
 @pytest.fixture(autouse=True)

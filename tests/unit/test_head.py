@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from bd3lm.model import head as head_module
 from bd3lm.model import head_cross_entropy
-from bd3lm.model.softmax import composed_cross_entropy_, cross_entropy_
+from bd3lm.model.cross_entropy import composed_cross_entropy_, cross_entropy_
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3lm.device import has_bf16
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, for_inference
 from bd3lm.sample import Sampler
 from bd3lm.systems import BlockDiffusion
-from bd3lm.train.device import has_bf16
 from tests.conftest import MASK_ID, random_ids, tiny_model
 from tests.unit.test_sampler import config, sampler
 
@@ -150,9 +150,9 @@ def test_nothing_is_read_back_inside_a_block(changes):
     inside = []
     fill = s._fill_block
 
-    def counted(batch, cfg):
+    def counted(state, *rest):
         with Syncs() as syncs:
-            yield from fill(batch, cfg)
+            yield from fill(state, *rest)
         inside.append(syncs.count)
 
     s._fill_block = counted

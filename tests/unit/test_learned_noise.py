@@ -16,7 +16,7 @@ from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance
 from bd3lm.evaluate.likelihood import exact_draws
 from bd3lm.evaluate.variance import CountStatistics, clip_candidates
 from bd3lm.systems import BlockDiffusion, build_system
-from bd3lm.systems.learned import CountLaw, fitted, rarity_exponents
+from bd3lm.systems.learned_noise import CountLaw, fitted, rarity_exponents
 from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model, token_arrays
 
 SCHEDULES = {
@@ -224,7 +224,7 @@ def test_a_search_with_resample_leaves_out_what_holds_no_share(block_size):
     assert variance > 0
     noise = NoiseConfig(estimator="bernoulli", resample=True, clip_search=True)
     system = BlockDiffusion(block_size, MASK_ID, noise)
-    system.use_clip(clip)
+    system.set_clip(clip)
     system.noise(0).check(16, block_size)
     batch = Loader(rows_of(300, block_size=block_size), 8, 1).batch(0, system.noise(0))
     assert len(batch.masked) > 0
@@ -294,7 +294,7 @@ def test_the_law_is_learned_from_the_losses_of_training():
             for count, value in zip(k.int().tolist(), y.tolist(), strict=True):
                 seen[:, count] += ((value / max(count, 1)) ** 2, 1.0)
             assert (spec is system.noise(step + 1)) or step == 49
-            system.adapt(step + 1)
+            system.update_noise_after_step(step + 1)
     law = system.state()["law"]["probs"]
     np.testing.assert_allclose(law, fitted(seen[0, 1:], seen[1, 1:]), rtol=1e-4)
     again = BlockDiffusion(S, MASK_ID, cfg)
@@ -307,10 +307,10 @@ def test_the_law_is_learned_from_the_losses_of_training():
 
 def test_counts_that_were_never_seen_get_the_mean():
     law = CountLaw(3)
-    assert not law.adapt(50)
+    assert not law.update_noise_after_step(50)
     law.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
-    assert not law.adapt(49)
-    assert law.adapt(50)
+    assert not law.update_noise_after_step(49)
+    assert law.update_noise_after_step(50)
     assert law.probs == pytest.approx([1 / 3] * 3)
 
 
@@ -333,7 +333,7 @@ def test_masking_by_frequency_goes_with_every_schedule_and_weighting(schedule, w
     )
     rows, data = rows_of(64 * 15), token_arrays(64 * 15)
     system = BlockDiffusion(S, MASK_ID, noise)
-    system.see(data)
+    system.fit_to_data(data)
     plain = BlockDiffusion(S, MASK_ID, dataclasses.replace(noise, frequency_gap=0.0))
     a, b = (Loader(rows, 64, 1).batch(0, s.noise(0)) for s in (system, plain))
     assert torch.equal(a.mask_prob, b.mask_prob)

@@ -8,8 +8,8 @@ import torch
 
 from bd3lm.config import OptimConfig
 from bd3lm.errors import ConfigError
-from bd3lm.train.ema import Ema
-from bd3lm.train.optim import AdamW, Optimizers, lr_factor
+from bd3lm.training.ema import Ema
+from bd3lm.training.optim import AdamW, Optimizers, lr_factor
 from tests.conftest import random_ids, tiny_model
 
 
@@ -113,7 +113,7 @@ def test_training_on_a_cpu_does_not_import_the_compiler():
 import sys, torch
 from bd3lm.config import ModelConfig, OptimConfig
 from bd3lm.model import Transformer
-from bd3lm.train.optim import Optimizers
+from bd3lm.training.optim import Optimizers
 model = Transformer(ModelConfig(width=8, depth=1, heads=1), 16)
 ids = torch.arange(8)[None]
 model.denoise(ids, ids, 2, torch.arange(8)).sum().backward()

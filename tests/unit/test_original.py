@@ -32,7 +32,7 @@ from bd3lm.data import Batch, Tokenizer, load_tokenizer, prepare
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.model import KVCache, Transformer
-from bd3lm.train import Trainer, run_training
+from bd3lm.training import Trainer, run_training
 from tests.integration.conftest import Silent, story
 
 VOCAB, LENGTH, WIDTH, HEADS, DEPTH, COND = 24, 32, 32, 2, 2, 8

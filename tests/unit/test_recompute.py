@@ -5,7 +5,7 @@ import torch
 
 from bd3lm.config import NoiseConfig
 from bd3lm.data import Loader, Rows
-from bd3lm.systems.bd3lm import BlockDiffusion
+from bd3lm.systems.block_diffusion import BlockDiffusion
 from tests.conftest import MASK_ID, tiny_model, token_arrays
 
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from bd3lm.model.elementwise import activated
+from bd3lm.model.fused import activated
 
 SIZE = (64, 4096)  # several groups of rows, so that there is something to share
 
@@ -72,7 +72,7 @@ torch.set_num_threads(3)
 x = torch.ones(64, 4096)
 (x + x).sum()  # PyTorch has its threads now
 before = len(os.listdir("/proc/self/task"))
-from bd3lm.model.elementwise import activated
+from bd3lm.model.fused import activated
 with torch.no_grad():
     activated(x, None, "gelu")
 assert len(os.listdir("/proc/self/task")) == before, before

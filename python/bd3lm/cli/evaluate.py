@@ -28,10 +28,10 @@ from bd3lm.config import (
 from bd3lm.data import Dataset, NoiseSpec
 from bd3lm.data.hub import PREFIX
 from bd3lm.data.resolve import open_data
+from bd3lm.device import autocast, check_attention, resolve_device
 from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate import Likelihood, evaluate_likelihood, nelbo_variance, scoring_rows
-from bd3lm.systems.bd3lm import schedule_of
-from bd3lm.train.device import autocast, check_attention, resolve_device
+from bd3lm.systems.block_diffusion import schedule_of
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from rich.progress import Progress
 from bd3lm.cli.common import run
 from bd3lm.cli.summary import facts
 from bd3lm.config import check
+from bd3lm.device import resolve_device
 from bd3lm.errors import FormatError, MissingFileError
 from bd3lm.evaluate import distinct_n
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample.stopping import token_entropy
-from bd3lm.train.device import resolve_device
 
 FIELDS = ("text", "ids", "stop", "nfe", "nfe_paper", "seconds")
 

@@ -17,8 +17,8 @@ from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli.common import run
 from bd3lm.cli.live import show
 from bd3lm.config import AttentionName, SampleConfig, check
+from bd3lm.device import check_attention, inference, resolve_device
 from bd3lm.sample import Sampler
-from bd3lm.train.device import check_attention, inference, resolve_device
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def sample(args: SampleArgs) -> None:
         for first in range(0, cfg.num, args.batch_size):
             rows = min(args.batch_size, cfg.num - first)
             samples = sampler.generate(
-                cfg,
-                [prompt] * rows,
+                dataclasses.replace(cfg, num=rows),
+                [prompt],
                 first=first,
                 progress=lambda done, f=first, n=rows: progress.update(
                     task, completed=f * length + done * n

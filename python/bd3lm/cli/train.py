@@ -15,8 +15,8 @@ from bd3lm.cli.common import run
 from bd3lm.cli.progress import RichReporter
 from bd3lm.cli.summary import training_summary
 from bd3lm.config import PRESETS, TrainConfig, check, preset
-from bd3lm.report import plot_loss, read_metrics
-from bd3lm.train import run_training, saved_config
+from bd3lm.plots import plot_loss, read_metrics
+from bd3lm.training import run_training, saved_config
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bd3lm.model.elementwise import add_to, compute_dtype
-from bd3lm.model.softmax import cross_entropy_
+from bd3lm.model.cross_entropy import cross_entropy_
+from bd3lm.model.fused import add_to, compute_dtype
 
 CHUNK_BYTES = 64 << 20
 """Most memory for the logits of one chunk."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bd3lm import _core
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
-from bd3lm.model.elementwise import flat
+from bd3lm.model.fused import flat
 from bd3lm.model.layers import KVCache, Norm
 from bd3lm.model.threads import kernel_threads
 from bd3lm.model.transformer import Block, Transformer, one_modulation

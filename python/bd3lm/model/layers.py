@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3lm.config import ModelConfig
-from bd3lm.model.elementwise import activated, activated_linear, normalised, on_cpu
+from bd3lm.model.fused import activated, activated_linear, normalised, on_cpu
 
 
 class Norm(nn.Module):
@@ -93,7 +93,7 @@ def linear_parts(
         linear: the layer, or what it was packed into for inference.
         x: [..., K].
         gate: of one row [..., 1, D], which goes into the smaller of the factors, or of all.
-        activation: f (:func:`bd3lm.model.elementwise.activated`); None for none.
+        activation: f (:func:`bd3lm.model.fused.activated`); None for none.
         before: a bias [K] that is not in ``x`` yet, where there is an activation.
     """
     if not isinstance(linear, nn.Linear):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, CachedMask, attend
-from bd3lm.model.elementwise import dropout_add, projected_heads, rotate, split_heads
+from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
 from bd3lm.model.layers import (
     CacheAt,
     KVCache,

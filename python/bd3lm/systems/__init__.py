@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bd3lm.config import TrainConfig
-from bd3lm.systems.ar import Autoregressive
+from bd3lm.systems.autoregressive import Autoregressive
 from bd3lm.systems.base import Scorer, System, sigma_of
-from bd3lm.systems.bd3lm import BlockDiffusion
-from bd3lm.systems.mdlm import MaskedDiffusion
-from bd3lm.systems.sedd import ScoreEntropy
+from bd3lm.systems.block_diffusion import BlockDiffusion
+from bd3lm.systems.masked_diffusion import MaskedDiffusion
+from bd3lm.systems.score_entropy import ScoreEntropy
 
 __all__ = [
     "SYSTEMS",

@@ -38,11 +38,11 @@ class System(ABC):
 
     name: ClassVar[str]
     """As ``system`` of the settings names it."""
-    looks_back: ClassVar[int] = 0
+    prediction_offset: ClassVar[int] = 0
     """How many positions before a token its features stand: 1 where the previous token predicts
     it, 0 where its own mask does."""
 
-    has_mass: ClassVar[bool] = False
+    unnormalized_scores: ClassVar[bool] = False
     """Whether scores need not sum to one, so that how much an ancestral step reveals depends on
     what the network says."""
 
@@ -64,13 +64,13 @@ class System(ABC):
     def noise(self, step: int) -> NoiseSpec:
         """What the loader draws for the batch of this step."""
 
-    def see(self, data: Dataset | TokenArrays) -> None:
+    def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Learn what the noise has to know of the training text, before the first step."""
 
-    def adapt(self, step: int) -> None:
+    def update_noise_after_step(self, step: int) -> None:
         """After ``step`` optimizer steps: let what was learned change the noise of later ones."""
 
-    def use_clip(self, clip: tuple[float, float] | None) -> None:
+    def set_clip(self, clip: tuple[float, float] | None) -> None:
         """Train on this clip from the next step on; None: on all levels."""
 
     @property
@@ -79,7 +79,7 @@ class System(ABC):
         return None
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`adapt` and :meth:`use_clip` have learned, as plain JSON."""
+        """What :meth:`update_noise_after_step` and :meth:`set_clip` have learned, as plain JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ class System(ABC):
         return np.append(grid, 0.0)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
-        """Σ_y of the scores of an ancestral step, float64 [R]; one unless :attr:`has_mass`."""
+        """Total score of an ancestral step, float64 [R]: 1 unless :attr:`unnormalized_scores`."""
         return torch.ones(logits.shape[0], dtype=torch.float64, device=logits.device)
 
 

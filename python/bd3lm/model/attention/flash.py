@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from bd3lm.model.attention.compiling import fixed_while_compiling
+from bd3lm.model.attention.dynamo import fixed_while_compiling
 from bd3lm.model.attention.mask import BlockMask, before_last
 
 NEEDS = "needs an NVIDIA GPU and the flash-attn package (pip install bd3lm[gpu])"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bd3lm.model.attention.derived import derived
 from bd3lm.model.attention.mask import BlockMask, Intervals
+from bd3lm.model.attention.mask_cache import derived
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as TileMask

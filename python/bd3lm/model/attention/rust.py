@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.model.attention.derived import derived
 from bd3lm.model.attention.mask import BlockMask, Intervals
+from bd3lm.model.attention.mask_cache import derived
 from bd3lm.model.threads import kernel_threads
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}

@@ -1,0 +1,15 @@
+"""Name every choice that settings offer; each list here is tested against the code it names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ScheduleName = Literal[
+    "loglinear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal_gaussian"
+]
+SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
+AttentionName = Literal["auto", "triton", "flash", "flex", "rust", "dense"]
+EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
+DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_papers"]
+WeightingName = Literal["nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple"]
+PackingName = Literal["wrap", "aligned", "best_fit"]

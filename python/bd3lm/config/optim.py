@@ -1,0 +1,46 @@
+"""Optimizer, learning-rate schedule and weight averaging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bd3lm.config.check import check
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, learning-rate schedule and weight averaging."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for everything else."""
+    lr: float = 3e-4
+    """AdamW learning rate."""
+    matrix_lr: float = 0.02
+    """Muon learning rate (unused by adamw)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    eps: float = 1e-8
+    """AdamW denominator offset."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of every matrix."""
+    momentum: float = 0.95
+    """Muon momentum (Nesterov)."""
+    warmup_steps: int = 2500
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.0
+    """Last share of the steps in which the learning rate falls linearly to zero."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+    ema_decay: float = 0.9999
+    """Weight average: min(decay, (1+n)/(10+n)) after n steps (MATH §1)."""
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optim.lr", self.lr, "greater than 0")
+        check(self.matrix_lr > 0, "optim.matrix-lr", self.matrix_lr, "greater than 0")
+        check(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "0 or more")
+        check(
+            0 <= self.decay_fraction <= 1, "optim.decay-fraction", self.decay_fraction, "in [0, 1]"
+        )
+        check(self.grad_clip > 0, "optim.grad-clip", self.grad_clip, "greater than 0")
+        check(0 <= self.ema_decay < 1, "optim.ema-decay", self.ema_decay, "in [0, 1)")

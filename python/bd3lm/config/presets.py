@@ -1,0 +1,100 @@
+"""Presets: whole runs under a name."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+
+from bd3lm.config.check import check
+from bd3lm.config.evaluate import EvalConfig
+from bd3lm.config.model import ModelConfig
+from bd3lm.config.names import SystemName
+from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.optim import OptimConfig
+from bd3lm.config.train import TrainConfig
+
+
+def _paper(system: SystemName, width: int, depth: int, heads: int, cond_width: int) -> TrainConfig:
+    """The paper's shapes and recipe (3e-4, 2,500-step warm-up, EMA 0.9999); AR has no adaLN."""
+    cond_width = 0 if system == "ar" else cond_width
+    return TrainConfig(
+        system=system,
+        model=ModelConfig(
+            width=width,
+            depth=depth,
+            heads=heads,
+            cond_width=cond_width,
+            time_conditioning=system == "sedd",
+            dropout=0.1,
+        ),
+        noise=NoiseConfig() if system == "ar" else NoiseConfig(estimator="bernoulli"),
+        optim=OptimConfig(),
+    )
+
+
+def tiny(system: SystemName = "bd3lm") -> TrainConfig:
+    """The paper's tiny DiT (width 256, depth 8) with the paper's recipe."""
+    return _paper(system, 256, 8, 8, 64)
+
+
+def small(system: SystemName = "bd3lm") -> TrainConfig:
+    """The paper's small DiT (width 768, depth 12) with the paper's recipe."""
+    return _paper(system, 768, 12, 12, 128)
+
+
+def medium(system: SystemName = "bd3lm") -> TrainConfig:
+    """The paper's medium DiT (width 1024, depth 24) with the paper's recipe."""
+    return _paper(system, 1024, 24, 16, 128)
+
+
+def demo(system: SystemName = "bd3lm") -> TrainConfig:
+    """Minutes on two cores: a small model, Muon, the low-variance `count` estimator."""
+    return TrainConfig(
+        system=system,
+        steps=1400,
+        batch_size=8,
+        checkpoint_every=350,
+        log_every=10,
+        model=ModelConfig(
+            width=192,
+            depth=3,
+            heads=3,
+            mlp="relu2",
+            qk_norm=True,
+            mlp_bias=False,
+            head_bias=False,
+            tied_embeddings=True,
+            cond_width=64 if system == "sedd" else 0,
+            time_conditioning=system == "sedd",
+        ),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=0.01,
+            matrix_lr=0.02,
+            betas=(0.9, 0.95),
+            warmup_steps=40,
+            decay_fraction=0.6,
+            ema_decay=0.98,
+        ),
+        eval=EvalConfig(every=350),
+    )
+
+
+PRESETS: dict[str, Callable[[SystemName], TrainConfig]] = {
+    "demo": demo,
+    "tiny": tiny,
+    "small": small,
+    "medium": medium,
+}
+
+
+def preset(name: str, system: str = "bd3lm") -> TrainConfig:
+    """The preset of that name for a system.
+
+    Raises:
+        ConfigError: there is no such preset or system; the message lists those there are.
+    """
+    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    systems = typing.get_args(SystemName)
+    check(system in systems, "system", system, f"one of {', '.join(systems)}")
+    return PRESETS[name](typing.cast("SystemName", system))

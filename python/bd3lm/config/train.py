@@ -1,0 +1,152 @@
+"""One training run: data, system, and the settings of every part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bd3lm.config.check import check
+from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
+from bd3lm.config.model import ModelConfig
+from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
+from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.optim import OptimConfig
+from bd3lm.config.sample import SampleConfig
+
+DEFAULT_BLOCK = 4
+"""S of a bd3lm run where none is given."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str | None = None
+    """Training data: a prepared directory, a text file (txt, jsonl, parquet; gz, xz, zst), or a
+    data set of the Hugging Face hub: hub:openwebtext, hub:lm1b, hub:PATH[:CONFIG]@SPLIT.
+    None: the English text shipped with the package."""
+    valid: str | None = None
+    """Validation data, likewise. None: `valid/` inside `data`, or a share of its documents."""
+    tokenizer: str = "default"
+    """For text that has yet to be tokenized: default, a file, a folder or a hub name."""
+    packing: PackingName = "wrap"
+    """wrap: concatenate and cut; aligned: documents start on block boundaries; best_fit:
+    documents whole where they fit."""
+    row_eos: bool = False
+    """wrap: close every row with EOS, as the paper's code does."""
+    system: SystemName = "bd3lm"
+    """bd3lm: block diffusion; mdlm: masked diffusion over the whole row; sedd: score entropy over
+    the whole row; ar: one token after the other."""
+    seq_len: int = 128
+    """L, tokens of a row."""
+    block_size: int | None = None
+    """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
+    None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
+    init_from: str | None = None
+    """Start from the averaged weights of this checkpoint, whatever its system or block size: one
+    of ours, or the original implementation's, in a directory or by its name on the hub."""
+    init_optimizer: bool = False
+    """With init_from: also take over its optimizer's state."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 512
+    """Rows of an optimizer step."""
+    micro_batch: int | None = None
+    """Rows of one forward (gradient accumulation). None: the whole batch at once."""
+    seed: int = 1
+    """Seed of weights, order and noise."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the device has it."""
+    attention: AttentionName = "auto"
+    """What computes attention. auto: our kernels for CUDA or the CPU, else flex or dense."""
+    recompute: bool = False
+    """Keep only the residual stream of each block and compute the rest again in the backward pass
+    (activation checkpointing): less memory, more time, the same gradients."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "steps", "batch_size", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            check(value >= 1, name.replace("_", "-"), value, "at least 1")
+        check(self.seq_len >= 2, "seq-len", self.seq_len, "at least 2 (BOS and one token)")
+        self._check_block()
+        check(
+            self.init_from is not None or not self.init_optimizer,
+            "init-optimizer",
+            self.init_optimizer,
+            "needs init-from",
+        )
+        if self.micro_batch is not None:
+            check(
+                self.micro_batch >= 1 and self.batch_size % self.micro_batch == 0,
+                "micro-batch",
+                self.micro_batch,
+                f"a divisor of batch-size = {self.batch_size}",
+            )
+        told = self.model.time_conditioning
+        check_estimator(self.estimator, self.block, self.eval.repeats, told, "eval.")
+        if self.eval.stride is not None:
+            check(
+                self.eval.stride % self.block == 0 and 0 < self.eval.stride < self.seq_len,
+                "eval.stride",
+                self.eval.stride,
+                f"a multiple of block-size = {self.block} below seq-len = {self.seq_len}",
+            )
+            check(
+                self.packing == "wrap" and not self.row_eos,
+                "eval.stride",
+                self.eval.stride,
+                "goes with packing = wrap without row-eos: other rows do not overlap",
+            )
+        check(
+            self.packing == "wrap" or not self.row_eos,
+            "row-eos",
+            self.row_eos,
+            f"goes with packing = wrap, not {self.packing}",
+        )
+
+    def _check_block(self) -> None:
+        own = _own_block(self.system, self.seq_len)
+        check(
+            self.block_size is None or own is None or self.block_size == own,
+            "block-size",
+            self.block_size,
+            f"{own}, the one that system = {self.system} has",
+        )
+        check(self.block >= 1, "block-size", self.block, "at least 1")
+        check(
+            self.seq_len % self.block == 0,
+            "block-size",
+            self.block,
+            f"a divisor of seq-len = {self.seq_len}",
+        )
+
+    @property
+    def block(self) -> int:
+        """S: ``block_size``, or what the system has where nothing was said."""
+        if self.block_size is not None:
+            return self.block_size
+        return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+
+    @property
+    def estimator(self) -> EstimatorName:
+        """The likelihood's estimator, ``auto`` resolved for this block size and model."""
+        if self.eval.estimator != "auto":
+            return self.eval.estimator
+        exact = self.block <= MAX_EXACT_BLOCK and not self.model.time_conditioning
+        return "exact" if exact else "stratified"
+
+
+def _own_block(system: SystemName, seq_len: int) -> int | None:
+    """The only block size of a system; None where any will do."""
+    return {"bd3lm": None, "mdlm": seq_len, "sedd": seq_len, "ar": 1}[system]

@@ -1,0 +1,76 @@
+"""Cross-entropy of logits and its gradient in one go, in the logits' own memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bd3lm import _core
+from bd3lm.model.fused import flat, row
+from bd3lm.model.threads import kernel_threads
+
+
+def cross_entropy_(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
+) -> Tensor:
+    """−log p of the targets, the mask token excluded (MATH §5); overwrites the logits.
+
+    On the CPU a Rust kernel keeps each row in the cache, where separate operations would go
+    through memory for each of them.
+
+    Args:
+        logits: [R, V], contiguous; with ``weight``, replaced by weight·(softmax − one-hot).
+        bias: [V], added to them first; or None.
+        target: true ids, int64 [R], never ``mask_id``.
+        weight: float32 [R], or None where no gradient is wanted.
+        mask_id: the id whose probability is zero.
+        d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
+
+    Returns:
+        float32 [R], in nats.
+    """
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16):
+        return composed_cross_entropy_(logits, bias, target, weight, mask_id, d_bias)
+    nll, total = torch.empty(logits.shape[0]), torch.empty(logits.shape[1])
+    _core.cross_entropy(
+        flat(logits),
+        row(torch.zeros_like(total) if bias is None else bias),
+        target.contiguous().numpy(),
+        None if weight is None else weight.contiguous().numpy(),
+        mask_id,
+        nll.numpy(),
+        total.numpy(),
+        kernel_threads(),
+    )
+    if d_bias is not None:
+        d_bias.add_(total)
+    return nll
+
+
+def composed_cross_entropy_(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    mask_id: int,
+    d_bias: Tensor | None,
+) -> Tensor:
+    """The same by PyTorch's own operations, on any device and in any dtype."""
+    if bias is not None:
+        logits.add_(bias)
+    logits[:, mask_id] = -torch.inf
+    goal = target[:, None]
+    log_p = logits.float().log_softmax(dim=-1)
+    nll = -log_p.gather(1, goal).squeeze(1)
+    if weight is not None:
+        error = log_p.exp_().mul_(weight[:, None])
+        error.scatter_add_(1, goal, -weight[:, None])
+        logits.copy_(error)
+        if d_bias is not None:
+            d_bias.add_(logits.sum(0))
+    return nll

@@ -1,0 +1,89 @@
+"""State of the rows that a sampler is drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3lm.model import DecodeStep, KVCache
+
+
+@dataclass
+class RowState:
+    """Counters of one row; none of them depends on the other rows of the batch.
+
+    Attributes:
+        number: key of its randomness, beside the seed.
+        start: first position of the first block that has a hole.
+        nfe: forwards that scored one of its positions or filled its cache.
+        fills: those of them that only filled the cache.
+        drawn: tokens drawn so far.
+    """
+
+    number: int
+    start: int
+    nfe: int = 0
+    fills: int = 0
+    drawn: int = 0
+
+
+@dataclass
+class SampleState:
+    """The running rows, all at the same block.
+
+    Attributes:
+        tokens: int64 [B, length], the mask id where nothing is drawn yet.
+        masked: positions without a token, bool [B, length], on the host.
+        log_prob: log p of the tokens drawn so far, float64 [B].
+        rows: one counter a row.
+        cache: keys and values of the committed positions.
+        step: the CUDA-graph forward through ``cache``; None where forwards are not replayed.
+        window_start: position of ``tokens`` that the first cached position holds.
+        committed: positions of ``tokens`` whose keys and values are cached.
+        start: first position of the current block.
+    """
+
+    tokens: Tensor
+    masked: NDArray[np.bool_]
+    log_prob: Tensor
+    rows: list[RowState]
+    cache: KVCache
+    step: DecodeStep | None
+    window_start: int
+    committed: int
+    start: int
+
+    def __post_init__(self) -> None:
+        self.given = ~self.masked
+
+    def count_forward(self, rows: NDArray[np.int64]) -> None:
+        """Add one forward to each of these rows, however often it is listed."""
+        for row in np.unique(rows):
+            self.rows[row].nfe += 1
+
+    def count_fill(self, row: RowState) -> None:
+        """Add one forward that only fills the cache."""
+        row.nfe += 1
+        row.fills += 1
+
+    def ids(self, row: int, end: int) -> list[int]:
+        """Tokens of a row after BOS, up to position ``end``."""
+        return self.tokens[row, 1:end].tolist()
+
+    def remove(self, finished: Container[int]) -> bool:
+        """Remove finished rows; True if there were any: the cache then has new tensors."""
+        keep = [row for row in range(len(self.rows)) if row not in finished]
+        if len(keep) == len(self.rows):
+            return False
+        self.rows = [self.rows[row] for row in keep]
+        self.masked, self.given = self.masked[keep], self.given[keep]
+        alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
+        self.tokens = self.tokens.index_select(0, alive)
+        self.log_prob = self.log_prob.index_select(0, alive)
+        self.cache.keep(alive)
+        return True

@@ -1,0 +1,197 @@
+"""Block diffusion: autoregressive over blocks, masked diffusion inside a block (MATH §5)."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3lm.config import NoiseConfig, TrainConfig
+from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
+from bd3lm.data.store import TokenArrays
+from bd3lm.errors import ConfigError
+from bd3lm.model import KVCache, Transformer
+from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of, whole_tiles
+from bd3lm.systems.learned_noise import CountLaw, rarity_exponents
+
+
+def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:
+    """The noise schedule of these settings.
+
+    Args:
+        cfg: the settings.
+        training: literally, where ``paper_weights`` asks for it; a likelihood or a sampler takes
+            the same law of p with its own weight and an inverse.
+
+    Raises:
+        ConfigError: a parameter out of range.
+    """
+    params: dict[str, Any] = {}
+    if cfg.schedule == "gaussian":
+        params = {"mu": cfg.mu, "sigma": cfg.sigma}
+    elif cfg.schedule == "bimodal_gaussian":
+        params = {
+            "mu": cfg.mu,
+            "sigma": cfg.sigma,
+            "mu2": cfg.mu2,
+            "sigma2": cfg.sigma2,
+            "mixture": cfg.mixture,
+            "paper_weights": cfg.paper_weights and training,
+        }
+    return Schedule(cfg.schedule, **params)
+
+
+def noise_spec(
+    cfg: NoiseConfig,
+    clip: tuple[float, float] | None,
+    *,
+    count_probs: list[float] | None = None,
+    gamma: NDArray[np.float32] | None = None,
+) -> NoiseSpec:
+    """The loader's noise for these settings and what has been learned since.
+
+    Args:
+        cfg: the settings.
+        clip: levels to train on.
+        count_probs: fitted q(k).
+        gamma: exponents of masking by frequency.
+
+    Raises:
+        ConfigError: a schedule parameter, clip or combination that MATH §2–4 does not allow.
+    """
+    return NoiseSpec(
+        schedule_of(cfg, training=True),
+        estimator=cfg.estimator,
+        clip=clip,
+        resample=cfg.resample and clip is not None,
+        weighting=Weighting(cfg.weighting, k=cfg.weighting_k),
+        count_probs=count_probs,
+        gamma=gamma,
+    )
+
+
+class BlockDiffusion(System):
+    """BD3-LM for any S dividing L.
+
+    A noised block sees itself and the clean blocks before it. With S = L there is no block
+    before it, so the clean stream is left out and this is MDLM without time conditioning.
+    """
+
+    name = "bd3lm"
+
+    def __init__(self, block_size: int, mask_id: int, noise: NoiseConfig | None = None) -> None:
+        self._cfg = noise or NoiseConfig()
+        super().__init__(block_size, mask_id, schedule_of(self._cfg))
+        if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
+            raise ConfigError("noise.resample", True, "goes with noise.clip or noise.clip-search")
+        self.clip = self._cfg.clip
+        self._gamma: NDArray[np.float32] | None = None
+        self._law = CountLaw(block_size) if self._cfg.fit_counts else None
+        self._renew()
+
+    @classmethod
+    def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
+        """With the run's block size and noise.
+
+        Raises:
+            ConfigError: a clip search for a model that is told the noise level.
+        """
+        if cfg.noise.clip_search and cfg.model.time_conditioning:
+            raise ConfigError("noise.clip-search", True, "needs model.time-conditioning = False")
+        return cls(cfg.block, mask_id, cfg.noise)
+
+    def noise(self, step: int) -> NoiseSpec:
+        """The same noise at every step, but for what is learned between them."""
+        return self._noise
+
+    def _renew(self) -> None:
+        probs = None if self._law is None else self._law.probs
+        self._noise = noise_spec(self._cfg, self.clip, count_probs=probs, gamma=self._gamma)
+
+    def fit_to_data(self, data: Dataset | TokenArrays) -> None:
+        """Rank the tokens by rarity, where masking goes by it."""
+        if self._cfg.frequency_gap > 0:
+            self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
+            self._renew()
+
+    def update_noise_after_step(self, step: int) -> None:
+        """Every few steps a new law of counts, where one is fitted."""
+        if self._law is not None and self._law.update_noise_after_step(step):
+            self._renew()
+
+    def set_clip(self, clip: tuple[float, float] | None) -> None:
+        """Train on these levels from the next step on."""
+        self.clip = clip
+        self._renew()
+
+    @property
+    def count_probs(self) -> NDArray[np.float64] | None:
+        """The fitted law or the uniform one, where counts are drawn."""
+        if self._cfg.estimator != "count":
+            return None
+        if self._law is not None and self._law.probs is not None:
+            return np.array(self._law.probs)
+        return np.full(self.block_size, 1.0 / self.block_size)
+
+    def state(self) -> dict[str, Any]:
+        """The clip in use and the fitted law."""
+        law = None if self._law is None else self._law.state()
+        return {"clip": self.clip, "law": law}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self.clip = None if state["clip"] is None else tuple(state["clip"])
+        if self._law is not None:
+            self._law.load_state(state["law"])
+        self._renew()
+
+    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+        """Σ weight·CE over masked positions, in nats; gradients reach every parameter."""
+        sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
+        select, weight = whole_tiles(batch)
+        if self.block_size == batch.x0.shape[1]:
+            features = model.encode(
+                batch.xt, self.block_size, select=select, doc_ids=batch.doc_ids, sigma=sigma
+            )
+        else:
+            features = model.denoise(
+                batch.xt, batch.x0, self.block_size, select, doc_ids=batch.doc_ids, sigma=sigma
+            )
+        target = flat_targets(batch.x0, select)
+        loss, nats = self.head_loss(model, features, target, weight)
+        if self._law is not None:
+            masked = batch.masked
+            self._law.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
+        return loss
+
+    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
+        """Run the clean stream once; each call then runs one noised version against it."""
+        rows, seq_len = x0.shape
+        clean: KVCache | None = None
+        if self.block_size < seq_len:
+            clean = KVCache(model.cfg, rows, seq_len, x0.device)
+            nothing = torch.empty(0, dtype=torch.int64, device=x0.device)
+            model.encode(
+                x0, self.block_size, select=nothing, doc_ids=doc_ids, cache=clean, commit=seq_len
+            )
+
+        def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
+            sigma = sigma_of(mask_prob) if model.cfg.time_conditioning else None
+            if clean is None:
+                features = model.encode(
+                    xt, self.block_size, select=select, doc_ids=doc_ids, sigma=sigma
+                )
+            else:
+                features = model.denoise_cached(
+                    xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
+                )
+            return self.nats(model, features, x0, select)
+
+        return score
+
+    def preparing_forwards(self, seq_len: int) -> int:
+        """The clean stream's one, where there is a clean stream."""
+        return int(self.block_size < seq_len)

@@ -1,0 +1,221 @@
+"""A whole run: data → training → likelihood → samples → ``summary.json``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3lm.checkpoint.native import read_meta
+from bd3lm.config import TrainConfig, check, from_dict, to_dict
+from bd3lm.data import Dataset
+from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.device import check_attention, inference, resolve_device
+from bd3lm.errors import CheckpointError, ConfigError, ExistsError
+from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
+from bd3lm.evaluate.quality import words
+from bd3lm.files import write_json, write_text
+from bd3lm.model import for_inference
+from bd3lm.sample import Sample, Sampler
+from bd3lm.systems import build_system
+from bd3lm.training.profile import StepProfiler
+from bd3lm.training.trainer import Reporter, Trainer
+
+
+def saved_config(out: Path) -> TrainConfig:
+    """The settings of the run in ``out``, to resume it.
+
+    Raises:
+        CheckpointError: there is no run, or none that got as far as a checkpoint.
+    """
+    if not (out / "config.json").is_file():
+        raise CheckpointError(f"{out} holds no run to resume; start one without --resume")
+    return from_dict(TrainConfig, read_meta(out / "checkpoint")["config"])
+
+
+def run_training(
+    cfg: TrainConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Train, score the validation split, draw samples; returns what ``summary.json`` holds.
+
+    Args:
+        cfg: the settings; with ``resume``, those of :func:`saved_config`.
+        out: directory of the run. New, unless resuming.
+        reporter: told what happens.
+        resume: continue from ``out/checkpoint``.
+        profile: also watch a few steps, for ``out/profile.json``.
+
+    Raises:
+        ExistsError: ``out`` already holds files and ``resume`` is off.
+        Bd3lmError: any bad input, before training starts and with nothing left behind.
+    """
+    _check_early(cfg)
+    on_cpu = resolve_device(cfg.device).type == "cpu"
+    check(on_cpu or not profile, "profile", profile, "watches the CPU; there use device = cpu")
+    with _run_directory(out, resume):
+        splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
+        trainer = _trainer(cfg, splits, out, reporter, resume=resume)
+    reporter.note(_headline(trainer, splits))
+    if profile:
+        trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
+    trainer.run()
+    result = trainer.validate(quick=False)
+    samples, quality = _sample(trainer, splits)
+    summary = _summary(trainer, result, samples, quality)
+    if trainer.profiler is not None:
+        summary["profile"] = trainer.profiler.result()._asdict()
+        write_json(out / "profile.json", summary["profile"])
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) -> None:
+    """Train to the last step and save: what other programs build on.
+
+    Args:
+        cfg: the settings; ``data`` and ``valid`` are not read.
+        splits: the text.
+        out: directory of the run, which exists and is empty.
+        reporter: told what happens.
+
+    Raises:
+        Bd3lmError: settings that do not fit the text, or a loss that is no number.
+    """
+    _check_early(cfg)
+    _trainer(cfg, splits, out, reporter).run()
+
+
+def _trainer(
+    cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter, *, resume: bool = False
+) -> Trainer:
+    """A trainer at its first step or, resuming, at the one it had reached."""
+    _check_data(cfg, splits)
+    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
+    if resume:
+        trainer.resume()
+        return trainer
+    if cfg.init_from is not None:
+        trainer.start_from(Path(cfg.init_from))
+    write_json(out / "config.json", to_dict(cfg))
+    return trainer
+
+
+def _check_early(cfg: TrainConfig) -> None:
+    """Everything that can be refused before a single file is read."""
+    check_attention(cfg, resolve_device(cfg.device))
+    build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
+
+
+def _check_data(cfg: TrainConfig, splits: Splits) -> None:
+    if splits.valid.manifest.tokenizer_sha256 != splits.train.manifest.tokenizer_sha256:
+        raise ConfigError(
+            "valid", cfg.valid, "must be prepared with the tokenizer of the training data"
+        )
+
+
+@contextmanager
+def _run_directory(out: Path, resume: bool) -> Iterator[None]:
+    """Make ``out``; take it away again if setting up fails, unless it was there before."""
+    if resume:
+        yield
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held = "already holds a run" if (out / "config.json").exists() else "is not empty"
+        raise ExistsError(f"{out} {held}; choose another --out, or go on with --resume")
+    fresh = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        if not fresh:
+            out.mkdir(exist_ok=True)
+        raise
+
+
+def _headline(trainer: Trainer, splits: Splits) -> str:
+    cfg = trainer.cfg
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return (
+        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}"
+    )
+
+
+def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, float]]:
+    """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
+    cfg, tokenizer = trainer.cfg, trainer.tokenizer
+    matrices, arithmetic = inference(cfg, trainer.device)
+    with trainer.ema.applied():
+        sampler = Sampler(
+            for_inference(trainer.model, matrices),
+            trainer.system,
+            window=cfg.seq_len,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
+        with arithmetic:
+            samples = sampler.generate(cfg.sample)
+    texts = [tokenizer.decode(sample.ids) for sample in samples]
+    rule = "\n" + "-" * 80 + "\n"
+    write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")
+    valid = _text(splits.valid)
+    size = sum(max(len(words(text)) - 1, 0) for text in texts)
+    return samples, {
+        "sample_known_words": known_word_share(texts, set(words(_text(splits.train)))),
+        "sample_distinct_2": distinct_n(texts),
+        "valid_distinct_2": distinct_n([valid], limit=size),
+    }
+
+
+def _text(data: Dataset) -> str:
+    """Documents of a data set, decoded; at most 32M tokens of it, which bounds memory."""
+    parts, tokens = [], 0
+    for index in range(data.num_documents):
+        ids = data.document(index)
+        parts.append(data.tokenizer.decode(ids.tolist()))
+        tokens += len(ids)
+        if tokens > 1 << 25:
+            break
+    return "\n".join(parts)
+
+
+def _summary(
+    trainer: Trainer, result: Likelihood, samples: list[Sample], quality: dict[str, float]
+) -> dict[str, Any]:
+    cfg = trainer.cfg
+    return {
+        "system": cfg.system,
+        "block_size": cfg.block,
+        "seq_len": cfg.seq_len,
+        "init_from": cfg.init_from,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": trainer.steps_done,
+        "tokens": trainer.tokens_done,
+        "seconds": trainer.seconds,
+        "tokens_per_second": trainer.tokens_done / trainer.seconds,
+        "mfu": trainer.mfu,
+        "device": str(trainer.device),
+        "threads": torch.get_num_threads(),
+        "val_nelbo": result.nelbo,
+        "val_ppl": result.ppl,
+        "val_bpb": result.bpb,
+        "val_tokens": result.tokens,
+        "val_coverage": result.coverage,
+        "val_mc_error": result.mc_error,
+        "val_data_error": result.data_error,
+        "estimator": result.estimator,
+        "nfe": sum(sample.nfe for sample in samples) / len(samples),
+        **quality,
+        "checkpoint": str(trainer.checkpoint),
+    }
