@@ -8,7 +8,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml C
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench check-slow wheel docs clean
+.PHONY: help setup demo test lint format bench check-slow wheel docs check-targets clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -60,6 +60,15 @@ bench: setup ## Rust benches, and the Python ones against their peers; tables of
 	cargo bench
 	for bench in $(BENCHES); do $(BIN)/python benches/python/$$bench.py || exit 1; done
 	$(BIN)/python benches/python/report.py
+
+TARGETS := aarch64-unknown-linux-gnu aarch64-apple-darwin
+
+check-targets: ## type-check the Rust code for Linux aarch64 and macOS (needs their std: rustup)
+	for target in $(TARGETS); do \
+	  TARGET_CC=true TARGET_CXX=true TARGET_AR=true PYO3_NO_PYTHON=1 RUSTFLAGS="-D warnings" \
+	    cargo check -q --target $$target -p bd3lm-core -p bd3lm-py --features pyo3/extension-module \
+	    || exit 1; \
+	done
 
 wheel: $(VENV)/.packages ## an installable wheel in dist/
 	$(BIN)/maturin build --release -q --out dist
