@@ -72,7 +72,7 @@ def blank(width: float, height: float, x: float, y: float) -> tuple[Figure, Axes
     return figure, axes
 
 
-def box(axes: Axes, x: float, y: float, width: float, color: str, text: str, **how: Any) -> None:
+def box(axes: Axes, x: float, y: float, width: float, edge: str, text: str, **how: Any) -> None:
     """A rounded cell with centred text."""
     alpha, height = how.pop("alpha", 0.28), how.pop("height", 0.8)
     axes.add_patch(
@@ -81,8 +81,8 @@ def box(axes: Axes, x: float, y: float, width: float, color: str, text: str, **h
             width - 0.12,
             height,
             boxstyle="round,pad=0,rounding_size=0.12",
-            facecolor=(*mpl.colors.to_rgb(color), alpha),
-            edgecolor=color,
+            facecolor=(*mpl.colors.to_rgb(edge), alpha),
+            edgecolor=edge,
             linewidth=1,
         )
     )
@@ -312,7 +312,7 @@ def record(checkpoint: str) -> None:
     ids = tokenizer.encode(prompt)
     for number in range(200):
         steps: list[list[str | None]] = []
-        cfg = SampleConfig(length=5 * size, top_p=0.8)
+        cfg = SampleConfig(length=4 * size, top_p=0.8)
         for event in sampler.stream(cfg, [ids], first=number, every_step=True):
             block = next(iter(event.blocks.values()))
             seen = [None if i == sampler.mask_id else tokenizer.decode([i]) for i in block]
@@ -323,7 +323,7 @@ def record(checkpoint: str) -> None:
             break
     found = {
         "prompt": prompt,
-        "prompt_tokens": len(ids),
+        "given": [tokenizer.decode([i]) for i in ids],
         "row": number,
         "block_size": size,
         "steps": steps,
@@ -334,43 +334,35 @@ def record(checkpoint: str) -> None:
 def denoising() -> Figure:
     """A sample of the demo's model: a line for each forward."""
     trace = json.loads(TRACE.read_text(encoding="utf-8"))
-    size, steps = trace["block_size"], trace["steps"]
-    starts = sorted({step[0] for step in steps})
-    width, gap, offset = 1.5, 0.3, 2.2
-    figure, axes = blank(
-        8.6,
-        0.42 + 0.30 * len(steps),
-        offset + len(starts) * (size * width + gap) + 0.2,
-        len(steps) + 1.4,
-    )
-    rows: dict[int, list[str | None]] = {}
+    size, steps, prompt = trace["block_size"], trace["steps"], ["", *trace["given"]]
+    starts = range(0, steps[-1][0] + size, size)
+    width, gap, offset = 1.6, 0.3, 1.9
+    across = offset + len(starts) * (size * width + gap) + 0.2
+    figure, axes = blank(7.6, 0.42 + 0.31 * len(steps), across, len(steps) + 1.4)
+    written: dict[int, str] = {}
     for line, (start, *tokens) in enumerate(steps):
-        before = rows.get(start, [None] * size)
-        rows[start] = tokens
         y = line + 1.2
         axes.text(0.2, y, f"forward {line + 1}", va="center", fontsize=8, color=FAINT)
-        for b, at in enumerate(starts):
-            for i in range(size):
-                x = offset + b * (size * width + gap) + i * width
-                text = rows.get(at, [None] * size)[i]
-                if at + i == 0:
-                    box(axes, x, y, width, FAINT, "BOS", fontsize=7, color=FAINT, alpha=0.1)
-                elif text is None:
-                    box(axes, x, y, width, FAINT, "", alpha=0.35 if at == start else 0.12)
-                elif at == start and before[i] is None and not given(trace, at + i):
-                    box(axes, x, y, width, ORANGE, shown(text), fontsize=7.5, alpha=0.55)
-                else:
-                    color = GREEN if given(trace, at + i) else BLUE
-                    box(axes, x, y, width, color, shown(text), fontsize=7.5, alpha=0.2)
-    for b, at in enumerate(starts):
-        x = offset + b * (size * width + gap) + size * width / 2
+        seen = {start + i: word for i, word in enumerate(tokens) if word is not None}
+        for at in range(len(starts) * size):
+            x = offset + at // size * (size * width + gap) + at % size * width
+            if at == 0:
+                box(axes, x, y, width, FAINT, "BOS", fontsize=7, color=FAINT, alpha=0.1)
+            elif at < len(prompt):
+                box(axes, x, y, width, GREEN, shown(prompt[at]), fontsize=7.5, alpha=0.2)
+            elif at in written:
+                box(axes, x, y, width, BLUE, shown(written[at]), fontsize=7.5, alpha=0.2)
+            elif at in seen:
+                box(axes, x, y, width, ORANGE, shown(seen[at]), fontsize=7.5, alpha=0.55)
+            else:
+                box(
+                    axes, x, y, width, FAINT, "", alpha=0.35 if at // size == start // size else 0.1
+                )
+        written |= seen
+    for at in starts:
+        x = offset + at // size * (size * width + gap) + size * width / 2
         axes.text(x, 0.35, f"block {at // size}", ha="center", va="center", fontsize=8, color=FAINT)
     return figure
-
-
-def given(trace: dict[str, Any], position: int) -> bool:
-    """Whether a position holds a token of the prompt."""
-    return 0 < position <= trace["prompt_tokens"]
 
 
 def shown(text: str) -> str:
