@@ -74,9 +74,16 @@ wheel: $(VENV)/.packages ## an installable wheel in dist/
 	$(BIN)/maturin build --release -q --out dist
 	@ls dist/*.whl
 
-docs: setup ## Rust API documentation in target/doc
+$(VENV)/.docs: $(VENV)/.packages
+	$(BIN)/uv pip install -q --python $(BIN)/python -r pyproject.toml --extra docs
+	@touch $@
+
+docs: setup $(VENV)/.docs ## pictures and site in site/, the Rust reference in site/rust; warnings are errors
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 	RUSTDOCFLAGS="-D warnings" cargo doc -q --no-deps -p bd3lm-core
-	@echo "target/doc/bd3lm_core/index.html"
+	cp -r target/doc site/rust
+	@echo "site/index.html"
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) target dist runs python/bd3lm/*.so
+	rm -rf $(VENV) target dist runs site python/bd3lm/*.so

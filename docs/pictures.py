@@ -336,9 +336,9 @@ def denoising() -> Figure:
     trace = json.loads(TRACE.read_text(encoding="utf-8"))
     size, steps, prompt = trace["block_size"], trace["steps"], ["", *trace["given"]]
     starts = range(0, steps[-1][0] + size, size)
-    width, gap, offset = 1.6, 0.3, 1.9
+    width, gap, offset = 1.7, 0.3, 2.6
     across = offset + len(starts) * (size * width + gap) + 0.2
-    figure, axes = blank(7.6, 0.42 + 0.31 * len(steps), across, len(steps) + 1.4)
+    figure, axes = blank(8.8, 0.42 + 0.31 * len(steps), across, len(steps) + 1.4)
     written: dict[int, str] = {}
     for line, (start, *tokens) in enumerate(steps):
         y = line + 1.2
@@ -349,11 +349,11 @@ def denoising() -> Figure:
             if at == 0:
                 box(axes, x, y, width, FAINT, "BOS", fontsize=7, color=FAINT, alpha=0.1)
             elif at < len(prompt):
-                box(axes, x, y, width, GREEN, shown(prompt[at]), fontsize=7.5, alpha=0.2)
+                box(axes, x, y, width, GREEN, shown(prompt[at]), fontsize=7.2, alpha=0.2)
             elif at in written:
-                box(axes, x, y, width, BLUE, shown(written[at]), fontsize=7.5, alpha=0.2)
+                box(axes, x, y, width, BLUE, shown(written[at]), fontsize=7.2, alpha=0.2)
             elif at in seen:
-                box(axes, x, y, width, ORANGE, shown(seen[at]), fontsize=7.5, alpha=0.55)
+                box(axes, x, y, width, ORANGE, shown(seen[at]), fontsize=7.2, alpha=0.55)
             else:
                 box(
                     axes, x, y, width, FAINT, "", alpha=0.35 if at // size == start // size else 0.1
