@@ -39,6 +39,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return relink(markdown, source, page.file.src_uri)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Show the cross-references of docstrings as plain names."""
+    return re.sub(r":(?:class|func|meth|data|mod|attr):<code>~?", "<code>", html)
+
+
 def relink(text: str, source: str, uri: str) -> str:
     """``text`` with its links made those of the site; a link to code becomes its name.
 

@@ -150,3 +150,11 @@ def test_paths_that_the_architecture_names_exist():
     for path in re.findall(r"`((?:training|checkpoint|sample|model|data|noise)/[\w./]+)`", text):
         rooms = (ROOT / "python" / "bd3lm", ROOT / "rust" / "bd3lm-core" / "src")
         assert any((room / path).exists() for room in rooms), path
+
+
+def test_code_of_the_site_fits_its_box():
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for body in re.findall(r"```(?:console|python)\n(.*?)```", text, flags=re.DOTALL):
+            for line in body.splitlines():
+                assert len(line) <= 80, f"{page}: {line}"
