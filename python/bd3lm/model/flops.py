@@ -1,7 +1,4 @@
-"""What a training step costs in floating-point operations, and what the machine could do.
-
-Their quotient over the time is the model FLOPs utilization (MFU).
-"""
+"""Model FLOPs utilization (MFU): operations of a training step, and peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -14,13 +11,12 @@ from bd3lm.config import TrainConfig
 
 
 def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
-    """Floating-point operations of one step, forward and backward, by counting products.
+    """Count the floating-point operations of one step, forward and backward.
 
-    A multiplication and an addition are two; the backward pass costs twice the forward one. What
-    is counted is what has to be computed: of the attention's pairs only those that see each
-    other, of the clean stream all but its last block, in the last layer only its keys and values,
-    and there and in the output head only positions whose token is predicted (half of them under
-    loglinear levels). Norms, rotations and adaLN are left out.
+    A multiply-add counts as two; the backward pass costs twice the forward pass. Only necessary
+    work counts: unmasked pairs of the attention; the clean stream without its last block, and of
+    its last layer only keys and values; in the last layer and the output head only predicted
+    positions (half of them under loglinear levels). Norms, rotations and adaLN are left out.
 
     Args:
         cfg: the run.
@@ -51,15 +47,14 @@ PEAK_SIZE = 1024
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second of the best of a few large matrix products there.
+    """Measure the peak speed of large matrix products, in floating-point operations a second.
 
-    Measured once a process, in a fraction of a second; a machine that is busy meanwhile looks
-    slower than it is.
+    Measured once a process, in a fraction of a second. On a busy machine the figure is too low.
 
     Args:
-        device: where.
+        device: the device.
         dtype: of the factors.
-        threads: PyTorch's, to measure again after a change.
+        threads: PyTorch's thread count; a new count is measured again.
     """
     assert device.type != "cpu" or threads == torch.get_num_threads()
     a, b = (torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=device) for _ in range(2))
