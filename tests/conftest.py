@@ -52,11 +52,11 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def tiny_model(**changes: object) -> Transformer:
+def tiny_model(vocab_size: int = VOCAB_SIZE, **changes: object) -> Transformer:
     """A two-layer model with random weights everywhere, head and closed branches included."""
     cfg = dataclasses.replace(ModelConfig(width=16, depth=2, heads=2), **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    model = Transformer(cfg, VOCAB_SIZE)
+    model = Transformer(cfg, vocab_size)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3)

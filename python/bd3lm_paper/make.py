@@ -63,6 +63,7 @@ def make_tables(
     with sweep.claim("tables"):  # another sweep may end at the same moment
         written = {name: write_formula(out, name) for name in wanted if name in FORMULAS}
         written |= {table.name: write_table(sweep, table) for table in tables}
+        sweep.archive()
         if page is not None:
             fill_page(page, written)
     return [(name, str(written[name])) for name in wanted]

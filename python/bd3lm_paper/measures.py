@@ -253,7 +253,7 @@ AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve | Cost
 
 def draw(trained: Trained, config: SampleConfig) -> list[Sample]:
     """Samples of a trained model, all rows at once."""
-    return Sampler.from_checkpoint(trained.loaded).generate(config, [[]] * config.num)
+    return Sampler.from_checkpoint(trained.loaded).generate(config)
 
 
 @cache

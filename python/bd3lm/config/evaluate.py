@@ -47,13 +47,13 @@ def check_estimator(
         estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
         f"{prefix}estimator",
         estimator,
-        f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {block_size}); use stratified",
+        f"a sampled one, stratified say, above block-size = {MAX_EXACT_BLOCK} (here {block_size})",
     )
     check(
         estimator != "exact" or not told,
         f"{prefix}estimator",
         estimator,
-        "a model that is told the noise level has no exact sum; use stratified",
+        "a sampled one, stratified say: a time-conditioned model has no exact sum",
     )
     check(
         estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),

@@ -11,8 +11,8 @@ from bd3lm.config.check import check
 class SampleConfig:
     """Sampling (MATH §8)."""
 
-    num: int = 4
-    """Samples."""
+    num: int = 1
+    """Samples of each prompt."""
     length: int | None = None
     """Largest number of tokens, prompt and BOS included. None: the trained length."""
     steps: int | None = None
@@ -64,7 +64,7 @@ class SampleConfig:
             sum(ways) <= 1,
             "steps, tokens-per-forward, threshold, entropy-bound",
             "several",
-            "one of them at a time",
+            "one at a time",
         )
         check(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
         check(self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "at least 1")

@@ -147,7 +147,7 @@ def count_statistics(
         ConfigError: a model that is told the level: its Y_k differ from schedule to schedule.
     """
     told = model.cfg.time_conditioning
-    check(not told, "noise.clip-search", True, "needs model.time-conditioning = False")
+    check(not told, "noise.clip-search", True, "False with model.time-conditioning")
     model.eval()
     size = system.block_size
     spec = NoiseSpec(Schedule("loglinear"), estimator="count")

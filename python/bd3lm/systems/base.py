@@ -128,7 +128,7 @@ class System(ABC):
         return np.append(grid, 0.0)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
-        """Σ_y of the scores of an ancestral step, float64 [R]; one unless :attr:`unnormalized_scores`."""
+        """Total score of an ancestral step, float64 [R]: 1 unless :attr:`unnormalized_scores`."""
         return torch.ones(logits.shape[0], dtype=torch.float64, device=logits.device)
 
 
