@@ -225,11 +225,13 @@ def evaluate_likelihood(
             )
         score, x0 = batch_scorer(system, model, batch)
         used = system.preparing_forwards(x0.shape[1])
+        sums = torch.zeros(groups, len(x0), dtype=torch.float64, device=x0.device)
         for draw in draws:
-            nats[draw.group, part] += draw.share * _weighted_nats(
+            sums[draw.group] += draw.share * _weighted_nats(
                 score, x0, draw, system.mask_id, block_size
             )
             used += 1
+        nats[:, part] = sums.cpu().numpy()  # the one wait of a batch
         forwards = max(forwards, used)
         if progress is not None:
             progress(part.stop, len(chosen))
@@ -243,11 +245,11 @@ def _weighted_nats(
     draw: Draw,
     mask_id: int,
     block_size: int,
-) -> np.ndarray:
-    """Σ weight·CE of each row under one draw, float64 [B]."""
+) -> Tensor:
+    """Σ weight·CE of each row under one draw, float64 [B], where the model is."""
     weight = draw.weight.double().repeat_interleave(block_size, dim=1)
     nats = masked_nats(score, x0, draw.mask, draw.mask_prob, mask_id)
-    return (nats * weight).sum(1).numpy()
+    return (nats * weight.to(nats.device, non_blocking=True)).sum(1)
 
 
 def batch_scorer(system: System, model: Transformer, batch: CleanBatch) -> tuple[Scorer, Tensor]:
@@ -259,20 +261,22 @@ def batch_scorer(system: System, model: Transformer, batch: CleanBatch) -> tuple
 
 
 def masked_nats(score: Scorer, x0: Tensor, mask: Tensor, mask_prob: Tensor, mask_id: int) -> Tensor:
-    """Unweighted loss of the masked positions, 0 elsewhere: float64 [B, L], on the CPU.
+    """Unweighted loss of the masked positions, 0 elsewhere: float64 [B, L], where the model is.
+
+    The host reads nothing back: it knows the mask, and so which positions are scored.
 
     Args:
         score: of these rows.
         x0: clean ids [B, L], where the model is.
-        mask: bool [B, L].
-        mask_prob: level of each block [B, K].
+        mask: bool [B, L], on the CPU.
+        mask_prob: level of each block [B, K], on the CPU.
         mask_id: the noise.
     """
-    mask = mask.to(x0.device)
-    select = mask.flatten().nonzero().squeeze(1)
-    xt = torch.where(mask, mask_id, x0)
-    values = torch.zeros(x0.numel(), dtype=torch.float64)
-    values[select.cpu()] = score(xt, select, mask_prob.to(x0.device)).double().cpu()
+    device = x0.device
+    select = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    xt = torch.where(mask.to(device, non_blocking=True), mask_id, x0)
+    values = torch.zeros(x0.numel(), dtype=torch.float64, device=device)
+    values[select] = score(xt, select, mask_prob.to(device, non_blocking=True)).double()
     return values.view(x0.shape)
 
 

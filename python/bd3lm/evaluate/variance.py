@@ -58,7 +58,7 @@ def nelbo_variance(
         )
         score, x0 = batch_scorer(system, model, batch)
         nats = masked_nats(score, x0, mask, level, system.mask_id)
-        total = nats.view(*level.shape, -1).sum(-1).numpy()
+        total = nats.view(*level.shape, -1).sum(-1).cpu().numpy()
         found.append(np.var(total * weight.numpy() / system.block_size, ddof=1))
     return float(np.mean(found))
 
@@ -164,7 +164,7 @@ def count_statistics(
                 spec, batch.x0, batch.noisable, size, seed=seed + repeat, step=0, first_row=start
             )
             nats = masked_nats(score, x0, mask, level, system.mask_id)
-            total = nats.view(-1, size).sum(-1).numpy()
+            total = nats.view(-1, size).sum(-1).cpu().numpy()
             count = mask.view(-1, size).sum(1).numpy()
             for moment, values in enumerate((np.ones_like(total), total, total**2)):
                 np.add.at(sums[moment], (noisable, count), values)
