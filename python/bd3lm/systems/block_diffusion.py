@@ -14,7 +14,7 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
-from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of, whole_tiles
+from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
 from bd3lm.systems.learned_noise import CountLaw, rarity_exponents
 
 
@@ -167,7 +167,7 @@ class BlockDiffusion(System):
             self._law.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
         return loss
 
-    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
+    def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
         """Run the clean stream once; each call then runs one noised version against it."""
         rows, seq_len = x0.shape
         clean: KVCache | None = None
@@ -178,19 +178,17 @@ class BlockDiffusion(System):
                 x0, self.block_size, select=nothing, doc_ids=doc_ids, cache=clean, commit=seq_len
             )
 
-        def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
+        def denoise(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
             sigma = sigma_of(mask_prob) if model.cfg.time_conditioning else None
             if clean is None:
-                features = model.encode(
+                return model.encode(
                     xt, self.block_size, select=select, doc_ids=doc_ids, sigma=sigma
                 )
-            else:
-                features = model.denoise_cached(
-                    xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
-                )
-            return self.nats(model, features, x0, select)
+            return model.denoise_cached(
+                xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
+            )
 
-        return score
+        return denoise
 
     def preparing_forwards(self, seq_len: int) -> int:
         """The clean stream's one, where there is a clean stream."""
