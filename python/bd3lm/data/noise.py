@@ -12,6 +12,9 @@ from torch import Tensor
 
 from bd3lm import _core
 
+MIN_LEVEL = 1e-3
+"""Lowest noise level t that is drawn (docs/math.md §2)."""
+
 
 class Schedule:
     """A noise schedule on t in (0, 1] (MATH §2).
@@ -95,7 +98,7 @@ class Weighting:
 
         Only then is the weighted loss still a bound of its kind.
         """
-        t = np.linspace(1e-3, 1.0 - 1e-3, 2001)
+        t = np.linspace(MIN_LEVEL, 1.0 - MIN_LEVEL, 2001)
         factor = self.at(schedule, t)
         return bool((np.diff(factor) >= -1e-9 * np.abs(factor[1:])).all())
 
