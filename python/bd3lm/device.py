@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
         device.type != "cuda" or torch.cuda.is_available(),
         "device",
         name,
-        "this PyTorch sees no CUDA device; use cpu or auto",
+        "cpu or auto: this PyTorch sees no CUDA device",
     )
     return device
 

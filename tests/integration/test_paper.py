@@ -279,7 +279,7 @@ def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path):
 
 def test_names_that_do_not_exist(tmp_path, capsys):
     assert chosen(["all"]) == [*TABLES, *FORMULAS]
-    with pytest.raises(ConfigError, match="table = table99: one of table1, "):
+    with pytest.raises(ConfigError, match="table = table99: must be one of table1, "):
         chosen(["table99"])
     absent = str(tmp_path / "page.md")
     wrongs = (["--scale", "huge"], ["--corpus", "moon", "x"], ["--tokenizer", "wikitext", "gpt2"])

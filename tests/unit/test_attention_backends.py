@@ -149,8 +149,8 @@ def test_a_backend_that_is_not_there_says_so_in_one_sentence() -> None:
     with pytest.raises(ConfigError) as caught:
         attend(*inputs(mask, False), mask, backend="triton")
     assert str(caught.value) == (
-        "attention = triton: needs an NVIDIA GPU of compute capability 8.0 or newer"
-        " and the triton package"
+        "attention = triton: must be one that runs here: triton needs an NVIDIA GPU of compute"
+        " capability 8.0 or newer and the triton package"
     )
     with pytest.raises(ConfigError, match="one of auto, "):
         attend(*inputs(mask, False), mask, backend="cudnn")
@@ -174,7 +174,7 @@ except ValueError as error:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(
-        "attention = flash: needs an NVIDIA GPU and the flash-attn package"
+        "attention = flash: must be one that runs here: flash needs an NVIDIA GPU and the"
     )
 
 

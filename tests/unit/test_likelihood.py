@@ -181,7 +181,7 @@ def test_full_size_block_equals_a_brute_force_mdlm():
 
 def test_what_is_not_allowed_says_so():
     model = tiny_model()
-    with pytest.raises(ConfigError, match="estimator = exact: .*above block-size = 4"):
+    with pytest.raises(ConfigError, match="estimator = exact: must be a sampled one"):
         score(model, rows_of(50, 16, 8), estimator="exact")
-    with pytest.raises(ConfigError, match="repeats = 3: an even number"):
+    with pytest.raises(ConfigError, match="repeats = 3: must be an even number"):
         score(model, rows_of(50, 16, 8), estimator="stratified", repeats=3)

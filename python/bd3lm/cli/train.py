@@ -58,12 +58,12 @@ def train(argv: list[str]) -> None:
     )
     cfg, out = args.config, args.out or _free_directory(name)
     if args.resume:
-        check(args.out is not None, "out", None, "--resume needs the --out DIR of a run")
+        check(args.out is not None, "out", None, "the directory of a run where --resume is given")
         check(
             not named and cfg == base.config,
             "resume",
-            "with other settings",
-            "a resumed run keeps its own settings; give only --out DIR --resume",
+            "True with other settings",
+            "given with --out DIR alone: a resumed run keeps its own settings",
         )
         cfg = saved_config(out)
     console = Console()

@@ -6,6 +6,6 @@ from bd3lm.errors import ConfigError
 
 
 def check(condition: bool, field_name: str, value: object, allowed: str) -> None:
-    """Raise :class:`ConfigError` naming the field, its value and what is allowed."""
+    """Raise :class:`ConfigError`: ``field = value: must be allowed``."""
     if not condition:
         raise ConfigError(field_name, value, allowed)

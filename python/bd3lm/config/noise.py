@@ -54,13 +54,13 @@ class NoiseConfig:
             or (self.clip is None and not self.clip_search and self.weighting == "nelbo"),
             "noise.estimator",
             "full",
-            "masks everything with weight 1; clips and weightings go with bernoulli or count",
+            "bernoulli or count with a clip or a weighting: full masks all, with weight 1",
         )
         check(
             not self.resample or self.estimator == "bernoulli",
             "noise.resample",
             self.resample,
-            "goes with noise.estimator = bernoulli",
+            "False unless noise.estimator = bernoulli",
         )
         gap = self.frequency_gap
         check(0 <= gap < 1, "noise.frequency-gap", gap, "in [0, 1)")
@@ -68,29 +68,29 @@ class NoiseConfig:
             gap == 0 or (self.estimator == "bernoulli" and not self.resample),
             "noise.frequency-gap",
             gap,
-            "masking by frequency goes with noise.estimator = bernoulli, without resample",
+            "0 unless noise.estimator = bernoulli and noise.resample = False",
         )
         check(
             not self.fit_counts or self.estimator == "count",
             "noise.fit-counts",
             self.fit_counts,
-            "goes with noise.estimator = count",
+            "False unless noise.estimator = count",
         )
         check(
             not self.paper_weights or self.schedule == "bimodal_gaussian",
             "noise.paper-weights",
             self.paper_weights,
-            "goes with noise.schedule = bimodal_gaussian",
+            "False unless noise.schedule = bimodal_gaussian",
         )
         check(
             not self.paper_weights or not self.clip_search,
             "noise.clip-search",
             self.clip_search,
-            "goes without noise.paper-weights, whose p(t) has no inverse",
+            "False with noise.paper-weights, whose p(t) has no inverse",
         )
         check(
             not self.clip_search or gap == 0,
             "noise.clip-search",
             self.clip_search,
-            "one pass finds no clip where tokens are masked by frequency; use a fixed clip",
+            "False with noise.frequency-gap > 0: use a fixed clip",
         )

@@ -64,7 +64,7 @@ class SampleConfig:
             sum(ways) <= 1,
             "steps, tokens-per-forward, threshold, entropy-bound",
             "several",
-            "one of them at a time",
+            "one at a time",
         )
         check(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
         check(self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "at least 1")

@@ -28,8 +28,25 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
-        check(name in known, name, values[name], f"not a setting of {kind.__name__}")
+        check(name in known, name, values[name], f"left out: {kind.__name__} has no such setting")
     return kind(**{name: _convert(hints[name], value) for name, value in values.items()})
+
+
+def changed(config: T, settings: Mapping[str, Any]) -> T:
+    """Copy a config dataclass with some fields changed; a mapping changes a nested part.
+
+    Raises:
+        ConfigError: a name that the dataclass does not have, or a value it does not allow.
+    """
+    known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in settings.items():
+        kind = type(config).__name__
+        check(name in known, name, value, f"not a setting of {kind}: {', '.join(sorted(known))}")
+        part = getattr(config, name)
+        nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+        values[name] = changed(part, value) if nested else value
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
 def _convert(hint: Any, value: Any) -> Any:

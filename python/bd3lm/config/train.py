@@ -84,7 +84,7 @@ class TrainConfig:
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
             self.init_optimizer,
-            "needs init-from",
+            "False without init-from",
         )
         if self.micro_batch is not None:
             check(
@@ -106,13 +106,13 @@ class TrainConfig:
                 self.packing == "wrap" and not self.row_eos,
                 "eval.stride",
                 self.eval.stride,
-                "goes with packing = wrap without row-eos: other rows do not overlap",
+                "None unless packing = wrap and row-eos = False: other rows do not overlap",
             )
         check(
             self.packing == "wrap" or not self.row_eos,
             "row-eos",
             self.row_eos,
-            f"goes with packing = wrap, not {self.packing}",
+            f"False with packing = {self.packing}; it goes with wrap",
         )
 
     def _check_block(self) -> None:
@@ -121,7 +121,7 @@ class TrainConfig:
             self.block_size is None or own is None or self.block_size == own,
             "block-size",
             self.block_size,
-            f"{own}, the one that system = {self.system} has",
+            f"{own} for system = {self.system}",
         )
         check(self.block >= 1, "block-size", self.block, "at least 1")
         check(

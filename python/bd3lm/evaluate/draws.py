@@ -120,4 +120,4 @@ def _consecutive(keys: NDArray[np.uint64]) -> list[slice]:
     """Runs of keys that follow each other by one, which one call draws."""
     cuts = np.flatnonzero(np.diff(keys) != 1) + 1
     edges = [0, *cuts.tolist(), len(keys)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

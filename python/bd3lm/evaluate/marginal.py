@@ -39,7 +39,7 @@ class SubsetScores:
 
 
 def score_subsets(scorer: RowScorer) -> SubsetScores:
-    """Run all 2^S - 1 masks of the blocks, smaller numbers first, so that U comes after U \\ i.
+    """Run all 2^S - 1 masks of the blocks, smaller numbers first, so that U's own subsets are known.
 
     Args:
         scorer: of rows of a model that is not time-conditioned.

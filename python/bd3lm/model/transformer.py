@@ -232,6 +232,39 @@ class Transformer(nn.Module):
                 module.attention = backend
         return self
 
+    def forward(
+        self,
+        ids: Tensor,
+        block_size: int,
+        *,
+        x0: Tensor | None = None,
+        select: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            ids: [B, L], the mask id where a token is hidden.
+            block_size: S. 1 is causal attention, L is full attention.
+            x0: clean ids [B, L]; with them the blocks of ``ids`` see the clean blocks before them,
+                as in training. None: they see the earlier blocks of ``ids``.
+            select: flat indices b*L+i of the positions to predict [M]; None: all, in order.
+            doc_ids: int32 [B, L]; attention stays inside a document.
+            sigma: -log(alpha) of every block [B, K], for time-conditioned models.
+
+        Returns:
+            Unnormalised log-probabilities [B, L, V], or [M, V] with ``select``.
+        """
+        if x0 is None:
+            features = self.encode(ids, block_size, select=select, doc_ids=doc_ids, sigma=sigma)
+            return self.logits(features)
+        every = torch.arange(ids.numel(), device=ids.device)
+        chosen = every if select is None else select
+        features = self.denoise(ids, x0, block_size, chosen, doc_ids=doc_ids, sigma=sigma)
+        logits = self.logits(features)
+        return logits.unflatten(0, ids.shape) if select is None else logits
+
     def denoise(
         self,
         xt: Tensor,

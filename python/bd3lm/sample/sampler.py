@@ -365,7 +365,7 @@ class Sampler:
             not (self.system.unnormalized_scores and (cfg.adaptive or cfg.tokens_per_forward > 1)),
             "threshold, entropy-bound, tokens-per-forward",
             "set",
-            f"not for {self.system.name}, whose scores are no probabilities; use steps",
+            f"left out for {self.system.name}, whose scores are no probabilities; use steps",
         )
         for prompt in prompts:
             check(

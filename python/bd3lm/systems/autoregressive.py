@@ -35,12 +35,14 @@ class Autoregressive(System):
             ConfigError: time conditioning, or noise that would never be used.
         """
         conditioned = cfg.model.time_conditioning
-        allowed = "must be off, for ar has no noise level"
+        allowed = "False for system = ar, which has no noise level"
         check(not conditioned, "model.time-conditioning", conditioned, allowed)
         for name, default in vars(NoiseConfig()).items():
             value = getattr(cfg.noise, name)
             field = f"noise.{name.replace('_', '-')}"
-            check(value == default, field, value, "ar draws no noise; leave all of it as it is")
+            check(
+                value == default, field, value, f"{default} for system = ar, which draws no noise"
+            )
         return cls(mask_id)
 
     def noise(self, step: int) -> NoiseSpec:

@@ -86,7 +86,9 @@ class BlockDiffusion(System):
         self._cfg = noise or NoiseConfig()
         super().__init__(block_size, mask_id, schedule_of(self._cfg))
         if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
-            raise ConfigError("noise.resample", True, "goes with noise.clip or noise.clip-search")
+            raise ConfigError(
+                "noise.resample", True, "False without noise.clip or noise.clip-search"
+            )
         self.clip = self._cfg.clip
         self._gamma: NDArray[np.float32] | None = None
         self._law = CountLaw(block_size) if self._cfg.fit_counts else None
@@ -100,7 +102,7 @@ class BlockDiffusion(System):
             ConfigError: a clip search for a model that is told the noise level.
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
-            raise ConfigError("noise.clip-search", True, "needs model.time-conditioning = False")
+            raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")
         return cls(cfg.block, mask_id, cfg.noise)
 
     def noise(self, step: int) -> NoiseSpec:

@@ -35,7 +35,7 @@ class ScoreEntropy(BlockDiffusion):
             cfg.model.time_conditioning,
             "model.time-conditioning",
             cfg.model.time_conditioning,
-            "sedd needs it on, with model.cond-width > 0: its ratios depend on the noise level",
+            "True for system = sedd, with model.cond-width > 0: its ratios depend on the level",
         )
         return super().from_config(cfg, mask_id)
 

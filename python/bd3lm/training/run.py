@@ -60,7 +60,7 @@ def run_training(
     """
     _check_early(cfg)
     on_cpu = resolve_device(cfg.device).type == "cpu"
-    check(on_cpu or not profile, "profile", profile, "watches the CPU; there use device = cpu")
+    check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
     with _run_directory(out, resume):
         splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
         trainer = _trainer(cfg, splits, out, reporter, resume=resume)
@@ -117,9 +117,7 @@ def _check_early(cfg: TrainConfig) -> None:
 
 def _check_data(cfg: TrainConfig, splits: Splits) -> None:
     if splits.valid.manifest.tokenizer_sha256 != splits.train.manifest.tokenizer_sha256:
-        raise ConfigError(
-            "valid", cfg.valid, "must be prepared with the tokenizer of the training data"
-        )
+        raise ConfigError("valid", cfg.valid, "prepared with the tokenizer of the training data")
 
 
 @contextmanager

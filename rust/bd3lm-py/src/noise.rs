@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use bd3lm_core::batch::{self, NoiseBatch};
-use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec};
-use bd3lm_core::schedule::Schedule;
-use bd3lm_core::weighting::Weighting;
+use bd3lm_core::data::batch::{self, NoiseBatch};
+use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec, Schedule, Weighting};
 use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;

@@ -86,9 +86,9 @@ def choose(
         raise ConfigError("attention", backend, f"one of auto, {', '.join(BACKENDS)}")
     found = BACKENDS[backend]
     if not found.available():
-        raise ConfigError("attention", backend, found.needs)
+        raise ConfigError("attention", backend, f"one that runs here: {backend} {found.needs}")
     if not found.takes(q, k, v, mask):
-        raise ConfigError("attention", backend, found.limits)
+        raise ConfigError("attention", backend, f"one that fits: {backend} {found.limits}")
     return found
 
 

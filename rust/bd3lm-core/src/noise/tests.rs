@@ -1,7 +1,11 @@
-use super::binomial::CHOOSE;
+use super::binomial::{CHOOSE, truncated_binomial};
 use super::*;
-use crate::schedule::tests::all;
+use crate::noise::schedule::MIN_LEVEL;
+use crate::noise::schedule::tests::all;
+use crate::random::{Domain, Stream};
 use proptest::prelude::*;
+use statrs::function::beta::{beta_reg, ln_beta};
+use std::sync::Arc;
 
 fn spec(schedule: Schedule, estimator: Estimator, clip: Option<(f64, f64)>) -> NoiseSpec {
     NoiseSpec::new(schedule, estimator, clip, false, Weighting::Nelbo, None).unwrap()
