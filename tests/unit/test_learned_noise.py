@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bd3lm.config import ModelConfig, NoiseConfig, TrainConfig
-from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting
+from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting, draw_noise
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance, search_clip
 from bd3lm.evaluate.draws import exact_draws
@@ -126,6 +126,55 @@ def test_monotone_weightings_are_told():
     assert not Weighting("edm").keeps_bound(loglinear)
     # simple is 1/w(t): under the gaussian w rises again towards t = 1.
     assert not Weighting("simple").keeps_bound(Schedule("gaussian", mu=0.5, sigma=0.2))
+
+
+@pytest.mark.parametrize("weighting", ["sigmoid", "iddpm", "flow_matching", "simple"])
+def test_a_time_conditioned_model_trains_the_reweighted_objective(weighting):
+    """count against a rule over p of Σ over masks: ∫ w̃(p)/p · E[CE(mask, p) | p] dp, S = 2."""
+    size, seq_len = 2, 8
+    cfg = TrainConfig(
+        seq_len=seq_len,
+        block_size=size,
+        model=ModelConfig(width=16, depth=2, heads=2, cond_width=8, time_conditioning=True),
+        noise=NoiseConfig(weighting=weighting),
+    )
+    model = tiny_model(cond_width=8, time_conditioning=True)
+    system = build_system(cfg, MASK_ID)
+    rows = rows_of(64 * 7, seq_len, size)
+    batch = rows.batch(np.arange(16, dtype=np.uint64))
+    score = system.scorer(model, batch.x0, None)
+    theta = (np.arange(48) + 0.5) * math.pi / 48  # p = (1 - cos θ)/2: no singular ends
+    levels, steps = (1 - np.cos(theta)) / 2, np.sin(theta) / 2 * math.pi / 48
+    factor = Weighting(weighting).at(Schedule("loglinear"), levels)
+    want = 0.0
+    with torch.no_grad():
+        for p, dp, w in zip(levels, steps, factor, strict=True):
+            for pattern in ([0], [1], [0, 1]):
+                mask = torch.zeros(16, seq_len // size, size, dtype=torch.bool)
+                mask[..., pattern] = True
+                mask = mask.view(16, seq_len) & batch.noisable
+                select = mask.flatten().nonzero().squeeze(1)
+                xt = torch.where(mask, MASK_ID, batch.x0)
+                nats = score(xt, select, torch.full((16, seq_len // size), p))
+                # Blocks of one noisable token have one pattern of probability p.
+                block, n = select // size, batch.noisable.view(-1, size).sum(1)
+                k = mask.view(-1, size).sum(1)
+                chance = p**k * (1 - p) ** (n - k)
+                keep = k == len(pattern)
+                want += float((nats * (chance * keep)[block]).sum()) * w / p * dp
+        want /= int(batch.noisable.sum())
+        found = []
+        for step in range(400):
+            mask, level, weight = draw_noise(
+                system.noise(step), batch.x0, batch.noisable, size, seed=1, step=step
+            )
+            select = mask.flatten().nonzero().squeeze(1)
+            nats = score(torch.where(mask, MASK_ID, batch.x0), select, level)
+            found.append(float((nats * weight.flatten()[select // size]).sum()))
+    found = np.array(found) / int(batch.noisable.sum())
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    assert abs(found.mean() - want) < 4 * error
+    assert error < 0.02 * want
 
 
 # --- variance and clips ----------------------------------------------------------------------

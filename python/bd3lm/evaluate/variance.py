@@ -103,7 +103,7 @@ class CountStatistics:
             p = weight = step = np.ones(1)
         else:
             p, step = _nodes(*schedule.mask_prob([low, high]))
-            weight = schedule.loss_weight(schedule.inverse(p))
+            weight = schedule.loss_weight_at(p)
             step /= p * (high - low)  # of w dt
         first = second = 0.0
         for n in np.flatnonzero(self.share[1:]) + 1:

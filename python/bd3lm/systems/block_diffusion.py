@@ -50,6 +50,7 @@ def noise_spec(
     *,
     count_probs: list[float] | None = None,
     gamma: NDArray[np.float32] | None = None,
+    time_conditioned: bool = False,
 ) -> NoiseSpec:
     """The loader's noise for these settings and what has been learned since.
 
@@ -58,6 +59,7 @@ def noise_spec(
         clip: levels to train on.
         count_probs: fitted q(k).
         gamma: exponents of masking by frequency.
+        time_conditioned: whether the model reads the noise level.
 
     Raises:
         ConfigError: a schedule parameter, clip or combination that MATH §2–4 does not allow.
@@ -70,6 +72,7 @@ def noise_spec(
         weighting=Weighting(cfg.weighting, k=cfg.weighting_k),
         count_probs=count_probs,
         gamma=gamma,
+        time_conditioned=time_conditioned,
     )
 
 
@@ -82,8 +85,16 @@ class BlockDiffusion(System):
 
     name = "bd3lm"
 
-    def __init__(self, block_size: int, mask_id: int, noise: NoiseConfig | None = None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        mask_id: int,
+        noise: NoiseConfig | None = None,
+        *,
+        time_conditioned: bool = False,
+    ) -> None:
         self._cfg = noise or NoiseConfig()
+        self._time_conditioned = time_conditioned
         super().__init__(block_size, mask_id, schedule_of(self._cfg))
         if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
             raise ConfigError(
@@ -103,7 +114,7 @@ class BlockDiffusion(System):
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")
-        return cls(cfg.block, mask_id, cfg.noise)
+        return cls(cfg.block, mask_id, cfg.noise, time_conditioned=cfg.model.time_conditioning)
 
     def noise(self, step: int) -> NoiseSpec:
         """The same noise at every step, but for what is learned between them."""
@@ -111,7 +122,13 @@ class BlockDiffusion(System):
 
     def _renew(self) -> None:
         probs = None if self._law is None else self._law.probs
-        self._noise = noise_spec(self._cfg, self.clip, count_probs=probs, gamma=self._gamma)
+        self._noise = noise_spec(
+            self._cfg,
+            self.clip,
+            count_probs=probs,
+            gamma=self._gamma,
+            time_conditioned=self._time_conditioned,
+        )
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Rank the tokens by rarity, where masking goes by it."""
