@@ -39,7 +39,7 @@ fn batches(c: &mut Criterion) {
             stride: None,
         };
         let plan = RowPlan::new(&store, l, 16, wrap, false).expect("it fits");
-        let order = Order::new(1, plan.num_rows() as u64);
+        let order = Order::new(1, plan.num_rows() as u64).expect("there are rows");
         // One batch for the calling thread, one that is shared out.
         for batch in [(1 << 16) / l, (1 << 18) / l] {
             let mut buffers = OwnedBatch::new(batch, l, 16);
@@ -52,7 +52,9 @@ fn batches(c: &mut Criterion) {
                 group.bench_function(id, |b| {
                     b.iter(|| {
                         step += 1;
-                        order.fill(step * batch as u64, &mut rows);
+                        order
+                            .fill(step * batch as u64, &mut rows)
+                            .expect("few places");
                         let key = NoiseKey {
                             seed: 1,
                             step,

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use bd3lm_core::Error;
+use bd3lm_core::cpu::buffers::reserve;
 use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::read_ahead::ReadAhead;
 use bd3lm_core::data::store::TokenStore;
+use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
@@ -51,19 +52,7 @@ impl PyRowPlan {
         keep_last: bool,
         documents: bool,
     ) -> PyResult<Self> {
-        if packing != "wrap" && (row_eos || stride.is_some()) {
-            let allowed = "wrap where rows have a stride or an EOS of their own";
-            return Err(to_py(Error::config("packing", packing, allowed)));
-        }
-        let packing = match packing {
-            "wrap" => Packing::Wrap { row_eos, stride },
-            "aligned" => Packing::Aligned,
-            "best_fit" => Packing::BestFit,
-            _ => {
-                let allowed = "wrap, aligned or best_fit";
-                return Err(to_py(Error::config("packing", packing, allowed)));
-            }
-        };
+        let packing = Packing::parse(packing, row_eos, stride).map_err(to_py)?;
         let store = store.0.clone();
         let plan = py
             .detach(|| RowPlan::new(&store, seq_len, block_size, packing, keep_last))
@@ -100,6 +89,11 @@ impl PyRowPlan {
     ) -> PyResult<Gathered<'py>> {
         let rows = rows.as_slice()?;
         let shape = [rows.len(), self.plan.seq_len()];
+        // NumPy's own refusal of an allocation would be a panic.
+        let tokens = shape[0].saturating_mul(shape[1]);
+        if tokens > 1 << 24 {
+            reserve("rows", &mut Vec::<[i64; 2]>::new(), tokens).map_err(to_py)?;
+        }
         let with_documents = self.documents || self.plan.may_pad();
         // SAFETY: `gather` writes all of each, or fails, and then no one sees them.
         let (x0, noisable, doc_ids) = unsafe {
@@ -109,7 +103,6 @@ impl PyRowPlan {
                 with_documents.then(|| PyArray2::<i32>::new(py, shape, false)),
             )
         };
-        let tokens = shape[0] * shape[1];
         // SAFETY: these arrays are new: contiguous, of so many elements, and no one else's. A bool
         // is a byte, and what is written is 0 or 1.
         let out = unsafe {
@@ -196,10 +189,16 @@ fn row_order(
     first: u64,
     count: usize,
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
-    if num_rows == 0 {
-        return Err(to_py(Error::config("num_rows", 0, "at least 1")));
-    }
-    let mut rows = vec![0; count];
-    Order::new(seed, num_rows).fill(first, &mut rows);
-    Ok(PyArray1::from_vec(py, rows))
+    let order = || -> Result<Vec<u64>> {
+        let order = Order::new(seed, num_rows)?;
+        if count > 1 << 32 {
+            return Err(Error::config("count", count, "at most 2^32"));
+        }
+        let mut rows = Vec::new();
+        reserve("count", &mut rows, count)?;
+        rows.resize(count, 0);
+        order.fill(first, &mut rows)?;
+        Ok(rows)
+    };
+    Ok(PyArray1::from_vec(py, order().map_err(to_py)?))
 }

@@ -32,6 +32,15 @@ pub(crate) fn whole_rows(field: &'static str, len: usize, width: usize) -> Resul
     Err(Error::config(field, format!("{len} elements"), allowed))
 }
 
+/// Makes room for `len` more elements.
+///
+/// # Errors
+/// There is not enough memory.
+pub fn reserve<T>(field: &'static str, buffer: &mut Vec<T>, len: usize) -> Result<()> {
+    let reserved = buffer.try_reserve_exact(len);
+    reserved.map_err(|_| Error::config(field, len, "few enough to fit in memory"))
+}
+
 /// `f(group, span)` for groups of whole rows, which one thread takes at a time.
 pub(crate) fn in_groups(
     len: usize,

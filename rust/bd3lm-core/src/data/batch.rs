@@ -84,6 +84,22 @@ fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize
     }
 }
 
+/// Checks that rows `key.row..key.row + rows` are in the global batch, and that its blocks can be
+/// numbered.
+fn check_key(key: &NoiseKey, rows: usize, blocks: usize) -> Result<()> {
+    let end = key.row.checked_add(rows as u64);
+    if end.is_none_or(|end| end > key.rows) {
+        let allowed = format!("at least first_row = {} and these {rows} rows", key.row);
+        return Err(Error::config("num_rows", key.rows, allowed));
+    }
+    let all = key.rows.checked_mul(blocks as u64);
+    if all.is_none_or(|all| all > 1 << 63) {
+        let allowed = format!("few enough that its {blocks} blocks a row number at most 2^63");
+        return Err(Error::config("num_rows", key.rows, allowed));
+    }
+    Ok(())
+}
+
 impl<'a> CleanBatch<'a> {
     fn check(&self, plan: &RowPlan, documents: bool, tokens: usize) -> Result<()> {
         check_len("x0", tokens, self.x0.len())?;
@@ -163,6 +179,10 @@ pub fn noise(
     let k = seq_len / block_size;
     let rows = x0.len() / seq_len;
     check_len("noisable", x0.len(), noisable.len())?;
+    if let Some(n) = noisable.iter().find(|n| **n > 1) {
+        return Err(Error::config("noisable", n, "0 or 1"));
+    }
+    check_key(&key, rows, k)?;
     out.check(x0.len(), rows * k)?;
     let one = |scratch: &mut Scratch, i: usize, ids, noisable, mask, prob, weight| {
         let key = NoiseKey {
@@ -276,6 +296,7 @@ pub fn gather_noised(
     let noise = out.noise;
     check_rows(plan, rows)?;
     spec.check(l, block_size)?;
+    check_key(&key, rows.len(), l / block_size)?;
     clean.check(plan, documents, tokens)?;
     noise.check(tokens, tokens / block_size)?;
     let k = l / block_size;
@@ -527,6 +548,31 @@ mod tests {
             assert_eq!(b.xt, whole.xt[part.start * 128..part.end * 128]);
             assert_eq!(b.weight, whole.weight[part.start * 32..part.end * 32]);
         }
+    }
+
+    /// Rows outside the global batch, and numbers that cannot be multiplied.
+    #[test]
+    fn noise_of_impossible_numbers_is_refused() {
+        let refused = |seq_len: usize, block_size: usize, row: u64, rows: u64, n: u8| {
+            let mut b = OwnedBatch::new(2, 8, 4);
+            let key = NoiseKey {
+                seed: 0,
+                step: 0,
+                row,
+                rows,
+            };
+            let (x0, noisable) = (vec![9; 16], vec![n; 16]);
+            let (_, out) = b.views();
+            let done = noise(&spec(), key, seq_len, block_size, &x0, &noisable, out.noise);
+            done.map_err(|e| e.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(refused(8, 4, 3, 5, 1), "");
+        assert!(refused(0, 4, 0, 2, 1).contains("seq_len = 0: must be at least 1"));
+        assert!(refused(8, 0, 0, 2, 1).contains("block_size = 0"));
+        assert!(refused(8, 4, 4, 5, 1).contains("num_rows = 5: must be at least first_row = 4"));
+        assert!(refused(8, 4, u64::MAX, u64::MAX, 1).contains("num_rows = 18446744073709551615"));
+        assert!(refused(8, 4, 0, u64::MAX, 1).contains("number at most 2^63"));
+        assert!(refused(8, 4, 0, 2, 7).contains("noisable = 7: must be 0 or 1"));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::data::store::{TokenStore, Tokens};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, named};
 
 /// How documents become rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,30 @@ pub enum Packing {
     Aligned,
     /// As aligned, but a document stays whole where a row can hold it (best-fit decreasing).
     BestFit,
+}
+
+impl Packing {
+    /// Names of all packings, as configs and the command line spell them.
+    pub const NAMES: [&'static str; 3] = ["wrap", "aligned", "best_fit"];
+
+    /// The packing of this name; only `wrap` has an EOS a row, or a stride.
+    ///
+    /// # Errors
+    /// An unknown name, or an option that the packing does not have.
+    pub fn parse(name: &str, row_eos: bool, stride: Option<usize>) -> Result<Self> {
+        let [wrap, aligned, best_fit] = Self::NAMES;
+        let table = [
+            (wrap, Packing::Wrap { row_eos, stride }),
+            (aligned, Packing::Aligned),
+            (best_fit, Packing::BestFit),
+        ];
+        let packing = named("packing", name, &table)?;
+        if name != wrap && (row_eos || stride.is_some()) {
+            let allowed = "wrap where rows have a stride or an EOS of their own";
+            return Err(Error::config("packing", name, allowed));
+        }
+        Ok(packing)
+    }
 }
 
 /// A run of tokens inside a row, behind a BOS.

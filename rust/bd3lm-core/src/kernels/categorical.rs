@@ -21,6 +21,22 @@ pub struct Shaping<'a> {
     pub forbidden: &'a [usize],
 }
 
+impl Shaping<'_> {
+    fn check(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            let allowed = "a finite number of at least 0";
+            return Err(Error::config("temperature", self.temperature, allowed));
+        }
+        if self.top_k == Some(0) {
+            return Err(Error::config("top_k", 0, "at least 1"));
+        }
+        if self.top_p <= 0.0 || self.top_p.is_nan() {
+            return Err(Error::config("top_p", self.top_p, "greater than 0"));
+        }
+        Ok(())
+    }
+}
+
 /// Lanes that are added side by side, so that the compiler may use vectors.
 const LANES: usize = 16;
 /// Tokens whose mass is summed together, so that a draw looks at few of them one by one.
@@ -60,6 +76,10 @@ pub fn draw(
     if !fits {
         let given = format!("{} logits for {rows} rows", logits.len());
         return Err(Error::config("logits", given, "whole rows"));
+    }
+    shaping.check()?;
+    if let Some(u) = uniform.iter().find(|u| !(0.0..1.0).contains(*u)) {
+        return Err(Error::config("uniform", u, "in [0, 1)"));
     }
     if let Some(id) = shaping.forbidden.iter().find(|id| **id >= vocab) {
         return Err(Error::config("forbidden", id, format!("below {vocab}")));

@@ -158,11 +158,13 @@ impl Block {
             return check_len("rows", length, rows);
         }
         check_len("h", rows / length * length, rows)?;
-        check_len("k", rows / length * cache.capacity * keys, cache.k.len())?;
+        let cached = (rows / length * keys).checked_mul(cache.capacity);
+        check_len("k", cached.unwrap_or(usize::MAX), cache.k.len())?;
         check_len("v", cache.k.len(), cache.v.len())?;
-        if cache.first + length > cache.capacity {
-            let given = cache.first + length;
-            let allowed = format!("at most {} positions", cache.capacity);
+        let end = cache.first.checked_add(length);
+        if end.is_none_or(|end| end > cache.capacity) {
+            let given = format!("{length} positions from {} on", cache.first);
+            let allowed = format!("within {} positions", cache.capacity);
             return Err(Error::config("cache", given, allowed));
         }
         scratch::with(&[h.len(), rows * all], |scratch| {
@@ -257,24 +259,25 @@ mod tests {
         assert!(text(block(8, 3)).contains("heads of 3"));
         let block = block(8, 2).unwrap();
         let (mut q, mut k, mut v) = (vec![0.0; 8], vec![0.0; 12], vec![0.0; 12]);
-        let mut run = |rows: usize, first: usize| {
+        let mut run = |rows: usize, first: usize, capacity: usize| {
             let cache = Cache {
                 k: &mut k,
                 v: &mut v,
-                capacity: 3,
+                capacity,
                 first,
             };
             let angles = vec![1.0; 4];
             block.project(&vec![0.0; rows * 4], (&angles, &angles), &mut q, cache, 1)
         };
-        assert!(run(2, 1).is_ok());
-        assert!(
-            run(2, 2)
-                .unwrap_err()
-                .to_string()
-                .contains("at most 3 positions")
-        );
-        assert!(run(1, 0).is_err());
+        assert!(run(2, 1, 3).is_ok());
+        for first in [2, usize::MAX - 1] {
+            let refused = run(2, first, 3).unwrap_err().to_string();
+            assert!(refused.contains("within 3 positions"), "{refused}");
+        }
+        // Times 4 features it wraps to the 12 numbers that there are.
+        let refused = run(2, 0, (1 << 62) + 3).unwrap_err().to_string();
+        assert!(refused.contains("k = 12 elements"), "{refused}");
+        assert!(run(1, 0, 3).is_err());
         assert!(block.finish(&[0.0; 4], &mut [0.0; 8], 1).is_err());
         assert!(Norm::new(&[1.0; 2], Some(&[0.0]), true, 0.0).is_err());
     }

@@ -4,7 +4,7 @@
 //! Every output is one sum over the inputs in their order, so that a row comes out the same, bit
 //! for bit, whatever rows are beside it and however many threads there are.
 
-use crate::cpu::buffers::Parts;
+use crate::cpu::buffers::{Parts, reserve};
 use crate::cpu::simd::portable::Portable;
 use crate::cpu::simd::{Simd, dispatch};
 #[cfg(target_arch = "x86_64")]
@@ -96,7 +96,7 @@ impl Packed {
         if let Some(bias) = bias {
             packed.bias[..outputs].copy_from_slice(bias);
         }
-        packed.panels = lines((panels * panel_units).div_ceil(MAX_LANES));
+        packed.panels = lines(panels.saturating_mul(panel_units).div_ceil(MAX_LANES))?;
         for (column, row) in weight.chunks_exact(inputs).enumerate() {
             let first = column / columns * panel_units + column % columns;
             for (depth, unit) in row.chunks(pair).enumerate() {
@@ -228,8 +228,9 @@ impl Packed {
 
 /// Zeros on large pages, where the system gives them: a matrix is read from end to end for every
 /// token, and with small pages half of that time goes into finding them.
-fn lines(count: usize) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::with_capacity(count);
+fn lines(count: usize) -> Result<Vec<Line>> {
+    let mut lines: Vec<Line> = Vec::new();
+    reserve("linear", &mut lines, count)?;
     #[cfg(target_os = "linux")]
     // SAFETY: advice about whole pages inside an allocation of ours, which changes no content.
     unsafe {
@@ -240,7 +241,7 @@ fn lines(count: usize) -> Vec<Line> {
         libc::madvise(first as *mut _, bytes, libc::MADV_HUGEPAGE);
     }
     lines.resize(count, Line([0.0; MAX_LANES]));
-    lines
+    Ok(lines)
 }
 
 /// Two neighbours as bf16, rounded to nearest, ties to even.

@@ -110,10 +110,14 @@ pub fn move_heads<T: Stored>(
 impl Columns {
     fn check(self, name: &'static str, len: usize, count: usize) -> Result<()> {
         whole_rows(name, len, self.width)?;
-        if self.first + count <= self.width {
+        if self
+            .first
+            .checked_add(count)
+            .is_some_and(|end| end <= self.width)
+        {
             return Ok(());
         }
-        let given = format!("features up to {}", self.first + count);
+        let given = format!("{count} features from {} on", self.first);
         Err(Error::config(
             name,
             given,
@@ -361,8 +365,10 @@ mod tests {
         };
         assert!(run((17, 8), 0, 4, None).contains("from = 17 elements: must be whole rows of 8"));
         assert!(
-            run((16, 8), 5, 4, None).contains("from = features up to 9: must be within rows of 8")
+            run((16, 8), 5, 4, None)
+                .contains("from = 4 features from 5 on: must be within rows of 8")
         );
+        assert!(run((16, 8), usize::MAX - 3, 4, None).contains("from = 4 features"));
         assert!(run((24, 8), 0, 4, None).contains("to = 2 elements"));
         assert!(run((16, 8), 0, 6, Some(angles)).contains("whole heads of 4"));
         let other = Angles {

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::schedule::{MIN_LEVEL, Schedule};
+use serde::Deserialize;
+
+use super::schedule::{MIN_LEVEL, Schedule, ScheduleSettings};
 use super::tables::CountTables;
 use super::weighting::Weighting;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, named};
 
 /// How the masked positions of a block are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +27,65 @@ pub enum Estimator {
     },
     /// Every noisable token masked with weight 1 (t ≡ 1).
     Full,
+}
+
+/// Settings of the noise, as a config names them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoiseSettings {
+    /// p(t).
+    pub schedule: ScheduleSettings,
+    /// `bernoulli`, `count` or `full`.
+    pub estimator: String,
+    /// Interval of t.
+    pub clip: Option<(f64, f64)>,
+    /// Force each block's masked share into the clip.
+    pub resample: bool,
+    /// One of [`Weighting::NAMES`].
+    pub weighting: String,
+    /// Shift of the sigmoid weighting.
+    pub weighting_k: f64,
+    /// count: q(k).
+    pub count_probs: Option<Vec<f64>>,
+    /// count: the j-th of r equal shares of q.
+    pub stratum: Option<(u32, u32)>,
+    /// bernoulli: spread the levels over strata.
+    pub strata: bool,
+    /// See [`NoiseSpec::for_time_conditioned`].
+    pub time_conditioned: bool,
+}
+
+impl NoiseSettings {
+    /// The specification, with a factor for each token id where masking goes by frequency.
+    ///
+    /// # Errors
+    /// An unknown name, a parameter out of range, or settings that do not go together.
+    pub fn build(&self, gamma: Option<Arc<[f32]>>) -> Result<NoiseSpec> {
+        let bernoulli = Estimator::Bernoulli {
+            strata: self.strata,
+        };
+        let count = Estimator::Count {
+            probs: self.count_probs.clone(),
+            stratum: self.stratum,
+        };
+        let kinds = [
+            ("bernoulli", &bernoulli),
+            ("count", &count),
+            ("full", &Estimator::Full),
+        ];
+        let spec = NoiseSpec::new(
+            self.schedule.build()?,
+            named("estimator", &self.estimator, &kinds)?.clone(),
+            self.clip,
+            self.resample,
+            Weighting::parse(&self.weighting, self.weighting_k)?,
+            gamma,
+        )?;
+        Ok(match self.time_conditioned {
+            true => spec.for_time_conditioned(),
+            false => spec,
+        })
+    }
 }
 
 /// Where a row stands, which is all that its randomness depends on.
@@ -191,6 +252,9 @@ impl NoiseSpec {
     /// A block size that is 0 or does not divide the rows, a clip that no k/S fits, q of another
     /// length than S, or a factor table that is shorter than the vocabulary.
     pub fn check(&self, seq_len: usize, block_size: usize) -> Result<()> {
+        if seq_len == 0 {
+            return Err(Error::config("seq_len", 0, "at least 1"));
+        }
         if block_size == 0 || !seq_len.is_multiple_of(block_size) {
             return Err(Error::config(
                 "block_size",

@@ -33,7 +33,12 @@ const ALL: [(&str, Detokenizer); 5] = [
 ];
 
 impl Detokenizer {
-    /// By name.
+    /// Names of all detokenizers, as the command line spells them.
+    pub fn names() -> [&'static str; ALL.len()] {
+        ALL.map(|(name, _)| name)
+    }
+
+    /// The detokenizer of this name.
     ///
     /// # Errors
     /// [`Error::Config`] that lists the names there are.

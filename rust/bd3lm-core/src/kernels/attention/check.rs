@@ -1,6 +1,7 @@
 //! What must hold of the arguments before any pointer is followed.
 
 use super::{Backward, Dtype, Forward, MAX_HEAD_WIDTH, Tensor};
+use crate::cpu::threads::MOST_THREADS;
 use crate::{Error, Result};
 
 fn bad<T>(field: &'static str, value: impl ToString, allowed: &str) -> Result<T> {
@@ -19,8 +20,10 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
             &format!("{dtype:?}, as the queries"),
         );
     }
-    let empty = x.shape.contains(&0);
-    if !empty && (x.ptr.is_null() || !(x.ptr as usize).is_multiple_of(dtype.size())) {
+    if x.is_empty() {
+        return Ok(()); // no pointer or stride of it is followed
+    }
+    if x.ptr.is_null() || !(x.ptr as usize).is_multiple_of(dtype.size()) {
         return bad(
             name,
             format!("address {:?}", x.ptr),
@@ -91,14 +94,14 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     tensor("v", &args.v, shape, dtype)?;
     tensor("out", &args.out, args.q.shape, dtype)?;
     distinct("out", &args.out)?;
-    if !(args.lse.0 as usize).is_multiple_of(4) || (args.lse.0.is_null() && heads * queries > 0) {
+    if !(args.lse.0 as usize).is_multiple_of(4) || (args.lse.0.is_null() && !args.q.is_empty()) {
         return bad(
             "lse",
             format!("address {:?}", args.lse.0),
             "aligned to float32",
         );
     }
-    if args.options.threads == 0 || args.options.threads > 1024 {
+    if args.options.threads == 0 || args.options.threads > MOST_THREADS {
         return bad("threads", args.options.threads, "1 to 1024");
     }
     if !args.options.scale.is_finite() || args.options.scale <= 0.0 {
@@ -106,7 +109,7 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     }
     let ranges = args.mask.ranges;
     let rows = ranges.clean_lo.len();
-    if rows != queries && rows != batch * queries {
+    if rows != queries && Some(rows) != batch.checked_mul(queries) {
         return bad(
             "mask",
             format!("{rows} rows"),

@@ -58,6 +58,29 @@ unsafe impl Send for Tensor {}
 unsafe impl Sync for Tensor {}
 
 impl Tensor {
+    /// Whether it has no element.
+    fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Fills it with zeros.
+    ///
+    /// # Safety
+    /// Its elements, as shape and strides say, are writable.
+    unsafe fn clear(&self) {
+        let [batch, heads, rows, width] = self.shape;
+        for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+            // SAFETY: b and h are below the shape's.
+            let head = unsafe { self.head(b, h) };
+            for row in 0..rows as isize {
+                let bytes = self.dtype.size();
+                let start = head.ptr.wrapping_offset(row * head.stride * bytes as isize);
+                // SAFETY: a row of the tensor; its elements are adjacent.
+                unsafe { start.write_bytes(0, width * bytes) };
+            }
+        }
+    }
+
     /// # Safety
     /// `b` and `h` are below the shape's.
     unsafe fn head(&self, b: usize, h: usize) -> Rows {
@@ -140,7 +163,8 @@ pub struct Backward<'a> {
     pub dv: Tensor,
 }
 
-/// Softmax attention over the keys that the mask allows; zero for queries without any.
+/// Softmax attention over the keys that the mask allows; zero for queries without any. Without
+/// queries there is nothing to write.
 ///
 /// # Errors
 /// [`Error::Config`] for shapes, strides, dtypes or ranges that do not fit together, and for an
@@ -152,13 +176,16 @@ pub struct Backward<'a> {
 pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
     check::forward(args)?;
     let isa = choose(args.options.isa, args.q.dtype)?;
+    if args.q.is_empty() {
+        return Ok(());
+    }
     let plans = plans(args)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
     unsafe { dispatch!(isa, B => forward_with::<B>(args, &plans)) };
     Ok(())
 }
 
-/// Gradients of [`forward`] for the gradient of its output.
+/// Gradients of [`forward`] for the gradient of its output; zero where there are no queries.
 ///
 /// # Errors
 /// As [`forward`].
@@ -168,6 +195,11 @@ pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
 pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
     check::backward(args)?;
     let isa = choose(args.forward.options.isa, args.forward.q.dtype)?;
+    if args.forward.q.is_empty() {
+        // SAFETY: by the contract; an empty tensor has no rows.
+        unsafe { [args.dk, args.dv].iter().for_each(|x| x.clear()) };
+        return Ok(());
+    }
     let plans = plans(&args.forward)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
     unsafe { dispatch!(isa, B => backward_with::<B>(args, &plans)) };
@@ -306,10 +338,7 @@ fn plans(args: &Forward<'_>) -> Result<Vec<Plan>> {
         clean_offset,
     } = args.mask;
     let queries = args.q.shape[2];
-    let rows = match queries {
-        0 => 1,
-        queries => (ranges.clean_lo.len() / queries).max(1),
-    };
+    let rows = ranges.clean_lo.len() / queries;
     (0..rows)
         .map(|b| {
             let at = b * queries..(b + 1) * queries;
