@@ -140,9 +140,7 @@ def sampling(results: dict[str, Any]) -> str:
             spread = {"median": found["ratio"], "low": found["low"], "high": found["high"]}
             multiple = ratio(spread)
         speed = f"{found['tokens_per_second']:.0f} tokens/s"
-        rows.append(
-            [f"ours, {results['precision']}, {name}", speed, found["forwards"], multiple]
-        )
+        rows.append([f"ours, {results['precision']}, {name}", speed, found["forwards"], multiple])
     if "peer" in results:
         peer = results["peer"]
         speed = f"{peer['tokens_per_second']:.1f} tokens/s"

@@ -31,6 +31,10 @@ def resolve_device(name: str) -> torch.device:
         name,
         "cpu or auto: this PyTorch sees no CUDA device",
     )
+    if device.index is not None and device.type == "cuda":
+        count = torch.cuda.device_count()
+        check(device.index < count, "device", name, f"below cuda:{count}")
+        torch.cuda.set_device(device)  # what is allocated without a device's name goes there, too
     return device
 
 

@@ -141,7 +141,8 @@ def split_heads(
     x: Tensor, widths: list[int], turned: list[bool], rope: tuple[Tensor, Tensor], head: int
 ) -> list[Tensor]:
     """Split a product into heads and rotate some of them; see :func:`projected_heads`."""
-    parts = [part.unflatten(-1, (-1, head)) for part in x.split(widths, dim=-1)]
+    # Not unflatten: under a device context PyTorch 2.11 cannot trace it.
+    parts = [part.view(*part.shape[:-1], -1, head) for part in x.split(widths, dim=-1)]
     return [rotate(part, rope) if turn else part for part, turn in zip(parts, turned, strict=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bd3lm.config import TrainConfig
 from bd3lm.systems.autoregressive import Autoregressive
-from bd3lm.systems.base import Scorer, System, sigma_of
+from bd3lm.systems.base import Denoiser, Scorer, System, sigma_of
 from bd3lm.systems.block_diffusion import BlockDiffusion
 from bd3lm.systems.masked_diffusion import MaskedDiffusion
 from bd3lm.systems.score_entropy import ScoreEntropy
@@ -13,6 +13,7 @@ __all__ = [
     "SYSTEMS",
     "Autoregressive",
     "BlockDiffusion",
+    "Denoiser",
     "MaskedDiffusion",
     "ScoreEntropy",
     "Scorer",

@@ -9,7 +9,7 @@ from torch import Tensor
 from bd3lm.config import NoiseConfig, TrainConfig, check
 from bd3lm.data import Batch, NoiseSpec
 from bd3lm.model import Transformer
-from bd3lm.systems.base import Scorer, System, flat_targets, whole_tiles
+from bd3lm.systems.base import Denoiser, System, flat_targets, whole_tiles
 
 
 class Autoregressive(System):
@@ -55,14 +55,13 @@ class Autoregressive(System):
         features = self._features(model, batch.x0, select, batch.doc_ids)
         return self.head_loss(model, features, flat_targets(batch.x0, select), weight)[0]
 
-    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
+    def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
         """Run one causal forward a call; the mask and its level are not read."""
 
-        def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
-            features = self._features(model, x0, select, doc_ids)
-            return self.nats(model, features, x0, select)
+        def denoise(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
+            return self._features(model, x0, select, doc_ids)
 
-        return score
+        return denoise
 
     def _features(
         self, model: Transformer, x0: Tensor, select: Tensor, doc_ids: Tensor | None

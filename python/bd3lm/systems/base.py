@@ -18,9 +18,13 @@ from bd3lm.data.store import TokenArrays
 from bd3lm.model import Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
 
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(xt [B, L], select [M], mask_prob [B, K]) -> features [M, D]`` of the selected positions; the
+level is read by time-conditioned models alone."""
+
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0) at the selected positions,
-or an upper bound on it. Only time-conditioned models read the level."""
+or an upper bound on it."""
 
 MAX_SIGMA = -math.log(1e-3)
 """Largest sigma given to a network, as in the original implementation; the loss weight is not
@@ -102,8 +106,8 @@ class System(ABC):
         return self.head_loss(model, features, target, weight)[1]
 
     @abstractmethod
-    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
-        """Prepare clean rows for scoring many noised versions of them (docs/math.md §4).
+    def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
+        """Prepare clean rows for forwards of many noised versions of them (docs/math.md §4).
 
         Args:
             model: in evaluation mode.
@@ -111,8 +115,17 @@ class System(ABC):
             doc_ids: int32 [B, L] or None.
         """
 
+    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
+        """Score noised versions of clean rows; arguments as of :meth:`denoiser`."""
+        denoise = self.denoiser(model, x0, doc_ids)
+
+        def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
+            return self.nats(model, denoise(xt, select, mask_prob), x0, select)
+
+        return score
+
     def preparing_forwards(self, seq_len: int) -> int:
-        """Number of forwards that :meth:`scorer` runs before the first score."""
+        """Number of forwards that :meth:`denoiser` runs before the first noised version."""
         return 0
 
     def logits(self, model: Transformer, features: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
-from bd3lm.systems.base import Scorer, System, flat_targets, sigma_of, whole_tiles
+from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
 from bd3lm.systems.learned_noise import CountDistribution, rarity_exponents
 
 
@@ -50,6 +50,7 @@ def noise_spec(
     *,
     count_probs: list[float] | None = None,
     gamma: NDArray[np.float32] | None = None,
+    time_conditioned: bool = False,
 ) -> NoiseSpec:
     """Build the loader's noise from the settings and from what training has learned.
 
@@ -58,6 +59,7 @@ def noise_spec(
         clip: levels to train on.
         count_probs: fitted q(k).
         gamma: exponents of masking by frequency.
+        time_conditioned: whether the model reads the noise level.
 
     Raises:
         ConfigError: a schedule parameter, clip or combination outside docs/math.md §2–4.
@@ -70,6 +72,7 @@ def noise_spec(
         weighting=Weighting(cfg.weighting, k=cfg.weighting_k),
         count_probs=count_probs,
         gamma=gamma,
+        time_conditioned=time_conditioned,
     )
 
 
@@ -82,8 +85,16 @@ class BlockDiffusion(System):
 
     name = "bd3lm"
 
-    def __init__(self, block_size: int, mask_id: int, noise: NoiseConfig | None = None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        mask_id: int,
+        noise: NoiseConfig | None = None,
+        *,
+        time_conditioned: bool = False,
+    ) -> None:
         self._cfg = noise or NoiseConfig()
+        self._time_conditioned = time_conditioned
         super().__init__(block_size, mask_id, schedule_of(self._cfg))
         if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
             raise ConfigError(
@@ -103,7 +114,7 @@ class BlockDiffusion(System):
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")
-        return cls(cfg.block, mask_id, cfg.noise)
+        return cls(cfg.block, mask_id, cfg.noise, time_conditioned=cfg.model.time_conditioning)
 
     def noise(self, step: int) -> NoiseSpec:
         """Noise of the settings, with the learned clip, counts and rarity."""
@@ -111,7 +122,13 @@ class BlockDiffusion(System):
 
     def _renew(self) -> None:
         probs = None if self._counts is None else self._counts.probs
-        self._noise = noise_spec(self._cfg, self.clip, count_probs=probs, gamma=self._gamma)
+        self._noise = noise_spec(
+            self._cfg,
+            self.clip,
+            count_probs=probs,
+            gamma=self._gamma,
+            time_conditioned=self._time_conditioned,
+        )
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Rank the tokens by rarity, for masking by frequency."""
@@ -169,7 +186,7 @@ class BlockDiffusion(System):
             self._counts.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
         return loss
 
-    def scorer(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Scorer:
+    def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
         """Encode the clean stream once; each call then runs one noised stream against its cache."""
         rows, seq_len = x0.shape
         clean: KVCache | None = None
@@ -180,19 +197,17 @@ class BlockDiffusion(System):
                 x0, self.block_size, select=nothing, doc_ids=doc_ids, cache=clean, commit=seq_len
             )
 
-        def score(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
+        def denoise(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
             sigma = sigma_of(mask_prob) if model.cfg.time_conditioning else None
             if clean is None:
-                features = model.encode(
+                return model.encode(
                     xt, self.block_size, select=select, doc_ids=doc_ids, sigma=sigma
                 )
-            else:
-                features = model.denoise_cached(
-                    xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
-                )
-            return self.nats(model, features, x0, select)
+            return model.denoise_cached(
+                xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
+            )
 
-        return score
+        return denoise
 
     def preparing_forwards(self, seq_len: int) -> int:
         """1 for the clean stream; 0 without one."""

@@ -38,6 +38,8 @@ class Backend(NamedTuple):
     """Error text for inputs that it does not take."""
     run_cached: Callable[[Tensor, Tensor, Tensor, CachedMask], Tensor] | None = None
     """Attention over a cache whose length is held on the device; None: not supported."""
+    suits: Callable[[Tensor, Tensor, Tensor, Any], bool] = lambda q, k, v, mask: True
+    """Whether ``auto`` may take it for inputs that it supports."""
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
         """Whether it computes this."""
@@ -56,15 +58,23 @@ BACKENDS: dict[str, Backend] = {
         triton.cached_attention,
     ),
     "flash": Backend(flash.available, flash.supports, flash.attention, flash.NEEDS, flash.LIMITS),
-    "flex": Backend(flex.available, flex.supports, flex.attention, flex.NEEDS, flex.LIMITS),
+    "flex": Backend(
+        flex.available,
+        flex.supports,
+        flex.attention,
+        flex.NEEDS,
+        flex.LIMITS,
+        suits=flex.suits,
+    ),
     "rust": Backend(lambda: True, rust.supports, rust.rust_attention, "", rust.LIMITS),
     "dense": Backend(
         lambda: True, lambda q, k, v, mask: True, dense_attention, "", "", dense_cached
     ),
 }
-# Backends that "auto" tries on each kind of device, best first; dense takes every input.
+# Backends that "auto" tries on each kind of device, in order; dense takes every input. On CUDA
+# FlexAttention comes first, because our kernels have not run on a GPU yet (docs/gpu.md).
 AUTO: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "flex", "dense"),
+    "cuda": ("flex", "triton", "dense"),
     "cpu": ("rust", "dense"),
 }
 
@@ -72,15 +82,17 @@ AUTO: dict[str, tuple[str, ...]] = {
 def choose(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
 ) -> Backend:
-    """Return the backend of that name, or with ``auto`` the best one for these inputs.
+    """Return the backend of that name, or with ``auto`` the first of :data:`AUTO` that fits.
 
     Raises:
         ConfigError: there is no such backend, or it cannot run here or on these inputs.
     """
     if backend == "auto":
         for name in AUTO.get(q.device.type, ()):
-            if BACKENDS[name].available() and BACKENDS[name].takes(q, k, v, mask):
-                return BACKENDS[name]
+            found = BACKENDS[name]
+            inputs = q, k, v, mask
+            if found.available() and found.takes(*inputs) and found.suits(*inputs):
+                return found
         return BACKENDS["dense"]
     if backend not in BACKENDS:
         raise ConfigError("attention", backend, f"one of auto, {', '.join(BACKENDS)}")
