@@ -6,7 +6,7 @@ The command line is derived from these types, and each run writes its resolved t
 
 from bd3lm.config.check import check
 from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
-from bd3lm.config.model import ModelConfig
+from bd3lm.config.model import ModelConfig, RopeScaling
 from bd3lm.config.names import (
     AttentionName,
     DetokenizerName,
@@ -34,6 +34,7 @@ __all__ = [
     "NoiseConfig",
     "OptimConfig",
     "PackingName",
+    "RopeScaling",
     "SampleConfig",
     "ScheduleName",
     "SystemName",
