@@ -50,8 +50,8 @@ def load_checkpoint(
         return load_llama_family(path, device, tokenizer)
     if "model_type" in meta and "format" not in meta:
         raise CheckpointError(
-            f"{path} holds a model of the kind {meta['model_type']}; it must be one of "
-            f"{', '.join(FAMILY)} or bd3lm"
+            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be one "
+            f"of {', '.join(FAMILY)}"
         )
     loaded = load_native(path, device)
     if tokenizer is not None:

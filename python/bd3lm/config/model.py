@@ -58,7 +58,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Transformer; enough to describe the paper's DiT and a Llama or Qwen3."""
+    """Shape of the Transformer: the DiT of the BD3-LM paper, or a Llama-like decoder."""
 
     width: int = 256
     """D, features of the residual stream."""
