@@ -63,3 +63,13 @@ class StorageError(Bd3lmError, OSError):
 
 class CheckpointError(Bd3lmError, ValueError):
     """A checkpoint cannot be loaded, or does not fit what was asked of it."""
+
+
+class InterruptedRunError(Bd3lmError):
+    """Ctrl-C was pressed; the run was saved and the message says how to go on."""
+
+    exit_code = 130
+
+
+class DivergedError(Bd3lmError):
+    """The loss is no longer a number; the last checkpoint was kept."""

@@ -14,11 +14,11 @@ from bd3lm.config import NoiseConfig, preset
 from bd3lm.data import Loader, Prefetcher, Rows
 from bd3lm.data.prefetch import AHEAD
 from bd3lm.data.resolve import open_splits
-from bd3lm.errors import ConfigError
+from bd3lm.errors import ConfigError, InterruptedRunError
 from bd3lm.model import Transformer
 from bd3lm.model.cross_entropy import composed_cross_entropy_
 from bd3lm.systems import build_system
-from bd3lm.training import InterruptedRunError, Trainer
+from bd3lm.training import Trainer
 from tests.integration.conftest import Silent
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.data.resolve import open_splits
-from bd3lm.errors import CheckpointError, ConfigError, ExistsError
-from bd3lm.training import InterruptedRunError, Trainer, run_training, saved_config
+from bd3lm.errors import CheckpointError, ConfigError, ExistsError, InterruptedRunError
+from bd3lm.training import Trainer, run_training, saved_config
 from tests.integration.conftest import Silent
 
 SUMMARY = {
@@ -236,7 +236,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch):
 
 
 def test_divergence_is_told_before_it_is_saved(config, tmp_path):
-    from bd3lm.training.trainer import DivergedError
+    from bd3lm.errors import DivergedError
 
     config = dataclasses.replace(config, log_every=100, checkpoint_every=3)
     splits = open_splits(config.data, None, "default", tmp_path / "work", print)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from bd3lm.checkpoint import load_checkpoint
-from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
-from bd3lm.config import ModelConfig, TrainConfig
+from bd3lm.config import TrainConfig
 from bd3lm.data import Dataset, Loader, Prefetcher, Rows
 from bd3lm.device import autocast, compute_dtype, keep_freed_memory, resolve_device
-from bd3lm.errors import Bd3lmError, CheckpointError
+from bd3lm.errors import DivergedError, InterruptedRunError
 from bd3lm.evaluate import (
     Likelihood,
     count_statistics,
@@ -29,12 +25,14 @@ from bd3lm.evaluate import (
     scoring_rows,
     search_clip,
 )
-from bd3lm.files import write_text
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.systems import build_system
 from bd3lm.training.ema import Ema
+from bd3lm.training.interrupt import ctrl_c
+from bd3lm.training.metrics import MetricsLog
 from bd3lm.training.optim import Optimizers, lr_factor
+from bd3lm.training.persistence import resume, save, start_from
 from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 
 
@@ -52,16 +50,6 @@ class Reporter(Protocol):
 
     def note(self, message: str) -> None:
         """Anything else worth a line."""
-
-
-class InterruptedRunError(Bd3lmError):
-    """Ctrl-C was pressed; the run was saved and the message says how to go on."""
-
-    exit_code = 130
-
-
-class DivergedError(Bd3lmError):
-    """The loss is no longer a number; the last checkpoint was kept."""
 
 
 class Trainer:
@@ -106,9 +94,10 @@ class Trainer:
         self.seconds = 0.0
         self.last: dict[str, float] = {}
         self.profiler: StepProfiler | None = None
+        self.metrics = MetricsLog(out / "metrics.jsonl")
         # Since the last logged line; the sum stays on the device until a line is due.
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._loss_steps = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_steps = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -136,12 +125,12 @@ class Trainer:
             DivergedError: the loss became infinite or NaN.
         """
         cfg = self.cfg
-        with _ctrl_c() as pressed, closing(self.batches), frozen():
+        with ctrl_c() as pressed, closing(self.batches), frozen():
             while self.steps_done < cfg.steps:
                 started = time.perf_counter()
                 loss, norm = self.step() if self.profiler is None else self.profiler.run(self.step)
-                self._loss_sum += loss
-                self._loss_steps += 1
+                self.loss_sum += loss
+                self.loss_steps += 1
                 # Before every checkpoint too: what is saved was seen to be finite.
                 done = self.steps_done
                 saves = done % cfg.checkpoint_every == 0 or done == cfg.steps
@@ -212,7 +201,7 @@ class Trainer:
             )
             clip = self._search_clip(rows) if self.cfg.noise.clip_search else {}
         line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write_metrics(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self.metrics.append(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
         self.reporter.validation(self.steps_done, result)
         return result
 
@@ -240,10 +229,10 @@ class Trainer:
 
     def _look(self, norm: Tensor) -> tuple[float, float]:
         """Mean loss since the last look, and the gradient's norm: one wait for the device."""
-        total, last_norm = torch.stack([self._loss_sum, norm.double()]).tolist()
-        mean = total / self._loss_steps
-        self._loss_sum.zero_()
-        self._loss_steps = 0
+        total, last_norm = torch.stack([self.loss_sum, norm.double()]).tolist()
+        mean = total / self.loss_steps
+        self.loss_sum.zero_()
+        self.loss_steps = 0
         return mean, last_norm
 
     def _log(self, mean: float, norm: float) -> None:
@@ -260,113 +249,21 @@ class Trainer:
             "tokens_per_second": self.tokens_done / self.seconds,
             "mfu": self.mfu,
         }
-        self._write_metrics({"step": self.steps_done, **self.last, "seconds": self.seconds})
-
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.metrics.append({"step": self.steps_done, **self.last, "seconds": self.seconds})
 
     # --- saving and resuming ----------------------------------------------------------------
 
     def save(self) -> None:
         """Write the checkpoint in place of the previous one."""
-        training = {f"model/{k}": p.detach() for k, p in self.model.named_parameters()}
-        training |= {f"optimizer/{k}": v for k, v in self.optimizers.state().items()}
-        state: dict[str, Any] = {
-            "seconds": self.seconds,
-            "ema_updates": self.ema.updates,
-            "window": [self._loss_sum.item(), self._loss_steps],
-            "last": self.last,
-            "system": self.system.state(),
-        }
-        save_checkpoint(
-            self.checkpoint,
-            self.cfg,
-            self.tokenizer,
-            step=self.steps_done,
-            averaged=self.ema.weights,
-            training=training,
-            state=state,
-        )
+        save(self)
 
     def start_from(self, path: Path) -> None:
-        """Begin with the averaged weights of another run (and its optimizer's state, if asked).
-
-        The learning-rate schedule, the data order and the average begin anew.
-
-        Raises:
-            CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
-        """
-        loaded = load_checkpoint(path, tokenizer=self.tokenizer)
-        _check_same_function(self.cfg.model, loaded.config.model, path)
-        assign_weights(self.model, loaded.model.state_dict(), path)
-        if self.cfg.init_optimizer:
-            state = self._training_state(path)["optimizer"]
-            self.optimizers.load(state, path)
-        for name, parameter in self.model.named_parameters():
-            self.ema.weights[name].copy_(parameter.detach())
+        """Begin with the averaged weights of another run; see :func:`persistence.start_from`."""
+        start_from(self, path)
 
     def resume(self) -> None:
-        """Continue from the run's checkpoint; on the CPU, bit for bit.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit this run.
-        """
-        meta = read_meta(self.checkpoint)
-        file = self.checkpoint / "training.safetensors"
-        parts = self._training_state(self.checkpoint)
-        if self.cfg.model.tied_embeddings:
-            parts["model"]["head.weight"] = parts["model"]["embed.weight"]
-        assign_weights(self.model, parts["model"], file)
-        self.optimizers.load(parts["optimizer"], file)
-        averaged = read_tensors(self.checkpoint / "model.safetensors")
-        for name, tensor in self.ema.weights.items():
-            tensor.copy_(averaged[name])
-        state = meta["state"]
-        self.steps_done = int(meta["step"])
-        self.seconds = state["seconds"]
-        self.ema.updates = state["ema_updates"]
-        self._loss_sum.fill_(state["window"][0])
-        self._loss_steps = state["window"][1]
-        self.last = state["last"]
-        self.system.load_state(state["system"])
-        self._forget_metrics_after(self.steps_done)
-
-    def _training_state(self, path: Path) -> dict[str, dict[str, Tensor]]:
-        """Raw weights (``model``) and optimizer tensors (``optimizer``) of a checkpoint."""
-        file = path / "training.safetensors"
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for name, tensor in read_tensors(file).items():
-            kind, rest = name.split("/", 1)
-            if kind not in parts:
-                raise CheckpointError(f"{file} holds an unknown tensor {name}")
-            parts[kind][rest] = tensor
-        return parts
-
-    def _forget_metrics_after(self, step: int) -> None:
-        file = self.out / "metrics.jsonl"
-        if file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(file, "".join(line + "\n" for line in kept))
-
-
-def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) -> None:
-    """Refuse weights that would fit and mean something else: heads, norms, rotations.
-
-    Shapes are checked tensor by tensor where the weights are assigned. A model may begin to be
-    told the noise level, or stop; and dropout is no part of the function.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
-    for name in ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings"):
-        mine, theirs = getattr(wanted, name), getattr(found, name)
-        if mine != theirs:
-            raise CheckpointError(
-                f"init-from = {path}: was trained with model.{name.replace('_', '-')} = {theirs}; "
-                f"this model has {mine}"
-            )
+        """Continue from the run's checkpoint; see :func:`persistence.resume`."""
+        resume(self)
 
 
 @contextmanager
@@ -380,24 +277,3 @@ def frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """A list that becomes non-empty when Ctrl-C is pressed; a second press stops at once."""
-    pressed: list[int] = []
-
-    def press(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    try:
-        before = signal.signal(signal.SIGINT, press)
-    except ValueError:  # not the main thread: whoever runs us owns the signals
-        yield pressed
-        return
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
