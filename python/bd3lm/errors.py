@@ -65,11 +65,22 @@ class CheckpointError(Bd3lmError, ValueError):
     """A checkpoint cannot be loaded, or does not fit what was asked of it."""
 
 
-class InterruptedRunError(Bd3lmError):
-    """Ctrl-C was pressed; the run was saved and the message says how to go on."""
+class OutOfMemoryError(Bd3lmError, MemoryError):
+    """The host or the device has not enough memory for a run."""
 
-    exit_code = 130
+
+class InterruptedRunError(Bd3lmError):
+    """A signal stopped a run; the message says what was saved and how to go on.
+
+    Args:
+        message: the sentence.
+        number: of the signal; the command exits with 128 + number, as a shell reports it.
+    """
+
+    def __init__(self, message: str, number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 class DivergedError(Bd3lmError):
-    """The loss is no longer a number; the last checkpoint was kept."""
+    """Losses, gradients or weights are no longer finite; what was saved before is finite."""

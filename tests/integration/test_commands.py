@@ -131,7 +131,7 @@ NARROW = "--noise.estimator bernoulli --noise.clip 0.3 0.45 --noise.resample".sp
     ("args", "sentence"),
     [
         (["huge"], "preset = huge: one of demo, tiny, small, medium"),
-        (["--block-size", "5"], "block-size = 5: a divisor of seq-len = 128"),
+        (["--block-size", "5"], "block-size = 5: must be a divisor of seq-len = 128"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--tokenizer", "./nothing.json", "--data", "TEXT"], "nothing.json: no such file"),
         (["--device", "tpu"], "device = tpu: auto, cpu, cuda or cuda:N"),
@@ -214,7 +214,7 @@ def test_eval_refuses(capsys, run, corpus, args, sentence):
         (["--num", "0"], "num = 0: at least 1"),
         (["--top-p", "0"], "top-p = 0.0: in (0, 1]"),
         (["--prompt", "the old house " * 40], "to leave room for one more"),
-        (["--block-size", "3"], "block-size = 3: a divisor of seq-len = 32"),
+        (["--block-size", "3"], "block-size = 3: must be a divisor of seq-len = 32"),
     ],
 )
 def test_sample_refuses(capsys, run, args, sentence):

@@ -173,6 +173,7 @@ def of_system(config, system):
 def test_a_step_reads_nothing_back(config, splits, tmp_path, system, monkeypatch):
     monkeypatch.setattr(head, "cross_entropy_", composed_cross_entropy_)  # as on a GPU
     trainer = Trainer(of_system(config, system), splits.train, splits.valid, tmp_path, Silent())
+    trainer.optimizers.host_decides = False  # as on a GPU
     trainer.step()
     with NoWaits():
         loss, norm = trainer.step()

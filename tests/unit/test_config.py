@@ -26,13 +26,22 @@ def test_tuples_and_none_survive_json():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 5}, "block-size = 5: a divisor of seq-len = 128"),
+        ({"block_size": 5}, "block-size = 5: must be a divisor of seq-len = 128"),
         ({"seq_len": 1, "block_size": 1}, "seq-len = 1"),
-        ({"steps": 0}, "steps = 0: at least 1"),
-        ({"micro_batch": 3}, "micro-batch = 3: a divisor of batch-size = 512"),
-        ({"eval": EvalConfig(repeats=3), "block_size": 8}, "eval.repeats = 3: an even number"),
-        ({"eval": EvalConfig(estimator="count", repeats=1)}, "eval.repeats = 1: at least 2"),
-        ({"row_eos": True, "packing": "aligned"}, "row-eos = True: goes with packing = wrap"),
+        ({"steps": 0}, "steps = 0: must be a whole number, at least 1"),
+        ({"micro_batch": 3}, "micro-batch = 3: must be a divisor of batch-size = 512"),
+        (
+            {"eval": EvalConfig(repeats=3), "block_size": 8},
+            "repeats = 3: must be an even number",
+        ),
+        (
+            {"eval": EvalConfig(estimator="count", repeats=1)},
+            "repeats = 1: must be at least 2",
+        ),
+        (
+            {"row_eos": True, "packing": "aligned"},
+            "row-eos = True: must be False with packing",
+        ),
         ({"eval": EvalConfig(stride=64), "row_eos": True}, "other rows do not overlap"),
     ],
 )

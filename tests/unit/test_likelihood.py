@@ -164,5 +164,5 @@ def test_what_is_not_allowed_says_so():
     model = tiny_model()
     with pytest.raises(ConfigError, match="exact needs block-size <= 4"):
         score(model, rows_of(50, 16, 8), estimator="exact")
-    with pytest.raises(ConfigError, match="repeats = 3: an even number"):
+    with pytest.raises(ConfigError, match="repeats = 3: must be an even number"):
         score(model, rows_of(50, 16, 8), estimator="stratified", repeats=3)

@@ -441,7 +441,7 @@ class RunsCode:
         ),
         ({"base": 500.0}, "inv_freq of another base than 10000"),
         ({"config": {"n_heads": 3}}, "model.heads = 3: a divisor of model.width"),
-        ({"config": {"block_size": 5}}, "block-size = 5: a divisor of seq-len = 32"),
+        ({"config": {"block_size": 5}}, "block-size = 5: must be a divisor of seq-len = 32"),
         ({"config": {"time_conditioning": True}}, "tells its clean stream the noise level"),
         ({"config": {"n_blocks": "many"}}, "cannot be loaded: .*'many'"),
         ({"without": "model_length"}, "config.json does not say model_length"),
@@ -453,7 +453,8 @@ class RunsCode:
         ({"weights": [torch.zeros(1)]}, "does not hold tensors by name"),
         ({"index": {"weight_map": {"x": "../x.safetensors"}}}, "does not lie beside it"),
         ({"index": {"weight_map": {"x": "x.safetensors"}}}, "x.safetensors is missing"),
-        ({"index": []}, "is not an index of weight files"),
+        ({"index": []}, "is not a JSON object"),
+        ({"index": {"weight_map": {"x": 3}}}, "is not an index of weight files"),
     ],
 )
 def test_what_does_not_load_says_so(tmp_path, words, capsys, change, sentence):

@@ -265,9 +265,15 @@ def test_every_system_has_its_block_size(system, block):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"system": "ar", "block_size": 4}, "block-size = 4: 1, the one that system = ar has"),
-        ({"system": "mdlm", "block_size": 4}, "block-size = 4: 128, the one that system = mdlm"),
-        ({"block_size": 0}, "block-size = 0: at least 1"),
+        (
+            {"system": "ar", "block_size": 4},
+            "must be 1, the only one of system = ar",
+        ),
+        (
+            {"system": "mdlm", "block_size": 4},
+            "must be 128, the only one of system = mdlm",
+        ),
+        ({"block_size": 0}, "block-size = 0: must be a whole number, at least 1"),
         ({"system": "sedd"}, "model.time-conditioning = False: sedd needs it on"),
         (
             {"system": "ar", "noise": NoiseConfig(schedule="cosine")},

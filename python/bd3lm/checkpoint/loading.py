@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from bd3lm.checkpoint.native import Checkpoint, load_native, read_config
+from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
-from bd3lm.files import recover_directory
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,8 +25,8 @@ def load_checkpoint(
     """Load a model for scoring, sampling or further training (averaged weights).
 
     Args:
-        source: a checkpoint's directory, ours or the original implementation's, or a name on the
-            Hugging Face hub. No code from there is ever run.
+        source: a run, a checkpoint's directory, ours or the original implementation's, a file of
+            weights in it, or a name on the Hugging Face hub. No code from there is ever run.
         device: where the weights go.
         tokenizer: the one the model was trained with, or its name. Needed only where the
             checkpoint carries none (the original's do not), and ``gpt2`` where it is not given.
@@ -36,8 +37,20 @@ def load_checkpoint(
             tokenizer than the one given.
         TokenizerError: the tokenizer does not load.
     """
-    path = _locate(source)
-    if is_original(read_config(path)):
+    folder = _locate(source)
+    while True:
+        try:
+            return _load(folder, device, tokenizer)
+        except CheckpointError:
+            # A run that is being trained may have moved on and removed this folder meanwhile.
+            newer = find_checkpoint(Path(source)) if Path(source).exists() else folder
+            if newer == folder:
+                raise
+            folder = newer
+
+
+def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | None) -> Checkpoint:
+    if is_original(read_json(path / "config.json")):
         return load_original(path, device, tokenizer)
     loaded = load_native(path, device)
     if tokenizer is not None:
@@ -53,10 +66,9 @@ def load_checkpoint(
 def _locate(source: Path | str) -> Path:
     """The directory itself, or the hub's files in the local cache."""
     path = Path(source)
-    recover_directory(path)
     # A folder that exists is ours, so a mistyped run is not looked for on the network.
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(source)):
-        return path
+        return find_checkpoint(path)
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]

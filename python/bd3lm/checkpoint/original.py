@@ -8,7 +8,6 @@ nothing is converted: what is loaded and saved again is the same, bit for bit.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,15 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config, read_tensors
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.record import check_regular, read_json
+from bd3lm.checkpoint.tensors import (
+    TensorFile,
+    check_finite,
+    check_tensors,
+    fill,
+    skeleton,
+    write_tensors,
+)
 from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.files import replaced_directory, write_json
-from bd3lm.model import Transformer
+from bd3lm.files import replaced_directory, write_json, write_text
 
 TOKENIZER = "gpt2"
 """The published models' tokenizer, by its name on the hub; the mask is id 50257, so V = 50258."""
@@ -85,7 +91,7 @@ def load_original(
             vocabulary that is not the tokenizer's; a model this Transformer does not describe.
         TokenizerError: the tokenizer does not load.
     """
-    meta = read_config(path)
+    meta = read_json(path / "config.json")
     source, tensors = _read_weights(path)
     config, vocab_size = _settings(path, meta, tensors)
     text = _tokenizer(path, tokenizer)
@@ -94,17 +100,17 @@ def load_original(
             f"{path} has {vocab_size} ids and the tokenizer {text.name} {text.vocab_size}, its "
             "mask token included; name the one that this model was trained with"
         )
-    model = Transformer(config.model, vocab_size)
+    model = skeleton(config.model, vocab_size, tensors, their_name("embed.weight"), source)
     own = model.state_dict()
     frequencies = _frequencies(config.model)
     needed = {their_name(name): tensor for name, tensor in own.items()}
     needed[FREQUENCIES] = frequencies
     found = {FREQUENCIES: frequencies} | {k: v for k, v in tensors.items() if k not in CLIP}
-    check_tensors(found, needed, source)
+    check_tensors(found, needed, source, any_float=True)
     if not torch.allclose(found[FREQUENCIES].float(), frequencies, rtol=1e-2):  # bf16 will do
         raise CheckpointError(f"{source} holds {FREQUENCIES} of another base than 10000")
-    model.load_state_dict({name: tensors[their_name(name)] for name in own})
-    return Checkpoint(config, model.to(device).eval(), text, 0, path)
+    model = fill(model, {name: tensors[their_name(name)] for name in own}, device)
+    return Checkpoint(config, model.eval(), text, 0, path)
 
 
 def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
@@ -127,9 +133,9 @@ def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
         tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
         write_json(folder / "config.json", _their_config(config, model.vocab_size))
-        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.json, encoding="utf-8")
+        write_text(folder / "tokenizer.json", checkpoint.tokenizer.json)
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def _settings(
         return config, int(meta["vocab_size"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'config.json'} does not say {error.args[0]}") from error
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
@@ -265,7 +271,7 @@ def _tokenizer(path: Path, given: Tokenizer | str | None) -> Tokenizer:
 
 def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
     """All tensors, and the file that names them."""
-    for name, read in (("model.safetensors", read_tensors), ("pytorch_model.bin", _read_pickle)):
+    for name, read in (("model.safetensors", _read), ("pytorch_model.bin", _read_pickle)):
         if (path / name).is_file():
             return path / name, read(path / name)
         index = path / f"{name}.index.json"
@@ -279,14 +285,18 @@ def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _parts(index: Path) -> list[str]:
     """Files of a checkpoint in parts, each a plain name beside its index."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of weight files") from error
+    files = read_json(index).get("weight_map")
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} is not an index of weight files")
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name}, which does not lie beside it")
-    return names
+    return sorted(set(names))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return TensorFile(file).load()
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
@@ -295,18 +305,18 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing or damaged, or holds anything but tensors by name.
     """
+    check_regular(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing from the checkpoint") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} is damaged or holds more than tensors, which could run code; only plain "
             "tensors are loaded"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     plain = isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())
-    if not plain:
+    if not plain or not all(isinstance(name, str) for name in tensors):
         raise CheckpointError(f"{file} does not hold tensors by name")
+    check_finite(tensors, file)
     return tensors

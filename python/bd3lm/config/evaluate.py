@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_whole
 from bd3lm.config.names import EstimatorName
 
 MAX_EXACT_BLOCK = 4
@@ -30,6 +30,14 @@ class EvalConfig:
     batch_size: int = 64
     """Rows a forward."""
 
+    def __post_init__(self) -> None:
+        check_whole("eval.every", self.every, 0)
+        check_whole("eval.rows", self.rows, 1)
+        check_whole("eval.repeats", self.repeats, 1)
+        check_whole("eval.batch-size", self.batch_size, 1)
+        if self.stride is not None:
+            check_whole("eval.stride", self.stride, 1)
+
 
 def check_estimator(
     estimator: EstimatorName, block_size: int, repeats: int, told: bool, prefix: str = ""
@@ -47,23 +55,23 @@ def check_estimator(
         estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
         f"{prefix}estimator",
         estimator,
-        f"exact needs block-size <= {MAX_EXACT_BLOCK} (here {block_size}); use stratified",
+        f"must be stratified here: exact needs block-size <= {MAX_EXACT_BLOCK}, not {block_size}",
     )
     check(
         estimator != "exact" or not told,
         f"{prefix}estimator",
         estimator,
-        "a model that is told the noise level has no exact sum; use stratified",
+        "must be stratified: a model with time conditioning has no exact sum",
     )
     check(
         estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),
         f"{prefix}repeats",
         repeats,
-        "an even number, at least 2, for stratified",
+        "must be an even number, at least 2, for stratified",
     )
     check(
         estimator in ("exact", "stratified") or repeats >= 2,
         f"{prefix}repeats",
         repeats,
-        "at least 2, so that the error can be estimated",
+        "must be at least 2, so that the error can be estimated",
     )
