@@ -246,7 +246,7 @@ def test_a_model_that_is_told_the_level_is_scored_without_bias(estimator):
     error = max(found.mc_error, spread.mc_error)
     assert error < 0.06
     assert abs(found.nelbo - total / 2) < 4 * error
-    with pytest.raises(ConfigError, match="told the noise level has no exact sum"):
+    with pytest.raises(ConfigError, match="time conditioning has no exact sum"):
         evaluate_likelihood(BlockDiffusion(size, MASK_ID), model, rows, estimator="exact")
 
 
