@@ -52,11 +52,11 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def tiny_model(**changes: object) -> Transformer:
+def tiny_model(vocab_size: int = VOCAB_SIZE, **changes: object) -> Transformer:
     """A two-layer model with random weights everywhere, head and closed branches included."""
     cfg = dataclasses.replace(ModelConfig(width=16, depth=2, heads=2), **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    model = Transformer(cfg, VOCAB_SIZE)
+    model = Transformer(cfg, vocab_size)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3)
@@ -76,3 +76,24 @@ def token_arrays(num: int, seed: int = 0) -> TokenArrays:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, MASK_ID, (num,), generator=generator).tolist()
     return TokenArrays([ids], vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[Transformer, TokenArrays]:
+    """A small model that has learned something, so that losses depend on the level."""
+    from bd3lm.data import Loader, Rows
+    from bd3lm.systems import BlockDiffusion
+
+    torch.manual_seed(0)
+    ids = [[1 + (i * i + 3 * i) % 7 for i in range(4000)]]
+    data = TokenArrays(ids, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
+    model = Transformer(ModelConfig(width=32, depth=2, heads=2), VOCAB_SIZE)
+    system = BlockDiffusion(4, MASK_ID)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loader = Loader(Rows(data, seq_len=16, block_size=4), 32, 1)
+    for step in range(40):
+        batch = loader.batch(step, system.noise(step))
+        (system.loss(model, batch) / batch.num_noisable).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), data

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 from common import RESULTS, write
 
-from bd3lm.config import SampleConfig, tiny
+from bd3lm.config import SampleConfig
+from bd3lm.config.presets import tiny
 from bd3lm.device import has_bf16
 from bd3lm.model import Transformer, for_inference
 from bd3lm.sample import Sample, Sampler

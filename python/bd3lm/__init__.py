@@ -1,1 +1,78 @@
-"""Block-diffusion language models: train, score and sample."""
+"""Block-diffusion language models: train, score and sample.
+
+Core objects:
+
+- :class:`TrainConfig` holds every setting of a run; :func:`preset` returns one by name.
+- :func:`train` runs it: data, training, likelihood, samples.
+- :func:`load_checkpoint` opens what it wrote; :class:`Checkpoint` generates and scores text.
+- :class:`Sampler` draws many rows at once.
+- :class:`Schedule` is a noise schedule, built in or your own.
+
+Quick start::
+
+    import bd3lm
+
+    bd3lm.train(bd3lm.preset("demo", data="book.txt", steps=200), "runs/book")
+    checkpoint = bd3lm.load_checkpoint("runs/book")
+    print(checkpoint.generate("The old house", length=64)[0].text)
+
+Names are imported when they are first used, so ``import bd3lm`` does not import PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bd3lm import errors
+    from bd3lm._version import __version__
+    from bd3lm.api import Checkpoint, load_checkpoint, train
+    from bd3lm.config import SampleConfig, TrainConfig, preset
+    from bd3lm.data import Schedule, load_tokenizer, prepare
+    from bd3lm.sample import Sample, Sampler
+
+__all__ = [
+    "Checkpoint",
+    "Sample",
+    "SampleConfig",
+    "Sampler",
+    "Schedule",
+    "TrainConfig",
+    "__version__",
+    "errors",
+    "load_checkpoint",
+    "load_tokenizer",
+    "prepare",
+    "preset",
+    "train",
+]
+
+_MODULES = {
+    "Checkpoint": "api",
+    "Sample": "sample",
+    "SampleConfig": "config",
+    "Sampler": "sample",
+    "Schedule": "data",
+    "TrainConfig": "config",
+    "__version__": "_version",
+    "load_checkpoint": "api",
+    "load_tokenizer": "data",
+    "prepare": "data",
+    "preset": "config",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name == "errors":
+        return import_module("bd3lm.errors")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bd3lm' has no attribute {name!r}")
+    value = getattr(import_module(f"bd3lm.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names for completion."""
+    return sorted(__all__)

@@ -10,11 +10,23 @@ class Bd3lmError(Exception):
 
 
 class ConfigError(Bd3lmError, ValueError):
-    """A setting is outside what is allowed; the message names field, value and range."""
+    """A setting is outside what is allowed: ``field = value: must be allowed``.
+
+    Attributes:
+        field: name of the setting, as the command line spells it.
+        value: the refused value; None where none was given.
+        allowed: the rest of a sentence that begins with "must be"; None where the error comes
+            from the Rust core, whose sentence is finished.
+    """
 
     def __init__(self, field: str, value: object = None, allowed: str | None = None) -> None:
-        # One argument is a finished sentence (Rust formats its own).
-        super().__init__(field if allowed is None else f"{field} = {value}: {allowed}")
+        self.field, self.value, self.allowed = field, value, allowed
+        named = f"{field} (not given)" if value is None else f"{field} = {value}"
+        super().__init__(field if allowed is None else f"{named}: must be {allowed}")
+
+    def renamed(self, field: str) -> ConfigError:
+        """The same error under another name of the setting."""
+        return ConfigError(field, self.value, self.allowed)
 
 
 class MissingFileError(Bd3lmError, FileNotFoundError):

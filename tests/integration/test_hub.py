@@ -67,7 +67,7 @@ def test_a_named_set_is_scored_with_and_without_eos(config, folder, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*args, "--lines"])
     assert stop.value.code == 2
-    assert "lines = True: is for text files" in capsys.readouterr().err
+    assert "lines = True: must be off for a data set of the hub" in capsys.readouterr().err
 
 
 def test_the_papers_data_sets_have_their_splits_and_rules():
@@ -84,7 +84,9 @@ def test_what_cannot_be_loaded_says_so_and_leaves_nothing(folder, tmp_path):
     tokenizer = load_tokenizer("default")
     with pytest.raises(ConfigError, match="hub: and one of lm1b, openwebtext, wikitext2"):
         named("nothing")
-    with pytest.raises(ConfigError, match=r"data = hub:lm1b@train: a data set that can be loaded"):
+    with pytest.raises(
+        ConfigError, match=r"data = hub:lm1b@train: must be a data set that can be loaded"
+    ):
         prepare_split(named("lm1b"), "train", tokenizer, tmp_path / "set")
     with pytest.raises(ConfigError, match=r"can be loaded here"):
         prepare_split(named(f"{folder}@moon"), "moon", tokenizer, tmp_path / "set")

@@ -37,6 +37,6 @@ main(["run/checkpoint", "--num", "1", "--device", "cpu", "--attention", "cuda"])
     # The last command is the one that fails, by one sentence.
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: attention = triton: needs an NVIDIA GPU of compute capability 8.0 or newer "
-        "and the triton package"
+        "error: attention = triton: must be one that runs here: triton needs an NVIDIA GPU of "
+        "compute capability 8.0 or newer and the triton package"
     )

@@ -38,7 +38,7 @@ def test_every_gpu_gets_a_table_whose_limits_it_meets(
 
 
 def test_a_gpu_without_bf16_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"7\.5: 8\.0 or newer"):
+    with pytest.raises(ConfigError, match=r"7\.5: must be 8\.0 or newer"):
         tuning.architecture((7, 5))
 
 

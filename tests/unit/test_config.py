@@ -28,19 +28,19 @@ def test_tuples_and_none_survive_json():
     [
         ({"block_size": 5}, "block-size = 5: must be a divisor of seq-len = 128"),
         ({"seq_len": 1, "block_size": 1}, "seq-len = 1"),
-        ({"steps": 0}, "steps = 0: must be a whole number, at least 1"),
+        ({"steps": 0}, "steps = 0: must be at least 1"),
         ({"micro_batch": 3}, "micro-batch = 3: must be a divisor of batch-size = 512"),
         (
             {"eval": EvalConfig(repeats=3), "block_size": 8},
-            "repeats = 3: must be an even number",
+            "eval.repeats = 3: must be an even number",
         ),
         (
             {"eval": EvalConfig(estimator="count", repeats=1)},
-            "repeats = 1: must be at least 2",
+            "eval.repeats = 1: must be at least 2",
         ),
         (
             {"row_eos": True, "packing": "aligned"},
-            "row-eos = True: must be False with packing",
+            "row-eos = True: must be False with packing = aligned",
         ),
         ({"eval": EvalConfig(stride=64), "row_eos": True}, "other rows do not overlap"),
     ],
@@ -55,5 +55,7 @@ def test_unknown_names_are_refused():
         preset("huge")
     values = to_dict(preset("demo"))
     values["colour"] = "blue"
-    with pytest.raises(ConfigError, match="colour = blue: not a setting of TrainConfig"):
+    with pytest.raises(
+        ConfigError, match="colour = blue: must be left out: TrainConfig has no such setting"
+    ):
         from_dict(TrainConfig, values)

@@ -72,7 +72,7 @@ def test_the_two_averages():
     assert result.tokens == sum(map(len, parts))
     assert result.gen_ppl == pytest.approx(math.exp(torch.cat(parts).mean().item()))
     assert result.gen_ppl_rows == pytest.approx(sum(math.exp(p.mean().item()) for p in parts) / 2)
-    with pytest.raises(ConfigError, match="one with two tokens or more"):
+    with pytest.raises(ConfigError, match="one has two tokens or more"):
         generative_perplexity(model, ["1", ""])
 
 
@@ -80,7 +80,7 @@ def test_an_evaluator_that_cannot_load_says_what_is_allowed(monkeypatch, tmp_pat
     pytest.importorskip("transformers", reason="the extra `eval` is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (str(tmp_path / "nothing"), str(tmp_path / "none.gguf")):
-        with pytest.raises(ConfigError, match=r"evaluator = .*: a "):
+        with pytest.raises(ConfigError, match=r"evaluator = .*: must be a "):
             CausalLM(name, torch.device("cpu"))
 
 

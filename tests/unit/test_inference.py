@@ -150,9 +150,9 @@ def test_nothing_is_read_back_inside_a_block(changes):
     inside = []
     fill = s._fill_block
 
-    def counted(batch, cfg):
+    def counted(state, *rest):
         with Syncs() as syncs:
-            yield from fill(batch, cfg)
+            yield from fill(state, *rest)
         inside.append(syncs.count)
 
     s._fill_block = counted

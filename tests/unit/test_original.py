@@ -440,7 +440,7 @@ class RunsCode:
             r"linear.bias of shape \[3\]; this .*24",
         ),
         ({"base": 500.0}, "inv_freq of another base than 10000"),
-        ({"config": {"n_heads": 3}}, "model.heads = 3: a divisor of model.width"),
+        ({"config": {"n_heads": 3}}, "model.heads = 3: must be a divisor of model.width"),
         ({"config": {"block_size": 5}}, "block-size = 5: must be a divisor of seq-len = 32"),
         ({"config": {"time_conditioning": True}}, "tells its clean stream the noise level"),
         ({"config": {"n_blocks": "many"}}, "cannot be loaded: .*'many'"),
@@ -492,9 +492,9 @@ def test_what_does_not_load_says_so(tmp_path, words, capsys, change, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mlp": "relu2"}, "model.mlp = relu2: the original's layout holds only gelu"),
-        ({"kv_heads": 1}, "model.kv-heads = 1: the original's layout holds only 2"),
-        ({"mlp_width": 64}, "model.mlp-width = 64: the original's layout holds only 128"),
+        ({"mlp": "relu2"}, "model.mlp = relu2: must be gelu: the original's layout"),
+        ({"kv_heads": 1}, "model.kv-heads = 1: must be 2: the original's layout"),
+        ({"mlp_width": 64}, "model.mlp-width = 64: must be 128: the original's layout"),
         ({"cond_width": COND, "time_conditioning": True}, "model.time-conditioning = True"),
     ],
 )

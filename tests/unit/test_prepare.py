@@ -119,7 +119,7 @@ def test_an_empty_side_of_the_split(tokenizer: Tokenizer, tmp_path: Path) -> Non
         prepare([tmp_path / "x.txt"], tokenizer, tmp_path / "set", valid_fraction=0.5)
     left_behind(tmp_path, "x.txt")
     for fraction in (0.0, 1.0, -1.0):
-        with pytest.raises(ConfigError, match=r"valid-fraction = .*: between 0 and 1"):
+        with pytest.raises(ConfigError, match=r"valid-fraction = .*: must be above 0 and below 1"):
             prepare([tmp_path / "x.txt"], tokenizer, tmp_path / "set", valid_fraction=fraction)
 
 
@@ -321,9 +321,9 @@ REFUSED = {
     "kind": (["x.csv"], "x.csv: this kind of file is not read"),
     "exists": (["corpus.jsonl", "--out", "full"], "full already exists"),
     "tokenizer": (["corpus.jsonl", "--tokenizer", "./none"], "tokenizer ./none: no such file"),
-    "where": (["corpus.jsonl", "--where", "split"], "where = split: FIELD=VALUE"),
+    "where": (["corpus.jsonl", "--where", "split"], "where = split: must be FIELD=VALUE"),
     "nothing": (["corpus.jsonl", "--where", "number=7"], "an empty corpus"),
-    "size": (["corpus.jsonl", "--tokenizer", "train:9"], "vocab-size = 9: at least 258"),
+    "size": (["corpus.jsonl", "--tokenizer", "train:9"], "vocab-size = 9: must be at least 258"),
 }
 
 IN_TURN = """

@@ -79,7 +79,7 @@ def test_samples_follow_the_enumerated_joint():
     joint = first_hitting_joint(model, [0, mask_id, mask_id, mask_id], size, mask_id, 4)
     assert sum(joint.values()) == pytest.approx(1.0)
     s = Sampler(model, BlockDiffusion(4, mask_id), window=4, bos_id=0, eos_id=99)
-    samples = s.generate(SampleConfig(num=num, length=4, top_p=1.0), [[]] * num)
+    samples = s.generate(SampleConfig(num=num, length=4, top_p=1.0))
     counts = Counter(tuple(x.ids) for x in samples)
     expected = {k: num * p for k, p in joint.items() if num * p >= 5}
     rest = num - sum(expected.values())
@@ -195,9 +195,9 @@ def test_long_rows_take_the_memory_of_one_window(monkeypatch):
     s, held = sampler(window=64, block_size=16), set()
     fill = s._fill_block
 
-    def measured(batch, cfg):
-        held.add(sum(x.untyped_storage().nbytes() for x in (*batch.cache.k, *batch.cache.v)))
-        return fill(batch, cfg)
+    def measured(state, *rest):
+        held.add(sum(x.untyped_storage().nbytes() for x in (*state.cache.k, *state.cache.v)))
+        return fill(state, *rest)
 
     s._fill_block = measured
     sample = s.generate(config(length=16_384, tokens_per_forward=16), [[]])[0]

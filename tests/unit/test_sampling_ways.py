@@ -69,7 +69,7 @@ def test_ancestral_samples_follow_the_enumerated_joint(system):
     model, num = small_model(M + 1), 6000
     s = Sampler(model, system(3, M), window=3, bos_id=0, eos_id=99)
     cfg = SampleConfig(num=num, length=3, top_p=1.0, steps=2)
-    samples = s.generate(cfg, [[]] * num)
+    samples = s.generate(cfg)
     assert fits(samples, two_step_joint(model))
     # A forward that would reveal nothing is not run: half of the rows need one, half two.
     if system is not Normalised:
@@ -82,7 +82,7 @@ def test_infilling_follows_the_enumerated_joint():
     model, num = small_model(M + 1), 4000
     joint = first_hitting_joint(model, [0, M, 2, M], 4, M, 4)
     s = Sampler(model, MaskedDiffusion(4, M), window=4, bos_id=0, eos_id=99)
-    samples = s.generate(SampleConfig(num=num, length=4, top_p=1.0), [[None, 2, None]] * num)
+    samples = s.generate(SampleConfig(num=num, length=4, top_p=1.0), [[None, 2, None]])
     assert all(x.ids[1] == 2 for x in samples)
     assert fits(samples, {(x, 2, y): p for (x, y), p in joint.items()})
 
@@ -96,7 +96,7 @@ def test_ar_samples_follow_the_chain_rule():
         for x, y in itertools.product(range(M), repeat=2)
     }
     s = Sampler(model, Autoregressive(M), window=8, bos_id=0, eos_id=99)
-    samples = s.generate(SampleConfig(num=num, length=3, top_p=1.0), [[]] * num)
+    samples = s.generate(SampleConfig(num=num, length=3, top_p=1.0))
     assert fits(samples, joint)
     assert {x.nfe for x in samples} == {2}  # BOS asks for the first token: no other forward
 
@@ -141,12 +141,16 @@ def test_rows_of_every_way_do_not_depend_on_the_batch():
         (told, ScoreEntropy(16, MASK_ID), {"steps": 5}),
     ]:
         s = Sampler(model, system, window=16, bos_id=0, eos_id=99)
-        cfg = config(length=16, **changes)
+        cfg = config(length=16 if system.block_size == 16 else 39, **changes)
         prompts = [[3, 4], [], [5, 6, 7, 8, 9], [1, None, 2]]
+        if system.block_size < 16:  # past the first window, and holes on both sides of it
+            prompts += [[3] * 26, [4, None, *[5] * 20, None, 6]]
         together = s.generate(cfg, prompts)
         for index, prompt in enumerate(prompts):
             alone = s.generate(cfg, [prompt], first=index)[0]
-            assert (alone.ids, alone.nfe_paper) == (together[index].ids, together[index].nfe_paper)
+            beside = together[index]
+            assert alone.ids == beside.ids
+            assert (alone.nfe, alone.nfe_paper) == (beside.nfe, beside.nfe_paper)
             assert alone.log_prob == pytest.approx(together[index].log_prob, abs=1e-4)
             given = [t for t in prompt if t is not None]
             assert [t for t, p in zip(alone.ids, prompt, strict=False) if p is not None] == given
@@ -182,7 +186,7 @@ def test_sedd_takes_at_most_one_forward_more_than_its_levels():
     assert all(x.nfe <= 7 and len(x.ids) == 15 for x in samples)
     assert all(0 <= t < MASK_ID for x in samples for t in x.ids)
     for changes in ({"threshold": 0.9}, {"tokens_per_forward": 2}):
-        with pytest.raises(ConfigError, match="not for sedd"):
+        with pytest.raises(ConfigError, match="must be left out for sedd"):
             s.generate(config(length=16, **changes), [[]])
 
 
@@ -209,10 +213,10 @@ def test_a_plan_reveals_each_position_once_and_tells_the_level_above_it():
     for cfg, points in ((config(), None), (config(tokens_per_forward=3), None), (config(), grid)):
         seen = np.zeros_like(masked, dtype=int)
         above = np.full(6, 2.0)
-        for forward in plan_block(level, masked, cfg, points):
-            np.add.at(seen, (forward.rows, forward.spots), 1)
+        for forward in plan_block(level, masked, cfg.tokens_per_forward, points):
+            np.add.at(seen, (forward.rows, forward.pos), 1)
             told = forward.level[forward.rows]
-            assert (told >= level[forward.rows, forward.spots].astype(np.float32)).all()
+            assert (told >= level[forward.rows, forward.pos].astype(np.float32)).all()
             assert (forward.level[forward.rows] < above[forward.rows]).all()
             above[forward.rows] = told
         assert (seen == masked).all()
@@ -280,9 +284,60 @@ def test_streaming_yields_every_step_and_every_block():
 
 
 def test_what_is_not_allowed_together_says_so():
-    with pytest.raises(ConfigError, match="one of them at a time"):
+    with pytest.raises(ConfigError, match="must be one at a time"):
         config(steps=4, threshold=0.9)
-    with pytest.raises(ConfigError, match=r"threshold = 1.5: in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"threshold = 1.5: must be in \(0, 1\]"):
         config(threshold=1.5)
     with pytest.raises(ConfigError, match="forbidden = 15"):
         sampler().generate(config(forbidden=(MASK_ID,)), [[]])
+
+
+def test_num_draws_that_many_samples_of_each_prompt():
+    s, prompts = sampler(), [[3], [4, 5]]
+    samples = s.generate(config(num=3), prompts)
+    assert [x.ids[0] for x in samples] == [3, 3, 3, 4, 4, 4]
+    assert samples[4].ids == s.generate(config(), [[4, 5]], first=4)[0].ids
+    assert len({tuple(x.ids) for x in samples}) == 6
+
+
+def test_text_needs_a_tokenizer_and_may_stand_between_ids_and_holes():
+    from bd3lm.data import load_tokenizer
+
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        sampler().generate(config(), ["the"])
+    tokenizer = load_tokenizer("default")
+    s = Sampler(
+        tiny_model(vocab_size=tokenizer.vocab_size),
+        BlockDiffusion(4, tokenizer.mask_id),
+        window=16,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.vocab_size + 1,
+        tokenizer=tokenizer,
+    )
+    the, old = tokenizer.encode("The"), tokenizer.encode(" old")
+    (sample,) = s.generate(config(), [["The", None, " old", 7]])
+    assert sample.ids[: len(the)] == the
+    assert sample.ids[len(the) + 1 :][: len(old) + 1] == [*old, 7]
+    assert sample.text == tokenizer.decode(sample.ids)
+
+
+def test_a_strategy_of_ones_own_fills_a_block():
+    """Left to right: one position a forward, and no mask before a token."""
+
+    def left_to_right(block):
+        while block.masked.any():
+            pos = block.masked.argmax(axis=1)
+            rows = np.flatnonzero(block.masked.any(axis=1))
+            level = block.masked.mean(axis=1).astype(np.float32)
+            block.reveal(block.score(rows, pos[rows], level, one_each=True))
+            yield
+
+    s, order = sampler(), []
+    cfg = config(length=16)
+    for event in s.stream(cfg, [[1], [2, 3]], every_step=True, strategy=left_to_right):
+        order += [ids for ids in event.blocks.values() if not event.complete]
+    for ids in order:
+        hidden = [token == MASK_ID for token in ids]
+        assert hidden == sorted(hidden)
+    first = s.generate(cfg, [[1], [2, 3]], strategy=left_to_right)
+    assert [x.nfe for x in first] == [14, 13]

@@ -180,6 +180,6 @@ def test_training_is_deterministic_and_lossless() -> None:
         assert first.decode(first.encode(text)) == text
     words = first.encode(texts[0])
     assert len(words) < len(texts[0]) / 2, "it has learnt to join"
-    with pytest.raises(ConfigError, match="vocab-size = 257: at least 258"):
+    with pytest.raises(ConfigError, match="vocab-size = 257: must be at least 258"):
         train_tokenizer(texts, 257)
     assert train_tokenizer([], 258).encode("é") != []

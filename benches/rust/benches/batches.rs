@@ -1,10 +1,11 @@
 //! A data set on disk: opening it, and shuffled noised batches out of it; elements are tokens.
 
 use bd3lm_benches::{VOCAB, config, lengths, spec};
-use bd3lm_core::batch::{CleanBatch, NoiseBatch, NoisedBatch, Order, gather_noised};
+use bd3lm_core::data::batch::{CleanBatch, NoiseBatch, NoisedBatch, gather_noised};
+use bd3lm_core::data::order::Order;
+use bd3lm_core::data::pack::{Packing, RowPlan};
+use bd3lm_core::data::store::{StoreWriter, TokenStore};
 use bd3lm_core::noise::NoiseKey;
-use bd3lm_core::pack::{Packing, RowPlan};
-use bd3lm_core::store::{StoreWriter, TokenStore};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 fn batches(c: &mut Criterion) {

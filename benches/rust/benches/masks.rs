@@ -1,7 +1,7 @@
 //! Masks, levels and weights of rows that are already there; elements are tokens.
 
 use bd3lm_benches::{config, spec};
-use bd3lm_core::batch::{NoiseBatch, noise};
+use bd3lm_core::data::batch::{NoiseBatch, noise};
 use bd3lm_core::noise::NoiseKey;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 

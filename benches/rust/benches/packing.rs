@@ -1,9 +1,9 @@
 //! Plans over four million tokens, and the clean rows they give; elements are tokens.
 
 use bd3lm_benches::{VOCAB, config, lengths};
-use bd3lm_core::batch::{CleanBatch, gather};
-use bd3lm_core::pack::{Packing, RowPlan};
-use bd3lm_core::store::TokenStore;
+use bd3lm_core::data::batch::{CleanBatch, gather};
+use bd3lm_core::data::pack::{Packing, RowPlan};
+use bd3lm_core::data::store::TokenStore;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 const PLANS: [(&str, Packing); 3] = [

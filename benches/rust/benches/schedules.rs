@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use bd3lm_benches::config;
-use bd3lm_core::schedule::Schedule;
+use bd3lm_core::noise::Schedule;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 fn schedules(c: &mut Criterion) {

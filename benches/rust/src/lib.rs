@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use bd3lm_core::noise::{Estimator, NoiseSpec};
-use bd3lm_core::schedule::Schedule;
-use bd3lm_core::store::Vocab;
-use bd3lm_core::weighting::Weighting;
+use bd3lm_core::data::store::Vocab;
+use bd3lm_core::noise::{Estimator, NoiseSpec, Schedule, Weighting};
 use criterion::Criterion;
 
 /// A vocabulary of 16 bits.

@@ -244,13 +244,14 @@ def _check_representable(config: TrainConfig) -> None:
     given = replace(shape, kv_heads=shape.num_kv_heads, mlp_width=shape.hidden)
     for name, value in vars(given).items():
         needed = getattr(kept, name)
-        allowed = f"the original's layout holds only {needed}"
+        allowed = f"{needed}: the original's layout holds nothing else"
         check(value == needed, f"model.{name.replace('_', '-')}", value, allowed)
     check(
         not shape.time_conditioning or config.system != "bd3lm" or config.block == config.seq_len,
         "model.time-conditioning",
         True,
-        "the original tells its clean stream the noise level too, which this model never saw",
+        "False: the original feeds the noise level to its clean stream too, which this model never "
+        "saw",
     )
 
 

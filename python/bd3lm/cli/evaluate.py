@@ -102,8 +102,8 @@ def evaluate(args: EvalArgs) -> None:
         not args.variance or named or loaded.config.noise.frequency_gap == 0,
         "variance",
         args.variance,
-        "a run that masks by frequency has no Var. NELBO away from its training data; name "
-        "--estimator count or bernoulli for that of the bound",
+        "off, or go with --estimator count or bernoulli: a run that masks by frequency has a "
+        "Var. NELBO on its training data only",
     )
     try:  # the run's own checks decide whether this combination is allowed
         cfg = dataclasses.replace(
@@ -115,7 +115,7 @@ def evaluate(args: EvalArgs) -> None:
             eval=EvalConfig(estimator=args.estimator, repeats=args.repeats, stride=args.stride),
         )
     except ConfigError as error:  # what a run calls eval.repeats is --repeats here
-        raise ConfigError(str(error).removeprefix("eval.")) from None
+        raise error.renamed(error.field.removeprefix("eval.")) from None
     check_attention(cfg, device)
     loaded.model.use_attention(args.attention)
     with tempfile.TemporaryDirectory() as work:
@@ -161,13 +161,13 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
         not path.is_dir() or (args.detokenizer is None and args.eos and not args.lines),
         "data",
         path,
-        "lines, detokenizer and no-eos are for text; a prepared set has its own",
+        "a text file where lines, detokenizer or no-eos is given: a prepared data set has its own",
     )
     check(
         not args.lines or not str(path).startswith(PREFIX),
         "lines",
         args.lines,
-        "is for text files; a data set of the hub has records",
+        "off for a data set of the hub, which has records",
     )
     data = open_data(
         path,
@@ -182,7 +182,7 @@ def _open(args: EvalArgs, loaded: Checkpoint, work: Path, console: Console) -> D
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
         "data",
         path,
-        f"must be prepared with the checkpoint's own tokenizer ({loaded.tokenizer.name})",
+        f"prepared with the checkpoint's own tokenizer ({loaded.tokenizer.name})",
     )
     return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -30,11 +31,12 @@ def show(
     """
     if not console.is_terminal:
         Console(stderr=True).print("--live: not a terminal, so blocks are written when finished")
+    one = dataclasses.replace(cfg, num=1)
     for number in range(cfg.num):
         if console.is_terminal:
-            _denoise(sampler, cfg, prompt, tokenizer, console, number)
+            _denoise(sampler, one, prompt, tokenizer, console, number)
         else:
-            _write(sampler, cfg, prompt, tokenizer, console, number)
+            _write(sampler, one, prompt, tokenizer, console, number)
 
 
 def _denoise(

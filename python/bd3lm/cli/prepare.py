@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 def prepare_command(args: PrepareArgs) -> None:
     """Read, tokenize, write, report."""
     console = Console()
-    check(len(args.inputs) >= 1, "inputs", "none", "at least one file")
+    check(len(args.inputs) >= 1, "inputs", None, "at least one file")
     where = None
     if args.where is not None:
         field, separator, value = args.where.partition("=")

@@ -64,7 +64,7 @@ def sample(args: SampleArgs) -> None:
     tokenizer = loaded.tokenizer
     cfg = args.draw
     check(args.batch_size >= 1, "batch-size", args.batch_size, "at least 1")
-    check(not (args.json and args.live), "json, live", "both", "one of them")
+    check(not (args.json and args.live), "live", True, "off where --json is on")
     how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
     check_attention(how, device)
     loaded.model.use_attention(args.attention)
@@ -81,8 +81,8 @@ def sample(args: SampleArgs) -> None:
         for first in range(0, cfg.num, args.batch_size):
             rows = min(args.batch_size, cfg.num - first)
             samples = sampler.generate(
-                cfg,
-                [prompt] * rows,
+                dataclasses.replace(cfg, num=rows),
+                [prompt],
                 first=first,
                 progress=lambda done, f=first, n=rows: progress.update(
                     task, completed=f * length + done * n

@@ -61,7 +61,7 @@ def train(argv: list[str]) -> None:
     )
     cfg, out = args.config, args.out or _free_directory(name)
     if args.resume:
-        check(args.out is not None, "out", None, "must be the DIR of a run with --resume")
+        check(args.out is not None, "out", None, "the directory of a run where --resume is given")
         if not named and cfg == base.config:  # nothing but --out and --resume: there must be a run
             cfg = saved_config(out)
     console = Console()

@@ -14,7 +14,7 @@ LARGEST_FLOAT = 3.4028234663852886e38
 
 
 def check(condition: bool, field_name: str, value: object, allowed: str) -> None:
-    """Raise :class:`ConfigError` naming the field, its value and what is allowed."""
+    """Raise :class:`ConfigError`: ``field = value: must be allowed``."""
     if not condition:
         raise ConfigError(field_name, value, allowed)
 
@@ -25,11 +25,10 @@ def check_whole(field_name: str, value: Any, low: int, high: int = LARGEST_COUNT
     Raises:
         ConfigError: it is no whole number, or outside ``[low, high]``.
     """
-    allowed = f"must be a whole number, at least {low}"
-    if high != LARGEST_COUNT:
-        allowed = f"must be a whole number from {low} to {high}"
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    check(whole and low <= value <= high, field_name, value, allowed)
+    allowed = f"at least {low}" if high == LARGEST_COUNT else f"in [{low}, {high}]"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(field_name, value, f"a whole number, {allowed}")
+    check(low <= value <= high, field_name, value, allowed)
 
 
 def check_number(
@@ -47,15 +46,12 @@ def check_number(
     Raises:
         ConfigError: it is no number, NaN, infinite or out of range.
     """
+    allowed = f"in {interval[0]}{low:g}, {high:g}{interval[1]}"
     if high == math.inf:
-        allowed = f"must be a finite number, {low:g} or more"
-        if interval[0] == "(":
-            allowed = f"must be a finite number greater than {low:g}"
-    else:
-        allowed = f"must be a number in {interval[0]}{low:g}, {high:g}{interval[1]}"
+        allowed = f"at least {low:g}" if interval[0] == "[" else f"greater than {low:g}"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
-        raise ConfigError(field_name, value, allowed)
+        raise ConfigError(field_name, value, f"a finite float32, {allowed}")
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[1] == "]" else value < high
     check(above and below, field_name, value, allowed)

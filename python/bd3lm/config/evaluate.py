@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bd3lm.config.check import check, check_whole
-from bd3lm.config.names import EstimatorName
+from bd3lm.config.names import EstimatorName, LikelihoodName
 
 MAX_EXACT_BLOCK = 4
-"""Largest S whose 2^S - 1 masks are all run by the exact estimator."""
+"""Largest S whose 2^S - 1 masks are all run by the exact estimator of the NELBO."""
+MAX_MARGINAL_BLOCK = 8
+"""Largest S whose marginal likelihood is computed: 255 forwards a row."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +57,70 @@ def check_estimator(
         estimator != "exact" or block_size <= MAX_EXACT_BLOCK,
         f"{prefix}estimator",
         estimator,
-        f"must be stratified here: exact needs block-size <= {MAX_EXACT_BLOCK}, not {block_size}",
+        f"a sampled one, stratified say, above block-size = {MAX_EXACT_BLOCK} (here {block_size})",
     )
     check(
         estimator != "exact" or not told,
         f"{prefix}estimator",
         estimator,
-        "must be stratified: a model with time conditioning has no exact sum",
+        "a sampled one, stratified say: a time-conditioned model has no exact sum",
     )
     check(
         estimator != "stratified" or (repeats >= 2 and repeats % 2 == 0),
         f"{prefix}repeats",
         repeats,
-        "must be an even number, at least 2, for stratified",
+        "an even number, at least 2, for stratified",
     )
     check(
         estimator in ("exact", "stratified") or repeats >= 2,
         f"{prefix}repeats",
         repeats,
-        "must be at least 2, so that the error can be estimated",
+        "at least 2, so that the error can be estimated",
+    )
+
+
+def check_likelihood(
+    likelihood: LikelihoodName,
+    block_size: int,
+    repeats: int,
+    *,
+    time_conditioned: bool,
+    unnormalized: bool,
+) -> None:
+    """Raise :class:`ConfigError` where a likelihood is not defined for a model.
+
+    A time-conditioned model has bounds alone: its predictions change with the level, which no
+    order fixes. Scores that need not sum to one have the NELBO alone.
+
+    Args:
+        likelihood: which one.
+        block_size: S.
+        repeats: orders of the multi-order bound.
+        time_conditioned: whether the model reads the noise level.
+        unnormalized: whether its scores need not sum to one.
+    """
+    exact = likelihood in ("marginal", "left-to-right", "confidence")
+    check(
+        not (exact and time_conditioned),
+        "likelihood",
+        likelihood,
+        "nelbo or orders for a time-conditioned model, which has bounds alone",
+    )
+    check(
+        likelihood == "nelbo" or not unnormalized,
+        "likelihood",
+        likelihood,
+        "nelbo where scores need not sum to one",
+    )
+    check(
+        likelihood != "marginal" or block_size <= MAX_MARGINAL_BLOCK,
+        "likelihood",
+        likelihood,
+        f"orders, its upper bound, above block-size = {MAX_MARGINAL_BLOCK} (here {block_size})",
+    )
+    check(
+        likelihood != "orders" or repeats >= 2,
+        "repeats",
+        repeats,
+        "at least 2, so that the error can be estimated",
     )

@@ -10,7 +10,7 @@ from bd3lm.config.check import check
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Transformer; enough to describe the paper's DiT and a Llama or Qwen3."""
+    """Shape of the Transformer: the DiT of the BD3-LM paper, or a Llama-like decoder."""
 
     width: int = 256
     """D, features of the residual stream."""
@@ -58,7 +58,7 @@ class ModelConfig:
             self.width // self.heads % 2 == 0,
             "model.heads",
             self.heads,
-            f"leaves an even head width, for rotations, of model.width = {self.width}",
+            f"such that model.width / heads is even, for rotary embeddings; width = {self.width}",
         )
         if self.kv_heads is not None:
             check(
@@ -73,7 +73,7 @@ class ModelConfig:
             self.cond_width > 0 or not self.time_conditioning,
             "model.time-conditioning",
             self.time_conditioning,
-            "needs model.cond-width > 0",
+            "False where model.cond-width = 0",
         )
 
     @property

@@ -33,12 +33,12 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     ema_decay: float = 0.9999
-    """Weight average: min(decay, (1+n)/(10+n)) after n steps (docs/math.md §1)."""
+    """Decay of the weight average; min(decay, (1+n)/(10+n)) after n steps."""
 
     def __post_init__(self) -> None:
         check_number("optim.lr", self.lr, 0, interval="()")
         check_number("optim.matrix-lr", self.matrix_lr, 0, interval="()")
-        check(len(self.betas) == 2, "optim.betas", self.betas, "must be two numbers")
+        check(len(self.betas) == 2, "optim.betas", self.betas, "two numbers")
         for beta in self.betas:
             check_number("optim.betas", beta, 0, 1, interval="[)")
         check_number("optim.eps", self.eps, 0, interval="()")

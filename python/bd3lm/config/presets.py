@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
+from typing import Any
 
 from bd3lm.config.check import check
 from bd3lm.config.evaluate import EvalConfig
@@ -11,6 +12,7 @@ from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import SystemName
 from bd3lm.config.noise import NoiseConfig
 from bd3lm.config.optim import OptimConfig
+from bd3lm.config.serialize import changed
 from bd3lm.config.train import TrainConfig
 
 
@@ -88,13 +90,21 @@ PRESETS: dict[str, Callable[[SystemName], TrainConfig]] = {
 }
 
 
-def preset(name: str, system: str = "bd3lm") -> TrainConfig:
-    """The preset of that name for a system.
+def preset(name: str, system: str = "bd3lm", **settings: Any) -> TrainConfig:
+    """Return the preset of that name, with some settings changed.
+
+    >>> preset("demo", steps=20, noise={"schedule": "cosine"}).noise.schedule
+    'cosine'
+
+    Args:
+        name: one of :data:`PRESETS`.
+        system: ``bd3lm``, ``mdlm``, ``sedd`` or ``ar``.
+        settings: fields of :class:`TrainConfig`; a mapping changes fields of a nested part.
 
     Raises:
-        ConfigError: there is no such preset or system; the message lists those there are.
+        ConfigError: there is no such preset, system or setting, or a value is out of range.
     """
     check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     systems = typing.get_args(SystemName)
     check(system in systems, "system", system, f"one of {', '.join(systems)}")
-    return PRESETS[name](typing.cast("SystemName", system))
+    return changed(PRESETS[name](typing.cast("SystemName", system)), settings)

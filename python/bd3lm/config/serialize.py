@@ -33,7 +33,8 @@ def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
-        check(name in known, prefix + name, values[name], f"not a setting of {kind.__name__}")
+        allowed = f"left out: {kind.__name__} has no such setting"
+        check(name in known, prefix + name, values[name], allowed)
     return kind(**{name: _convert(hints[name], v, prefix + name) for name, v in values.items()})
 
 
@@ -55,7 +56,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return float(value)
         if _fits(option, value):
             return value
-    check(False, name, value, f"must be {' or '.join(map(_described, options))}")
+    check(False, name, value, " or ".join(map(_described, options)))
     raise AssertionError("unreachable")
 
 
@@ -73,3 +74,20 @@ def _described(option: Any) -> str:
     if option in names:
         return names[option]
     return "a list" if typing.get_origin(option) is tuple else "an object"
+
+
+def changed(config: T, settings: Mapping[str, Any]) -> T:
+    """Copy a config dataclass with some fields changed; a mapping changes a nested part.
+
+    Raises:
+        ConfigError: a name that the dataclass does not have, or a value it does not allow.
+    """
+    known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in settings.items():
+        kind = type(config).__name__
+        check(name in known, name, value, f"a setting of {kind}: one of {', '.join(sorted(known))}")
+        part = getattr(config, name)
+        nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+        values[name] = changed(part, value) if nested else value
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]

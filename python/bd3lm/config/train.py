@@ -62,7 +62,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device has it."""
     attention: AttentionName = "auto"
-    """What computes attention. auto: our kernels for CUDA or the CPU, else flex or dense."""
+    """What computes attention. auto: on a CPU our kernel; on CUDA FlexAttention for training, until
+    our kernels there have been measured, and they for decoding; else dense."""
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""
@@ -79,7 +80,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
 
     def __post_init__(self) -> None:
         check_whole("seq-len", self.seq_len, 2, LARGEST_ROW)
@@ -93,7 +94,7 @@ class TrainConfig:
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
             self.init_optimizer,
-            "must be False without init-from",
+            "False without init-from",
         )
         if self.micro_batch is not None:
             check_whole("micro-batch", self.micro_batch, 1)
@@ -101,7 +102,7 @@ class TrainConfig:
                 self.batch_size % self.micro_batch == 0,
                 "micro-batch",
                 self.micro_batch,
-                f"must be a divisor of batch-size = {self.batch_size}",
+                f"a divisor of batch-size = {self.batch_size}",
             )
         told = self.model.time_conditioning
         check_estimator(self.estimator, self.block, self.eval.repeats, told, "eval.")
@@ -110,19 +111,19 @@ class TrainConfig:
                 self.eval.stride % self.block == 0 and 0 < self.eval.stride < self.seq_len,
                 "eval.stride",
                 self.eval.stride,
-                f"must be a multiple of block-size = {self.block} below seq-len = {self.seq_len}",
+                f"a multiple of block-size = {self.block} below seq-len = {self.seq_len}",
             )
             check(
                 self.packing == "wrap" and not self.row_eos,
                 "eval.stride",
                 self.eval.stride,
-                "must be None unless packing = wrap without row-eos: other rows do not overlap",
+                "None unless packing = wrap and row-eos = False: other rows do not overlap",
             )
         check(
             self.packing == "wrap" or not self.row_eos,
             "row-eos",
             self.row_eos,
-            f"must be False with packing = {self.packing}; it goes with wrap",
+            f"False with packing = {self.packing}; it goes with wrap",
         )
 
     def _check_block(self) -> None:
@@ -131,14 +132,14 @@ class TrainConfig:
             self.block_size is None or own is None or self.block_size == own,
             "block-size",
             self.block_size,
-            f"must be {own}, the only one of system = {self.system}",
+            f"{own} for system = {self.system}",
         )
         check_whole("block-size", self.block, 1)
         check(
             self.seq_len % self.block == 0,
             "block-size",
             self.block,
-            f"must be a divisor of seq-len = {self.seq_len}",
+            f"a divisor of seq-len = {self.seq_len}",
         )
 
     @property

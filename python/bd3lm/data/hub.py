@@ -138,7 +138,9 @@ def _load(source: HubData, split: str) -> Any:
     columns = data.column_names
     if source.field not in columns:
         raise ConfigError(
-            "data", f"{PREFIX}{source.path}", f"with a field {source.field}; it has {columns}"
+            "data",
+            f"{PREFIX}{source.path}",
+            f"a data set with a field {source.field}; it has {columns}",
         )
     return data
 

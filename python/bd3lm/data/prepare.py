@@ -73,7 +73,7 @@ def prepare(
             (partial / "valid", (valid_fraction, True)),
         ]
     else:
-        raise ConfigError("valid-fraction", valid_fraction, "between 0 and 1")
+        raise ConfigError("valid-fraction", valid_fraction, "above 0 and below 1")
     fresh = not out.exists()
     if not fresh:
         out.rmdir()  # the writer makes it, whole

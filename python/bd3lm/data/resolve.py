@@ -62,7 +62,7 @@ def open_splits(
             return Splits(Dataset(train / "train"), Dataset(train / "valid"))
         Dataset(train)  # its own error first, if it is no data set at all
         raise ConfigError(
-            "valid", None, f"a path is needed: {train} holds no train/ and valid/ to choose from"
+            "valid", None, f"a path: {train} holds no train/ and valid/ to choose from"
         )
     if not (work / "train").is_dir():
         note(f"tokenizing {train}, {HELD_OUT:.0%} of its documents held out for validation")
@@ -80,7 +80,9 @@ def _from_hub(
     held_out = source if valid is None else named(valid.removeprefix(PREFIX))
     split = source.valid if valid is None else held_out.valid or held_out.train
     if split is None:
-        raise ConfigError("valid", valid, "hub:PATH[:CONFIG]@SPLIT, for it has none of its own")
+        raise ConfigError(
+            "valid", valid, "hub:PATH[:CONFIG]@SPLIT: this data set has no validation split"
+        )
     loaded = load_tokenizer(tokenizer)
     for target, kind, part in (("train", source, source.train), ("valid", held_out, split)):
         if not (work / target).is_dir():

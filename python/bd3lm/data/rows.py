@@ -164,7 +164,7 @@ class Loader:
         """
         index, parts = part
         if not (0 <= index < parts and self.batch_size % parts == 0):
-            allowed = f"index < number, a divisor of batch-size = {self.batch_size}"
+            allowed = f"(index, number) with index < number, which divides {self.batch_size} rows"
             raise ConfigError("part", part, allowed)
         size = self.batch_size // parts
         first = index * size

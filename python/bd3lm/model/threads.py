@@ -1,8 +1,7 @@
-"""Which threads the Rust kernels run on: PyTorch's own.
+"""Threads of the Rust kernels: those of PyTorch's OpenMP runtime.
 
-PyTorch's OpenMP runtime keeps its threads awake for milliseconds after a parallel operation.
-Threads of ours beside them would get half a core, so the kernels call that runtime wherever it can
-be found.
+That runtime's threads spin for milliseconds after a parallel operation, so a second thread pool
+would get half a core. The kernels therefore run on the OpenMP team if the process has one.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from bd3lm import _core
 
 
 def kernel_threads() -> int:
-    """How many threads a kernel uses: as many as PyTorch's operations."""
+    """Number of threads of a kernel: as many as PyTorch's operations use."""
     return torch.get_num_threads()
 
 
 def _share_threads() -> None:
-    # PyTorch has loaded its runtime for everyone to see.
+    # PyTorch loads its OpenMP runtime with global visibility.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p).value
     if address is not None:

@@ -1,4 +1,4 @@
-"""The rows that a sampler still draws, side by side."""
+"""State of the rows that a sampler is drawing."""
 
 from __future__ import annotations
 
@@ -15,52 +15,72 @@ from bd3lm.model import DecodeStep, KVCache
 
 @dataclass
 class RowState:
-    """What one row knows about itself."""
+    """Counters of one row; none of them depends on the other rows of the batch.
+
+    Attributes:
+        number: key of its randomness, beside the seed.
+        start: first position of the first block that has a hole.
+        nfe: forwards that scored one of its positions or filled its cache.
+        fills: those of them that only filled the cache.
+        drawn: tokens drawn so far.
+    """
 
     number: int
-    """Names its randomness, whatever the batch."""
+    start: int
     nfe: int = 0
     fills: int = 0
     drawn: int = 0
 
 
 @dataclass
-class Running:
-    """The rows still running, in lockstep by blocks."""
+class SampleState:
+    """The running rows, all at the same block.
+
+    Attributes:
+        tokens: int64 [B, length], the mask id where nothing is drawn yet.
+        masked: positions without a token, bool [B, length], on the host.
+        log_prob: log p of the tokens drawn so far, float64 [B].
+        rows: one counter a row.
+        cache: keys and values of the committed positions.
+        step: the CUDA-graph forward through ``cache``; None where forwards are not replayed.
+        window_start: position of ``tokens`` that the first cached position holds.
+        committed: positions of ``tokens`` whose keys and values are cached.
+        start: first position of the current block.
+    """
 
     tokens: Tensor
     masked: NDArray[np.bool_]
-    """Positions that have no token yet, bool [B, length]; the host knows them."""
     log_prob: Tensor
     rows: list[RowState]
     cache: KVCache
     step: DecodeStep | None
-    """The forward through ``cache``, where forwards are replayed."""
-    base: int
-    """Position of ``tokens`` that the first cached one stands for."""
+    window_start: int
     committed: int
-    """Positions of ``tokens`` whose keys and values are cached."""
     start: int
-    """First position of the current block."""
 
     def __post_init__(self) -> None:
         self.given = ~self.masked
 
-    def took_part(self, places: np.ndarray) -> None:
-        """Count a forward for each of these rows, once."""
-        for place in np.unique(places):
-            self.rows[place].nfe += 1
+    def count_forward(self, rows: NDArray[np.int64]) -> None:
+        """Add one forward to each of these rows, however often it is listed."""
+        for row in np.unique(rows):
+            self.rows[row].nfe += 1
 
-    def ids(self, place: int, end: int) -> list[int]:
-        """Tokens of a row after BOS."""
-        return self.tokens[place, 1:end].tolist()
+    def count_fill(self, row: RowState) -> None:
+        """Add one forward that only fills the cache."""
+        row.nfe += 1
+        row.fills += 1
 
-    def drop(self, ended: Container[int]) -> bool:
-        """Leave rows behind; tells whether there were any, which gives the cache new tensors."""
-        keep = [place for place in range(len(self.rows)) if place not in ended]
+    def ids(self, row: int, end: int) -> list[int]:
+        """Tokens of a row after BOS, up to position ``end``."""
+        return self.tokens[row, 1:end].tolist()
+
+    def remove(self, finished: Container[int]) -> bool:
+        """Remove finished rows; True if there were any: the cache then has new tensors."""
+        keep = [row for row in range(len(self.rows)) if row not in finished]
         if len(keep) == len(self.rows):
             return False
-        self.rows = [self.rows[place] for place in keep]
+        self.rows = [self.rows[row] for row in keep]
         self.masked, self.given = self.masked[keep], self.given[keep]
         alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
         self.tokens = self.tokens.index_select(0, alive)

@@ -76,7 +76,7 @@ def run_training(
     """
     _check_early(cfg)
     on_cpu = resolve_device(cfg.device).type == "cpu"
-    check(on_cpu or not profile, "profile", profile, "must be off on a GPU: it watches the CPU")
+    check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
     with explained(out), run_directory(out, resume=resume):
         started = resume and holds_run(out)
         with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
@@ -168,9 +168,7 @@ def _check_early(cfg: TrainConfig) -> None:
 def _check_data(cfg: TrainConfig, splits: Splits) -> None:
     _ = splits.valid.tokenizer, splits.train.tokenizer  # read now: the data may be gone at the end
     if splits.valid.manifest.tokenizer_sha256 != splits.train.manifest.tokenizer_sha256:
-        raise ConfigError(
-            "valid", cfg.valid, "must be prepared with the tokenizer of the training data"
-        )
+        raise ConfigError("valid", cfg.valid, "prepared with the tokenizer of the training data")
 
 
 def _headline(trainer: Trainer, splits: Splits) -> str:
@@ -196,7 +194,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             eos_id=tokenizer.eos_id,
         )
         with arithmetic:
-            samples = sampler.generate(cfg.sample, [[]] * cfg.sample.num)
+            samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
     write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")

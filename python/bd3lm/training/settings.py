@@ -32,7 +32,7 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
             raise ConfigError(
                 name.replace("_", "-"),
                 value,
-                f"must be {least}{old[name]}, as in the run that is resumed; for another run, "
+                f"{least}{old[name]}, as in the run that is resumed; for another run, "
                 f"choose a new --out and start from this one with --init-from {source}",
             )
 

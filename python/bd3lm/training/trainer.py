@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ class Trainer:
         pinned = self.device.type == "cuda"
         self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
         self.parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
-        self.batches = Prefetcher(self.loader, cfg.steps, self.parts)
         self.watch = DataWatch(train, valid)
         digests = {"train": digest_of(train), "valid": digest_of(valid)}
         self.data_digests = {split: d for split, d in digests.items() if d is not None}
+        use_device = partial(torch.cuda.set_device, self.device) if pinned else None
+        self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute
@@ -258,11 +260,13 @@ class Trainer:
         self.system.set_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
-    def _is_best(self, nelbo: float) -> bool:
-        better = math.isfinite(nelbo) and (self.best is None or nelbo < self.best)
-        if better:
-            self.best = nelbo
-        return better
+    def _is_best(self, nelbo: float | None) -> bool:
+        if nelbo is None or not math.isfinite(nelbo):
+            return False
+        if self.best is not None and nelbo >= self.best:
+            return False
+        self.best = nelbo
+        return True
 
     # --- logging ----------------------------------------------------------------------------
 

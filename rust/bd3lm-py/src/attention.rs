@@ -4,8 +4,9 @@
 //! strides and dtypes is checked by the core before a pointer is followed.
 
 use crate::errors::to_py;
-use bd3lm_core::attention::{self, Backward, Dtype, Forward, Isa, LogSumExp, Mask, Options};
-use bd3lm_core::attention::{Ranges, Tensor};
+use bd3lm_core::cpu::{Isa, threads};
+use bd3lm_core::kernels::attention::{self, Backward, Dtype, Forward, LogSumExp, Mask, Options};
+use bd3lm_core::kernels::attention::{Ranges, Tensor};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -13,7 +14,7 @@ use pyo3::prelude::*;
 #[pyfunction]
 fn use_openmp(address: usize) {
     // SAFETY: the caller looked the address up by that name, in a library that stays.
-    unsafe { attention::pool::use_openmp(address) };
+    unsafe { threads::use_openmp(address) };
 }
 
 /// (address, shape [B, H, T, Dh], strides in elements, dtype: "f32" or "bf16").

@@ -1,8 +1,10 @@
 //! What stands between the products of a layer, over flat arrays.
 
-use bd3lm_core::elementwise::{self, Dropout, Pointwise};
-use bd3lm_core::norm::{Inputs, Norm};
-use bd3lm_core::rotary::{self, Angles, Columns};
+use bd3lm_core::kernels::accumulate;
+use bd3lm_core::kernels::activation::{self, Pointwise};
+use bd3lm_core::kernels::dropout::Dropout;
+use bd3lm_core::kernels::norm::{Inputs, Norm};
+use bd3lm_core::kernels::rotary::{self, Angles, Columns};
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -113,7 +115,7 @@ fn activate(
         py,
         [x],
         [out],
-        elementwise::activate(f, x, bias, out, threads)
+        activation::activate(f, x, bias, out, threads)
     )
 }
 
@@ -136,7 +138,7 @@ fn activate_backward(
         py,
         [x],
         [d, out],
-        elementwise::activate_backward(f, (x, bias), d, out, d_bias, threads)
+        activation::activate_backward(f, (x, bias), d, out, d_bias, threads)
     )
 }
 
@@ -184,7 +186,7 @@ fn add_to(
     threads: usize,
 ) -> PyResult<()> {
     let total = total.as_slice_mut()?;
-    of_one_width!(py, [x], [], elementwise::add_to(total, x, first, threads))
+    of_one_width!(py, [x], [], accumulate::add_to(total, x, first, threads))
 }
 
 /// Fills `out` and `moments`.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use bd3lm_core::block::{Activation, Block, Cache, Norm};
-use bd3lm_core::linear::{After, Packed};
+use bd3lm_core::kernels::packed_layer::{Activation, Block, Cache, Norm};
+use bd3lm_core::kernels::packed_linear::{After, Packed};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

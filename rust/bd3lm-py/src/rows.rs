@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use bd3lm_core::Error;
-use bd3lm_core::ahead::ReadAhead;
-use bd3lm_core::batch::{self, CleanBatch, NoiseBatch, NoisedBatch, Order};
+use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
+use bd3lm_core::data::order::Order;
+use bd3lm_core::data::pack::{Packing, RowPlan};
+use bd3lm_core::data::read_ahead::ReadAhead;
+use bd3lm_core::data::store::TokenStore;
 use bd3lm_core::noise::NoiseKey;
-use bd3lm_core::pack::{Packing, RowPlan};
-use bd3lm_core::store::TokenStore;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 

@@ -1,6 +1,6 @@
 //! What is done with logits: cross-entropy in place, and draws.
 
-use bd3lm_core::{draw as drawing, softmax};
+use bd3lm_core::kernels::{categorical, cross_entropy as kernel};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
@@ -27,7 +27,7 @@ fn cross_entropy(
     mut d_bias: PyReadwriteArray1<'_, f32>,
     threads: usize,
 ) -> PyResult<()> {
-    let targets = softmax::Targets {
+    let targets = kernel::Targets {
         ids: target.as_slice()?,
         weight: weight.as_ref().map(|w| w.as_slice()).transpose()?,
         mask_id,
@@ -38,7 +38,7 @@ fn cross_entropy(
         py,
         [],
         [logits],
-        softmax::cross_entropy(logits, bias, targets, nll, d_bias, threads)
+        kernel::cross_entropy(logits, bias, targets, nll, d_bias, threads)
     )
 }
 
@@ -63,12 +63,12 @@ fn draw(
     let (logits, uniform) = (logits.as_slice()?, uniform.as_slice()?);
     let shaped = shaped.as_ref().map(|s| s.as_slice()).transpose()?;
     let (token, log_p) = (token.as_slice_mut()?, log_p.as_slice_mut()?);
-    let shaping = drawing::Shaping {
+    let shaping = categorical::Shaping {
         temperature,
         top_k,
         top_p,
         forbidden: &forbidden,
     };
-    py.detach(|| drawing::draw(logits, shaped, uniform, shaping, token, log_p, threads))
+    py.detach(|| categorical::draw(logits, shaped, uniform, shaping, token, log_p, threads))
         .map_err(to_py)
 }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bd3lm_core::Error;
-use bd3lm_core::detokenize::Detokenizer;
-use bd3lm_core::prepare::prepare as run;
-use bd3lm_core::store::{TokenStore, Vocab};
-use bd3lm_core::text::{ReadOptions, read_documents};
-use bd3lm_core::tokenize::Tokenizer;
+use bd3lm_core::data::prepare::prepare as run;
+use bd3lm_core::data::store::{TokenStore, Vocab};
+use bd3lm_core::data::text::Detokenizer;
+use bd3lm_core::data::text::{ReadOptions, read_documents};
+use bd3lm_core::data::tokenize::Tokenizer;
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;

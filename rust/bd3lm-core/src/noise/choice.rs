@@ -1,7 +1,7 @@
 //! Uniform subsets of a given size, a block at a time.
 
-use super::unit;
-use crate::simd::multiversion;
+use crate::cpu::multiversion::multiversion;
+use crate::random::unit;
 
 /// Uniform subsets of given sizes: in each block the tokens of the k smallest random words.
 #[derive(Default, Debug)]

@@ -1,7 +1,7 @@
 //! Levels of blocks, and the masks that tokens get independently of each other.
 
-use super::unit;
-use crate::simd::multiversion;
+use crate::cpu::multiversion::multiversion;
+use crate::random::unit;
 
 /// Words up to this one occur with probability p, to within 2⁻³².
 #[inline(always)]

@@ -1,0 +1,548 @@
+//! Gather and noise in one pass: rows go from the token file into the caller's buffers.
+
+use rayon::prelude::*;
+
+use crate::cpu::multiversion::multiversion;
+use crate::data::pack::{RowBuffers, RowPlan};
+use crate::data::store::TokenStore;
+use crate::error::{Error, Result};
+use crate::noise::{NoiseKey, NoiseSpec, Scratch};
+
+/// Batches below so many tokens are filled by the calling thread: starting others costs more.
+const PARALLEL_TOKENS: usize = 1 << 17;
+
+/// Shuffled rows lie anywhere in memory: while one is copied, the next so many are fetched.
+const ROWS_AHEAD: usize = 4;
+
+/// Buffers of B clean rows of L tokens.
+pub struct CleanBatch<'a> {
+    /// Ids [B, L].
+    pub x0: &'a mut [i64],
+    /// 1 where a token may be noised [B, L].
+    pub noisable: &'a mut [u8],
+    /// Documents, -1 for padding [B, L]; may be empty where no document is asked for and
+    /// [`RowPlan::may_pad`] is false.
+    pub doc_ids: &'a mut [i32],
+}
+
+/// Buffers of the noise of B rows of L tokens in K blocks.
+pub struct NoiseBatch<'a> {
+    /// 1 where a token is masked [B, L].
+    pub mask: &'a mut [u8],
+    /// Level of each block [B, K].
+    pub mask_prob: &'a mut [f32],
+    /// Loss weight of each block's masked tokens [B, K].
+    pub weight: &'a mut [f32],
+}
+
+/// Buffers of what a training step reads beside the clean rows.
+pub struct NoisedBatch<'a> {
+    /// Ids with the mask token where tokens are masked [B, L].
+    pub xt: &'a mut [i64],
+    /// The noise itself.
+    pub noise: NoiseBatch<'a>,
+    /// Room for the flat positions b·L+i of masked tokens [B·L].
+    pub masked: &'a mut [i64],
+    /// Room for the loss weight of each of them [B·L].
+    pub masked_weight: &'a mut [f32],
+}
+
+/// What a filled batch holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filled {
+    /// Tokens that may be noised.
+    pub noisable: u64,
+    /// Tokens that are masked: the part of `masked` that was written.
+    pub masked: usize,
+    /// Whether any row holds padding.
+    pub padded: bool,
+}
+
+fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
+    match rows.iter().find(|r| **r >= plan.num_rows() as u64) {
+        None => Ok(()),
+        Some(row) => Err(Error::config(
+            "row",
+            row,
+            format!("must be below the {} rows", plan.num_rows()),
+        )),
+    }
+}
+
+/// Has the first rows on their way from memory, all at once.
+fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
+    for row in rows.iter().take(ROWS_AHEAD) {
+        plan.prefetch(store, *row as usize);
+    }
+}
+
+/// Before row `index` is read, has one that is read a little later on its way from memory.
+fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
+    if let Some(row) = rows.get(index + ROWS_AHEAD) {
+        plan.prefetch(store, *row as usize);
+    }
+}
+
+fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
+    if len == needed {
+        return Ok(());
+    }
+    let allowed = format!("must hold {needed} elements");
+    Err(Error::config(field, format!("{len} elements"), allowed))
+}
+
+impl<'a> CleanBatch<'a> {
+    fn check(&self, plan: &RowPlan, documents: bool, tokens: usize) -> Result<()> {
+        check_len("x0", self.x0.len(), tokens)?;
+        check_len("noisable", self.noisable.len(), tokens)?;
+        if self.doc_ids.is_empty() && !documents && !plan.may_pad() {
+            return Ok(());
+        }
+        check_len("doc_ids", self.doc_ids.len(), tokens)
+    }
+
+    /// Cuts buffers of checked sizes into rows of L tokens.
+    fn split(self, l: usize) -> impl Iterator<Item = RowBuffers<'a>> {
+        let mut doc_ids = self.doc_ids.chunks_mut(l);
+        let rows = self.x0.chunks_mut(l).zip(self.noisable.chunks_mut(l));
+        rows.map(move |(x0, noisable)| RowBuffers {
+            x0,
+            noisable,
+            doc_ids: doc_ids.next().unwrap_or_default(),
+        })
+    }
+}
+
+impl NoiseBatch<'_> {
+    fn check(&self, tokens: usize, blocks: usize) -> Result<()> {
+        check_len("mask", self.mask.len(), tokens)?;
+        check_len("mask_prob", self.mask_prob.len(), blocks)?;
+        check_len("weight", self.weight.len(), blocks)
+    }
+}
+
+/// Writes the given rows; returns whether any holds padding. `documents` as in
+/// [`RowPlan::gather`].
+///
+/// # Errors
+/// A row that the plan does not have, or a buffer of another size.
+pub fn gather(
+    store: &TokenStore,
+    plan: &RowPlan,
+    rows: &[u64],
+    documents: bool,
+    out: CleanBatch<'_>,
+) -> Result<bool> {
+    check_rows(plan, rows)?;
+    let l = plan.seq_len();
+    out.check(plan, documents, rows.len() * l)?;
+    prefetch_first(store, plan, rows);
+    let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
+        prefetch_after(store, plan, rows, index);
+        plan.gather(store, rows[index] as usize, documents, &mut buffers)
+    };
+    let parts = out.split(l).enumerate();
+    if rows.len() * l < PARALLEL_TOKENS {
+        return Ok(parts.map(one).fold(false, |any, padded| any | padded));
+    }
+    let parts: Vec<_> = parts.collect();
+    Ok(parts
+        .into_par_iter()
+        .map(one)
+        .reduce(|| false, |a, b| a | b))
+}
+
+/// Noises rows that are already there: row i of the buffers has the randomness of `key.row + i`.
+///
+/// # Errors
+/// What [`NoiseSpec::check`] refuses, or a buffer of another size.
+pub fn noise(
+    spec: &NoiseSpec,
+    key: NoiseKey,
+    seq_len: usize,
+    block_size: usize,
+    x0: &[i64],
+    noisable: &[u8],
+    out: NoiseBatch<'_>,
+) -> Result<()> {
+    spec.check(seq_len, block_size)?;
+    if !x0.len().is_multiple_of(seq_len) {
+        let allowed = format!("must be whole rows of {seq_len}");
+        return Err(Error::config(
+            "x0",
+            format!("{} elements", x0.len()),
+            allowed,
+        ));
+    }
+    let k = seq_len / block_size;
+    let rows = x0.len() / seq_len;
+    check_len("noisable", noisable.len(), x0.len())?;
+    out.check(x0.len(), rows * k)?;
+    let one = |scratch: &mut Scratch, i: usize, ids, noisable, mask, prob, weight| {
+        let key = NoiseKey {
+            row: key.row + i as u64,
+            ..key
+        };
+        spec.noise_row(&key, ids, noisable, block_size, mask, prob, weight, scratch);
+    };
+    if x0.len() < PARALLEL_TOKENS {
+        let mut scratch = Scratch::default();
+        let parts = x0
+            .chunks(seq_len)
+            .zip(noisable.chunks(seq_len))
+            .zip(out.mask.chunks_mut(seq_len))
+            .zip(out.mask_prob.chunks_mut(k))
+            .zip(out.weight.chunks_mut(k));
+        for (i, ((((ids, noisable), mask), prob), weight)) in parts.enumerate() {
+            one(&mut scratch, i, ids, noisable, mask, prob, weight);
+        }
+        return Ok(());
+    }
+    x0.par_chunks(seq_len)
+        .zip(noisable.par_chunks(seq_len))
+        .zip(out.mask.par_chunks_mut(seq_len))
+        .zip(out.mask_prob.par_chunks_mut(k))
+        .zip(out.weight.par_chunks_mut(k))
+        .enumerate()
+        .for_each_init(
+            Scratch::default,
+            |scratch, (i, ((((ids, noisable), mask), prob), weight))| {
+                one(scratch, i, ids, noisable, mask, prob, weight);
+            },
+        );
+    Ok(())
+}
+
+/// Gathers and noises rows for a training step.
+///
+/// # Errors
+/// As [`gather`] and [`noise`].
+#[allow(clippy::too_many_arguments)]
+pub fn gather_noised(
+    store: &TokenStore,
+    plan: &RowPlan,
+    spec: &NoiseSpec,
+    key: NoiseKey,
+    rows: &[u64],
+    block_size: usize,
+    documents: bool,
+    clean: CleanBatch<'_>,
+    out: NoisedBatch<'_>,
+) -> Result<Filled> {
+    let l = plan.seq_len();
+    let tokens = rows.len() * l;
+    check_len("xt", out.xt.len(), tokens)?;
+    check_len("masked", out.masked.len(), tokens)?;
+    check_len("masked_weight", out.masked_weight.len(), tokens)?;
+    let noise = out.noise;
+    check_rows(plan, rows)?;
+    spec.check(l, block_size)?;
+    clean.check(plan, documents, tokens)?;
+    noise.check(tokens, tokens / block_size)?;
+    let k = l / block_size;
+    let mask_id = i64::from(store.vocab().mask_id);
+    prefetch_first(store, plan, rows);
+    let one = |scratch: &mut Scratch, index: usize, row: u64, mut out: RowOut<'_>| {
+        prefetch_after(store, plan, rows, index);
+        let padded = plan.gather(store, row as usize, documents, &mut out.clean);
+        let key = NoiseKey {
+            row: key.row + index as u64,
+            ..key
+        };
+        spec.noise_row(
+            &key,
+            out.clean.x0,
+            out.clean.noisable,
+            block_size,
+            out.mask,
+            out.mask_prob,
+            out.weight,
+            scratch,
+        );
+        replace_masked(out.clean.x0, out.mask, mask_id, out.xt);
+        Filled {
+            noisable: out.clean.noisable.iter().map(|n| u64::from(*n)).sum(),
+            masked: out.list((index * l) as i64, block_size),
+            padded,
+        }
+    };
+    let outs = RowOut::split(clean, noise, out.xt, out.masked, out.masked_weight, l, k);
+    let filled: Vec<Filled> = if tokens < PARALLEL_TOKENS {
+        let mut scratch = Scratch::default();
+        let parts = outs.into_iter().zip(rows).enumerate();
+        parts
+            .map(|(i, (out, row))| one(&mut scratch, i, *row, out))
+            .collect()
+    } else {
+        let parts = outs.into_par_iter().zip(rows).enumerate();
+        parts
+            .map_init(Scratch::default, |scratch, (i, (out, row))| {
+                one(scratch, i, *row, out)
+            })
+            .collect()
+    };
+    // Each row has listed its masked tokens in its own room; here the lists close up.
+    let mut all = Filled {
+        noisable: 0,
+        masked: 0,
+        padded: false,
+    };
+    for (i, row) in filled.iter().enumerate() {
+        let room = i * l..i * l + row.masked;
+        out.masked.copy_within(room.clone(), all.masked);
+        out.masked_weight.copy_within(room, all.masked);
+        all.noisable += row.noisable;
+        all.masked += row.masked;
+        all.padded |= row.padded;
+    }
+    Ok(all)
+}
+
+/// The part of all buffers that belongs to one row.
+struct RowOut<'a> {
+    clean: RowBuffers<'a>,
+    xt: &'a mut [i64],
+    mask: &'a mut [u8],
+    mask_prob: &'a mut [f32],
+    weight: &'a mut [f32],
+    masked: &'a mut [i64],
+    masked_weight: &'a mut [f32],
+}
+
+impl<'a> RowOut<'a> {
+    /// Cuts buffers of checked sizes into rows of L tokens and K blocks.
+    fn split(
+        clean: CleanBatch<'a>,
+        noise: NoiseBatch<'a>,
+        xt: &'a mut [i64],
+        masked: &'a mut [i64],
+        masked_weight: &'a mut [f32],
+        l: usize,
+        k: usize,
+    ) -> Vec<Self> {
+        let mut xt = xt.chunks_mut(l);
+        let mut mask = noise.mask.chunks_mut(l);
+        let mut mask_prob = noise.mask_prob.chunks_mut(k);
+        let mut weight = noise.weight.chunks_mut(k);
+        let mut masked = masked.chunks_mut(l);
+        let mut masked_weight = masked_weight.chunks_mut(l);
+        let row = |clean| {
+            Some(RowOut {
+                clean,
+                xt: xt.next()?,
+                mask: mask.next()?,
+                mask_prob: mask_prob.next()?,
+                weight: weight.next()?,
+                masked: masked.next()?,
+                masked_weight: masked_weight.next()?,
+            })
+        };
+        clean.split(l).map_while(row).collect()
+    }
+
+    /// Lists the masked tokens at the front of the row's room, with their weights; returns their
+    /// number. `first` is the flat position of the row's first token.
+    fn list(&mut self, first: i64, block_size: usize) -> usize {
+        let mut count = 0;
+        let blocks = self.mask.chunks_exact(block_size).zip(&*self.weight);
+        for (block, (masks, weight)) in blocks.enumerate() {
+            let start = block * block_size;
+            for (i, m) in masks.iter().enumerate() {
+                // Written always, kept only where masked: no branch to mispredict. `count` never
+                // passes the token that is looked at.
+                self.masked[count] = first + (start + i) as i64;
+                self.masked_weight[count] = *weight;
+                count += usize::from(*m);
+            }
+        }
+        count
+    }
+}
+
+multiversion! {
+    fn replace_masked(x0: &[i64], mask: &[u8], mask_id: i64, xt: &mut [i64]) {
+        for ((xt, x0), mask) in xt.iter_mut().zip(x0).zip(mask) {
+            *xt = if *mask == 1 { mask_id } else { *x0 };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::pack::Packing;
+    use crate::data::store::Vocab;
+    use crate::noise::Estimator;
+    use crate::noise::Schedule;
+    use crate::noise::Weighting;
+
+    const VOCAB: Vocab = Vocab {
+        vocab_size: 1 << 20,
+        bos_id: 1,
+        eos_id: 2,
+        mask_id: 3,
+    };
+
+    fn plan(tokens: i32, l: usize, s: usize) -> (TokenStore, RowPlan) {
+        let ids = (10..10 + tokens).collect();
+        let store = TokenStore::from_arrays(ids, &[tokens as u64], VOCAB).unwrap();
+        let packing = Packing::Wrap {
+            row_eos: false,
+            stride: None,
+        };
+        let plan = RowPlan::new(&store, l, s, packing, true).unwrap();
+        (store, plan)
+    }
+
+    fn spec() -> NoiseSpec {
+        let estimator = Estimator::Count {
+            probs: None,
+            stratum: None,
+        };
+        NoiseSpec::new(
+            Schedule::LogLinear,
+            estimator,
+            None,
+            false,
+            Weighting::Nelbo,
+            None,
+        )
+        .unwrap()
+    }
+
+    #[derive(Default)]
+    struct Buffers {
+        x0: Vec<i64>,
+        noisable: Vec<u8>,
+        doc_ids: Vec<i32>,
+        xt: Vec<i64>,
+        mask: Vec<u8>,
+        mask_prob: Vec<f32>,
+        weight: Vec<f32>,
+        masked: Vec<i64>,
+        masked_weight: Vec<f32>,
+    }
+
+    fn fill(
+        (store, plan): &(TokenStore, RowPlan),
+        s: usize,
+        rows: &[u64],
+        first: u64,
+        global: u64,
+    ) -> (Buffers, Filled) {
+        let n = rows.len() * plan.seq_len();
+        let mut b = Buffers {
+            x0: vec![0; n],
+            noisable: vec![0; n],
+            doc_ids: vec![0; n],
+            xt: vec![0; n],
+            mask: vec![0; n],
+            mask_prob: vec![0.0; n / s],
+            weight: vec![0.0; n / s],
+            masked: vec![0; n],
+            masked_weight: vec![0.0; n],
+        };
+        let key = NoiseKey {
+            seed: 5,
+            step: 2,
+            row: first,
+            rows: global,
+        };
+        let clean = CleanBatch {
+            x0: &mut b.x0,
+            noisable: &mut b.noisable,
+            doc_ids: &mut b.doc_ids,
+        };
+        let noised = NoisedBatch {
+            xt: &mut b.xt,
+            noise: NoiseBatch {
+                mask: &mut b.mask,
+                mask_prob: &mut b.mask_prob,
+                weight: &mut b.weight,
+            },
+            masked: &mut b.masked,
+            masked_weight: &mut b.masked_weight,
+        };
+        let filled =
+            gather_noised(store, plan, &spec(), key, rows, s, false, clean, noised).unwrap();
+        (b, filled)
+    }
+
+    /// Where no row can hold padding, documents need no buffer; elsewhere their absence is named.
+    #[test]
+    fn documents_may_be_left_out_where_no_row_pads() {
+        let rows = [3, 0, 5];
+        let run = |data: &(TokenStore, RowPlan), documents, ids: usize| {
+            let (mut x0, mut noisable, mut doc_ids) = (vec![-7; 48], vec![7; 48], vec![-7; ids]);
+            let clean = CleanBatch {
+                x0: &mut x0,
+                noisable: &mut noisable,
+                doc_ids: &mut doc_ids,
+            };
+            let padded = gather(&data.0, &data.1, &rows, documents, clean)?;
+            Ok::<_, Error>((x0, noisable, padded))
+        };
+        let full = plan(15 * 6, 16, 4);
+        assert!(!full.1.may_pad());
+        let without = run(&full, false, 0).unwrap();
+        assert_eq!(without, run(&full, false, 48).unwrap());
+        assert!(!without.2 && without.0[1] == 10 + 3 * 15);
+        let padded = plan(15 * 6 - 1, 16, 4);
+        assert!(padded.1.may_pad());
+        for (data, documents) in [(&full, true), (&padded, false)] {
+            let refused = run(data, documents, 0).unwrap_err().to_string();
+            assert!(refused.contains("doc_ids = 0 elements"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn parts_agree_with_each_other() {
+        let data = plan(1000, 16, 4);
+        let (b, filled) = fill(&data, 4, &[3, 0, 66], 0, 3);
+        assert!(filled.padded && b.doc_ids[3 * 16 - 1] == -1);
+        assert_eq!(
+            filled.noisable,
+            b.noisable.iter().map(|n| u64::from(*n)).sum::<u64>()
+        );
+        let flat: Vec<i64> = (0..48).filter(|i| b.mask[*i as usize] == 1).collect();
+        assert_eq!(b.masked[..filled.masked], flat);
+        for (at, w) in b.masked[..filled.masked].iter().zip(&b.masked_weight) {
+            assert_eq!(*w, b.weight[*at as usize / 4]);
+        }
+        for i in 0..48 {
+            assert_eq!(b.xt[i], if b.mask[i] == 1 { 3 } else { b.x0[i] });
+        }
+    }
+
+    /// A micro-batch has the noise that its rows have in the whole batch, and so have the rows of
+    /// a batch large enough for several threads.
+    #[test]
+    fn noise_does_not_depend_on_the_cut() {
+        let data = plan(300_000, 128, 4);
+        let rows: Vec<u64> = (0..2000).collect();
+        let (whole, _) = fill(&data, 4, &rows, 0, 2000);
+        for part in [0..700usize, 700..2000] {
+            let (b, _) = fill(&data, 4, &rows[part.clone()], part.start as u64, 2000);
+            assert_eq!(b.xt, whole.xt[part.start * 128..part.end * 128]);
+            assert_eq!(b.weight, whole.weight[part.start * 32..part.end * 32]);
+        }
+    }
+
+    #[test]
+    fn wrong_rows_and_buffers_are_named() {
+        let (store, plan) = plan(100, 16, 4);
+        let wrong = |row: u64, size: usize| {
+            let clean = CleanBatch {
+                x0: &mut vec![0; size],
+                noisable: &mut [],
+                doc_ids: &mut [],
+            };
+            let refused = gather(&store, &plan, &[row], false, clean);
+            refused.unwrap_err().to_string()
+        };
+        let far = wrong(7, 16);
+        assert!(far.contains("row = 7: must be below the 7 rows"), "{far}");
+        let short = wrong(0, 15);
+        assert!(short.contains("x0 = 15 elements"), "{short}");
+    }
+}

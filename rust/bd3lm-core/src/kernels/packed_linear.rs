@@ -1,0 +1,548 @@
+//! Products with a matrix that does not change, whose columns were laid out beforehand as the
+//! kernels read them: what decoding does for every layer of every forward.
+//!
+//! Every output is one sum over the inputs in their order, so that a row comes out the same, bit
+//! for bit, whatever rows are beside it and however many threads there are.
+
+use crate::cpu::simd::Simd;
+use crate::cpu::simd::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{
+    avx2::Avx2,
+    avx512::{Avx512, Avx512Bf16},
+};
+use crate::cpu::{Isa, scratch, threads::parallel};
+use crate::error::{Error, Result};
+use crate::kernels::activation::{gelu_in_place, squared_relu_in_place};
+use crate::kernels::product::product;
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// It is the result.
+    Write,
+    /// It is added to what the output holds.
+    Add,
+    /// Its GELU is the result, tanh-approximated.
+    Gelu,
+    /// The square of its positive part is.
+    SquaredRelu,
+}
+
+/// Vectors of columns in a panel.
+const VECTORS: usize = 2;
+/// Lanes of the widest vectors.
+const MAX_LANES: usize = 16;
+/// Multiplications that are worth another thread: some tens of microseconds.
+const WORTH: usize = 1 << 20;
+
+/// A 64-byte line of units, so that no load crosses two of the cache's.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; MAX_LANES]);
+
+/// The matrix and bias of a linear layer, ready to be multiplied with.
+pub struct Packed {
+    isa: Isa,
+    inputs: usize,
+    outputs: usize,
+    /// Panel by panel of `VECTORS · W` columns, a row of units after the other.
+    panels: Vec<Line>,
+    /// Of every column of every panel.
+    bias: Vec<f32>,
+}
+
+impl Packed {
+    /// Lays out `weight` [N, K], row by row, and the bias [N]; with `bf16`, rounded to bf16.
+    ///
+    /// # Errors
+    /// Sizes that do not fit together, or bf16 on a processor without bf16 products.
+    pub fn new(weight: &[f32], bias: Option<&[f32]>, inputs: usize, bf16: bool) -> Result<Self> {
+        let isa = if bf16 {
+            Isa::Avx512Bf16
+        } else {
+            Isa::best().min(Isa::Avx512)
+        };
+        Self::for_isa(weight, bias, inputs, isa)
+    }
+
+    fn for_isa(weight: &[f32], bias: Option<&[f32]>, inputs: usize, isa: Isa) -> Result<Self> {
+        if !isa.is_available() {
+            let allowed = "fp32: this processor has no bf16 products";
+            return Err(Error::config("precision", "bf16", allowed));
+        }
+        let outputs = weight.len().checked_div(inputs).unwrap_or(0);
+        if outputs == 0
+            || outputs * inputs != weight.len()
+            || bias.is_some_and(|b| b.len() != outputs)
+        {
+            let given = format!("{} weights for {inputs} inputs", weight.len());
+            return Err(Error::config(
+                "linear",
+                given,
+                "needs whole rows and a bias of as many",
+            ));
+        }
+        let mut packed = Self {
+            isa,
+            inputs,
+            outputs,
+            panels: Vec::new(),
+            bias: Vec::new(),
+        };
+        let (columns, pair) = (packed.columns(), packed.pair());
+        let panels = outputs.div_ceil(columns);
+        let panel_units = packed.depth() * columns;
+        packed.bias = vec![0.0; panels * columns];
+        if let Some(bias) = bias {
+            packed.bias[..outputs].copy_from_slice(bias);
+        }
+        packed.panels = lines((panels * panel_units).div_ceil(MAX_LANES));
+        for (column, row) in weight.chunks_exact(inputs).enumerate() {
+            let first = column / columns * panel_units + column % columns;
+            for (depth, unit) in row.chunks(pair).enumerate() {
+                let at = first + depth * columns;
+                packed.panels[at / MAX_LANES].0[at % MAX_LANES] = match (pair, unit) {
+                    (1, [x]) => *x,
+                    (_, [x]) => unit_of(*x, 0.0),
+                    (_, unit) => unit_of(unit[0], unit[1]),
+                };
+            }
+        }
+        Ok(packed)
+    }
+
+    /// N, the number of outputs.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// K, the number of inputs.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Forms x·Wᵀ + b [M, N] for rows x [M, K], and does with it what `after` says.
+    ///
+    /// # Errors
+    /// Buffers that do not hold as many rows.
+    pub fn apply(&self, x: &[f32], out: &mut [f32], after: After, threads: usize) -> Result<()> {
+        let rows = x.len() / self.inputs;
+        if rows * self.inputs != x.len() || out.len() != rows * self.outputs {
+            let given = format!("{} values", x.len());
+            let allowed = format!("rows of {} and as many of {}", self.inputs, self.outputs);
+            return Err(Error::config("linear", given, allowed));
+        }
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => self.apply_bf16(x, rows, out, after, threads),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => self.run(x, rows, out, after, threads, avx512),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => self.run(x, rows, out, after, threads, avx2),
+            _ => self.run(x, rows, out, after, threads, portable),
+        }
+        Ok(())
+    }
+
+    /// Rounds the rows to pairs of bf16 first.
+    #[cfg(target_arch = "x86_64")]
+    fn apply_bf16(&self, x: &[f32], rows: usize, out: &mut [f32], after: After, threads: usize) {
+        let count = rows * self.depth();
+        scratch::with(&[count], |scratch| {
+            let units = scratch.slice(count);
+            // SAFETY: only reached where the processor has the instruction set.
+            unsafe { round_avx512(x, self.inputs, units) };
+            self.run(units, rows, out, after, threads, avx512bf16);
+        });
+    }
+
+    fn run(
+        &self,
+        x: &[f32],
+        rows: usize,
+        out: &mut [f32],
+        after: After,
+        threads: usize,
+        kernel: Kernel,
+    ) {
+        let columns = self.columns();
+        let panels = self.outputs.div_ceil(columns);
+        let work = rows * self.inputs * self.outputs;
+        let threads = threads.min(1 + work / WORTH);
+        // A few pieces a thread even out what else the machine does.
+        let pieces = (4 * threads).min(panels);
+        let to = Out(out.as_mut_ptr());
+        parallel(threads, pieces, |piece| {
+            let mine = panels * piece / pieces..panels * (piece + 1) / pieces;
+            for panel in mine.clone() {
+                let at = panel * self.depth() * columns / MAX_LANES;
+                let job = Job {
+                    x: x.as_ptr(),
+                    rows,
+                    depth: self.depth(),
+                    panel: self.panels[at..].as_ptr().cast(),
+                    bias: self.bias[panel * columns..].as_ptr(),
+                    out: to.at(panel * columns),
+                    ld: self.outputs,
+                    live: columns.min(self.outputs - panel * columns),
+                    add: after == After::Add,
+                };
+                // SAFETY: the panel, its bias and the rows exist; `live` columns of every row of
+                // the output are this panel's alone; the instruction set is this matrix's.
+                unsafe { kernel(&job) };
+            }
+            let activate = match after {
+                After::Write | After::Add => return,
+                After::Gelu => gelu_in_place,
+                After::SquaredRelu => squared_relu_in_place,
+            };
+            let span = mine.start * columns..self.outputs.min(mine.end * columns);
+            for row in 0..rows {
+                // SAFETY: these columns of every row are this piece's alone, and written above.
+                activate(unsafe {
+                    let first = to.at(row * self.outputs + span.start);
+                    std::slice::from_raw_parts_mut(first, span.len())
+                });
+            }
+        });
+    }
+
+    /// Columns of a panel.
+    fn columns(&self) -> usize {
+        VECTORS * if self.isa >= Isa::Avx512 { 16 } else { 8 }
+    }
+
+    /// Inputs in a unit.
+    fn pair(&self) -> usize {
+        if self.isa == Isa::Avx512Bf16 { 2 } else { 1 }
+    }
+
+    /// Units summed over.
+    fn depth(&self) -> usize {
+        self.inputs.div_ceil(self.pair())
+    }
+}
+
+/// Zeros on large pages, where the system gives them: a matrix is read from end to end for every
+/// token, and with small pages half of that time goes into finding them.
+fn lines(count: usize) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::with_capacity(count);
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice about whole pages inside an allocation of ours, which changes no content.
+    unsafe {
+        let page = 4096;
+        let start = lines.as_mut_ptr() as usize;
+        let first = start.next_multiple_of(page);
+        let bytes = (start + count * size_of::<Line>()).saturating_sub(first);
+        libc::madvise(first as *mut _, bytes, libc::MADV_HUGEPAGE);
+    }
+    lines.resize(count, Line([0.0; MAX_LANES]));
+    lines
+}
+
+/// Two neighbours as bf16, rounded to nearest, ties to even.
+fn unit_of(even: f32, odd: f32) -> f32 {
+    let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+    f32::from_bits(bits(even) | bits(odd) << 16)
+}
+
+/// Where the threads write, each its own columns.
+struct Out(*mut f32);
+
+// SAFETY: threads write disjoint columns.
+unsafe impl Sync for Out {}
+
+impl Out {
+    fn at(&self, column: usize) -> *mut f32 {
+        self.0.wrapping_add(column)
+    }
+}
+
+/// All rows times one panel.
+struct Job {
+    x: *const f32,
+    rows: usize,
+    depth: usize,
+    panel: *const f32,
+    bias: *const f32,
+    out: *mut f32,
+    /// Row length of `out`.
+    ld: usize,
+    /// Columns that exist.
+    live: usize,
+    /// Whether to add to the output.
+    add: bool,
+}
+
+type Kernel = unsafe fn(&Job);
+
+/// # Safety
+/// What the job points to exists, and the instruction set of `S` too.
+#[inline(always)]
+unsafe fn panel<S: Simd, const MOST: usize>(job: &Job) {
+    let mut row = 0;
+    // SAFETY: rows `row..` exist by the loop's bound.
+    unsafe {
+        // Not 12 of 16 rows and then 4: small tiles wait for their own sums.
+        while row + MOST <= job.rows && !(MOST > 8 && job.rows - row == 16) {
+            tile::<S, MOST>(job, row);
+            row += MOST;
+        }
+        while MOST > 8 && row + 8 <= job.rows {
+            tile::<S, 8>(job, row);
+            row += 8;
+        }
+        while row + 4 <= job.rows {
+            tile::<S, 4>(job, row);
+            row += 4;
+        }
+        while row < job.rows {
+            tile::<S, 1>(job, row);
+            row += 1;
+        }
+    }
+}
+
+/// # Safety
+/// As [`panel`]; rows `row .. row + ROWS` exist.
+#[inline(always)]
+unsafe fn tile<S: Simd, const ROWS: usize>(job: &Job, row: usize) {
+    // SAFETY: by the contract; a panel's columns are VECTORS · W, of which `live` are written.
+    unsafe {
+        let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
+        for start in &mut acc {
+            for (n, x) in start.iter_mut().enumerate() {
+                *x = S::load(job.bias.add(n * S::W));
+            }
+        }
+        let x = job.x.add(row * job.depth);
+        let acc = product::<S, ROWS, VECTORS>(
+            x,
+            (job.depth, 1),
+            job.panel,
+            VECTORS * S::W,
+            job.depth,
+            acc,
+        );
+        for (i, sums) in acc.iter().enumerate() {
+            let out = job.out.add((row + i) * job.ld);
+            let mut whole = [0f32; VECTORS * MAX_LANES];
+            let edge = job.live < VECTORS * S::W;
+            let to = if edge { whole.as_mut_ptr() } else { out };
+            if edge && job.add {
+                to.copy_from_nonoverlapping(out, job.live);
+            }
+            for (n, x) in sums.iter().enumerate() {
+                let to = to.add(n * S::W);
+                S::store(to, if job.add { S::add(S::load(to), *x) } else { *x });
+            }
+            if edge {
+                out.copy_from_nonoverlapping(to, job.live);
+            }
+        }
+    }
+}
+
+macro_rules! kernel {
+    ($name:ident, $simd:ty, $rows:literal $(, $features:literal)?) => {
+        /// # Safety
+        /// As [`panel`].
+        $(#[target_feature(enable = $features)])?
+        unsafe fn $name(job: &Job) {
+            // SAFETY: by the contract.
+            unsafe { panel::<$simd, $rows>(job) }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernel!(
+    avx512bf16,
+    Avx512Bf16,
+    12,
+    "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma"
+);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx512, Avx512, 12, "avx512f,avx512dq,avx512bw,avx512vl,fma");
+#[cfg(target_arch = "x86_64")]
+kernel!(avx2, Avx2, 4, "avx2,fma");
+kernel!(portable, Portable, 4);
+
+/// Rows of `width` values as rows of pairs; an odd one is paired with zero.
+///
+/// # Safety
+/// The instruction set.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma")]
+unsafe fn round_avx512(x: &[f32], width: usize, units: &mut [f32]) {
+    for (row, units) in x
+        .chunks_exact(width)
+        .zip(units.chunks_exact_mut(width.div_ceil(2)))
+    {
+        let whole = width / MAX_LANES * MAX_LANES;
+        for at in (0..whole).step_by(MAX_LANES) {
+            // SAFETY: 16 values at `at`, and half as many units.
+            unsafe {
+                let lanes = Avx512Bf16::load(row.as_ptr().add(at));
+                Avx512Bf16::store_units(units.as_mut_ptr().add(at / 2), lanes);
+            }
+        }
+        for (unit, pair) in units[whole / 2..].iter_mut().zip(row[whole..].chunks(2)) {
+            *unit = unit_of(pair[0], pair.get(1).copied().unwrap_or(0.0));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::activation::{Pointwise, activate};
+    use crate::random::{Domain, Stream};
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut stream = Stream::new(seed, Domain::Mask, 0, 0);
+        (0..count)
+            .map(|_| (stream.next_f64() * 2.0 - 1.0) as f32)
+            .collect()
+    }
+
+    fn rounded(x: &[f32], isa: Isa) -> Vec<f64> {
+        let round = |x: f32| {
+            if isa == Isa::Avx512Bf16 {
+                half::bf16::from_f32(x).to_f32()
+            } else {
+                x
+            }
+        };
+        x.iter().map(|&x| f64::from(round(x))).collect()
+    }
+
+    fn isas() -> impl Iterator<Item = Isa> {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16]
+            .into_iter()
+            .filter(|isa| isa.is_available())
+    }
+
+    #[test]
+    fn equals_float64() {
+        for isa in isas() {
+            for (rows, inputs, outputs) in [
+                (1, 1, 1),
+                (3, 7, 5),
+                (13, 33, 70),
+                (29, 64, 32),
+                (16, 256, 1000),
+            ] {
+                let (w, x, b) = (
+                    numbers(outputs * inputs, 1),
+                    numbers(rows * inputs, 2),
+                    numbers(outputs, 3),
+                );
+                for bias in [None, Some(&b[..])] {
+                    let packed = Packed::for_isa(&w, bias, inputs, isa).unwrap();
+                    assert_eq!(packed.outputs(), outputs);
+                    let (w, x64) = (rounded(&w, isa), rounded(&x, isa));
+                    for threads in [1, 3] {
+                        let mut out = vec![f32::NAN; rows * outputs];
+                        packed.apply(&x, &mut out, After::Write, threads).unwrap();
+                        for (i, out) in out.iter().enumerate() {
+                            let (r, n) = (i / outputs, i % outputs);
+                            let sum: f64 = (0..inputs)
+                                .map(|k| w[n * inputs + k] * x64[r * inputs + k])
+                                .sum();
+                            let want = sum + bias.map_or(0.0, |b| f64::from(b[n]));
+                            assert!(
+                                (f64::from(*out) - want).abs() < 3e-5,
+                                "{isa:?} {rows} {inputs} {outputs} {i}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_do_not_see_each_other() {
+        for isa in isas() {
+            let (rows, inputs, outputs) = (31, 50, 77);
+            let (w, x) = (numbers(outputs * inputs, 1), numbers(rows * inputs, 2));
+            let packed = Packed::for_isa(&w, None, inputs, isa).unwrap();
+            let mut together = vec![0.0; rows * outputs];
+            packed.apply(&x, &mut together, After::Write, 2).unwrap();
+            for r in 0..rows {
+                let mut alone = vec![0.0; outputs];
+                let row = &x[r * inputs..(r + 1) * inputs];
+                packed.apply(row, &mut alone, After::Write, 1).unwrap();
+                assert_eq!(alone, together[r * outputs..(r + 1) * outputs]);
+            }
+        }
+    }
+
+    /// Rows and results lie between pages that no one may touch.
+    #[test]
+    fn nothing_beside_the_buffers_is_touched() {
+        use crate::cpu::guarded::Guarded;
+        let zeros = |count: usize, at_end| Guarded::new(&vec![0; 4 * count], at_end);
+        for isa in isas() {
+            for (rows, inputs, outputs) in [(1, 1, 1), (3, 33, 31), (8, 17, 65), (13, 64, 97)] {
+                let packed =
+                    Packed::for_isa(&numbers(outputs * inputs, 1), None, inputs, isa).unwrap();
+                for at_end in [false, true] {
+                    let (mut x, mut out) =
+                        (zeros(rows * inputs, at_end), zeros(rows * outputs, at_end));
+                    x.f32s().copy_from_slice(&numbers(rows * inputs, 2));
+                    for after in [After::Write, After::Add, After::Gelu] {
+                        packed.apply(x.f32s(), out.f32s(), after, 2).unwrap();
+                    }
+                    assert!(out.f32s().iter().any(|x| *x != 0.0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_after_a_product() {
+        let (rows, inputs, outputs) = (13, 20, 77);
+        let (w, x) = (numbers(outputs * inputs, 1), numbers(rows * inputs, 2));
+        let before = numbers(rows * outputs, 3);
+        for isa in isas() {
+            let packed = Packed::for_isa(&w, Some(&before[..outputs]), inputs, isa).unwrap();
+            let run = |after, threads| {
+                let mut out = before.clone();
+                packed.apply(&x, &mut out, after, threads).unwrap();
+                out
+            };
+            let plain = run(After::Write, 1);
+            let mut gelu = vec![0.0; plain.len()];
+            activate(Pointwise::Gelu, &plain, &[0.0], &mut gelu, 1).unwrap();
+            for threads in [1, 3] {
+                assert_eq!(run(After::Gelu, threads), gelu);
+                let added = before.iter().zip(&plain).map(|(a, b)| a + b);
+                assert!(run(After::Add, threads).into_iter().eq(added));
+                let squares = plain.iter().map(|x| x.max(0.0) * x.max(0.0));
+                assert!(run(After::SquaredRelu, threads).into_iter().eq(squares));
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_input_is_named() {
+        assert!(Packed::new(&[0.0; 7], None, 3, false).is_err());
+        assert!(Packed::new(&[], None, 3, false).is_err());
+        assert!(Packed::new(&[0.0; 6], Some(&[0.0; 3]), 3, false).is_err());
+        let packed = Packed::new(&[0.0; 6], None, 3, false).unwrap();
+        let refused = |x: usize, out: usize| {
+            packed.apply(&vec![0.0; x], &mut vec![0.0; out], After::Write, 1)
+        };
+        assert!(
+            refused(4, 2)
+                .unwrap_err()
+                .to_string()
+                .contains("rows of 3 and as many of 2")
+        );
+        assert!(refused(3, 4).is_err());
+        assert!(refused(0, 0).is_ok());
+    }
+}
