@@ -92,7 +92,7 @@ def test_a_run_without_prefetching_is_the_same_run(config, splits, tmp_path, mon
             ]
         trainer.run()
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
-    assert trainer.system.state()["law"]["probs"] is not None  # so the noise did change
+    assert trainer.system.state()["counts"]["probs"] is not None  # so the noise did change
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 

@@ -142,8 +142,8 @@ def test_what_was_learned_of_the_noise_resumes_bitwise(config, tmp_path, monkeyp
     if "clip_search" in noise:
         assert [tuple(learned["clip"])] == searched
     if "fit_counts" in noise:
-        assert sum(learned["law"]["probs"]) == pytest.approx(1.0)
-        assert learned["law"]["probs"] != [0.25] * 4
+        assert sum(learned["counts"]["probs"]) == pytest.approx(1.0)
+        assert learned["counts"]["probs"] != [0.25] * 4
     run_training(saved_config(tmp_path / "parts"), tmp_path / "parts", Silent(), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     clips = [

@@ -102,6 +102,20 @@ class Meta:
     data: Mapping[str, str]
     state: Record
 
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the system had learned of its noise; empty where a converted model has none.
+
+        Raises:
+            CheckpointError: the field is of another type.
+        """
+        if "system" not in self.state.values:
+            return {}
+        learned = dict(self.state.record("system").values)
+        if self.files is None and "law" in learned:  # its name in version 1
+            learned["counts"] = learned.pop("law")
+        return learned
+
     def verified(self, name: str) -> Path:
         """Compare one file with its size and digest; returns its path.
 
@@ -301,8 +315,7 @@ def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     model = skeleton(shape, tokenizer.vocab_size, opened.tensors, "embed.weight", source)
     check_tensors(opened.tensors, dict(model.named_parameters()), source)
     model = fill(model, untied(opened.load(), meta.config), device)
-    learned = meta.state.record("system").values if meta.state.values.get("system") else None
-    loaded = Checkpoint(meta.config, model.eval(), tokenizer, meta.step, path, dict(learned or {}))
+    loaded = Checkpoint(meta.config, model.eval(), tokenizer, meta.step, path, meta.learned)
     loaded.system()  # refuses what was learned where it does not fit
     return loaded
 

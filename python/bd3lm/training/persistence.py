@@ -159,7 +159,8 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.last = {name: last.floating(name) for name in last.values}
     best = state.values.get("best")
     trainer.best = None if best is None else state.floating("best")
-    restore_system(trainer.system, dict(state.record("system").values), state.source)
+    state.record("system")
+    restore_system(trainer.system, meta.learned, state.source)
 
 
 def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
