@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.tensors import check_tensors
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, RopeScaling, TrainConfig
 from bd3lm.data import Tokenizer, load_tokenizer
@@ -70,7 +72,7 @@ def load_llama_family(
             Transformer does not describe; a tokenizer with other ids.
         TokenizerError: the tokenizer does not load.
     """
-    meta = read_config(path)
+    meta = read_json(path / "config.json")
     source, tensors = read_weights(path)
     own = _tokenizer(path)
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -112,7 +114,7 @@ def assemble(
     _check_mask(path, meta, tokenizer, rows)
     with torch.device("meta"):
         needed = to_family(Transformer(config.model, rows).state_dict(), config.model)
-    check_tensors(tensors, needed, source)
+    check_tensors(tensors, needed, source, any_float=True)
     state = from_family(tensors, config.model)
     for name in {"embed.weight", "head.weight"} & state.keys():
         state[name] = _with_rows(state[name], tokenizer.vocab_size)
