@@ -39,7 +39,7 @@ class SubsetScores:
 
 
 def score_subsets(scorer: RowScorer) -> SubsetScores:
-    """Run all 2^S - 1 masks of the blocks, smaller numbers first, so that U's own subsets are known.
+    """Run all 2^S - 1 masks of every block; subsets of a mask come before it.
 
     Args:
         scorer: of rows of a model that is not time-conditioned.
