@@ -22,7 +22,7 @@ from torch import Tensor
 from bd3lm.config import SampleConfig
 from bd3lm.model.attention.triton.launch import INTERPRETED, on_device_of_first
 
-BLOCK, WARPS = (32, 4) if INTERPRETED else (2048, 8)
+BLOCK, WARPS = (32, 4) if INTERPRETED else (4096, 16)
 """Tokens that a program holds at once."""
 ROWS = 512 if INTERPRETED else 1
 """Rows of a program; the interpreter takes as long for many as for one."""
