@@ -76,3 +76,24 @@ def token_arrays(num: int, seed: int = 0) -> TokenArrays:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, MASK_ID, (num,), generator=generator).tolist()
     return TokenArrays([ids], vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[Transformer, TokenArrays]:
+    """A small model that has learned something, so that losses depend on the level."""
+    from bd3lm.data import Loader, Rows
+    from bd3lm.systems import BlockDiffusion
+
+    torch.manual_seed(0)
+    ids = [[1 + (i * i + 3 * i) % 7 for i in range(4000)]]
+    data = TokenArrays(ids, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
+    model = Transformer(ModelConfig(width=32, depth=2, heads=2), VOCAB_SIZE)
+    system = BlockDiffusion(4, MASK_ID)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loader = Loader(Rows(data, seq_len=16, block_size=4), 32, 1)
+    for step in range(40):
+        batch = loader.batch(step, system.noise(step))
+        (system.loss(model, batch) / batch.num_noisable).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), data

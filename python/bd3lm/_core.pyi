@@ -6,6 +6,8 @@ from os import PathLike
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_LEVEL: float
+
 class Schedule:
     def __new__(
         cls,
@@ -23,6 +25,7 @@ class Schedule:
     def name(self) -> str: ...
     def mask_prob(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def loss_weight(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
+    def loss_weight_at(self, p: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def inverse(self, p: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
 class Weighting:
@@ -42,6 +45,7 @@ class NoiseSpec:
         count_probs: list[float] | None = None,
         stratum: tuple[int, int] | None = None,
         strata: bool = True,
+        time_conditioned: bool = False,
     ) -> NoiseSpec: ...
     def check(self, seq_len: int, block_size: int) -> None: ...
 

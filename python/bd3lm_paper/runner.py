@@ -55,7 +55,7 @@ class Sweep:
         self._untrained: set[Run] = set()
 
     def record(self, run: Run, measure: Measure) -> dict[str, Any] | None:
-        """A measurement, or None while it has not been made."""
+        """Return a measurement; None if it has not been made."""
         key = record_key(run, measure, self.texts.fingerprints)
         file = self._cell(key)
         if file.is_file():
@@ -83,7 +83,7 @@ class Sweep:
         write_text(self._archive, "".join(lines))
 
     def open_texts(self) -> int:
-        """Tokenize what has not been; returns V of the ids of ``lm1b``.
+        """Tokenize missing texts; returns V of the tokenizer of ``lm1b``.
 
         Raises:
             Bd3lmError: a text or tokenizer that does not load.
@@ -202,7 +202,7 @@ class Sweep:
 
 
 class _Steps:
-    """A trainer's reporter that only counts."""
+    """Reporter that counts training steps."""
 
     def __init__(self, run: Run, events: Events) -> None:
         self._run, self._events = run, events
@@ -211,10 +211,10 @@ class _Steps:
         self._events.training(self._run, 1)
 
     def validation(self, step: int, result: Likelihood) -> None:
-        """Not asked for."""
+        """Ignored: these runs are not validated."""
 
     def scoring(self, done: int, total: int) -> None:
-        """Not asked for."""
+        """Ignored: these runs are not validated."""
 
     def note(self, message: str) -> None:
-        """Not shown: a sweep has one line."""
+        """Ignored."""

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from bd3lm.config import ModelConfig, NoiseConfig, TrainConfig
-from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting
+from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting, draw_noise
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance, search_clip
-from bd3lm.evaluate.likelihood import exact_draws
+from bd3lm.evaluate.draws import exact_draws
 from bd3lm.evaluate.variance import CountStatistics, clip_candidates
 from bd3lm.systems import BlockDiffusion, build_system
-from bd3lm.systems.learned_noise import CountLaw, fitted, rarity_exponents
-from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model, token_arrays
+from bd3lm.systems.learned_noise import CountDistribution, fitted, rarity_exponents
+from tests.conftest import MASK_ID, tiny_model, token_arrays
 
 SCHEDULES = {
     "loglinear": {},
@@ -128,30 +128,56 @@ def test_monotone_weightings_are_told():
     assert not Weighting("simple").keeps_bound(Schedule("gaussian", mu=0.5, sigma=0.2))
 
 
+@pytest.mark.parametrize("weighting", ["sigmoid", "iddpm", "flow_matching", "simple"])
+def test_a_time_conditioned_model_trains_the_reweighted_objective(weighting):
+    """count against a rule over p of Σ over masks: ∫ w̃(p)/p · E[CE(mask, p) | p] dp, S = 2."""
+    size, seq_len = 2, 8
+    cfg = TrainConfig(
+        seq_len=seq_len,
+        block_size=size,
+        model=ModelConfig(width=16, depth=2, heads=2, cond_width=8, time_conditioning=True),
+        noise=NoiseConfig(weighting=weighting),
+    )
+    model = tiny_model(cond_width=8, time_conditioning=True)
+    system = build_system(cfg, MASK_ID)
+    rows = rows_of(64 * 7, seq_len, size)
+    batch = rows.batch(np.arange(16, dtype=np.uint64))
+    score = system.scorer(model, batch.x0, None)
+    theta = (np.arange(48) + 0.5) * math.pi / 48  # p = (1 - cos θ)/2: no singular ends
+    levels, steps = (1 - np.cos(theta)) / 2, np.sin(theta) / 2 * math.pi / 48
+    factor = Weighting(weighting).at(Schedule("loglinear"), levels)
+    want = 0.0
+    with torch.no_grad():
+        for p, dp, w in zip(levels, steps, factor, strict=True):
+            for pattern in ([0], [1], [0, 1]):
+                mask = torch.zeros(16, seq_len // size, size, dtype=torch.bool)
+                mask[..., pattern] = True
+                mask = mask.view(16, seq_len) & batch.noisable
+                select = mask.flatten().nonzero().squeeze(1)
+                xt = torch.where(mask, MASK_ID, batch.x0)
+                nats = score(xt, select, torch.full((16, seq_len // size), p))
+                # Blocks of one noisable token have one pattern of probability p.
+                block, n = select // size, batch.noisable.view(-1, size).sum(1)
+                k = mask.view(-1, size).sum(1)
+                chance = p**k * (1 - p) ** (n - k)
+                keep = k == len(pattern)
+                want += float((nats * (chance * keep)[block]).sum()) * w / p * dp
+        want /= int(batch.noisable.sum())
+        found = []
+        for step in range(400):
+            mask, level, weight = draw_noise(
+                system.noise(step), batch.x0, batch.noisable, size, seed=1, step=step
+            )
+            select = mask.flatten().nonzero().squeeze(1)
+            nats = score(torch.where(mask, MASK_ID, batch.x0), select, level)
+            found.append(float((nats * weight.flatten()[select // size]).sum()))
+    found = np.array(found) / int(batch.noisable.sum())
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    assert abs(found.mean() - want) < 4 * error
+    assert error < 0.02 * want
+
+
 # --- variance and clips ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A small model that has learned something, so that losses depend on the level."""
-    torch.manual_seed(0)
-    from bd3lm.model import Transformer
-
-    ids = [[1 + (i * i + 3 * i) % 7 for i in range(4000)]]
-    from bd3lm.data.store import TokenArrays
-
-    data = TokenArrays(ids, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, mask_id=MASK_ID)
-    model = Transformer(ModelConfig(width=32, depth=2, heads=2), VOCAB_SIZE)
-    rows = Rows(data, seq_len=16, block_size=S)
-    system = BlockDiffusion(S, MASK_ID)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = Loader(rows, 32, 1)
-    for step in range(40):
-        batch = loader.batch(step, system.noise(step))
-        (system.loss(model, batch) / batch.num_noisable).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), data
 
 
 @pytest.mark.parametrize(
@@ -295,7 +321,7 @@ def test_the_law_is_learned_from_the_losses_of_training():
                 seen[:, count] += ((value / max(count, 1)) ** 2, 1.0)
             assert (spec is system.noise(step + 1)) or step == 49
             system.update_noise_after_step(step + 1)
-    law = system.state()["law"]["probs"]
+    law = system.state()["counts"]["probs"]
     np.testing.assert_allclose(law, fitted(seen[0, 1:], seen[1, 1:]), rtol=1e-4)
     again = BlockDiffusion(S, MASK_ID, cfg)
     again.load_state(json.loads(json.dumps(system.state())))
@@ -306,12 +332,12 @@ def test_the_law_is_learned_from_the_losses_of_training():
 
 
 def test_counts_that_were_never_seen_get_the_mean():
-    law = CountLaw(3)
-    assert not law.update_noise_after_step(50)
-    law.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
-    assert not law.update_noise_after_step(49)
-    assert law.update_noise_after_step(50)
-    assert law.probs == pytest.approx([1 / 3] * 3)
+    counts = CountDistribution(3)
+    assert not counts.update_noise_after_step(50)
+    counts.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
+    assert not counts.update_noise_after_step(49)
+    assert counts.update_noise_after_step(50)
+    assert counts.probs == pytest.approx([1 / 3] * 3)
 
 
 # --- rarity ----------------------------------------------------------------------------------
@@ -418,3 +444,72 @@ def test_paper_weights_are_for_training_alone():
     gap = mean["paper"] - 2 * mean["plain"]
     assert abs(gap) < 4.5 * math.hypot(error["paper"], 2 * error["plain"])
     assert error["paper"] < 0.05 * mean["paper"]
+
+
+# --- the integral behind the clip search ------------------------------------------------------
+
+
+def gaussian_moments(mu, sigma, clip, size, nats):
+    """Var. NELBO for Y_k = k·nats, by a dense rule in z = (p - μ)/σ: a formula of its own."""
+
+    def cdf(z):
+        return 0.5 * math.erfc(-z / math.sqrt(2))
+
+    low, high = cdf(-mu / sigma), cdf((1 - mu) / sigma)
+
+    def quantile(t):
+        lower, upper = -mu / sigma, (1 - mu) / sigma
+        for _ in range(200):
+            middle = (lower + upper) / 2
+            if cdf(middle) < low + t * (high - low):
+                lower = middle
+            else:
+                upper = middle
+        return lower
+
+    ends = quantile(clip[0]), ((1 - mu) / sigma if clip[1] == 1 else quantile(clip[1]))
+    # Even in log p at the lower end, where weights rise like 1/p².
+    edges = np.exp(np.linspace(*(math.log(mu + sigma * z) for z in ends), 400_001))
+    p, dp = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    z = (p - mu) / sigma
+    slope = sigma * (high - low) * math.sqrt(2 * math.pi) * np.exp(z**2 / 2)  # dp/dt
+    k = size * p  # the mean of k, and of k² below
+    first = nats * (k / p) @ dp / (clip[1] - clip[0])
+    square = nats**2 * (size * p * (1 - p) + k**2)
+    second = (slope / p**2 * square) @ dp / (clip[1] - clip[0])
+    return (second - first**2) / size**2
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "clip", "size"),
+    [
+        (0.3, 0.2, (1e-3, 1.0), 4),
+        (0.3, 0.2, (0.5, 1.0), 4),
+        (0.4, 0.2, (1e-3, 1.0), 4),
+        (0.5, 0.2, (1e-3, 1.0), 4),
+        (0.1, 0.3, (1e-3, 1.0), 8),
+        (0.0, 0.2, (1e-3, 1.0), 8),
+        (0.7, 0.2, (0.1, 0.9), 8),
+        (0.0, 0.1, (1e-3, 1.0), 4),
+    ],
+)
+def test_the_clip_s_variance_is_exact_for_gaussian_schedules(mu, sigma, clip, size):
+    """p(t) of a Gaussian rises from 0.8 to 1 in the last hundredth of t and less."""
+    k = np.arange(size + 1) * 2.0
+    share = np.zeros(size + 1)
+    share[size] = 1.0
+    mean = np.tile(k, (size + 1, 1))
+    statistics = CountStatistics(size, share, mean, mean**2)
+    schedule = Schedule("gaussian", mu=mu, sigma=sigma)
+    want = gaussian_moments(mu, sigma, clip, size, 2.0)
+    assert statistics.variance(schedule, clip) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_clip_s_variance_has_its_closed_form_under_loglinear():
+    """S = 1, Y = 2: E[w·1{masked}·2] = 2 and E[w²·1{masked}·4] = 4·log(b/a)/(b - a)."""
+    one = np.array([[0.0, 0.0], [0.0, 2.0]])
+    statistics = CountStatistics(1, np.array([0.0, 1.0]), one, one**2)
+    for low, high in ((1e-3, 1.0), (0.25, 0.75), (0.5, 1.0)):
+        want = 4 * math.log(high / low) / (high - low) - 4
+        found = statistics.variance(Schedule("loglinear"), (low, high))
+        assert found == pytest.approx(want, rel=1e-9)

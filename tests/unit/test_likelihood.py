@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bd3lm.data import Rows
+from bd3lm.data import Rows, Schedule
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
+from bd3lm.evaluate.draws import sampled_draws
 from bd3lm.systems import BlockDiffusion
 from tests.conftest import MASK_ID, random_ids, tiny_model, token_arrays
 
@@ -100,19 +101,37 @@ def test_bernoulli_misses_only_the_mass_below_its_lowest_level():
     assert abs(sampled.nelbo - exact.nelbo) < 5 * sampled.mc_error + missed
 
 
-def test_stratified_has_less_error_than_count():
-    model, rows = tiny_model(), rows_of(150, 16, 8)
-    errors = {
-        name: np.mean(
-            [
-                abs(score(model, rows, estimator=name, repeats=16, seed=1000 * s).nelbo - truth)
-                for s in range(12)
-            ]
-        )
-        for truth in [score(model, rows, estimator="stratified", repeats=512).nelbo]
-        for name in ("count", "stratified")
-    }
-    assert errors["stratified"] < errors["count"]
+def test_stratified_masks_every_count_equally_often():
+    """Of 2·S draws each half has every count k = 1..S once in every whole block."""
+    rows = rows_of(150, 16, 8)
+    batch = rows.batch(np.arange(len(rows), dtype=np.uint64))
+    draws = sampled_draws(
+        batch,
+        8,
+        "stratified",
+        16,
+        seed=3,
+        keys=np.arange(len(rows), dtype=np.uint64),
+        num_rows=len(rows),
+        schedule=Schedule("loglinear"),
+    )
+    counts = {0: [], 1: []}
+    for draw in draws:
+        counts[draw.group].append(draw.mask.view(len(rows), -1, 8).sum(-1))
+    whole = batch.noisable.view(len(rows), -1, 8).all(-1)
+    for half in counts.values():
+        found = torch.stack(half).sort(0).values[:, whole]
+        assert (found == torch.arange(1, 9)[:, None]).all()
+
+
+def test_neighbouring_seeds_share_no_draws():
+    """Scores of seeds s and s + 1 are uncorrelated, and mc_error is their spread."""
+    model, rows = tiny_model(), rows_of(30, 16, 4)
+    results = [score(model, rows, estimator="count", repeats=4, seed=s) for s in range(-1, 79)]
+    nelbo = np.array([r.nelbo for r in results])
+    assert abs(np.corrcoef(nelbo[:-1], nelbo[1:])[0, 1]) < 0.35
+    spread = np.sqrt(np.mean([r.mc_error**2 for r in results]))
+    assert nelbo.std(ddof=1) == pytest.approx(spread, rel=0.3)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "stratified", "bernoulli"])

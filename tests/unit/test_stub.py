@@ -66,6 +66,7 @@ def public(names: object) -> set[str]:
 
 def test_the_same_names() -> None:
     nodes = {x.name for x in STUB.body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+    nodes |= {ast.unparse(x.target) for x in STUB.body if isinstance(x, ast.AnnAssign)}
     assert nodes == public(vars(_core))
 
 

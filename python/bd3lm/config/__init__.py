@@ -5,12 +5,19 @@ The command line is derived from these types, and each run writes its resolved t
 """
 
 from bd3lm.config.check import check
-from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
+from bd3lm.config.evaluate import (
+    MAX_EXACT_BLOCK,
+    MAX_MARGINAL_BLOCK,
+    EvalConfig,
+    check_estimator,
+    check_likelihood,
+)
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import (
     AttentionName,
     DetokenizerName,
     EstimatorName,
+    LikelihoodName,
     PackingName,
     ScheduleName,
     SystemName,
@@ -25,11 +32,13 @@ from bd3lm.config.train import TrainConfig
 
 __all__ = [
     "MAX_EXACT_BLOCK",
+    "MAX_MARGINAL_BLOCK",
     "PRESETS",
     "AttentionName",
     "DetokenizerName",
     "EstimatorName",
     "EvalConfig",
+    "LikelihoodName",
     "ModelConfig",
     "NoiseConfig",
     "OptimConfig",
@@ -41,6 +50,7 @@ __all__ = [
     "WeightingName",
     "check",
     "check_estimator",
+    "check_likelihood",
     "from_dict",
     "preset",
     "to_dict",

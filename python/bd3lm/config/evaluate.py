@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bd3lm.config.check import check
-from bd3lm.config.names import EstimatorName
+from bd3lm.config.names import EstimatorName, LikelihoodName
 
 MAX_EXACT_BLOCK = 4
-"""Largest S whose 2^S - 1 masks are all run by the exact estimator."""
+"""Largest S whose 2^S - 1 masks are all run by the exact estimator of the NELBO."""
+MAX_MARGINAL_BLOCK = 8
+"""Largest S whose marginal likelihood is computed: 255 forwards a row."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class EvalConfig:
     first row is seen with seq_len - stride tokens of context. None: rows do not overlap."""
     batch_size: int = 64
     """Rows a forward."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "eval.every", self.every, "at least 0")
+        check(self.rows >= 1, "eval.rows", self.rows, "at least 1")
+        check(self.repeats >= 1, "eval.repeats", self.repeats, "at least 1")
+        check(self.batch_size >= 1, "eval.batch-size", self.batch_size, "at least 1")
+        check(self.stride is None or self.stride >= 1, "eval.stride", self.stride, "at least 1")
 
 
 def check_estimator(
@@ -64,6 +73,53 @@ def check_estimator(
     check(
         estimator in ("exact", "stratified") or repeats >= 2,
         f"{prefix}repeats",
+        repeats,
+        "at least 2, so that the error can be estimated",
+    )
+
+
+def check_likelihood(
+    likelihood: LikelihoodName,
+    block_size: int,
+    repeats: int,
+    *,
+    time_conditioned: bool,
+    unnormalized: bool,
+) -> None:
+    """Raise :class:`ConfigError` where a likelihood is not defined for a model.
+
+    A time-conditioned model has bounds alone: its predictions change with the level, which no
+    order fixes. Scores that need not sum to one have the NELBO alone.
+
+    Args:
+        likelihood: which one.
+        block_size: S.
+        repeats: orders of the multi-order bound.
+        time_conditioned: whether the model reads the noise level.
+        unnormalized: whether its scores need not sum to one.
+    """
+    exact = likelihood in ("marginal", "left-to-right", "confidence")
+    check(
+        not (exact and time_conditioned),
+        "likelihood",
+        likelihood,
+        "nelbo or orders for a time-conditioned model, which has bounds alone",
+    )
+    check(
+        likelihood == "nelbo" or not unnormalized,
+        "likelihood",
+        likelihood,
+        "nelbo where scores need not sum to one",
+    )
+    check(
+        likelihood != "marginal" or block_size <= MAX_MARGINAL_BLOCK,
+        "likelihood",
+        likelihood,
+        f"orders, its upper bound, above block-size = {MAX_MARGINAL_BLOCK} (here {block_size})",
+    )
+    check(
+        likelihood != "orders" or repeats >= 2,
+        "repeats",
         repeats,
         "at least 2, so that the error can be estimated",
     )

@@ -10,6 +10,7 @@ ScheduleName = Literal[
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
 AttentionName = Literal["auto", "triton", "flash", "flex", "rust", "dense"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
+LikelihoodName = Literal["nelbo", "marginal", "left-to-right", "confidence", "orders"]
 DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_papers"]
 WeightingName = Literal["nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple"]
 PackingName = Literal["wrap", "aligned", "best_fit"]

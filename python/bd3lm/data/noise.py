@@ -12,6 +12,9 @@ from torch import Tensor
 
 from bd3lm import _core
 
+MIN_LEVEL: float = _core.MIN_LEVEL
+"""Lowest noise level t that is drawn (docs/math.md §2)."""
+
 
 class Schedule:
     """A noise schedule on t in (0, 1] (MATH §2).
@@ -66,6 +69,10 @@ class Schedule:
         """w(t) = p'(t)/p(t) >= 0: NELBO weight of a masked token; same shape as ``t``."""
         return _each(self._core.loss_weight, t)
 
+    def loss_weight_at(self, p: ArrayLike) -> NDArray[np.float64]:
+        """W at the level where tokens are masked with probability p; same shape as ``p``."""
+        return _each(self._core.loss_weight_at, p)
+
     def inverse(self, p: ArrayLike) -> NDArray[np.float64]:
         """t(p): the level at which tokens are masked with probability p; same shape as ``p``."""
         return _each(self._core.inverse, p)
@@ -95,7 +102,7 @@ class Weighting:
 
         Only then is the weighted loss still a bound of its kind.
         """
-        t = np.linspace(1e-3, 1.0 - 1e-3, 2001)
+        t = np.linspace(MIN_LEVEL, 1.0 - MIN_LEVEL, 2001)
         factor = self.at(schedule, t)
         return bool((np.diff(factor) >= -1e-9 * np.abs(factor[1:])).all())
 
@@ -114,6 +121,8 @@ class NoiseSpec:
         count_probs: q(k) for k = 1..S of ``count``; None is uniform.
         stratum: ``(j, r)``: draw k of ``count`` from the j-th of r equal shares.
         strata: bernoulli: spread the levels over equal strata of the global batch.
+        time_conditioned: the model reads the levels, so ``count`` takes a weighting at the level
+            of each block, not its mean given the count (docs/math.md §3).
 
     Raises:
         ConfigError: values or combinations that are not allowed; the message names them.
@@ -131,6 +140,7 @@ class NoiseSpec:
         count_probs: list[float] | None = None,
         stratum: tuple[int, int] | None = None,
         strata: bool = True,
+        time_conditioned: bool = False,
     ) -> None:
         self._core = _core.NoiseSpec(
             schedule._core,
@@ -142,6 +152,7 @@ class NoiseSpec:
             count_probs=count_probs,
             stratum=stratum,
             strata=strata,
+            time_conditioned=time_conditioned,
         )
 
     def check(self, seq_len: int, block_size: int) -> None:

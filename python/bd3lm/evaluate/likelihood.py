@@ -1,44 +1,81 @@
-"""Likelihood by the estimators of MATH §4, with their standard errors and bits per byte."""
+"""Likelihoods of rows: the NELBO, exact marginals and orders, with standard errors."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3lm.config import EstimatorName, TrainConfig, check_estimator
-from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule, draw_noise
+from bd3lm.config import EstimatorName, LikelihoodName, check, check_estimator, check_likelihood
+from bd3lm.data import Schedule
 from bd3lm.data.rows import CleanBatch
+from bd3lm.evaluate.draws import Draw, exact_draws, sampled_draws
+from bd3lm.evaluate.marginal import score_subsets
+from bd3lm.evaluate.orders import (
+    by_confidence,
+    by_level,
+    left_to_right,
+    orders_bound,
+    random_levels,
+)
+from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
-from bd3lm.systems import Scorer, System
+from bd3lm.model.threads import adaptive_waiting
+from bd3lm.systems import System
+
+
+class RowSource(Protocol):
+    """Rows to score, :class:`bd3lm.data.Rows` for one."""
+
+    block_size: int
+    row_eos: bool
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_stream_tokens(self) -> int:
+        """Tokens of the whole text."""
+        ...
+
+    def batch(self, rows: NDArray[np.uint64]) -> CleanBatch:
+        """The rows of these numbers."""
+        ...
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A bound on the negative log-likelihood of a data set.
+    """Negative log-likelihood of a text, or an upper bound on it.
 
     Attributes:
-        nelbo: nats a scored token: Σ nats / Σ tokens over the whole set (MATH §1).
-        ppl: exp(nelbo).
+        likelihood: which one: ``nelbo`` and ``orders`` are upper bounds, the others are exact for
+            the sampler that they belong to.
+        nll: nats a scored token: Σ nats / Σ tokens over the whole set (docs/math.md §1).
+        nelbo: the NELBO from the same forwards; None where they do not give it.
+        ppl: exp(nll).
         bpb: bits a UTF-8 byte of the raw text; None unless the whole set was scored.
         tokens: scored tokens (EOS included; BOS, padding and context are not).
         coverage: share of the data set's tokens that were scored.
-        mc_error: standard error of ``nelbo`` from the estimator's own randomness; 0 for exact.
+        mc_error: standard error of ``nll`` from the estimator's own randomness; 0 for exact.
         data_error: standard error from the choice of rows.
-        estimator: exact, stratified, count or bernoulli.
+        estimator: exact, stratified, count, bernoulli, or orders.
         forwards: denoiser forwards a row, the clean stream's one included.
         row_nats: nats of each scored row, for paired comparisons.
         row_tokens: scored tokens of each.
+        token_ids: the scored tokens in order, int64 [tokens]; None unless asked for.
+        token_nats: nats of each of them; None unless asked for, and where nats belong to a whole
+            block (marginal, orders).
+        row_greedy: whether greedy decoding gives each row; None unless asked for.
     """
 
-    nelbo: float
+    likelihood: LikelihoodName
+    nll: float
+    nelbo: float | None
     ppl: float
     bpb: float | None
     tokens: int
@@ -49,122 +86,168 @@ class Likelihood:
     forwards: int
     row_nats: NDArray[np.float64] = field(repr=False, compare=False)
     row_tokens: NDArray[np.int64] = field(repr=False, compare=False)
+    token_ids: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    token_nats: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    row_greedy: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, without the rows."""
-        return {k: v for k, v in vars(self).items() if not k.startswith("row_")}
+        """As plain JSON types, without rows and tokens."""
+        return {k: v for k, v in vars(self).items() if not k.startswith(("row_", "token_"))}
 
 
-def scoring_rows(cfg: TrainConfig, data: Dataset) -> Rows:
-    """The rows a run is scored on: packed as its training rows are, with nothing left out.
+@dataclass
+class RowScores:
+    """Scores of a batch of rows.
 
-    Args:
-        cfg: settings of the run; ``eval.stride`` lets the rows overlap.
-        data: what to score.
+    Attributes:
+        nats: of each row, float64 [B].
+        variance: of ``nats`` under the estimator's own randomness [B].
+        nelbo: each row's NELBO from the same forwards, or None.
+        tokens: nats of each token [B, L], or None where they belong to a whole block.
+        correct: whether greedy decoding gives the row, bool [B].
+        forwards: a row.
     """
-    return Rows(
-        data,
-        seq_len=cfg.seq_len,
-        block_size=cfg.block,
-        plan=cfg.packing,
-        row_eos=cfg.row_eos,
-        stride=cfg.eval.stride,
-        keep_last=True,
-    )
+
+    nats: Tensor
+    variance: Tensor
+    nelbo: Tensor | None
+    tokens: Tensor | None
+    correct: Tensor
+    forwards: int
 
 
-class Draw(NamedTuple):
-    """One noised version of a batch: masks [B, L] and the weight of each masked position."""
+@dataclass(frozen=True)
+class Measure:
+    """What to compute of a row, and from which randomness.
 
-    mask: Tensor
-    weight: Tensor
-    """float32 [B, K]: one weight a block."""
-    mask_prob: Tensor
-    """float32 [B, K]: the level of each block, for a model that is told it."""
-    share: float
-    """Factor of this draw in the estimate of its group."""
-    group: int
-    """Draws of one group add up to one independent estimate."""
-
-
-def exact_draws(noisable: Tensor, block_size: int) -> Iterator[Draw]:
-    """All 2^S - 1 patterns; a block takes part in those that mask noisable positions alone.
-
-    The weight is B(|M|, n-|M|+1) (MATH §4), so the sum over patterns is the exact NELBO of a
-    model that is not told the level.
-
-    Args:
-        noisable: bool [B, L].
-        block_size: S <= 4.
+    Attributes:
+        likelihood: which one.
+        estimator: of the NELBO.
+        repeats: draws of a sampled NELBO; orders of the multi-order bound.
+        seed: of both.
+        schedule: levels of the ``bernoulli`` estimator.
     """
-    rows, seq_len = noisable.shape
-    blocks = noisable.view(rows, -1, block_size)
-    count = blocks.sum(-1)  # n of each block
-    for size in range(1, block_size + 1):
-        weight = torch.tensor([_beta(size, n) for n in range(block_size + 1)])[count]
-        for pattern in itertools.combinations(range(block_size), size):
-            chosen = torch.zeros(block_size, dtype=torch.bool)
-            chosen[list(pattern)] = True
-            fits = (blocks | ~chosen).all(-1)
-            mask = (fits[..., None] & chosen).view(rows, seq_len)
-            if mask.any():
-                level = torch.zeros_like(
-                    weight
-                )  # not read: a model that is told it has no exact sum
-                yield Draw(mask, torch.where(fits, weight, 0.0), level, 1.0, 0)
 
+    likelihood: LikelihoodName = "nelbo"
+    estimator: EstimatorName = "stratified"
+    repeats: int = 8
+    seed: int = 0
+    schedule: Schedule | None = None
 
-def _beta(k: int, n: int) -> float:
-    """B(k, n-k+1) = (k-1)! (n-k)! / n!, the weight of one subset of size k among n."""
-    if k > n:
-        return 0.0
-    return math.exp(math.lgamma(k) + math.lgamma(n - k + 1) - math.lgamma(n + 1))
+    def check(self, system: System, model: Transformer) -> None:
+        """Check that the model has this likelihood.
 
-
-def sampled_draws(
-    batch: CleanBatch,
-    block_size: int,
-    estimator: EstimatorName,
-    repeats: int,
-    *,
-    seed: int,
-    first_row: int,
-    num_rows: int,
-    schedule: Schedule,
-) -> Iterator[Draw]:
-    """Random draws of MATH §4: ``repeats`` of them, unbiased together.
-
-    ``stratified`` makes two independent groups of repeats/2 strata each, so that their
-    difference measures the error; the others make every draw its own group. Draws are keyed by
-    the row's place among ``num_rows``, so a score does not change with the batch.
-    """
-    for repeat in range(repeats):
-        share, group = 1.0, repeat
-        if estimator == "stratified":
-            strata = repeats // 2
-            spec = NoiseSpec(schedule, estimator="count", stratum=(repeat % strata, strata))
-            share, group = 1.0 / strata, repeat // strata
-        else:
-            spec = NoiseSpec(schedule, estimator=estimator)
-        mask, mask_prob, weight = draw_noise(
-            spec,
-            batch.x0,
-            batch.noisable,
-            block_size,
-            seed=seed + repeat,
-            step=0,
-            first_row=first_row,
-            num_rows=num_rows,
+        Raises:
+            ConfigError: it has not, or there are too few repeats.
+        """
+        told = model.cfg.time_conditioning
+        if self.likelihood == "nelbo":
+            check_estimator(self.estimator, system.block_size, self.repeats, told)
+        check_likelihood(
+            self.likelihood,
+            system.block_size,
+            self.repeats,
+            time_conditioned=told,
+            unnormalized=system.unnormalized_scores,
         )
-        yield Draw(mask, weight, mask_prob, share, group)
+
+    @property
+    def name(self) -> str:
+        """The estimator, as results name it."""
+        if self.likelihood == "nelbo":
+            return self.estimator
+        return "orders" if self.likelihood == "orders" else "exact"
+
+    def take(
+        self, scorer: RowScorer, batch: CleanBatch, keys: NDArray[np.uint64], num_rows: int
+    ) -> RowScores:
+        """Score a batch.
+
+        Args:
+            scorer: of its rows.
+            batch: the rows.
+            keys: names the randomness of each row [B].
+            num_rows: rows that ``bernoulli`` spreads its levels over.
+        """
+        if self.likelihood == "marginal":
+            return _marginal(scorer)
+        if self.likelihood == "orders":
+            return _orders(scorer, self, keys)
+        if self.likelihood == "left-to-right":
+            return _one_order(scorer, *left_to_right(scorer))
+        if self.likelihood == "confidence":
+            return _one_order(scorer, *by_confidence(scorer))
+        if self.estimator == "exact":
+            return _nelbo(scorer, exact_draws(batch.noisable, scorer.block_size), 1)
+        draws = sampled_draws(
+            batch,
+            scorer.block_size,
+            self.estimator,
+            self.repeats,
+            seed=self.seed,
+            keys=keys,
+            num_rows=num_rows,
+            schedule=self.schedule or Schedule("loglinear"),
+        )
+        return _nelbo(scorer, draws, 2 if self.estimator == "stratified" else self.repeats)
+
+
+def _nelbo(scorer: RowScorer, draws: Iterable[Draw], groups: int) -> RowScores:
+    """Σ weight·nats over the draws; ``groups`` of them are independent estimates."""
+    shape = scorer.x0.shape
+    nats = torch.zeros(groups, shape[0], dtype=torch.float64)
+    tokens = torch.zeros(shape, dtype=torch.float64)
+    correct = torch.ones(shape[0], dtype=torch.bool)
+    for draw in draws:
+        found = scorer(draw.mask, draw.mask_prob)
+        weight = draw.weight.double().repeat_interleave(scorer.block_size, dim=1) * draw.share
+        weighted = found.nats * weight
+        nats[draw.group] += weighted.sum(1)
+        tokens += weighted / groups
+        if found.correct is not None:
+            correct &= (found.correct | ~draw.mask).all(1)
+    # Draws are independent between rows; the bernoulli estimator's strata tie them together in a
+    # way that only lowers the true error.
+    variance = nats.var(0) / groups if groups > 1 else torch.zeros(shape[0], dtype=torch.float64)
+    mean = nats.mean(0)
+    return RowScores(mean, variance, mean, tokens, correct, scorer.forwards)
+
+
+def _marginal(scorer: RowScorer) -> RowScores:
+    found = score_subsets(scorer)
+    nats, nelbo = found.marginal.sum(1), found.nelbo.sum(1)
+    return RowScores(nats, torch.zeros_like(nats), nelbo, None, found.correct, scorer.forwards)
+
+
+def _one_order(scorer: RowScorer, tokens: Tensor, correct: Tensor) -> RowScores:
+    nats = tokens.sum(1)
+    return RowScores(nats, torch.zeros_like(nats), None, tokens, correct, scorer.forwards)
+
+
+def _orders(scorer: RowScorer, measure: Measure, keys: NDArray[np.uint64]) -> RowScores:
+    """The multi-order bound; the mean over its orders is the NELBO, estimated."""
+    rows, seq_len = scorer.x0.shape
+    blocks, correct = [], torch.ones(rows, dtype=torch.bool)
+    told = scorer.model.cfg.time_conditioning
+    for repeat in range(measure.repeats):
+        level = random_levels(measure.seed, repeat, keys, seq_len)
+        tokens, right = by_level(scorer, level, told=told)
+        blocks.append(-tokens.view(rows, -1, scorer.block_size).sum(-1))
+        correct &= right
+    log_p = torch.stack(blocks)
+    nats, variance = orders_bound(log_p)
+    nelbo = -log_p.mean(0).sum(1)
+    return RowScores(nats.sum(1), variance.sum(1), nelbo, None, correct, scorer.forwards)
 
 
 @torch.no_grad()
+@adaptive_waiting()
 def evaluate_likelihood(
     system: System,
     model: Transformer,
-    rows: Rows,
+    rows: RowSource,
     *,
+    likelihood: LikelihoodName = "nelbo",
     estimator: EstimatorName = "stratified",
     repeats: int = 8,
     batch_size: int = 64,
@@ -172,143 +255,129 @@ def evaluate_likelihood(
     num_bytes: int | None = None,
     seed: int = 0,
     schedule: Schedule | None = None,
+    per_token: bool = False,
+    greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Score rows, each noisable token once an estimate.
 
     Args:
-        system: what is scored; its block size is the one of ``rows``.
+        system: its block size is the one of ``rows``.
         model: weights to score with; left in evaluation mode.
         rows: the packed data set.
-        estimator: exact (S <= 4), stratified, count or bernoulli (on [1e-3, 1]; it misses the
-            mass below, MATH §2).
-        repeats: draws a row of the sampled estimators; even and at least 2 for stratified.
+        likelihood: nelbo; marginal (of the first-hitting sampler, S <= 8), left-to-right or
+            confidence (of those orders), all three exact; orders (the bound on the marginal from
+            ``repeats`` random orders).
+        estimator: of the NELBO: exact (S <= 4), stratified, count or bernoulli (on [1e-3, 1]; it
+            misses the mass below, docs/math.md §2).
+        repeats: draws a row of the sampled estimators, even and at least 2 for stratified; random
+            orders.
         batch_size: rows a forward.
         max_rows: score only that many rows, spread evenly over the set.
         num_bytes: UTF-8 bytes of the whole set, for bits per byte.
-        seed: of the sampled estimators.
+        seed: of the sampled estimators, any 64-bit number; any two seeds are independent.
         schedule: bernoulli: how levels are drawn; the bound is the same under each of them.
             None: loglinear.
+        per_token: keep every token's nats.
+        greedy: find out whether greedy decoding gives each row: in this order, or in every order
+            that was scored. Costs the logits of the whole vocabulary.
         progress: called with (rows done, rows in all).
 
     Raises:
-        ConfigError: an estimator the block size does not allow, or too few repeats.
+        ConfigError: a likelihood or an estimator that the model or its block size does not have,
+            or a number out of range.
     """
-    block_size = system.block_size
-    check_estimator(estimator, block_size, repeats, model.cfg.time_conditioning)
+    measure = Measure(likelihood, estimator, repeats, seed % (1 << 64), schedule)
+    measure.check(system, model)
+    check(batch_size >= 1, "batch-size", batch_size, "at least 1")
+    check(max_rows is None or max_rows >= 1, "rows", max_rows, "at least 1")
     model.eval()
-    total = len(rows)
-    chosen = np.arange(total, dtype=np.uint64)
-    if max_rows is not None and max_rows < total:
-        chosen = np.linspace(0, total - 1, max_rows).round().astype(np.uint64)
-    groups = 1 if estimator == "exact" else 2 if estimator == "stratified" else repeats
-
-    nats = np.zeros((groups, len(chosen)))
-    tokens = np.zeros(len(chosen))
-    forwards = 0
+    chosen = _spread(len(rows), max_rows)
+    scores = _Totals(rows, len(chosen), per_token, greedy)
     for start in range(0, len(chosen), batch_size):
-        batch = rows.batch(chosen[start : start + batch_size])
-        part = slice(start, start + batch.x0.shape[0])
-        tokens[part] = batch.noisable.sum(1).numpy()
-        if estimator == "exact":
-            draws = exact_draws(batch.noisable, block_size)
-        else:
-            draws = sampled_draws(
-                batch,
-                block_size,
-                estimator,
-                repeats,
-                seed=seed,
-                first_row=start,
-                num_rows=len(chosen),
-                schedule=schedule or Schedule("loglinear"),
-            )
-        score, x0 = batch_scorer(system, model, batch)
-        used = system.preparing_forwards(x0.shape[1])
-        sums = torch.zeros(groups, len(x0), dtype=torch.float64, device=x0.device)
-        for draw in draws:
-            sums[draw.group] += draw.share * _weighted_nats(
-                score, x0, draw, system.mask_id, block_size
-            )
-            used += 1
-        nats[:, part] = sums.cpu().numpy()  # the one wait of a batch
-        forwards = max(forwards, used)
+        numbers = chosen[start : start + batch_size]
+        batch = rows.batch(numbers)
+        scorer = RowScorer(
+            system, model, batch, whole_distribution=greedy or likelihood == "confidence"
+        )
+        keys = _keys(rows, numbers, start)
+        scores.add(start, batch, measure.take(scorer, batch, keys, len(chosen)))
         if progress is not None:
-            progress(part.stop, len(chosen))
-    complete = len(chosen) == total
-    return _summarise(nats, tokens, estimator, forwards, rows, num_bytes if complete else None)
+            progress(start + len(numbers), len(chosen))
+    return scores.result(measure, num_bytes)
 
 
-def _weighted_nats(
-    score: Scorer,
-    x0: Tensor,
-    draw: Draw,
-    mask_id: int,
-    block_size: int,
-) -> Tensor:
-    """Σ weight·CE of each row under one draw, float64 [B], where the model is."""
-    weight = draw.weight.double().repeat_interleave(block_size, dim=1)
-    nats = masked_nats(score, x0, draw.mask, draw.mask_prob, mask_id)
-    return (nats * weight.to(nats.device, non_blocking=True)).sum(1)
+def _spread(total: int, most: int | None) -> NDArray[np.uint64]:
+    """Row numbers, evenly over the set."""
+    if most is None or most >= total:
+        return np.arange(total, dtype=np.uint64)
+    return np.linspace(0, total - 1, most).round().astype(np.uint64)
 
 
-def batch_scorer(system: System, model: Transformer, batch: CleanBatch) -> tuple[Scorer, Tensor]:
-    """A scorer of these rows on the model's device, and their clean ids there."""
-    device = next(model.parameters()).device
-    x0 = batch.x0.to(device)
-    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device)
-    return system.scorer(model, x0, doc_ids), x0
+def _keys(rows: RowSource, numbers: NDArray[np.uint64], start: int) -> NDArray[np.uint64]:
+    """Names of the rows' randomness: their own where they have any, else their places."""
+    own = getattr(rows, "keys", None)
+    if own is not None:
+        return own[numbers]
+    return np.arange(start, start + len(numbers), dtype=np.uint64)
 
 
-def masked_nats(score: Scorer, x0: Tensor, mask: Tensor, mask_prob: Tensor, mask_id: int) -> Tensor:
-    """Unweighted loss of the masked positions, 0 elsewhere: float64 [B, L], where the model is.
+class _Totals:
+    """Scores of all rows, gathered batch by batch."""
 
-    The host reads nothing back: it knows the mask, and so which positions are scored.
+    def __init__(self, rows: RowSource, count: int, per_token: bool, greedy: bool) -> None:
+        self.rows, self.count = rows, count
+        self.nats, self.variance, self.tokens = (np.zeros(count) for _ in range(3))
+        self.nelbo: NDArray[np.float64] | None = np.zeros(count)
+        self.greedy = np.zeros(count, dtype=bool) if greedy else None
+        self.ids: list[NDArray[np.int64]] | None = [] if per_token else None
+        self.token_nats: list[NDArray[np.float64]] | None = [] if per_token else None
+        self.forwards = 0
 
-    Args:
-        score: of these rows.
-        x0: clean ids [B, L], where the model is.
-        mask: bool [B, L], on the CPU.
-        mask_prob: level of each block [B, K], on the CPU.
-        mask_id: the noise.
-    """
-    device = x0.device
-    select = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-    xt = torch.where(mask.to(device, non_blocking=True), mask_id, x0)
-    values = torch.zeros(x0.numel(), dtype=torch.float64, device=device)
-    values[select] = score(xt, select, mask_prob.to(device, non_blocking=True)).double()
-    return values.view(x0.shape)
+    def add(self, start: int, batch: CleanBatch, found: RowScores) -> None:
+        """Add the rows from place ``start`` on."""
+        part = slice(start, start + len(found.nats))
+        self.nats[part], self.variance[part] = found.nats.numpy(), found.variance.numpy()
+        self.tokens[part] = batch.noisable.sum(1).numpy()
+        self.forwards = max(self.forwards, found.forwards)
+        if found.nelbo is None:
+            self.nelbo = None
+        elif self.nelbo is not None:
+            self.nelbo[part] = found.nelbo.numpy()
+        if self.greedy is not None:
+            self.greedy[part] = found.correct.numpy()
+        if self.ids is not None:
+            self.ids.append(batch.x0[batch.noisable].numpy())
+        if found.tokens is None:
+            self.token_nats = None
+        elif self.token_nats is not None:
+            self.token_nats.append(found.tokens[batch.noisable].numpy())
 
-
-def _summarise(
-    nats: np.ndarray,
-    tokens: np.ndarray,
-    estimator: str,
-    forwards: int,
-    rows: Rows,
-    num_bytes: int | None,
-) -> Likelihood:
-    groups, count = nats.shape
-    row_nats = nats.mean(0)
-    scored = tokens.sum()
-    nelbo = row_nats.sum() / scored
-    # Draws are independent between rows, so their variances add up; the bernoulli estimator's
-    # strata tie them together in a way that only lowers the true error.
-    variance = nats.var(0, ddof=1).sum() / groups if groups > 1 else 0.0
-    # Rows as clusters of tokens: the usual standard error of a ratio.
-    residual = row_nats - nelbo * tokens
-    data = math.sqrt((residual**2).sum() * count / max(count - 1, 1)) / scored
-    bpb = None if not num_bytes else float(row_nats.sum() / math.log(2) / num_bytes)
-    return Likelihood(
-        nelbo=float(nelbo),
-        ppl=math.exp(min(nelbo, 700.0)),
-        bpb=bpb,
-        tokens=int(scored),
-        coverage=float((scored - rows.row_eos * count) / rows.num_stream_tokens),
-        mc_error=math.sqrt(variance) / scored,
-        data_error=data,
-        estimator=estimator,
-        forwards=forwards,
-        row_nats=row_nats,
-        row_tokens=tokens.astype(np.int64),
-    )
+    def result(self, measure: Measure, num_bytes: int | None) -> Likelihood:
+        """Everything over everything."""
+        count, scored = self.count, self.tokens.sum()
+        nll = self.nats.sum() / scored
+        # Rows as clusters of tokens: the usual standard error of a ratio.
+        residual = self.nats - nll * self.tokens
+        data = math.sqrt((residual**2).sum() * count / max(count - 1, 1)) / scored
+        whole = num_bytes if count == len(self.rows) else None
+        bpb = None if not whole else float(self.nats.sum() / math.log(2) / whole)
+        stream = self.rows.num_stream_tokens
+        return Likelihood(
+            likelihood=measure.likelihood,
+            nll=float(nll),
+            nelbo=None if self.nelbo is None else float(self.nelbo.sum() / scored),
+            ppl=math.exp(min(nll, 700.0)),
+            bpb=bpb,
+            tokens=int(scored),
+            coverage=float((scored - self.rows.row_eos * count) / stream),
+            mc_error=float(math.sqrt(self.variance.sum()) / scored),
+            data_error=float(data),
+            estimator=measure.name,
+            forwards=self.forwards,
+            row_nats=self.nats,
+            row_tokens=self.tokens.astype(np.int64),
+            token_ids=None if self.ids is None else np.concatenate(self.ids),
+            token_nats=None if self.token_nats is None else np.concatenate(self.token_nats),
+            row_greedy=self.greedy,
+        )

@@ -10,17 +10,16 @@ from numpy.typing import NDArray
 
 from bd3lm.config import check
 from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
+from bd3lm.data.noise import MIN_LEVEL
 from bd3lm.data.rows import CleanBatch
-from bd3lm.evaluate.likelihood import batch_scorer, masked_nats
+from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
 from bd3lm.systems import System
 
 Clip = tuple[float, float]
 
-LOWEST = 1e-3
-"""Lowest level that is trained on: the paper's."""
-NODES = 512
-"""Points of an integral over t, spread evenly in log t, where the integrands are smooth."""
+PIECES = 256
+"""Pieces of each half of an integral over p, with a Gauss-Legendre rule of four points each."""
 
 
 @torch.no_grad()
@@ -56,9 +55,8 @@ def nelbo_variance(
         mask, level, weight = draw_noise(
             spec, batch.x0, batch.noisable, system.block_size, seed=seed, step=index
         )
-        score, x0 = batch_scorer(system, model, batch)
-        nats = masked_nats(score, x0, mask, level, system.mask_id)
-        total = nats.view(*level.shape, -1).sum(-1).cpu().numpy()
+        nats = RowScorer(system, model, batch)(mask, level).nats
+        total = nats.view(*level.shape, -1).sum(-1).numpy()
         found.append(np.var(total * weight.numpy() / system.block_size, ddof=1))
     return float(np.mean(found))
 
@@ -67,7 +65,7 @@ def nelbo_variance(
 class CountStatistics:
     """First and second moments of Y_k, the nats of a block with k of its n noisable tokens masked.
 
-    Everything a schedule's loss variance depends on, for a model that is not told the level.
+    Everything a schedule's loss variance depends on, for a model that is not time-conditioned.
 
     Attributes:
         block_size: S.
@@ -89,7 +87,10 @@ class CountStatistics:
         resample: bool = False,
         count_probs: NDArray[np.float64] | None = None,
     ) -> float:
-        """Var. NELBO under t ~ U[a, b], by integration over t.
+        """Var. NELBO under t ~ U[a, b], by integration over p = p(t).
+
+        With w(t) = p'/p, a moment ∫ w^j E[Y^j | p] dt / (b - a) is ∫ w^(j-1) E[Y^j | p] dp/p /
+        (b - a): its integrand is smooth in p however steep p(t) is.
 
         Args:
             schedule: p(t) and w(t).
@@ -97,23 +98,23 @@ class CountStatistics:
             resample: the masked share of each block is forced into [a, b].
             count_probs: q(k) for k = 1..S of the count estimator; None: independent masks.
         """
-        low, high = max(clip[0], LOWEST), clip[1]
+        low, high = max(clip[0], MIN_LEVEL), clip[1]
         if low >= 1.0:
-            t = p = weight = step = np.ones(1)
+            p = weight = step = np.ones(1)
         else:
-            edges = np.geomspace(low, high, NODES + 1)
-            t, step = np.sqrt(edges[1:] * edges[:-1]), np.diff(edges) / (high - low)
-            p, weight = schedule.mask_prob(t), schedule.loss_weight(t)
+            p, step = _nodes(*schedule.mask_prob([low, high]))
+            weight = schedule.loss_weight_at(p)
+            step /= p * (high - low)  # of w dt
         first = second = 0.0
         for n in np.flatnonzero(self.share[1:]) + 1:
-            law = _binomial(int(n), p)  # [t, k]
+            law = _binomial(int(n), p)  # [p, k]
             if resample:
                 law = _within(law, clip)
             mean, square = (m[n, : n + 1] for m in (self.mean, self.square))
-            factor = (step * weight) @ law  # of Y_k in the clipped objective, by k
+            factor = step @ law  # of Y_k in the clipped objective, by k
             first += self.share[n] * float(factor @ mean)
             if count_probs is None or low >= 1.0:
-                spread = (step * weight**2) @ law
+                spread = (step * weight) @ law
             else:
                 q = count_probs[:n] / count_probs[:n].sum()
                 spread = np.append(0.0, factor[1:] ** 2 / q)
@@ -132,11 +133,11 @@ def count_statistics(
     batch_size: int = 64,
     seed: int = 0,
 ) -> CountStatistics:
-    """One pass over some rows: every draw of a masked count tells of all schedules and clips.
+    """Moments of the loss by masked count, from one pass that serves all schedules and clips.
 
     Args:
         system: whose block size ``rows`` have.
-        model: averaged weights; not told the noise level.
+        model: averaged weights; not time-conditioned.
         rows: held-out text.
         max_rows: spread evenly over it.
         repeats: forwards a row.
@@ -144,7 +145,7 @@ def count_statistics(
         seed: of the noise.
 
     Raises:
-        ConfigError: a model that is told the level: its Y_k differ from schedule to schedule.
+        ConfigError: a time-conditioned model, whose Y_k differ from schedule to schedule.
     """
     told = model.cfg.time_conditioning
     check(not told, "noise.clip-search", True, "False with model.time-conditioning")
@@ -158,13 +159,12 @@ def count_statistics(
         batch = rows.batch(chosen[start : start + batch_size])
         noisable = batch.noisable.view(-1, size).sum(1).numpy()
         shares += np.bincount(noisable, minlength=size + 1)
-        score, x0 = batch_scorer(system, model, batch)
+        scorer = RowScorer(system, model, batch)
         for repeat in range(repeats):
             mask, level, _ = draw_noise(
-                spec, batch.x0, batch.noisable, size, seed=seed + repeat, step=0, first_row=start
+                spec, batch.x0, batch.noisable, size, seed=seed, step=repeat, first_row=start
             )
-            nats = masked_nats(score, x0, mask, level, system.mask_id)
-            total = nats.view(-1, size).sum(-1).cpu().numpy()
+            total = scorer(mask, level).nats.view(-1, size).sum(-1).numpy()
             count = mask.view(-1, size).sum(1).numpy()
             for moment, values in enumerate((np.ones_like(total), total, total**2)):
                 np.add.at(sums[moment], (noisable, count), values)
@@ -195,7 +195,7 @@ def clip_candidates(block_size: int) -> list[Clip]:
     >>> len(clip_candidates(4)), len(clip_candidates(1))
     (36, 37)
     """
-    clips = [(LOWEST, 1.0)]
+    clips = [(MIN_LEVEL, 1.0)]
     for width in (50, 60, 70, 80, 90):
         clips += [(low / 100, (low + width) / 100) for low in range(0, 101 - width, 5)]
     return [*clips, (1.0, 1.0)] if block_size == 1 else clips
@@ -230,6 +230,20 @@ def _moments(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     return out[0], out[1]
 
 
+def _nodes(low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Points and weights of ∫ dp from ``low`` to ``high``.
+
+    Pieces are even in log p below one half, where weights rise like 1/p², and even in p above.
+    """
+    middle = min(max(0.5, low), high)
+    edges = np.unique(
+        np.append(np.geomspace(low, middle, PIECES + 1), np.linspace(middle, high, PIECES + 1))
+    )
+    point, weight = np.polynomial.legendre.leggauss(4)
+    half = np.diff(edges)[:, None] / 2
+    return (edges[:-1, None] + half * (1 + point)).ravel(), (half * weight).ravel()
+
+
 def _binomial(n: int, p: NDArray[np.float64]) -> NDArray[np.float64]:
     """P(k of n) for k = 0..n, [len(p), n+1]."""
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
@@ -254,7 +268,7 @@ def _within(law: NDArray[np.float64], clip: Clip) -> NDArray[np.float64]:
 def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
     """Shares inside a clip; a bound at 1e-3 or 1 does not bind."""
     low, high = clip
-    return ((share >= low - 1e-9) | (low <= LOWEST)) & ((share <= high + 1e-9) | (high >= 1.0))
+    return ((share >= low - 1e-9) | (low <= MIN_LEVEL)) & ((share <= high + 1e-9) | (high >= 1.0))
 
 
 def _holds_a_share(clip: Clip, block_size: int) -> bool:

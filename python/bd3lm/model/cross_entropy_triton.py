@@ -64,7 +64,9 @@ def cross_entropy_kernel(
             d = weight * tl.where(start + col == target, p - 1.0, p)
             tl.store(base + start + col, cast(d, dtype, INTERPRET))
         if full < vocab:
-            x = tl.load(base + full + col, mask=full + col < vocab, other=float("-inf")).to(tl.float32)
+            x = tl.load(base + full + col, mask=full + col < vocab, other=float("-inf")).to(
+                tl.float32
+            )
             p = tl.where(full + col == mask_id, 0.0, tl.exp(x - lse))
             d = weight * tl.where(full + col == target, p - 1.0, p)
             tl.store(base + full + col, cast(d, dtype, INTERPRET), mask=full + col < vocab)

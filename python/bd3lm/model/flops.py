@@ -1,7 +1,4 @@
-"""What a training step costs in floating-point operations, and what the machine could do.
-
-Their quotient over the time is the model FLOPs utilization (MFU).
-"""
+"""Model FLOPs utilization (MFU): operations of a training step, and peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -15,13 +12,12 @@ from bd3lm.config import TrainConfig
 
 
 def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
-    """Floating-point operations of one step, forward and backward, by counting products.
+    """Count the floating-point operations of one step, forward and backward.
 
-    A multiplication and an addition are two; the backward pass costs twice the forward one. What
-    is counted is what has to be computed: of the attention's pairs only those that see each
-    other, of the clean stream all but its last block, in the last layer only its keys and values,
-    and there and in the output head only positions whose token is predicted (half of them under
-    loglinear levels). Norms, rotations and adaLN are left out.
+    A multiply-add counts as two; the backward pass costs twice the forward pass. Only necessary
+    work counts: unmasked pairs of the attention; the clean stream without its last block, and of
+    its last layer only keys and values; in the last layer and the output head only predicted
+    positions (half of them under loglinear levels). Norms, rotations and adaLN are left out.
 
     Args:
         cfg: the run.
@@ -57,16 +53,16 @@ H100, H200) and PCIe cards, by a part of the device's name."""
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second that the device reaches at most.
+    """Peak speed of the device, in floating-point operations a second.
 
-    For bf16 on a GPU of :data:`DATA_SHEET` its figure there, which is what the field divides by.
-    Otherwise the best of a few large matrix products: measured once a process, in a fraction of a
-    second; a machine that is busy meanwhile looks slower than it is.
+    For bf16 on a GPU of :data:`DATA_SHEET` it is the data sheet's figure, which the field divides
+    by. Otherwise it is the best of a few large matrix products, measured once a process in a
+    fraction of a second. On a busy machine that figure is too low.
 
     Args:
-        device: where.
+        device: the device.
         dtype: of the factors.
-        threads: PyTorch's, to measure again after a change.
+        threads: PyTorch's thread count; a new count is measured again.
     """
     assert device.type != "cpu" or threads == torch.get_num_threads()
     if device.type == "cuda" and dtype == torch.bfloat16:

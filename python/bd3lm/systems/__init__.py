@@ -1,10 +1,10 @@
-"""How each system trains and scores: one file a system, one table that finds it."""
+"""Systems: training loss and likelihood of AR, BD3-LM, MDLM and SEDD; one file each."""
 
 from __future__ import annotations
 
 from bd3lm.config import TrainConfig
 from bd3lm.systems.autoregressive import Autoregressive
-from bd3lm.systems.base import Scorer, System, sigma_of
+from bd3lm.systems.base import Denoiser, Scorer, System, sigma_of
 from bd3lm.systems.block_diffusion import BlockDiffusion
 from bd3lm.systems.masked_diffusion import MaskedDiffusion
 from bd3lm.systems.score_entropy import ScoreEntropy
@@ -13,6 +13,7 @@ __all__ = [
     "SYSTEMS",
     "Autoregressive",
     "BlockDiffusion",
+    "Denoiser",
     "MaskedDiffusion",
     "ScoreEntropy",
     "Scorer",
@@ -28,7 +29,7 @@ SYSTEMS: dict[str, type[System]] = {
 
 
 def build_system(cfg: TrainConfig, mask_id: int) -> System:
-    """The system that a run's settings name.
+    """Build the system that the settings name.
 
     Raises:
         ConfigError: settings that this system cannot have.

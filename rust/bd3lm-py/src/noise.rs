@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bd3lm_core::data::batch::{self, NoiseBatch};
+use bd3lm_core::noise::schedule::MIN_LEVEL;
 use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec, Schedule, Weighting};
 use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
@@ -12,6 +13,7 @@ use crate::errors::to_py;
 
 /// Adds this module's classes and functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("MIN_LEVEL", MIN_LEVEL)?;
     m.add_class::<PySchedule>()?;
     m.add_class::<PyWeighting>()?;
     m.add_class::<PyNoiseSpec>()?;
@@ -81,6 +83,10 @@ impl PySchedule {
         map(py, t, |t| Ok(self.0.loss_weight(t)))
     }
 
+    fn loss_weight_at<'py>(&self, py: Python<'py>, p: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
+        map(py, p, |p| self.0.loss_weight_at(p))
+    }
+
     fn inverse<'py>(&self, py: Python<'py>, p: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
         map(py, p, |p| self.0.inverse(p))
     }
@@ -142,7 +148,7 @@ pub struct PyNoiseSpec(pub NoiseSpec);
 #[pymethods]
 impl PyNoiseSpec {
     #[new]
-    #[pyo3(signature = (schedule, *, estimator="bernoulli", clip=None, resample=false, weighting=None, gamma=None, count_probs=None, stratum=None, strata=true))]
+    #[pyo3(signature = (schedule, *, estimator="bernoulli", clip=None, resample=false, weighting=None, gamma=None, count_probs=None, stratum=None, strata=true, time_conditioned=false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         schedule: &PySchedule,
@@ -154,6 +160,7 @@ impl PyNoiseSpec {
         count_probs: Option<Vec<f64>>,
         stratum: Option<(u32, u32)>,
         strata: bool,
+        time_conditioned: bool,
     ) -> PyResult<Self> {
         let estimator = match estimator {
             "bernoulli" => Estimator::Bernoulli { strata },
@@ -169,9 +176,13 @@ impl PyNoiseSpec {
         };
         let weighting = weighting.map_or(Weighting::Nelbo, |w| w.0);
         let gamma: Option<Arc<[f32]>> = gamma.map(|g| g.as_array().iter().copied().collect());
-        NoiseSpec::new(schedule.0, estimator, clip, resample, weighting, gamma)
-            .map(PyNoiseSpec)
-            .map_err(to_py)
+        let spec = NoiseSpec::new(schedule.0, estimator, clip, resample, weighting, gamma)
+            .map_err(to_py)?;
+        Ok(PyNoiseSpec(if time_conditioned {
+            spec.for_time_conditioned()
+        } else {
+            spec
+        }))
     }
 
     fn check(&self, seq_len: usize, block_size: usize) -> PyResult<()> {

@@ -46,20 +46,35 @@ impl NoiseSpec {
             row.weight[b] = table.weight[k - 1];
         }
         choice.run(&scratch.random, row.noisable, s, row.mask);
-        let Some(clip) = self.clip else {
+        match self.clip {
             // The k-th smallest of n uniform numbers is Beta(k, n−k+1), whichever they are.
-            row.mask_prob.copy_from_slice(&choice.largest);
-            return;
-        };
-        for (b, n) in scratch.live.iter().enumerate() {
-            row.mask_prob[b] = match choice.counts[b] as usize {
-                0 => 0.0,
-                k => {
-                    let v = unit(scratch.levels[blocks + b]);
-                    self.level_given_count(k, *n as usize, clip, v) as f32
+            None => row.mask_prob.copy_from_slice(&choice.largest),
+            Some(clip) => {
+                for (b, n) in scratch.live.iter().enumerate() {
+                    row.mask_prob[b] = match choice.counts[b] as usize {
+                        0 => 0.0,
+                        k => {
+                            let v = unit(scratch.levels[blocks + b]);
+                            self.level_given_count(k, *n as usize, clip, v) as f32
+                        }
+                    };
                 }
-            };
+            }
         }
+        if self.weighs_levels() {
+            for (weight, p) in row.weight.iter_mut().zip(&*row.mask_prob) {
+                if *weight > 0.0 {
+                    let p = f64::from(*p);
+                    let t = self.schedule.inverse(p).unwrap_or(p);
+                    *weight *= self.weighting.at(&self.schedule, t, p) as f32;
+                }
+            }
+        }
+    }
+
+    /// Whether w̃ is taken at the level of each block, and not averaged given its count.
+    fn weighs_levels(&self) -> bool {
+        self.time_conditioned && self.weighting != Weighting::Nelbo
     }
 
     /// p given k masked of n: Beta(k, n−k+1), restricted to the clip.
@@ -102,7 +117,8 @@ impl NoiseSpec {
         CountTable { cumulative, weight }
     }
 
-    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (MATH §3, §4).
+    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (MATH §3, §4); without w̃
+    /// where it is taken at the level.
     pub(super) fn count_factor(&self, k: usize, n: usize) -> f64 {
         let (x, y) = (k as f64, (n - k + 1) as f64);
         let (pa, pb, width) = match self.clip {
@@ -113,7 +129,7 @@ impl NoiseSpec {
                 b - a,
             ),
         };
-        if self.weighting == Weighting::Nelbo {
+        if self.weighting == Weighting::Nelbo || self.weighs_levels() {
             return match self.clip {
                 None => 1.0,
                 Some(_) => (beta_reg(x, y, pb) - beta_reg(x, y, pa)) / width,

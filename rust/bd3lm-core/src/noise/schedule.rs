@@ -74,6 +74,11 @@ impl Truncated {
     }
 }
 
+/// Density of p under a mixture; `weight` belongs to the first component.
+fn mixture_pdf(first: Truncated, second: Truncated, weight: f64, p: f64) -> f64 {
+    weight * first.pdf(p) + (1.0 - weight) * second.pdf(p)
+}
+
 fn standard() -> Normal {
     Normal::standard()
 }
@@ -214,10 +219,30 @@ impl Schedule {
                     component.slope(s) / (share * component.quantile(s))
                 } else {
                     let p = mixture_quantile(first, second, weight, t);
-                    1.0 / (p * (weight * first.pdf(p) + (1.0 - weight) * second.pdf(p)))
+                    1.0 / (p * mixture_pdf(first, second, weight, p))
                 }
             }
         }
+    }
+
+    /// w at the level where tokens are masked with probability p: 1/(p·f(p)), f the density of p.
+    ///
+    /// As `loss_weight(inverse(p))`, but Gaussians take it from their density: near t = 1 a level
+    /// keeps too few digits of p.
+    ///
+    /// # Errors
+    /// As [`Schedule::inverse`].
+    pub fn loss_weight_at(&self, p: f64) -> Result<f64> {
+        Ok(match *self {
+            Schedule::Gaussian(g) => 1.0 / (p * g.pdf(p)),
+            Schedule::BimodalGaussian {
+                first,
+                second,
+                weight,
+                paper_weights: false,
+            } => 1.0 / (p * mixture_pdf(first, second, weight, p)),
+            _ => self.loss_weight(self.inverse(p)?),
+        })
     }
 
     /// p(t) and w(t) of many levels.
@@ -383,6 +408,22 @@ pub(crate) mod tests {
                 assert_eq!(w[i].to_bits(), schedule.loss_weight(t[i]).to_bits());
             }
         }
+    }
+
+    #[test]
+    fn weight_at_a_mask_probability_is_that_of_its_level() {
+        for schedule in all() {
+            for i in 1..100 {
+                let t = f64::from(i) / 100.0;
+                let got = schedule.loss_weight_at(schedule.mask_prob(t)).unwrap();
+                let error = got / schedule.loss_weight(t) - 1.0;
+                assert!(error.abs() < 1e-7, "{} at {t}: {error}", schedule.name());
+            }
+        }
+        // Ten deviations out, where 1 − t has no digits left: √(2π)·σ·Z·e^50, Z = 1/2.
+        let steep = Schedule::gaussian(0.0, 0.1).unwrap();
+        let want = (2.0 * std::f64::consts::PI).sqrt() * 0.05 * 50f64.exp();
+        assert!((steep.loss_weight_at(1.0).unwrap() / want - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -49,6 +49,7 @@ pub struct NoiseSpec {
     pub(super) resample: bool,
     pub(super) weighting: Weighting,
     pub(super) gamma: Option<Arc<[f32]>>,
+    pub(super) time_conditioned: bool,
     pub(super) tables: CountTables,
 }
 
@@ -159,8 +160,19 @@ impl NoiseSpec {
             resample,
             weighting,
             gamma,
+            time_conditioned: false,
             tables: CountTables::default(),
         })
+    }
+
+    /// The noise of a model that reads the level of each block.
+    ///
+    /// Its loss depends on the level that is drawn with a count, and so does the reweighting: each
+    /// block is weighted by w̃ at its own level. The mean of w̃ given the count, which other models
+    /// take, would be another objective.
+    pub fn for_time_conditioned(mut self) -> Self {
+        self.time_conditioned = true;
+        self
     }
 
     /// The schedule.

@@ -377,6 +377,57 @@ fn count_weights_carry_the_mean_of_the_weighting() {
 
 /// The level of a clipped count has the Beta law inside the clip; for the large blocks of MDLM
 /// too, where the library's own inverse never comes to an end.
+/// A loss c(p) of a model that reads the level: the mean of weight·c is ∫ w̃·w·E[k]·c dt / (b − a).
+#[test]
+fn time_conditioned_counts_take_the_weighting_at_their_level() {
+    let (n, rows, schedule) = (4, 4000u64, Schedule::LogLinear);
+    let loss = |p: f64| 3.0 - 2.0 * p;
+    for clip in [None, Some((0.2, 0.9))] {
+        for weighting in [
+            Weighting::Sigmoid { k: 0.5 },
+            Weighting::Iddpm,
+            Weighting::Simple,
+        ] {
+            let spec = NoiseSpec::new(
+                schedule,
+                Estimator::Count {
+                    probs: None,
+                    stratum: None,
+                },
+                clip,
+                false,
+                weighting,
+                None,
+            )
+            .unwrap()
+            .for_time_conditioned();
+            let (mut sum, mut square) = (0.0, 0.0);
+            for row in 0..rows {
+                let drawn = draw(&spec, key(0, row, rows), &[1; 4], 4);
+                let k: f64 = drawn.mask.iter().map(|m| f64::from(*m)).sum();
+                let p = f64::from(drawn.prob[0]);
+                let value = f64::from(drawn.weight[0]) * k * loss(p);
+                sum += value;
+                square += value * value;
+            }
+            let mean = sum / rows as f64;
+            let error = ((square / rows as f64 - mean * mean) / rows as f64).sqrt();
+            // k has mean n·p and w = 1/p.
+            let (a, b) = clip.unwrap_or((0.0, 1.0));
+            let nodes = 20_000;
+            let want: f64 = (0..nodes)
+                .map(|i| a + (b - a) * (f64::from(i) + 0.5) / f64::from(nodes))
+                .map(|p| f64::from(n) * weighting.at(&schedule, p, p) * loss(p))
+                .sum::<f64>()
+                / f64::from(nodes);
+            assert!(
+                (mean - want).abs() < 4.0 * error + 1e-6,
+                "{weighting:?}, {clip:?}: {mean} against {want} ± {error}"
+            );
+        }
+    }
+}
+
 #[test]
 fn levels_of_clipped_counts_are_quantiles() {
     for (a, b) in [(0.0, 0.1), (0.3, 0.8), (0.95, 1.0)] {
