@@ -70,7 +70,7 @@ class Schedule:
         return _each(self._core.loss_weight, t)
 
     def loss_weight_at(self, p: ArrayLike) -> NDArray[np.float64]:
-        """w at the level where tokens are masked with probability p; same shape as ``p``."""
+        """W at the level where tokens are masked with probability p; same shape as ``p``."""
         return _each(self._core.loss_weight_at, p)
 
     def inverse(self, p: ArrayLike) -> NDArray[np.float64]:

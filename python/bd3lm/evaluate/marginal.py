@@ -39,7 +39,7 @@ class SubsetScores:
 
 
 def score_subsets(scorer: RowScorer) -> SubsetScores:
-    """Run all 2^S - 1 masks of the blocks, smaller numbers first, so that U's own subsets are known.
+    """Run all 2^S - 1 masks of the blocks.
 
     Args:
         scorer: of rows of a model that is not time-conditioned.
@@ -54,7 +54,7 @@ def score_subsets(scorer: RowScorer) -> SubsetScores:
     log_f = torch.zeros(1 << size, rows, num_blocks, dtype=torch.float64)
     nelbo = torch.zeros(rows, num_blocks, size, dtype=torch.float64)
     correct = torch.ones(rows, dtype=torch.bool)
-    for subset in range(1, 1 << size):
+    for subset in range(1, 1 << size):  # the subsets of a set have smaller numbers
         inside = [i for i in range(size) if subset >> i & 1]
         chosen = torch.zeros(size, dtype=torch.bool)
         chosen[inside] = True

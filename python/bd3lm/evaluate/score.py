@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,7 +242,7 @@ class Scoring:
         try:  # the run's own checks decide whether this combination is allowed
             cfg = dataclasses.replace(same, eval=EvalConfig(**settings), **changes)  # type: ignore[arg-type]
         except ConfigError as error:  # eval.repeats of a run is `repeats` here
-            raise ConfigError(str(error).removeprefix("eval.")) from None
+            raise error.renamed(error.field.removeprefix("eval.")) from None
         check_attention(cfg, next(loaded.model.parameters()).device)
         loaded.model.use_attention(attention)
         levels = dataclasses.replace(cfg.noise, schedule=schedule, paper_weights=False)
@@ -281,13 +282,11 @@ class Scoring:
                 progress=progress,
             )
 
-    def variance(self, estimator: EstimatorName | None, batch_size: int = 64) -> float:
-        """Var. NELBO (docs/math.md §6).
+    def variance_noise(self, estimator: EstimatorName | None) -> NoiseSpec:
+        """The noise whose variance :meth:`variance` takes.
 
         Args:
-            estimator: count or bernoulli, over all levels; None: the training loss under the
-                run's own noise.
-            batch_size: rows a forward.
+            estimator: count or bernoulli, over all levels; None: the run's own training noise.
 
         Raises:
             ConfigError: a run that masks by frequency, without an estimator.
@@ -300,15 +299,20 @@ class Scoring:
             "off, or go with --estimator count or bernoulli: a run that masks by frequency has a "
             "Var. NELBO on its training data only",
         )
+        if estimator is not None:
+            return NoiseSpec(self.schedule, estimator=estimator)
+        return self.loaded.system(self.config.block_size).noise(0)
+
+    def variance(self, noise: NoiseSpec, batch_size: int = 64) -> float:
+        """Var. NELBO of packed rows (docs/math.md §6)."""
         assert isinstance(self.rows, Rows)
         system = self.loaded.system(self.config.block_size)
-        spec = system.noise(0)
-        if estimator is not None:
-            spec = NoiseSpec(self.schedule, estimator=estimator)
         with self._autocast():
-            return nelbo_variance(system, self.loaded.model, self.rows, spec, batch_size=batch_size)
+            return nelbo_variance(
+                system, self.loaded.model, self.rows, noise, batch_size=batch_size
+            )
 
-    def _autocast(self):  # noqa: ANN202 - a context manager of PyTorch's
+    def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config, next(self.loaded.model.parameters()).device)
 
 

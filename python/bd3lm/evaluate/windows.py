@@ -96,7 +96,9 @@ class Windows:
 
     def totals(self, row_values: NDArray[np.float64], texts: int) -> NDArray[np.float64]:
         """Sums of the rows' values over each text [texts]."""
-        return np.bincount(self.owner, weights=row_values, minlength=texts)
+        totals = np.zeros(texts)
+        np.add.at(totals, self.owner, row_values)
+        return totals
 
     def _cut(self, ids: NDArray[np.int64], first: int, owner: int) -> list[_Row]:
         """Rows of one text, whose positions from ``first`` on are scored."""
