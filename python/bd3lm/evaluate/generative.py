@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
@@ -141,6 +143,7 @@ class CausalLM:
         )
 
         folder, options = _located(name)
+        options |= {"trust_remote_code": False}  # else the library asks on stdin
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -166,8 +169,16 @@ class CausalLM:
         """Scores of the next token, [B, T] to [B, T, V]."""
         return self._model(ids.to(self.device)).logits
 
+    @torch.inference_mode()
+    def feature(self, text: str) -> NDArray[np.float32]:
+        """Last hidden state at the last of the text's first 1,024 tokens, float32 [D]."""
+        first = self.eos_id or 0  # an empty text still has a token
+        ids = torch.tensor([self.encode(text)[:WINDOW] or [first]])
+        states = self._model(ids.to(self.device), output_hidden_states=True).hidden_states
+        return states[-1][0, -1].float().cpu().numpy()
 
-def _located(name: str) -> tuple[str, dict[str, str]]:
+
+def _located(name: str) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and the GGUF file in it where there is one."""
     path = Path(name)
     if name == OFFLINE:
