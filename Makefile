@@ -8,7 +8,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml C
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench check-slow check-extras wheel docs clean
+.PHONY: help setup demo test lint format bench check-slow check-extras wheel docs check-targets clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -73,13 +73,29 @@ bench: setup ## Rust benches, and the Python ones against their peers; tables of
 	for bench in $(BENCHES); do $(BIN)/python benches/python/$$bench.py || exit 1; done
 	$(BIN)/python benches/python/report.py
 
+TARGETS := aarch64-unknown-linux-gnu aarch64-apple-darwin
+
+check-targets: ## type-check the Rust code for Linux aarch64 and macOS (needs their std: rustup)
+	for target in $(TARGETS); do \
+	  TARGET_CC=true TARGET_CXX=true TARGET_AR=true PYO3_NO_PYTHON=1 RUSTFLAGS="-D warnings" \
+	    cargo check -q --target $$target -p bd3lm-core -p bd3lm-py --features pyo3/extension-module \
+	    || exit 1; \
+	done
+
 wheel: $(VENV)/.packages ## an installable wheel in dist/
 	$(BIN)/maturin build --release -q --out dist
 	@ls dist/*.whl
 
-docs: setup ## Rust API documentation in target/doc
+$(VENV)/.docs: $(VENV)/.packages
+	$(BIN)/uv pip install -q --python $(BIN)/python -r pyproject.toml --extra docs
+	@touch $@
+
+docs: setup $(VENV)/.docs ## pictures and site in site/, the Rust reference in site/rust; warnings are errors
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 	RUSTDOCFLAGS="-D warnings" cargo doc -q --no-deps -p bd3lm-core
-	@echo "target/doc/bd3lm_core/index.html"
+	cp -r target/doc site/rust
+	@echo "site/index.html"
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) $(EXTRAS) target dist runs python/bd3lm/*.so
+	rm -rf $(VENV) $(EXTRAS) target dist runs site python/bd3lm/*.so

@@ -66,18 +66,13 @@ def training_step(results: list[dict[str, Any]]) -> str:
                 f"1/{r['memory_ratio']:.1f}",
             ]
         ours = [f"{r['seconds']['median']:.2f} s", f"{r['memory'] / 1e9:.2f} GB"]
-        floor = "10×, 1/4, 30%" if "L=128" in r["case"] else "12×, 1/4"
         mfu = f"{r['mfu']['median']:.0%} of {r['peak_flops'] / 1e9:.0f} GF/s"
-        rows.append([r["case"], *ours, mfu, *peer, floor])
+        rows.append([r["case"], *ours, mfu, *peer])
     head = (
         "shape | ours, bf16 | peak memory | MFU | the original | its peak memory | "
-        "time ratio (least–most) | memory | floor: time, memory, MFU"
+        "time ratio (least–most) | memory"
     )
     return table(head, rows)
-
-
-FLOORS = {("float32", 1024): 8.0, ("float32", 128): 3.0, ("bfloat16", 1024): 6.5}
-"""Of the ratio to dense attention at S = 16, H = 8, on one thread."""
 
 
 def attention(results: dict[str, Any]) -> str:
@@ -86,8 +81,6 @@ def attention(results: dict[str, Any]) -> str:
     for r in results["cases"]:
         c = r["case"]
         shape = f"B{c['batch']} H{c['heads']} L{c['seq_len']} D{c['width']} S{c['block']}"
-        floor = FLOORS.get((c["dtype"], c["seq_len"]))
-        asked = r["threads"] == 1 and c["block"] == 16 and c["heads"] == 8
         low, high = r["dense_ratio_quartiles"]
         rows.append(
             [
@@ -97,10 +90,9 @@ def attention(results: dict[str, Any]) -> str:
                 f"{r['gflops']:.0f}",
                 f"**{r['dense_ratio']:.1f}×** ({low:.1f}–{high:.1f})",
                 f"{r['hierarchical_ratio']:.1f}×",
-                f"{floor:.1f}×" if asked and floor else "",
             ]
         )
-    head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch | floor"
+    head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch"
     notes = [
         f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
         f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
@@ -139,27 +131,25 @@ def growth(results: dict[str, Any]) -> str:
 
 
 def sampling(results: dict[str, Any]) -> str:
-    """Tokens a second of ours and of the original, and the floor."""
+    """Tokens a second of ours and of the original, and the limit by memory bandwidth."""
     rows = []
-    for name, goal in (("1 row", "8×"), ("16 rows", "50×")):
+    for name in ("1 row", "16 rows"):
         found = results[name]
         multiple = "–"
         if "ratio" in found:
             spread = {"median": found["ratio"], "low": found["low"], "high": found["high"]}
             multiple = ratio(spread)
         speed = f"{found['tokens_per_second']:.0f} tokens/s"
-        rows.append(
-            [f"ours, {results['precision']}, {name}", speed, found["forwards"], multiple, goal]
-        )
+        rows.append([f"ours, {results['precision']}, {name}", speed, found["forwards"], multiple])
     if "peer" in results:
         peer = results["peer"]
         speed = f"{peer['tokens_per_second']:.1f} tokens/s"
-        rows.append(["the original, fp32, 1 row", speed, peer["forwards"], "", ""])
+        rows.append(["the original, fp32, 1 row", speed, peer["forwards"], ""])
     floor = results["floor"]
     rate = f"{floor['bytes'] / 1e6:.0f} MB a forward at {floor['bytes_per_second'] / 1e9:.0f} GB/s"
     limit = f"{floor['tokens_per_second']:.0f} tokens/s"
-    rows.append([f"limit of one row: matrices read once, {rate}", limit, "", "", ""])
-    return table("what | speed | forwards | of the original (least–most) | floor", rows)
+    rows.append([f"limit of one row: matrices read once, {rate}", limit, "", ""])
+    return table("what | speed | forwards | of the original (least–most)", rows)
 
 
 def parallel_decoding(results: dict[str, Any]) -> str:
@@ -204,10 +194,9 @@ def data_path(results: dict[str, Any]) -> str:
     def cells(r: dict[str, Any]) -> list[str]:
         spread = {"median": r["ratio"], "low": r["ratio_min"], "high": r["ratio_max"]}
         speeds = [millions(r[f"{who}_tokens_per_second"]) for who in ("ours", "peer")]
-        bounds = "" if r["goal"] is None else f"{r['goal']:g}×, {r['floor']:g}×"
-        return [r["work"], r["peer_name"], *speeds, ratio(spread), bounds]
+        return [r["work"], r["peer_name"], *speeds, ratio(spread)]
 
-    head = "work | peer | ours, Mtokens/s | peer | ratio (least–most) | goal, floor"
+    head = "work | peer | ours, Mtokens/s | peer | ratio (least–most)"
     texts = [
         [
             *cells(r),
@@ -224,7 +213,6 @@ def data_path(results: dict[str, Any]) -> str:
             f"{r['seconds']:.2f} s ({r['seconds_min']:.2f}–{r['seconds_max']:.2f})",
             millions(r["tokens"] / r["seconds"]),
             f"**{r['peak'] / 1e6:.0f} MB**",
-            "256 MB, 400 MB",
         ]
         for r in results["rows"]
         if r["peer_name"] is None
@@ -237,9 +225,7 @@ def data_path(results: dict[str, Any]) -> str:
             f"{versions}. Medians of {runs} pairs or more in turn; other processes took at most "
             f"{disturbed:.0%} of the machine.",
             table(f"{head} | bytes on disk | the peer's", texts),
-            table(
-                "preparing | time (least–most) | Mtokens/s | peak memory | goal, floor", prepared
-            ),
+            table("preparing | time (least–most) | Mtokens/s | peak memory", prepared),
             table(head, others),
         ]
     )

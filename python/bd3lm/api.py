@@ -126,5 +126,5 @@ def train(
 def _sample_config(settings: dict[str, Any]) -> SampleConfig:
     known: Sequence[str] = [f.name for f in dataclasses.fields(SampleConfig)]
     for name in settings:
-        check(name in known, name, settings[name], f"not a setting; there are {', '.join(known)}")
+        check(name in known, name, settings[name], f"a setting: one of {', '.join(known)}")
     return SampleConfig(**settings)

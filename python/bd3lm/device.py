@@ -1,4 +1,4 @@
-"""Which device and which precision a run uses."""
+"""Device and precision of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bd3lm.model.attention import BlockMask, choose
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """Resolve a device name; ``auto`` is CUDA if there is one.
 
     Raises:
         ConfigError: a device that PyTorch does not know or that is not there.
@@ -31,11 +31,15 @@ def resolve_device(name: str) -> torch.device:
         name,
         "cpu or auto: this PyTorch sees no CUDA device",
     )
+    if device.index is not None and device.type == "cuda":
+        count = torch.cuda.device_count()
+        check(device.index < count, "device", name, f"below cuda:{count}")
+        torch.cuda.set_device(device)  # what is allocated without a device's name goes there, too
     return device
 
 
 def check_attention(cfg: TrainConfig, device: torch.device) -> None:
-    """Check that the attention backend of a run can work before anything else is done.
+    """Check that the attention backend of a run works on this device.
 
     Raises:
         ConfigError: it is not available here, or does not take such heads or this precision.
@@ -48,10 +52,11 @@ def check_attention(cfg: TrainConfig, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next step, where it is glibc.
+    """Keep freed memory in the process (glibc's ``mallopt``).
 
-    By default it hands large blocks back to the system: 38,000 page faults a step of the tiny
-    model, 7% of its time. Blocks of their own (mmap) are handed back whatever their size.
+    By default glibc returns large blocks to the system, which costs the tiny model 38,000 page
+    faults and 7% of the time of a step. Blocks that it maps on their own are returned at any size,
+    so mapping is turned off.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -61,7 +66,7 @@ def keep_freed_memory() -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32 there."""
+    """Whether matrix products in bf16 are faster than in fp32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch
@@ -69,13 +74,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of a run's matrix products."""
+    """Dtype of the matrix products of a run."""
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(device))
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def autocast(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast of a run: bf16, or nothing for fp32."""
+    """Autocast context of a run; off for fp32."""
     bf16 = compute_dtype(cfg, device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
@@ -83,14 +88,14 @@ def autocast(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[o
 def inference(
     cfg: TrainConfig, device: torch.device
 ) -> tuple[torch.dtype, AbstractContextManager[object]]:
-    """How to run a model that is not trained any more, in the precision that ``cfg`` names.
+    """Precision of a trained model, as ``cfg`` names it.
 
     Returns:
-        What a CPU keeps matrices in (see :func:`bd3lm.model.for_inference`), and the autocast
-        that does the same elsewhere.
+        The dtype of prepacked matrices on a CPU (see :func:`bd3lm.model.for_inference`), and the
+        autocast context for other devices.
     """
     if device.type == "cpu":
-        # A run may train in bf16 where the processor only emulates it; there it samples in float32.
+        # A run may train in emulated bf16; inference is then float32.
         bf16 = has_bf16(device) and compute_dtype(cfg, device) == torch.bfloat16
         return torch.bfloat16 if bf16 else torch.float32, nullcontext()
     return torch.float32, autocast(cfg, device)

@@ -1,4 +1,8 @@
-"""The paper's tables and figures: what to run as data, and one runner that makes it."""
+"""Tables and figures of the BD3-LM papers: experiments as data, and a runner that makes them.
+
+"The paper" in this package is the reproduction that docs/results.md names; its tables are the ones
+made again here.
+"""
 
 from bd3lm_paper.make import make_tables
 from bd3lm_paper.runner import Events, Sweep

@@ -1,4 +1,4 @@
-"""The texts of the experiments: prepared once, told apart by their content."""
+"""Texts of the experiments: tokenized once, identified by a digest of their content."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bd3lm_paper.scale import TRAINING_ROLES, ZERO_SHOT_ROLES, Corpora
 from bd3lm_paper.spec import digest
 
 DETOKENIZERS = {"zero_lm1b": "lm1b", "lambada": "lambada", "wikitext": "wikitext"}
-"""Zero-shot texts are put back as they were written, and run together without EOS, as the paper's
-code does; a directory that ``bd3lm-prepare`` made is taken as it is."""
+"""Detokenizer of each zero-shot text. Its documents are concatenated without EOS, as the original
+implementation does. A prepared directory is used unchanged."""
 
 
 class Texts:
@@ -31,7 +31,7 @@ class Texts:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What each role's text is, by content: the same on every machine."""
+        """Digest of the tokenized text of each role; equal on every machine."""
         found = {}
         for role in TRAINING_ROLES:
             splits = self.splits(role)
@@ -46,7 +46,7 @@ class Texts:
         return open_splits(path, None, tokenizer, self._place(path, tokenizer), lambda _: None)
 
     def _held_out(self, role: str) -> Dataset | None:
-        """The whole text of a zero-shot role; None where none was given."""
+        """Text of a zero-shot role; None if none was given."""
         path = self.corpora.paths.get(role)
         if path is None:
             return None
@@ -62,13 +62,13 @@ class Texts:
         )
 
     def _place(self, path: str | None, *how: str) -> Path:
-        """Where a text is tokenized to: another place for another text, tokenizer or rule."""
+        """Directory of the tokenized text, one for each text, tokenizer and rule."""
         name = "shipped" if path is None else Path(path.replace(":", "-")).stem
         return self.work / f"{name}-{digest([_stamp(part) for part in (path, *how)])}"
 
 
 def _stamp(name: str | None) -> list[object]:
-    """A name; where it is a file's, with its size and time of change."""
+    """The name; of a file, also its size and modification time."""
     if name is None or not Path(name).is_file():
         return [name]
     facts = Path(name).stat()

@@ -1,4 +1,4 @@
-"""Tables 9 and 12 and figure 2: functions, not trainings."""
+"""Tables 9 and 12 and figure 2, which need no training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTINGS = ("nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple")
 
 
 def schedules() -> dict[str, Schedule]:
-    """All seven, with the parameters used here; the paper does not state σ and μ2."""
+    """All seven schedules with the parameters used here; σ and μ2 are not stated in the paper."""
     plain = ("loglinear", "square", "square_root", "logarithmic", "cosine")
     return {name: Schedule(name) for name in plain} | {
         "gaussian": Schedule("gaussian", mu=0.5, sigma=0.2),
@@ -87,7 +87,7 @@ def table12() -> Formula:
 
 
 def figure2() -> Formula:
-    """Total weights w̃·w, and where a weighting keeps the bound."""
+    """Total weights w̃·w, and for which schedules a weighting keeps the bound."""
     head = ["weighting", *schedules()]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""From names of tables to files: run what is missing, then write Markdown, JSON and pictures."""
+"""Make tables by name: run missing experiments, then write Markdown, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_tables(
         evaluator: causal language model that judges samples, as ``bd3lm-judge`` takes it; None:
             the scale's.
         page: Markdown page to put the tables into (:func:`fill_page`), or None.
-        events: told what happens.
+        events: receives progress.
 
     Raises:
         ConfigError: an unknown table, scale or role, or no such page, before anything is run.
@@ -63,6 +63,7 @@ def make_tables(
     with sweep.claim("tables"):  # another sweep may end at the same moment
         written = {name: write_formula(out, name) for name in wanted if name in FORMULAS}
         written |= {table.name: write_table(sweep, table) for table in tables}
+        sweep.archive()
         if page is not None:
             fill_page(page, written)
     return [(name, str(written[name])) for name in wanted]
@@ -71,7 +72,7 @@ def make_tables(
 def fill_page(page: Path, written: Mapping[str, Path]) -> None:
     """Put tables and pictures into a page, between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
-    What stands elsewhere on the page stays: it is for what people have to say of the tables.
+    The rest of the page, which comments on the tables, is not changed.
     """
     text = page.read_text(encoding="utf-8")
     for name, file in written.items():
@@ -86,7 +87,7 @@ def fill_page(page: Path, written: Mapping[str, Path]) -> None:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Names of tables, ``all`` spelled out.
+    """Resolve names of tables, ``all`` included.
 
     Raises:
         ConfigError: a name that is not there, or none.

@@ -1,4 +1,4 @@
-"""What is measured on a trained model. Each measure is data; ``take`` does the work."""
+"""Measurements of a trained model. A measure is a dataclass of settings with a ``take`` method."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, as measures see it.
+    """A finished run with its texts.
 
     Attributes:
         loaded: its averaged weights.
@@ -44,7 +44,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """PPL by the unclipped NELBO of the averaged weights (MATH §4).
+    """PPL by the unclipped NELBO of the averaged weights (docs/math.md §4).
 
     Attributes:
         rows: at most so many rows, spread over the set; None: all.
@@ -58,7 +58,7 @@ class Perplexity:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``ppl``, ``nelbo``, its errors, and every row's nats and tokens."""
+        """Return ``ppl``, ``nelbo``, its errors, and nats and tokens of every row."""
         return self._score(trained, trained.valid)
 
     def _score(self, trained: Trained, data: Dataset) -> Values:
@@ -94,18 +94,18 @@ class ZeroShot(Perplexity):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The role."""
+        """Role of the text."""
         return (self.role,)
 
     def take(self, trained: Trained) -> Values:
-        """As :class:`Perplexity`; nothing where no text was given."""
+        """Return the values of :class:`Perplexity`, or nothing if no text was given."""
         data = trained.text(self.role)
         return {} if data is None else self._score(trained, data)
 
 
 @dataclass(frozen=True)
 class Variance:
-    """Var. NELBO (MATH §6) under the run's own levels.
+    """Var. NELBO (docs/math.md §6) under the run's own levels.
 
     Attributes:
         batches: how many.
@@ -119,7 +119,7 @@ class Variance:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``variance``."""
+        """Return ``variance``."""
         cfg, system = trained.loaded.config, trained.loaded.system()
         rows = scoring_rows(cfg, trained.valid)
         variance = nelbo_variance(
@@ -135,7 +135,7 @@ class Variance:
 
 @dataclass(frozen=True)
 class Generated:
-    """Quality and cost of samples (MATH §8).
+    """Quality and cost of samples (docs/math.md §8).
 
     Attributes:
         num: samples.
@@ -157,7 +157,7 @@ class Generated:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``entropy``, ``nfe``, ``nfe_paper``, ``ms_per_token``, the texts, ``gen_ppl``."""
+        """Return ``entropy``, ``nfe``, ``nfe_paper``, ``ms_per_token``, texts and ``gen_ppl``."""
         config = SampleConfig(
             num=self.num,
             length=self.length,
@@ -199,7 +199,7 @@ class Lengths:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``median`` and ``max``; how many rows ended by each reason, and ``lengths``."""
+        """Return ``median``, ``max``, ``lengths`` and the number of rows by stop reason."""
         samples = draw(trained, SampleConfig(num=self.num, length=self.length))
         lengths = [len(sample.ids) for sample in samples]
         stops = [sample.stop for sample in samples]
@@ -219,7 +219,7 @@ class Curve:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``steps``, ``loss`` and ``last``, the mean of the last tenth."""
+        """Return ``steps``, ``loss`` and ``last``, the mean of the last tenth."""
         lines = (trained.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         points = [(m["step"], m["loss"]) for m in map(json.loads, lines) if "loss" in m]
         steps, loss = (list(x) for x in zip(*points, strict=True))
@@ -229,13 +229,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the last phase of a training took."""
+    """Cost of the last phase of a training."""
 
     kind = "cost"
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """``steps``, ``tokens`` and ``seconds``: the median time of a step times their number.
+        """Return ``steps``, ``tokens`` and ``seconds`` (median time of a step times their number).
 
         What else the machine did for a while does not count.
         """

@@ -1,4 +1,4 @@
-"""Makes what tables need, each thing once: runs by content address, a file for each measurement."""
+"""Train and measure for the tables, each thing once: runs and measurements by content address."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.evaluate import Likelihood
-from bd3lm.files import write_json
+from bd3lm.files import write_json, write_text
 from bd3lm.training import train_only
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.measures import AnyMeasure, Trained
@@ -23,25 +24,26 @@ from bd3lm_paper.spec import Measure, Run, Table, record_key
 
 
 class Events(Protocol):
-    """What a sweep tells whoever is watching."""
+    """Receives the progress of a sweep."""
 
     def planned(self, steps: int, measurements: int) -> None:
-        """Before anything runs: what is left to do."""
+        """Called before anything runs, with the work that is left."""
 
     def training(self, run: Run, steps: int) -> None:
-        """So many more steps are done, here or in another sweep."""
+        """Called after so many more training steps, of this sweep or of another."""
 
     def measured(self, run: Run, measure: Measure, seconds: float) -> None:
-        """After every measurement."""
+        """Called after every measurement."""
 
 
 class Sweep:
-    """Everything that a set of tables needs, below one directory.
+    """Runs and measurements of a set of tables, below one directory.
 
-    ``runs/KEY/`` holds a run and ``cells/KEY.json`` a measurement; both are complete when they
-    are there under that name. Whatever is missing is made, so a sweep that was killed goes on
-    where it stopped. Sweeps that run at the same time share the work: each takes what no other
-    has claimed, by a lock in ``claims/`` that ends with its process.
+    ``runs/KEY/`` holds a run and ``cells/KEY.json`` a measurement; a file or folder with that name
+    is complete. The sweep makes what is missing, so a killed sweep continues where it stopped.
+    Sweeps that run at the same time share the work: each claims a piece by a lock in ``claims/``,
+    which its process holds. ``cells.jsonl`` archives finished measurements, one a line, sorted by
+    key.
 
     Args:
         out: the directory.
@@ -53,12 +55,35 @@ class Sweep:
         self._untrained: set[Run] = set()
 
     def record(self, run: Run, measure: Measure) -> dict[str, Any] | None:
-        """A measurement, or None while it has not been made."""
-        file = self._cell(run, measure)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        """Return a measurement; None if it has not been made."""
+        key = record_key(run, measure, self.texts.fingerprints)
+        file = self._cell(key)
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        return self._archived.get(key)
+
+    @cached_property
+    def _archived(self) -> dict[str, Any]:
+        """Records of ``cells.jsonl`` by key."""
+        if not self._archive.is_file():
+            return {}
+        lines = self._archive.read_text(encoding="utf-8").splitlines()
+        return {record.pop("key"): record for record in map(json.loads, lines)}
+
+    @property
+    def _archive(self) -> Path:
+        return self.out / "cells.jsonl"
+
+    def archive(self) -> None:
+        """Write all measurements to ``cells.jsonl``, those that it already holds included."""
+        files = sorted((self.out / "cells").glob("*.json"))
+        made = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        records = sorted((self._archived | made).items())
+        lines = [json.dumps({"key": key} | record) + "\n" for key, record in records]
+        write_text(self._archive, "".join(lines))
 
     def open_texts(self) -> int:
-        """Tokenize what has not been; returns V of the ids of ``lm1b``.
+        """Tokenize missing texts; returns V of the tokenizer of ``lm1b``.
 
         Raises:
             Bd3lmError: a text or tokenizer that does not load.
@@ -157,11 +182,11 @@ class Sweep:
     def _folder(self, run: Run) -> Path:
         return self.out / "runs" / run.key(self.texts.fingerprints)
 
-    def _cell(self, run: Run, measure: Measure) -> Path:
-        return self.out / "cells" / f"{record_key(run, measure, self.texts.fingerprints)}.json"
+    def _cell(self, key: str) -> Path:
+        return self.out / "cells" / f"{key}.json"
 
     def _write(self, run: Run, measure: Measure, values: dict[str, Any], seconds: float) -> None:
-        file = self._cell(run, measure)
+        file = self._cell(record_key(run, measure, self.texts.fingerprints))
         file.parent.mkdir(parents=True, exist_ok=True)
         summary = {
             "run": run.key(self.texts.fingerprints),
@@ -177,7 +202,7 @@ class Sweep:
 
 
 class _Steps:
-    """A trainer's reporter that only counts."""
+    """Reporter that counts training steps."""
 
     def __init__(self, run: Run, events: Events) -> None:
         self._run, self._events = run, events
@@ -186,10 +211,10 @@ class _Steps:
         self._events.training(self._run, 1)
 
     def validation(self, step: int, result: Likelihood) -> None:
-        """Not asked for."""
+        """Ignored: these runs are not validated."""
 
     def scoring(self, done: int, total: int) -> None:
-        """Not asked for."""
+        """Ignored: these runs are not validated."""
 
     def note(self, message: str) -> None:
-        """Not shown: a sweep has one line."""
+        """Ignored."""

@@ -1,4 +1,4 @@
-"""How large experiments are: ``smoke`` for tests, ``cpu`` for two cores, ``full`` the paper's."""
+"""Scales of the experiments: ``smoke`` for tests, ``cpu`` for two cores, ``full`` as published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ZERO_SHOT_ROLES = ("zero_lm1b", "lambada", "wikitext")
 
 @dataclass(frozen=True)
 class Corpora:
-    """Where the text of each role is, and what makes its ids.
+    """Text and tokenizer of each role.
 
     Attributes:
         paths: by role, what ``--data`` takes; a training role that is missing is played by the
@@ -40,17 +40,17 @@ class Corpora:
             check(role in TRAINING_ROLES, "tokenizer", role, f"one of {', '.join(TRAINING_ROLES)}")
 
     def tokenizer(self, role: str) -> str:
-        """Name or path of the tokenizer of a role's text."""
+        """Name or path of the tokenizer of a role."""
         return self.tokenizers.get(role if role in TRAINING_ROLES else "owt", "default")
 
     def updated(self, other: Corpora) -> Corpora:
-        """With what ``other`` names in place of what is named here."""
+        """Merge with ``other``, whose entries win."""
         return Corpora({**self.paths, **other.paths}, {**self.tokenizers, **other.tokenizers})
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of everything.
+    """Sizes of models, batches and measurements.
 
     Attributes:
         name: of the scale.
@@ -93,7 +93,7 @@ class Scale:
     step_seconds: Mapping[str, float]
 
     def steps(self, paper: int) -> int:
-        """Steps here of a phase that has so many in the paper."""
+        """Scale the number of steps of a phase of the paper."""
         low, high = self.step_range
         return min(max(round(paper / self.step_divisor), low), high)
 
@@ -107,7 +107,7 @@ class Scale:
 
 
 def _full() -> Scale:
-    """PROTOCOL exactly: the paper's tiny DiT, 512 rows a step, 2,500 steps of warm-up."""
+    """The published protocol: the tiny DiT, 512 rows a step, 2,500 steps of warm-up."""
     base = tiny()
     return Scale(
         name="full",
@@ -140,7 +140,7 @@ def _full() -> Scale:
 
 
 def _cpu() -> Scale:
-    """Everything in an hour on two cores: a small model, and a recipe for so few steps."""
+    """About an hour for all tables on two cores: a small model with a recipe for few steps."""
     base = TrainConfig(
         seq_len=128,
         batch_size=8,
@@ -183,7 +183,7 @@ def _cpu() -> Scale:
 
 
 def _smoke() -> Scale:
-    """Seconds a table: it shows that everything runs, and no more."""
+    """Seconds a table; a smoke test."""
     cpu = _cpu()
     base = replace(
         cpu.base,

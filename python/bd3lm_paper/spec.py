@@ -1,4 +1,4 @@
-"""What a table is: rows of cells, each one number measured on one trained model."""
+"""Tables as data: rows of cells, each one number measured on one trained model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MACHINE_FIELDS = (
     "checkpoint_every",
     "log_every",
 )
-"""Settings that say where and how fast a run happens, not what it is."""
+"""Settings that change where and how fast a run happens, but not its result."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trained model, named by what made it.
+    """One trained model, identified by its settings, text and ancestors.
 
     Attributes:
         config: its settings; those of :data:`MACHINE_FIELDS` do not count.
@@ -40,19 +40,19 @@ class Run:
     init: Run | None = None
 
     def seeded(self, seed: int) -> Run:
-        """The same with another seed, its ancestors too."""
+        """Copy with another seed, its ancestors included."""
         init = None if self.init is None else self.init.seeded(seed)
         return replace(self, config=replace(self.config, seed=seed), init=init)
 
     def lineage(self) -> Iterator[Run]:
-        """Its ancestors, oldest first, then itself."""
+        """Yield the ancestors, oldest first, then the run itself."""
         if self.init is not None:
             yield from self.init.lineage()
         yield self
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Short description for people."""
         cfg = self.config
         return f"{cfg.system} S={cfg.block} {cfg.noise.schedule} seed {cfg.seed}"
 
@@ -67,13 +67,15 @@ class Run:
         Args:
             texts: fingerprint of the tokenized text behind each role.
         """
-        config = {k: v for k, v in _said(self.config).items() if k not in MACHINE_FIELDS}
+        config = {
+            k: v for k, v in non_default_settings(self.config).items() if k not in MACHINE_FIELDS
+        }
         init = None if self.init is None else self.init.key(texts)
         return digest({"config": config, "text": texts[self.corpus], "init": init})
 
 
 class Measure(Protocol):
-    """Something measured on a trained model: a frozen dataclass whose fields are its settings."""
+    """A measurement of a trained model: a frozen dataclass of settings."""
 
     @property
     def kind(self) -> str:
@@ -108,7 +110,7 @@ class Row:
     """A line of a table.
 
     Attributes:
-        label: what tells it from the others, one text a label column.
+        label: its name, one text a label column.
         cells: by column name; a missing column stays empty.
         base: label of the row that this one is compared with, seed by seed and row by row of the
             text, in nats a token; None: with none.
@@ -145,7 +147,7 @@ class Table:
     drawing: Literal["bars", "curves", "scatter"] = "bars"
 
     def cells(self) -> Iterator[tuple[Run, Measure]]:
-        """What has to be measured, each once."""
+        """Yield every (run, measure) pair once."""
         seen = set()
         for seed in self.seeds:
             for row in self.rows:
@@ -165,8 +167,11 @@ def record_key(run: Run, measure: Measure, texts: Mapping[str, str]) -> str:
     )
 
 
-def _said(config: TrainConfig) -> dict[str, Any]:
-    """Settings that are not the defaults: a new option leaves old runs their names."""
+def non_default_settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings that differ from the defaults, so that a new option does not change old keys.
+
+    Changing a default would reuse old results: change keys on purpose when you do.
+    """
 
     def differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         found = {}

@@ -1,4 +1,4 @@
-"""The paper's tables as data: which runs stand in which row, and what the paper found there."""
+"""The paper's tables as data: runs and measures of every row, and the published figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ original work, which Table 2 leaves out."""
 
 
 class Recipes:
-    """Runs of one scale, by the words that the tables use."""
+    """Builds the runs of one scale from the vocabulary of the tables."""
 
     def __init__(
         self, scale: Scale, evaluator: str | None = None, vocab_size: int = 50_258
@@ -62,7 +62,7 @@ class Recipes:
     def scratch(
         self, system: System, corpus: str, phases: tuple[int, ...], block: int = 0, **noise: Any
     ) -> Run:
-        """A run that starts from nothing."""
+        """Settings of a run from scratch."""
         block = 1 if system == "ar" else block
         return Run(self.train(system, corpus, block, phases, **noise), corpus)
 
@@ -86,7 +86,7 @@ class Recipes:
         return Run(config, corpus, init=first)
 
     def perplexity(self, run: Run, paper: float | None) -> Cell:
-        """PPL by the unclipped NELBO, whatever the run was trained on."""
+        """PPL by the unclipped NELBO, for any training noise."""
         return Cell(run, Perplexity(rows=self.scale.valid_rows), "ppl", paper)
 
     def variance(self, run: Run, paper: float | None) -> Cell:

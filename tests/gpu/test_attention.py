@@ -5,6 +5,8 @@ Never run so far: no GPU was at hand when this was written (docs/gpu.md).
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,11 +53,33 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> None:
     assert (found.double() - wanted).abs().max() <= limit * wanted.abs().max()
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("width", [32, 40, 64, 80, 128, 192, 256])
+QUICK = [("triton", torch.bfloat16, 64), ("flex", torch.bfloat16, 64), ("dense", torch.float32, 64)]
+EVERY = [
+    (backend, dtype, width)
+    for backend, dtype, width in itertools.product(
+        sorted(BACKENDS), LIMITS, (32, 40, 64, 80, 128, 192, 256)
+    )
+    if (backend, dtype, width) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "width"), QUICK, ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_float64(name: str, width: int, dtype: torch.dtype, backend: str) -> None:
+    check_against_float64(name, width, dtype, backend)
+
+
+@pytest.mark.slow  # each dtype and width compiles anew: spread them, e.g. by pytest-xdist
+@pytest.mark.parametrize(("backend", "dtype", "width"), EVERY, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_width_equals_float64(
+    name: str, width: int, dtype: torch.dtype, backend: str
+) -> None:
+    check_against_float64(name, width, dtype, backend)
+
+
+def check_against_float64(name: str, width: int, dtype: torch.dtype, backend: str) -> None:
+    """Output and gradients of one backend on one mask."""
     mask = MASKS[name]
     mine = inputs(mask, width, dtype, grad=True)
     found = BACKENDS[backend]

@@ -6,13 +6,12 @@ by the tests that need it, while the compiler works in this one.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from cases import EXHAUSTIVE, QUICK
-from interpreter import DECODES, finish, job, mutation_jobs, start
+from interpreter import DECODES, Child, job, mutation_jobs
 
 JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "quick": lambda: [job(QUICK, DECODES)],
@@ -23,20 +22,19 @@ JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def child(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+def child(request: pytest.FixtureRequest) -> Iterator[Child]:
     """At work on what some collected test will wait for."""
     pytest.importorskip("triton", reason="the kernels are written in Triton, which is not here")
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    running = start({name: jobs() for name, jobs in JOBS.items() if name in wanted})
+    running = Child({name: jobs() for name, jobs in JOBS.items() if name in wanted})
     yield running
-    if running.poll() is None:
-        running.kill()
+    running.kill()
 
 
 @pytest.fixture(scope="session")
-def answers(child: subprocess.Popen[str]) -> dict[str, Any]:
-    """Its answers."""
-    return finish(child)
+def answers(child: Child) -> dict[str, Any]:
+    """Its results."""
+    return child.finish()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""Run the kernels in Triton's interpreter and print their errors as JSON.
+"""Run the kernels in Triton's interpreter and write their errors as JSON to a named file.
 
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Reads
 named lists of jobs from standard input, each ``{"mutation": null or [file, old, new], "cases":
-[...], "decode": [...], "order": bool, "backward": bool}``, and prints under the same name a list of
-lists of ``{"out": ..., "dq": ..., ...}``. Under the name "traced" it prints what :mod:`traced`
+[...], "decode": [...], "order": bool, "backward": bool}``, and writes under the same name a list of
+lists of ``{"out": ..., "dq": ..., ...}``. Under the name "traced" it writes what :mod:`traced`
 finds.
 """
 
@@ -24,6 +24,7 @@ import order
 import torch
 import traced
 from cases import DTYPES, Case, error, guarded, reference, spread
+from compat import patch_interpreter
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
@@ -156,6 +157,7 @@ def answer(job: dict[str, Any], folder: Path) -> list[dict[str, float]]:
 def main() -> None:
     """Answer standard input."""
     torch.set_num_threads(1)
+    patch_interpreter()
     asked = json.load(sys.stdin)
     answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +167,7 @@ def main() -> None:
                 answers[name] = traced.run()
             else:
                 answers[name] = [answer(job, Path(folder)) for job in jobs]
-    json.dump(answers, sys.stdout)
+    Path(sys.argv[1]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start ``interpret.py``, wait for its answers, and judge them."""
+"""Start ``interpret.py``, wait for its results, and judge them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,37 @@ DECODES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def start(jobs: dict[str, list[dict[str, Any]]]) -> subprocess.Popen[str]:
-    """Begin ``interpret.py`` in the background."""
-    child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("interpret.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(jobs))
-    child.stdin.close()
-    child.stdin = None  # or communicate() would try to close it again
-    return child
+class Child:
+    """``interpret.py`` at work in the background.
 
+    Its results come in a file: libraries print to standard output.
+    """
 
-def finish(child: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait, and give the answers by name."""
-    answer = child.communicate()[0]
-    assert child.returncode == 0, "the interpreter failed; its traceback is above"
-    return json.loads(answer)
+    def __init__(self, jobs: dict[str, list[dict[str, Any]]]) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.results = Path(self.folder.name) / "results.json"
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("interpret.py")), str(self.results)],
+            stdin=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(jobs))
+        self.process.stdin.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait, and give the results by name."""
+        code = self.process.wait()
+        assert code == 0, "the interpreter failed; its traceback is above"
+        return json.loads(self.results.read_text())
+
+    def kill(self) -> None:
+        """End it, where it is not at its end already."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.folder.cleanup()
 
 
 def job(

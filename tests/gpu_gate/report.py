@@ -12,7 +12,7 @@ from typing import Any
 
 import roofline
 from cases import BACKWARD_LIMIT, EXHAUSTIVE, FORWARD_LIMIT, QUICK
-from interpreter import DECODES, finish, job, mutation_jobs, start, too_large
+from interpreter import DECODES, Child, job, mutation_jobs, too_large
 from mutations import MUTATIONS
 from offline import ARCHS, FUNCTIONS, SHARED_LIMIT, WIDTHS, Compiled, compile_kernel
 
@@ -88,13 +88,13 @@ def main() -> None:
     child = None
     if {"numerics", "mutations"} & set(names):
         jobs = {"quick": [job(QUICK, DECODES)], "mutated": mutation_jobs()}
-        child = start({**jobs, "exhaustive": [job(EXHAUSTIVE)]})
+        child = Child({**jobs, "exhaustive": [job(EXHAUSTIVE)]})
     if "compiled" in names:
         write("compiled", compiled())
     if "roofline" in names:
         write("roofline", roofline.table())
     if child is not None:
-        answers = finish(child)
+        answers = child.finish()
         write("numerics", numerics(answers))
         write("mutations", mutations(answers))
 

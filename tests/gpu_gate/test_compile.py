@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+import triton
 from offline import (
     ARCHS,
     FUNCTIONS,
@@ -25,9 +26,15 @@ from bd3lm.model.attention.triton.tuning import Kernel
 TABLES = [arch for arch in ARCHS if arch not in TABLE]
 
 
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+# The shipped tiles leave dK and dV one to a few registers; older Tritons need those. Tiles that
+# spill nowhere with them give up prefetching, which costs more than these instructions.
+SPILLS_ALLOWED = 16 if OLD_TRITON else 0
+
+
 def check(kernel: Kernel, arch: str, width: int, compiled: Compiled) -> None:
     """What every chosen launch has to be."""
-    assert compiled.spills == 0
+    assert compiled.spills <= (SPILLS_ALLOWED if kernel == "keys" else 0)
     assert compiled.shared <= SHARED_LIMIT[arch]
     # A warp group's instruction takes 64 rows. A decoding tile has 16, and dK and dV of a wide
     # head leave no registers for more than 32.
@@ -46,6 +53,11 @@ def check(kernel: Kernel, arch: str, width: int, compiled: Compiled) -> None:
 )
 def test_width_64(kernel: Kernel, arch: str) -> None:
     check(kernel, arch, 64, compile_kernel(kernel, arch, 64))
+
+
+def test_no_kernel_spills_on_hopper_with_any_triton() -> None:
+    """The table's width of 64 is that of the presets, and sm_90 the part it is tuned for first."""
+    assert compile_kernel("keys", "sm_90", 64).spills == 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3lm.errors import ConfigError
-from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, attend, choose, flash
+from bd3lm.model.attention import (
+    AUTO,
+    BACKENDS,
+    BlockMask,
+    CachedMask,
+    attend,
+    choose,
+    flash,
+    flex,
+)
 from bd3lm.model.attention.dynamo import MARK, fixed_while_compiling
 from bd3lm.model.attention.flex import TILE, tile_coverage
 from bd3lm.model.attention.triton.ranges import queries_of_keys
@@ -248,21 +257,65 @@ def test_flash_is_handed_what_dense_computes(
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
 
-def test_on_a_gpu_auto_tries_ours_then_flex_then_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def triton_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = BACKENDS["triton"]._replace(available=lambda: True)
+    monkeypatch.setitem(BACKENDS, "triton", there)
+
+
+@pytest.mark.usefixtures("triton_there")
+def test_on_a_gpu_auto_trains_with_flex_then_triton_then_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     mask = MASKS["training"]
     with FakeTensorMode(), torch.device("cuda"):
-        qkv = [torch.empty(1, 2, mask.num_queries, 64, dtype=torch.bfloat16) for _ in range(3)]
-        for gone in ("", "triton", "flex"):
+        shape = 1, 2, mask.num_queries, 64
+        qkv = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        for gone, expected in (("", "flex"), ("flex", "triton"), ("triton", "dense")):
             if gone:
                 left = BACKENDS[gone]._replace(available=lambda: False)
                 monkeypatch.setitem(BACKENDS, gone, left)
-            else:
-                there = BACKENDS["triton"]._replace(available=lambda: True)
-                monkeypatch.setitem(BACKENDS, "triton", there)
-            found = choose(*qkv, mask)
-            expected = {"": "triton", "triton": "flex", "flex": "dense"}[gone]
-            assert found is BACKENDS[expected]
+            assert choose(*qkv, mask) is BACKENDS[expected]
         assert AUTO["cpu"] == ("rust", "dense")
+
+
+@pytest.mark.usefixtures("triton_there")
+def test_on_a_gpu_auto_decodes_with_triton() -> None:
+    """FlexAttention compiles for seconds for every shape, and decoding has a new one a block."""
+    with FakeTensorMode(), torch.device("cuda"), torch.inference_mode():
+        q = torch.empty(1, 2, 4, 64, dtype=torch.bfloat16)
+        k = torch.empty(1, 2, 28, 64, dtype=torch.bfloat16)
+        prefix = torch.empty(1, 2, 28, 64, dtype=torch.bfloat16)
+        end = torch.empty(1, 4, dtype=torch.int32)
+        assert choose(q, k, k, BlockMask.clean(28, 4, first=24)) is BACKENDS["triton"]
+        assert choose(prefix, k, k, BlockMask.clean(28, 4)) is BACKENDS["triton"]
+        assert choose(q, k, k, CachedMask(end)) is BACKENDS["triton"]
+        odd = torch.empty(1, 2, 56, 80, dtype=torch.bfloat16)
+        assert choose(odd, odd, odd, BlockMask.training(28, 4)) is BACKENDS["triton"]
+
+
+def test_flex_compiles_every_shape_once_and_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After eight recompilations of one function PyTorch runs it uncompiled, without a word."""
+    compiled: list[tuple[bool, ...]] = []
+
+    def count(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        sizes = [x for x in examples if not isinstance(x, Tensor)]
+        compiled.append(tuple(isinstance(x, torch.SymInt) for x in sizes))
+        return graph.forward
+
+    monkeypatch.setattr(flex, "COMPILER", count)
+    flex._compiled.cache_clear()
+    masks = [BlockMask.training(n, s) for n in range(16, 28) for s in (1, 4)]
+    masks += [BlockMask.training(33, 4, DOCUMENTS), BlockMask.training(33, 4, DOCUMENTS.clone())]
+    shapes = {mask.shape[0]: None for mask in masks}
+    for _ in range(2):
+        for mask in masks:
+            attend(*inputs(mask, grad=False), mask, backend="flex")
+        assert len(compiled) == len(shapes)
+    assert not any(map(any, compiled)), "shapes are static"
+    flex._compiled.cache_clear()
 
 
 def test_masks_made_in_inference_mode_serve_training() -> None:

@@ -16,7 +16,7 @@ from bd3lm.evaluate import count_statistics, evaluate_likelihood, nelbo_variance
 from bd3lm.evaluate.draws import exact_draws
 from bd3lm.evaluate.variance import CountStatistics, clip_candidates
 from bd3lm.systems import BlockDiffusion, build_system
-from bd3lm.systems.learned_noise import CountLaw, fitted, rarity_exponents
+from bd3lm.systems.learned_noise import CountDistribution, fitted, rarity_exponents
 from tests.conftest import MASK_ID, tiny_model, token_arrays
 
 SCHEDULES = {
@@ -321,7 +321,7 @@ def test_the_law_is_learned_from_the_losses_of_training():
                 seen[:, count] += ((value / max(count, 1)) ** 2, 1.0)
             assert (spec is system.noise(step + 1)) or step == 49
             system.update_noise_after_step(step + 1)
-    law = system.state()["law"]["probs"]
+    law = system.state()["counts"]["probs"]
     np.testing.assert_allclose(law, fitted(seen[0, 1:], seen[1, 1:]), rtol=1e-4)
     again = BlockDiffusion(S, MASK_ID, cfg)
     again.load_state(json.loads(json.dumps(system.state())))
@@ -332,12 +332,12 @@ def test_the_law_is_learned_from_the_losses_of_training():
 
 
 def test_counts_that_were_never_seen_get_the_mean():
-    law = CountLaw(3)
-    assert not law.update_noise_after_step(50)
-    law.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
-    assert not law.update_noise_after_step(49)
-    assert law.update_noise_after_step(50)
-    assert law.probs == pytest.approx([1 / 3] * 3)
+    counts = CountDistribution(3)
+    assert not counts.update_noise_after_step(50)
+    counts.observe(torch.tensor([2.0, 4.0]), torch.tensor([0, 4]), 2)
+    assert not counts.update_noise_after_step(49)
+    assert counts.update_noise_after_step(50)
+    assert counts.probs == pytest.approx([1 / 3] * 3)
 
 
 # --- rarity ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from bd3lm.config.check import check
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Transformer; enough to describe the paper's DiT and a Llama or Qwen3."""
+    """Shape of the Transformer: the DiT of the BD3-LM paper, or a Llama-like decoder."""
 
     width: int = 256
     """D, features of the residual stream."""

@@ -11,11 +11,11 @@ from bd3lm.config.names import ScheduleName, WeightingName
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """How training batches are noised: MATH §2 (schedules), §3 (weightings), §4 (estimators)."""
+    """Noise of training batches (docs/math.md §2 schedules, §3 weightings, §4 estimators)."""
 
     estimator: Literal["count", "bernoulli", "full"] = "count"
-    """count: draw the number of masked tokens of each block (MATH §4.2, least variance);
-    bernoulli: a noise level and independent masks (the paper's); full: mask everything."""
+    """count: draw the number of masked tokens of each block, for least variance; bernoulli: draw a
+    noise level and independent masks, as the BD3-LM paper does; full: mask every token."""
     schedule: ScheduleName = "loglinear"
     """Mask probability p(t). `count` without a clip is the same for every schedule."""
     clip: tuple[float, float] | None = None
@@ -25,23 +25,23 @@ class NoiseConfig:
     mu: float = 0.5
     """gaussian, bimodal_gaussian: mean of the (first) component."""
     sigma: float = 0.2
-    """gaussian, bimodal_gaussian: deviation of the (first) component; the paper is silent."""
+    """gaussian, bimodal_gaussian: standard deviation of the (first) component."""
     mu2: float = 0.8
-    """bimodal_gaussian: mean of the second component; the paper is silent."""
+    """bimodal_gaussian: mean of the second component."""
     sigma2: float = 0.2
-    """bimodal_gaussian: deviation of the second component; the paper is silent."""
+    """bimodal_gaussian: standard deviation of the second component."""
     mixture: float = 0.6
     """bimodal_gaussian: weight of the first component."""
     paper_weights: bool = False
-    """bimodal_gaussian: the paper's Eq. 5-7 literally, which count the bound twice; training with
-    bernoulli and no clip only."""
+    """bimodal_gaussian: use Eq. 5-7 of the reproduction as printed, which count the bound twice.
+    Only for training with bernoulli and without a clip."""
     clip_search: bool = False
-    """At every validation, go on with the clip under which this estimator's NELBO varies least
-    between blocks (MATH §6)."""
+    """At each validation, switch to the clip with the lowest variance of the NELBO between
+    blocks."""
     fit_counts: bool = False
-    """count: learn q(k) from the training losses, for least variance (MATH §6)."""
+    """count: fit the distribution of masked counts to the training losses, for least variance."""
     frequency_gap: float = 0.0
-    """bernoulli: mask rare tokens more often: the exponent of the mask probability falls from
+    """bernoulli: mask rare tokens more often. The exponent of the mask probability falls from
     1 + gap for the commonest to 1 - gap for the rarest token of the training data. 0: off."""
     weighting: WeightingName = "nelbo"
     """Loss reweighting while training; likelihoods always use nelbo."""

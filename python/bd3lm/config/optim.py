@@ -33,7 +33,7 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     ema_decay: float = 0.9999
-    """Weight average: min(decay, (1+n)/(10+n)) after n steps (MATH §1)."""
+    """Decay of the weight average; min(decay, (1+n)/(10+n)) after n steps."""
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", self.lr, "greater than 0")

@@ -9,7 +9,7 @@ from bd3lm.config.check import check
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sampling (MATH §8)."""
+    """Settings of the sampler (docs/math.md §8)."""
 
     num: int = 1
     """Samples of each prompt."""
@@ -17,24 +17,24 @@ class SampleConfig:
     """Largest number of tokens, prompt and BOS included. None: the trained length."""
     steps: int | None = None
     """None: first hitting, one forward a token. N: ancestral sampling on a grid of N levels a
-    block; sedd needs one and takes seq_len where nothing is said."""
+    block; sedd always samples on a grid, by default of seq_len levels."""
     tokens_per_forward: int = 1
-    """First hitting: tokens revealed by one forward. More than 1 is faster and no longer exact:
-    the tokens of one forward do not see each other."""
+    """First hitting: tokens that one forward reveals. More than 1 is faster and not exact, because
+    tokens of one forward do not see each other."""
     threshold: float | None = None
-    """Parallel decoding: each forward also reveals every position whose top probability is at
-    least this. 1 is plain first hitting."""
+    """Parallel decoding: each forward also reveals every position whose most probable token has at
+    least this probability. 1 is plain first hitting."""
     entropy_bound: float | None = None
-    """Parallel decoding: each forward also reveals positions from the surest on, while the
-    entropies of all but the least sure add up to at most this many nats."""
+    """Parallel decoding: each forward also reveals the positions of lowest entropy, as long as
+    their entropies without the largest sum to at most this many nats."""
     top_p: float = 0.9
-    """Nucleus; 1 samples from the whole distribution."""
+    """Nucleus sampling; 1 samples from the whole distribution."""
     top_k: int | None = None
     """Only the k most probable tokens. None: all."""
     temperature: float = 1.0
     """0 is greedy."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens the row already holds, multiplies the negative ones."""
+    """Divides positive logits of tokens already in the row, multiplies negative ones; 1: off."""
     forbidden: tuple[int, ...] = ()
     """Token ids that are never drawn."""
     seed: int = 1
@@ -74,5 +74,5 @@ class SampleConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether what the model says decides how many tokens a forward reveals."""
+        """Whether the model decides how many tokens a forward reveals."""
         return self.threshold is not None or self.entropy_bound is not None

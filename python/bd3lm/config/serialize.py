@@ -42,7 +42,7 @@ def changed(config: T, settings: Mapping[str, Any]) -> T:
     values = {}
     for name, value in settings.items():
         kind = type(config).__name__
-        check(name in known, name, value, f"not a setting of {kind}: {', '.join(sorted(known))}")
+        check(name in known, name, value, f"a setting of {kind}: one of {', '.join(sorted(known))}")
         part = getattr(config, name)
         nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
         values[name] = changed(part, value) if nested else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -31,10 +32,19 @@ class Prefetcher:
         loader: makes the batches.
         steps: of the run; nothing is made for later ones unless it is asked for.
         parts: micro-batches of a step.
+        on_start: called in the thread before its first batch, or None. A thread has a current
+            CUDA device of its own, and page-locked memory belongs to that device.
     """
 
-    def __init__(self, loader: Loader, steps: int, parts: int = 1) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        steps: int,
+        parts: int = 1,
+        on_start: Callable[[], None] | None = None,
+    ) -> None:
         self._loader, self._steps, self._parts = loader, steps, parts
+        self._on_start = on_start
         self._made: deque[_Made] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
@@ -63,7 +73,9 @@ class Prefetcher:
 
     def _begin(self, step: int, spec: NoiseSpec) -> None:
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="bd3lm-prefetch")
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="bd3lm-prefetch", initializer=self._on_start
+            )
         self._made.append(_Made(step, spec, self._thread.submit(self._make, step, spec)))
 
     def _make(self, step: int, spec: NoiseSpec) -> list[Batch]:

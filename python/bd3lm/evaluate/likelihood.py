@@ -26,6 +26,7 @@ from bd3lm.evaluate.orders import (
 )
 from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.systems import System
 
 
@@ -240,6 +241,7 @@ def _orders(scorer: RowScorer, measure: Measure, keys: NDArray[np.uint64]) -> Ro
 
 
 @torch.no_grad()
+@adaptive_waiting()
 def evaluate_likelihood(
     system: System,
     model: Transformer,

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits and its gradient in one go, in the logits' own memory."""
+"""Cross-entropy of logits and its gradient, computed in place."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ def cross_entropy_(
     mask_id: int,
     d_bias: Tensor | None,
 ) -> Tensor:
-    """−log p of the targets, the mask token excluded (MATH §5); overwrites the logits.
+    """Compute −log p of the targets; the mask token has probability zero (docs/math.md §5).
 
-    On the CPU a Rust kernel keeps each row in the cache, where separate operations would go
-    through memory for each of them.
+    Overwrites the logits. On the CPU a Rust kernel processes one row at a time in the cache.
 
     Args:
         logits: [R, V], contiguous; with ``weight``, replaced by weight·(softmax − one-hot).
         bias: [V], added to them first; or None.
         target: true ids, int64 [R], never ``mask_id``.
-        weight: float32 [R], or None where no gradient is wanted.
+        weight: float32 [R], or None if no gradient is needed.
         mask_id: the id whose probability is zero.
         d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
 
@@ -60,7 +59,7 @@ def composed_cross_entropy_(
     mask_id: int,
     d_bias: Tensor | None,
 ) -> Tensor:
-    """The same by PyTorch's own operations, on any device and in any dtype."""
+    """Compose :func:`cross_entropy_` of PyTorch operations, on any device and in any dtype."""
     if bias is not None:
         logits.add_(bias)
     logits[:, mask_id] = -torch.inf

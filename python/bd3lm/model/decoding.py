@@ -53,7 +53,17 @@ class DecodeStep:
 
         Returns:
             [M, V]; the next call of these shapes may overwrite it.
+
+        Raises:
+            ValueError: positions past the cache's capacity. On a GPU they would be written out of
+                bounds, which no later call of the process survives.
         """
+        end = self.cache.length + ids.shape[1]
+        if end > self.cache.capacity:
+            raise ValueError(
+                f"{ids.shape[1]} positions after {self.cache.length} cached ones need a capacity "
+                f"of {end}; the cache's is {self.cache.capacity}"
+            )
         shape = (*ids.shape, *select.shape)
         if shape not in self._forwards:
             self._forwards[shape] = StaticForward(self, ids, select, sigma)

@@ -1,7 +1,4 @@
-"""What a training step costs in floating-point operations, and what the machine could do.
-
-Their quotient over the time is the model FLOPs utilization (MFU).
-"""
+"""Model FLOPs utilization (MFU): operations of a training step, and peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -9,18 +6,18 @@ import time
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from bd3lm.config import TrainConfig
 
 
 def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
-    """Floating-point operations of one step, forward and backward, by counting products.
+    """Count the floating-point operations of one step, forward and backward.
 
-    A multiplication and an addition are two; the backward pass costs twice the forward one. What
-    is counted is what has to be computed: of the attention's pairs only those that see each
-    other, of the clean stream all but its last block, in the last layer only its keys and values,
-    and there and in the output head only positions whose token is predicted (half of them under
-    loglinear levels). Norms, rotations and adaLN are left out.
+    A multiply-add counts as two; the backward pass costs twice the forward pass. Only necessary
+    work counts: unmasked pairs of the attention; the clean stream without its last block, and of
+    its last layer only keys and values; in the last layer and the output head only predicted
+    positions (half of them under loglinear levels). Norms, rotations and adaLN are left out.
 
     Args:
         cfg: the run.
@@ -45,28 +42,56 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     return 6.0 * cfg.batch_size * (products + attention)
 
 
-PEAK_SIZE = 1024
-"""Rows and columns of the square product whose speed is the peak."""
+CPU_PEAK_SIZE = 1024
+"""Rows and columns of the square product whose speed is a CPU's peak."""
+CUDA_PEAK_SIZE = 8192
+"""The same on a GPU, where a product of 1024 takes less time than its launch."""
+DATA_SHEET = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "L40S": 362e12}
+"""Dense bf16 operations a second with float32 sums, of NVIDIA's data sheets for the SXM (A100,
+H100, H200) and PCIe cards, by a part of the device's name."""
 
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second of the best of a few large matrix products there.
+    """Peak speed of the device, in floating-point operations a second.
 
-    Measured once a process, in a fraction of a second; a machine that is busy meanwhile looks
-    slower than it is.
+    For bf16 on a GPU of :data:`DATA_SHEET` it is the data sheet's figure, which the field divides
+    by. Otherwise it is the best of a few large matrix products, measured once a process in a
+    fraction of a second. On a busy machine that figure is too low.
 
     Args:
-        device: where.
+        device: the device.
         dtype: of the factors.
-        threads: PyTorch's, to measure again after a change.
+        threads: PyTorch's thread count; a new count is measured again.
     """
     assert device.type != "cpu" or threads == torch.get_num_threads()
-    a, b = (torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = data_sheet_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
+    size = CUDA_PEAK_SIZE if device.type == "cuda" else CPU_PEAK_SIZE
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     with torch.inference_mode():
-        for _ in range(10):
-            begun = time.perf_counter()
-            (a @ b)[0, 0].item()  # waits for the device
-            best = min(best, time.perf_counter() - begun)
-    return 2 * PEAK_SIZE**3 / best
+        best = min(_product_seconds(a, b) for _ in range(10))
+    return 2 * size**3 / best
+
+
+def data_sheet_peak(name: str) -> float | None:
+    """Peak of a device by its name, or None; PCIe variants of the SXM cards are not known."""
+    if "PCIe" in name or "PCIE" in name:
+        return None
+    return next((peak for part, peak in DATA_SHEET.items() if part in name), None)
+
+
+def _product_seconds(a: Tensor, b: Tensor) -> float:
+    """Time of one product; on a GPU between events, so that neither launch nor copy counts."""
+    if not a.is_cuda:
+        begun = time.perf_counter()
+        (a @ b)[0, 0].item()
+        return time.perf_counter() - begun
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    a @ b
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,9 +1,9 @@
-"""What stands between the products of a layer, in one pass over memory each.
+"""Fused ops between the matrix multiplications of a layer: bias, activation, dropout, norm, rotary.
 
-On the CPU these are Rust kernels: a bias is added on the way of what follows its product, heads are
-split and rotated at once, norms give the products their own precision, and the backward pass keeps
-no mask, no activation and no copy that it can make again on its way. Elsewhere, and under
-``torch.compile``, PyTorch's own operations do the same.
+On the CPU they are Rust kernels of one pass over memory each. A bias is added by the op that
+follows its product, heads are split and rotated in one pass, and norms write the dtype of the next
+product. The backward pass recomputes masks and activations instead of saving them. Elsewhere, and
+under ``torch.compile``, the same ops are composed of PyTorch's own.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def on_cpu(*tensors: Tensor) -> bool:
-    """Whether the kernels take these now."""
+    """Whether the CPU kernels take these tensors now."""
     return not torch.compiler.is_compiling() and all(
         x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors
     )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a product of ``x`` is computed in: autocast's dtype where it is on."""
+    """Dtype of a product of ``x``: autocast's if it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def activated(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """f(``x`` + ``bias``).
+    """Compute f(``x`` + ``bias``).
 
     Args:
         x: [..., W].
-        bias: [W], or None where it is in ``x`` already.
+        bias: pending bias [W], or None.
         activation: ``gelu`` (tanh-approximated) or ``relu2``, max(x, 0)².
     """
     if on_cpu(x) and not torch.is_grad_enabled():
@@ -50,13 +50,13 @@ def activated(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 
 
 def activated_linear(x: Tensor, bias: Tensor | None, weight: Tensor, activation: str) -> Tensor:
-    """Product of :func:`activated` with a matrix, on the CPU.
+    """Multiply :func:`activated` by a matrix, on the CPU.
 
-    The backward pass keeps ``x`` alone and computes f again on its way.
+    Only ``x`` is saved for the backward pass, which recomputes f.
 
     Args:
         x: [..., W].
-        bias: [W], or None where it is in ``x`` already.
+        bias: pending bias [W], or None.
         weight: [D, W].
         activation: f.
 
@@ -67,15 +67,15 @@ def activated_linear(x: Tensor, bias: Tensor | None, weight: Tensor, activation:
 
 
 def dropout_add(h: Tensor, x: Tensor, bias: Tensor | None, p: float) -> Tensor:
-    """``h`` + dropout(``x`` + ``bias``): what is kept is scaled by 1/(1-p).
+    """Compute ``h`` + dropout(``x`` + ``bias``); kept elements are scaled by 1/(1-p).
 
-    Which numbers are kept is a function of one draw from PyTorch's generator and of their place.
+    The dropout mask is a function of one draw from PyTorch's generator and of the position.
 
     Args:
-        h: float32 on the CPU, to be fast.
-        x: of the shape of ``h`` [..., D], float32 or bf16.
-        bias: [D], or None where it is in ``x`` already.
-        p: probability of dropping a number, in [0, 1).
+        h: [..., D]; float32 takes the CPU kernel.
+        x: shaped as ``h``, float32 or bf16.
+        bias: pending bias [D], or None.
+        p: probability of dropping an element, in [0, 1).
     """
     if on_cpu(h, x) and h.dtype == torch.float32:
         return _DropoutAdd.apply(h, x, _bias(bias, x.shape[-1]), p)
@@ -87,10 +87,10 @@ def dropout_add(h: Tensor, x: Tensor, bias: Tensor | None, p: float) -> Tensor:
 def normalised(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm or RMSNorm of the last axis, and ``x`` itself for what goes on beside it.
+    """Normalise the last axis; return ``(x, norm(x))``.
 
-    The gradients of the two are added in one pass. On the CPU the norm of float32 is in the dtype
-    that products are computed in.
+    The backward pass adds the gradients of both in one pass. On the CPU the norm of float32 has
+    the dtype of the next product.
 
     Args:
         x: [..., D].
@@ -119,13 +119,13 @@ def projected_heads(
     rope: tuple[Tensor, Tensor],
     head: int,
 ) -> list[Tensor]:
-    """Heads of parts of a product, rotated by the angles of their positions where asked to.
+    """Multiply by a matrix, split the product into heads and rotate some of them.
 
     Args:
         x: [B, T, K].
         weight: [D, K].
-        widths: features of every part, D in all.
-        turned: whether a part is rotated.
+        widths: features of every part; their sum is D.
+        turned: whether each part is rotated.
         rope: cosines and signed sines, float32 [T, Dh] (:meth:`bd3lm.model.layers.Rotary.table`).
         head: Dh.
 
@@ -140,13 +140,14 @@ def projected_heads(
 def split_heads(
     x: Tensor, widths: list[int], turned: list[bool], rope: tuple[Tensor, Tensor], head: int
 ) -> list[Tensor]:
-    """As :func:`projected_heads`, given the product."""
-    parts = [part.unflatten(-1, (-1, head)) for part in x.split(widths, dim=-1)]
+    """Split a product into heads and rotate some of them; see :func:`projected_heads`."""
+    # Not unflatten: under a device context PyTorch 2.11 cannot trace it.
+    parts = [part.view(*part.shape[:-1], -1, head) for part in x.split(widths, dim=-1)]
     return [rotate(part, rope) if turn else part for part, turn in zip(parts, turned, strict=True)]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate heads [B, T, H, Dh] by the angles of their positions: halves against each other."""
+    """Rotate heads [B, T, H, Dh] by the angles of their positions (two halves, NeoX style)."""
     if on_cpu(x):
         return _Rotated.apply(x, *rope)
     cos, sin = (table[:, None].to(x.dtype) for table in rope)  # [T, 1, Dh]
@@ -154,7 +155,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def add_to(total: Tensor, x: Tensor, *, first: bool) -> None:
-    """``total`` += ``x``, or ``total`` = ``x`` if it is the ``first``; float32 and either dtype."""
+    """Add ``x`` (float32 or bf16) to ``total`` (float32); if ``first``, copy it."""
     if on_cpu(total, x):
         _core.add_to(flat(total), flat(x), first, kernel_threads())
     elif first:
@@ -164,15 +165,15 @@ def add_to(total: Tensor, x: Tensor, *, first: bool) -> None:
 
 
 def flat(x: Tensor) -> NDArray[Any]:
-    """The numbers of a contiguous tensor where they are; bf16 as its bits."""
+    """NumPy view of a contiguous tensor, flattened; bf16 as int16 bits."""
     bits = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
     return bits.detach().view(-1).numpy()
 
 
 def row(x: Tensor) -> NDArray[Any]:
-    """A float32 copy of a short parameter.
+    """Float32 copy of a short parameter, as NumPy.
 
-    What NumPy has seen of a parameter itself could not be freed by FSDP any more.
+    A copy, because FSDP cannot free a parameter's storage while a NumPy view of it exists.
     """
     return flat(x.detach().float().clone())
 
@@ -188,7 +189,7 @@ def _activated(x: Tensor, bias: Tensor, activation: str) -> Tensor:
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """max(x, 0)² with a gradient of two passes over memory, where autograd's own takes five."""
+    """Squared ReLU whose backward pass reads memory twice instead of five times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

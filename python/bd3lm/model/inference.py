@@ -1,10 +1,10 @@
-"""A model as decoding wants it: what never changes is worked out once, not once a forward.
+"""Prepare a model for inference: fold constants and prepack matrices.
 
-What comes out is the same :class:`Transformer`, to be run and not to be trained: adaLN that is told
-no noise level is a constant, so it goes into the norms and the last matrix of each branch; on the
-CPU every linear layer keeps its matrix as the Rust kernel reads it, which for a few rows is several
-times faster than a general matrix product; and there, through a cache, a block is one call before
-attention and one after it.
+The result is a :class:`Transformer` that computes the same function and cannot be trained. adaLN
+without time conditioning is constant, so it is folded into the norms and the last matrix of each
+branch. On the CPU the matrices of linear layers are prepacked for a Rust kernel, which is several
+times faster than a general product for a few rows. With a KV cache, a block on the CPU is one Rust
+call before attention and one after it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bd3lm.model.transformer import Block, Transformer, one_modulation
 @torch.inference_mode(False)
 @torch.no_grad()
 def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A copy of a model that computes the same function faster.
+    """Copy a model into a form that computes the same function faster.
 
     Args:
-        model: left as it is.
-        dtype: of the matrices of linear layers on the CPU, float32 or bfloat16; with bfloat16 the
-            activations that meet them are rounded too, and sums, everything else and the logits are
-            float32. Other devices have autocast for that, and keep the weights as they are.
+        model: is not changed.
+        dtype: of the matrices of linear layers on the CPU, float32 or bfloat16. With bfloat16
+            their inputs are rounded too; sums, everything else and the logits stay float32. Other
+            devices keep their weights and use autocast.
 
     Raises:
         ConfigError: bfloat16 on a CPU without bf16 products, or another dtype.
@@ -55,9 +55,9 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU that forgets the matrix in the layout it was trained in.
+    """Linear layer on the CPU with a prepacked matrix.
 
-    A row comes out the same, bit for bit, whatever the number of rows beside it.
+    A row of the output is bitwise independent of the number of rows.
     """
 
     def __init__(self, linear: nn.Linear, bf16: bool) -> None:
@@ -68,17 +68,17 @@ class PackedLinear(nn.Module):
         self.packed = _core.PackedLinear(weight, bias, linear.in_features, bf16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to float32 [..., N]."""
+        """Map [..., K] to float32 [..., N]."""
         out = torch.empty(*x.shape[:-1], self.outputs)
         self.packed.apply(flat(x.float().contiguous()), flat(out), kernel_threads())
         return out
 
 
 class PackedBlock(nn.Module):
-    """A block without conditioning on the CPU; what does not go through a cache it leaves to it.
+    """Runs cached forwards of a block in Rust; other calls go to the wrapped :class:`Block`.
 
     Args:
-        block: its linear layers are packed.
+        block: without conditioning; its linear layers are prepacked.
     """
 
     def __init__(self, block: Block) -> None:
@@ -106,7 +106,7 @@ class PackedBlock(nn.Module):
         cond: Tensor | None,
         **how: Any,
     ) -> Tensor:
-        """As :meth:`Block.forward`."""
+        """Run the layer; see :meth:`Block.forward`."""
         through_cache = isinstance(how.get("cache"), KVCache) and "past" not in how
         if not through_cache or how.get("queries"):
             return self.block(h, mask, rope, cond, **how)
@@ -171,7 +171,7 @@ def _pack(module: nn.Module, bf16: bool) -> None:
 
 
 def _fold_conditioning(model: Transformer) -> None:
-    """norm(x)·(1 + scale) + shift is a norm of another weight and a bias; gates scale a matrix."""
+    """Fold adaLN: scale and shift into weight and bias of the norms, gates into a matrix."""
     cond = model.condition(None, 1)
     assert cond is not None
     for block in model.blocks:

@@ -29,12 +29,12 @@ class Norm(nn.Module):
     ) -> Tensor:
         """Normalise the last axis, then ``x * (1 + scale) + shift`` where there is adaLN.
 
-        A modulation of one row [..., 1, D] goes into the weight, which costs nothing.
+        A modulation of one row [..., 1, D] is folded into the weight.
         """
         return self.fork(x, shift, scale)[1]
 
     def fork(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``x``, for what goes on beside the norm, and what :meth:`forward` gives."""
+        """Return ``(x, norm(x))``; the gradients of both are added in one pass."""
         weight, bias = self.weight, self.bias
         if shift is None or scale is None:
             return normalised(x, weight, bias, self.kind, self.eps)
@@ -48,7 +48,7 @@ class Norm(nn.Module):
 class Rotary:
     """Rotary position embedding, rotating the two halves of each head against each other.
 
-    The tables grow on demand and are kept per device, in float32: bf16 angles lose the
+    Tables grow on demand and are cached per device in float32, because bf16 angles lose the
     position of distant tokens.
     """
 
@@ -62,8 +62,8 @@ class Rotary:
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [length, Dh] of positions 0 .. length-1.
 
-        Both halves of a head have the same angles; the sign of the first half's sine is turned,
-        so that a rotation is ``x * cos + swapped(x) * sin``.
+        Both halves of a head have the same angles. The sine of the first half is negated, so that
+        a rotation is ``x * cos + swap_halves(x) * sin``.
         """
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
@@ -84,17 +84,17 @@ def linear_parts(
     activation: str | None = None,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``gate * linear(f(x + before))`` in two parts, the sum of which it is.
+    """Compute ``gate * linear(f(x + before))``; return ``(out, pending_bias)``.
 
-    On the CPU the second is the bias, for the next operation to add on its way; elsewhere it is in
-    the product, and None.
+    On the CPU the next fused operation adds ``pending_bias``. Elsewhere the product includes the
+    bias, and ``pending_bias`` is None.
 
     Args:
-        linear: the layer, or what it was packed into for inference.
+        linear: the layer, or its packed form for inference.
         x: [..., K].
-        gate: of one row [..., 1, D], which goes into the smaller of the factors, or of all.
+        gate: of one row [..., 1, D], folded into the smaller factor, or of every row.
         activation: f (:func:`bd3lm.model.fused.activated`); None for none.
-        before: a bias [K] that is not in ``x`` yet, where there is an activation.
+        before: the pending bias [K] of ``x``; only with an activation.
     """
     if not isinstance(linear, nn.Linear):
         out = linear(x if activation is None else activated(x, before, activation))
@@ -126,7 +126,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(cfg.hidden, cfg.width, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """[..., D] to [..., D], times ``gate``; in two parts, as :func:`linear_parts`."""
+        """Map [..., D] to [..., D], times ``gate``; returns ``(out, pending_bias)``."""
         h, bias = linear_parts(self.up, x)
         if self.kind != "swiglu":
             return linear_parts(self.down, h, gate, activation=self.kind, before=bias)
@@ -145,7 +145,7 @@ class TimeEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, sigma: Tensor) -> Tensor:
-        """Sigma of any shape [...] to [..., width]."""
+        """Embed sigma of any shape [...] as [..., width]."""
         half = self.FEATURES // 2
         rate = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angle = sigma.float()[..., None] * torch.exp(-math.log(10_000.0) * rate)
@@ -156,12 +156,12 @@ class TimeEmbedding(nn.Module):
 class KVCache:
     """Rotated keys and values of committed positions, preallocated for ``capacity`` of them.
 
-    They are float32, or on CUDA what autocast computes in when the cache is made: the kernels there
-    take queries and keys of one dtype.
+    They are float32. On CUDA they have autocast's dtype at the time the cache is made, because the
+    kernels there take queries and keys of one dtype.
 
     Attributes:
-        length: positions that are filled.
-        capacity: positions that there is room for.
+        length: number of filled positions.
+        capacity: number of positions allocated.
         k: one tensor a layer, [B, Hkv, capacity, Dh].
         v: as ``k``.
     """
@@ -177,7 +177,7 @@ class KVCache:
         if dtype is None:
             cast = device.type == "cuda" and torch.is_autocast_enabled("cuda")
             dtype = torch.get_autocast_dtype("cuda") if cast else torch.float32
-        # A head's keys are neighbours: decoding reads all of them for every token that it writes.
+        # Keys of a head are adjacent, because decoding reads all of them for every token.
         shape = (batch, cfg.num_kv_heads, capacity, cfg.head_width)
         self.capacity = capacity
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
@@ -185,7 +185,7 @@ class KVCache:
         self.length = 0
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put [B, T, Hkv, Dh] after the filled positions of one layer (length moves later)."""
+        """Write [B, T, Hkv, Dh] after the filled positions of one layer; ``length`` stays."""
         end = self.length + k.shape[1]
         self.k[layer][:, :, self.length : end] = k.transpose(1, 2)
         self.v[layer][:, :, self.length : end] = v.transpose(1, 2)
@@ -195,17 +195,17 @@ class KVCache:
         return self.k[layer][:, :, :length], self.v[layer][:, :, :length]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the given rows of the batch, in that order."""
+        """Keep the given rows of the batch, in that order."""
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
 
 
 class CacheAt:
-    """A cache written at positions that stand on the device, and always read as a whole.
+    """A cache written at positions held on the device, and always read as a whole.
 
     Args:
         cache: what is written and read.
-        position: int64 [T], where the next keys and values go.
+        position: positions of the next keys and values, int64 [T].
     """
 
     length = 0
@@ -214,10 +214,10 @@ class CacheAt:
         self.cache, self.position = cache, position
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put [B, T, Hkv, Dh] at the positions of one layer."""
+        """Write [B, T, Hkv, Dh] at the positions of one layer."""
         for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
             kept.index_copy_(2, self.position, new.transpose(1, 2).to(kept.dtype))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """All positions of one layer, [B, Hkv, capacity, Dh], also those not filled."""
+        """All positions of one layer, [B, Hkv, capacity, Dh], unfilled ones included."""
         return self.cache.read(layer, self.cache.capacity)

@@ -29,7 +29,7 @@ from bd3lm.model.layers import (
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each modulated by adaLN where there is a conditioning."""
+    """Pre-norm attention and MLP; adaLN modulates both if there is a conditioning."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Residual branches start closed at their last projection, adaLN gates open."""
+        """Initialise the last projection of each residual branch to zero and adaLN gates to one."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.mlp.down.weight)
         if self.cfg.mlp_bias:
@@ -66,21 +66,21 @@ class Block(nn.Module):
         Args:
             x: normalised residual stream [B, T, D].
             rope: cosines and signed sines of every row [T, Dh].
-            queries: how many of the first rows ask; None for all. With 0 no one uses the queries.
+            queries: number of leading rows that are queries; None: all. 0: queries are unused.
         """
         width, head = self.cfg.width, self.cfg.head_width
-        turn = not self.cfg.qk_norm  # the norms come first
+        turn = not self.cfg.qk_norm  # the norms come before the rotation
         widths, turned = [width, self.kv_width, self.kv_width], [turn, turn, False]
         whole = not queries or queries == x.shape[1]
-        if not isinstance(self.qkv, nn.Linear):  # for inference: its matrix is no tensor
+        if not isinstance(self.qkv, nn.Linear):  # packed for inference: its matrix is not a tensor
             q, k, v = split_heads(self.qkv(x), widths, turned, rope, head)
         elif whole:
             q, k, v = projected_heads(x, self.qkv.weight, widths, turned, rope, head)
         else:
             weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
-            asking = x[:, :queries]
-            angles = _first(rope, asking.shape[1])
-            (q,) = projected_heads(asking, weight_q, widths[:1], turned[:1], angles, head)
+            query_rows = x[:, :queries]
+            angles = _first(rope, query_rows.shape[1])
+            (q,) = projected_heads(query_rows, weight_q, widths[:1], turned[:1], angles, head)
             k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head)
         q = q[:, : queries or None]
         if self.cfg.qk_norm:
@@ -101,19 +101,19 @@ class Block(nn.Module):
         layer: int = 0,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """One layer.
+        """Run one layer.
 
         Args:
             h: residual stream [B, T, D].
-            mask: what each query sees.
+            mask: the keys that each query sees.
             rope: angles of the rows of ``h``.
             cond: conditioning [1, 1, C] or [B, T, C]; None without adaLN.
-            queries: only the first Tq rows ask, the rest only answer; None for all. With 0 the
-                layer does no more than write its keys and values to the cache.
-            select: flat indices into the asking rows [M]; the output is then [M, D].
-            cache: keys and values are written at its length, and read up to there plus T.
+            queries: only the first Tq rows are queries; the rest give keys and values. None: all
+                rows. 0: the layer only writes its keys and values to the cache.
+            select: flat indices into the query rows [M]; the output is then [M, D].
+            cache: written at its length, and read up to its length plus T.
             layer: index into the cache.
-            past: keys and values [B, Hkv, Tp, Dh] that stand after those of ``h``.
+            past: keys and values [B, Hkv, Tp, Dh] that follow those of ``h``.
 
         Returns:
             [B, Tq, D], or [M, D] with ``select``.
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
-    """Shifts, scales and gates; those of one row in float32, for they go into weights."""
+    """Shifts, scales and gates; those of one row are float32, to be folded into weights."""
     if cond.numel() > cond.shape[-1]:
         return ada(cond)
     with torch.autocast(cond.device.type, enabled=False):
@@ -161,9 +161,9 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
 
 
 def wants_last_clean(device: torch.device) -> bool:
-    """Whether the last clean block is computed, though no one sees it.
+    """Whether the last clean block is computed, although no query sees it.
 
-    The kernels for GPUs take streams of one length.
+    GPU kernels need streams of equal length.
     """
     return device.type != "cpu"
 
@@ -174,7 +174,7 @@ def _first(rope: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tensor | None:
-    """Bring a modulation [1, 1, D] or [B, T, D] to the rows that are left after selection."""
+    """Select the rows of a modulation [1, 1, D] or [B, T, D] that remain after selection."""
     if m is None:
         return None
     if m.shape[1] > 1:
@@ -184,12 +184,13 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
 
 
 class Transformer(nn.Module):
-    """A bidirectional-within-blocks Transformer over token ids.
+    """Transformer over token ids, bidirectional within a block and causal over blocks.
 
-    Three ways to run it, all with the same weights: :meth:`denoise` (training: noised and clean
-    streams together), :meth:`encode` (one stream, block-causal, optionally through a cache: full
-    attention, prefill and decoding), and :meth:`denoise_cached` (scoring many noised versions of
-    the same clean rows). Each returns normalised features; :meth:`logits` turns those into scores.
+    It runs in three ways with the same weights. :meth:`denoise` runs the noised and the clean
+    stream together, for training. :meth:`encode` runs one block-causal stream, optionally through
+    a KV cache, for full attention, prefill and decoding. :meth:`denoise_cached` scores many noised
+    versions of the same clean rows. Each returns normalised features, which :meth:`logits` maps to
+    scores; :meth:`forward` does both.
 
     Args:
         cfg: the shape.
@@ -215,7 +216,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start from a uniform prediction; the blocks have initialised themselves."""
+        """Initialise embedding and head so that the prediction is uniform."""
         nn.init.normal_(self.embed.weight, std=0.02)
         if not self.cfg.tied_embeddings:
             nn.init.zeros_(self.head.weight)
@@ -226,7 +227,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.ada.bias)
 
     def use_attention(self, backend: str) -> Transformer:
-        """Compute attention by a named backend from now on (``auto``: the best one there is)."""
+        """Select the attention backend by name; ``auto`` takes the best available one."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.attention = backend
@@ -275,13 +276,13 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """Features of the selected noised positions, given the clean earlier blocks (MATH §7).
+        """Features of noised positions given the clean blocks before them (docs/math.md §7).
 
         Args:
             xt: noised ids [B, L].
             x0: clean ids [B, L].
             block_size: S.
-            select: flat indices b*L+i of the positions asked about [M].
+            select: flat indices b*L+i of the positions to predict [M].
             doc_ids: int32 [B, L]; attention stays inside a document.
             sigma: -log(alpha) of every block [B, K], for time-conditioned models.
 
@@ -316,8 +317,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Block-causal features of one stream; with a cache, of the positions after it.
 
-        ``block_size=L`` is full attention, ``block_size=1`` causal. Keys and values of ``ids``
-        stand in the cache during the call; the first ``commit`` of them stay.
+        ``block_size=L`` is full attention, ``block_size=1`` causal. The call writes the keys and
+        values of ``ids`` to the cache; the first ``commit`` positions stay there.
 
         Args:
             ids: [B, T].
@@ -326,9 +327,9 @@ class Transformer(nn.Module):
                 cache only fills the cache.
             doc_ids: int32 [B, T]; attention stays inside a document (not with a cache).
             cache: keys and values of earlier positions.
-            commit: how many of the T positions to keep in the cache.
-            sigma: -log(alpha) of every block of ``ids``, for time-conditioned models; None
-                means clean (sigma 0).
+            commit: number of the T positions to keep in the cache.
+            sigma: -log(alpha) of every block of ``ids``, for time-conditioned models; None: clean
+                (sigma 0).
 
         Returns:
             Normalised features [B, T, D], or [M, D] with ``select``.
@@ -368,17 +369,17 @@ class Transformer(nn.Module):
         *,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`encode` with a cache whose length is a number on the device.
+        """Run :meth:`encode` with a cache whose length is held on the device.
 
-        No shape, no address and nothing on the host depends on that number, so the work can be
-        recorded once and replayed; the length that the cache itself knows is not read.
+        No shape, address or host value depends on that length, so a CUDA graph of the call can be
+        replayed. ``cache.length`` is not read.
 
         Args:
             ids: [B, T].
             start: int64 [], the number of cached positions, a multiple of S.
             block_size: S.
             select: flat indices b*T+i [M].
-            cache: keys and values of ``ids`` are written behind those of earlier positions.
+            cache: receives the keys and values of ``ids`` after those of earlier positions.
             sigma: as for :meth:`encode`.
 
         Returns:
@@ -409,7 +410,7 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`denoise`, with the clean stream's keys and values already known.
+        """Run :meth:`denoise` with the keys and values of the clean stream read from a cache.
 
         Args:
             xt: noised ids [B, L].
@@ -434,7 +435,7 @@ class Transformer(nn.Module):
         return self._finish(h, cond, None, select)
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """One block; where asked to, all that it computed is forgotten until the backward pass."""
+        """Run one block, with activation checkpointing if ``recompute`` is set."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **options)
         return block(*args, **options)
@@ -453,12 +454,12 @@ class Transformer(nn.Module):
         return self.norm(h, shift, scale)
 
     def condition(self, sigma: Tensor | None, block_size: int, *, clean: int = 0) -> Tensor | None:
-        """Conditioning of every row, [1, 1, C] where it is constant, else [B, T, C].
+        """Conditioning of every row: [1, 1, C] if it is constant, else [B, T, C].
 
         Args:
-            sigma: -log(alpha) of every block [B, K]; None means clean.
+            sigma: -log(alpha) of every block [B, K]; None: clean.
             block_size: S.
-            clean: rows of a clean stream, which follow those of the blocks and see sigma 0.
+            clean: number of rows of a clean stream after those of the blocks; their sigma is 0.
         """
         if self.time is None:
             return None

@@ -1,4 +1,4 @@
-"""Exact categorical draws from a whole vocabulary, from one uniform number a draw (MATH §8)."""
+"""Exact categorical draws over the vocabulary, one uniform number each (docs/math.md §8)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from bd3lm.model.threads import kernel_threads
 def draw(
     logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution, and how probable it was.
+    """Draw one token a row by inverting the cumulative distribution.
 
-    Temperature, then the ``top_k`` most probable tokens, then the nucleus: the smallest set of
-    most probable tokens whose mass reaches ``top_p``; the token that crosses it is kept. Sums are
-    float64 on any device; on the CPU a Rust kernel takes float32 logits, whose exponentials are
-    right to about 1e-7 of themselves, in the tail as at the top.
+    Temperature comes first, then the ``top_k`` most probable tokens, then the nucleus: the
+    smallest set of most probable tokens whose mass reaches ``top_p``, including the token that
+    crosses it. Sums are float64 on every device. On the CPU a Rust kernel takes float32 logits;
+    the relative error of its exponentials is about 1e-7, also in the tail.
 
     Args:
-        logits: of the model itself [R, V]; -inf is never drawn.
+        logits: the model's own [R, V]; -inf is never drawn.
         uniform: float64 [R], in [0, 1).
         cfg: temperature (0 takes the most probable token), top_p, top_k and forbidden.
-        shaped: what is drawn from [R, V]; None: the logits.
+        shaped: penalized logits to draw from [R, V]; None: ``logits``.
 
     Returns:
         Tokens, int64 [R], and their log-probabilities under ``logits``, float64 [R], in nats.
 
     Raises:
-        ConfigError: on the CPU, a row of logits with a NaN, or in which no token is possible.
+        ConfigError: on the CPU, a row with a NaN or without a possible token.
     """
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         return _draw_on_cpu(logits, uniform, cfg, shaped)
@@ -60,7 +60,7 @@ def _draw_on_cpu(
 def composed_draw(
     logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same by PyTorch's own operations, on any device and in any dtype."""
+    """Compose :func:`draw` of PyTorch operations, on any device and in any dtype."""
     source = logits if shaped is None else shaped
     if cfg.forbidden:
         source = source.clone()
@@ -77,12 +77,12 @@ def _choose(logits: Tensor, uniform: Tensor, cfg: SampleConfig) -> Tensor:
     if cfg.top_p >= 1 and cfg.top_k is None:
         return _invert(prob, uniform)
     vocab = prob.shape[-1]
-    # Nothing may be read back here: the whole vocabulary is sorted rather than looked at.
+    # Sort the whole vocabulary: finding the nucleus' size first would need a host wait.
     top, order = prob.topk(min(cfg.top_k or vocab, vocab), dim=-1)
     goal = cfg.top_p * top.sum(-1, keepdim=True)
     before = top.cumsum(dim=-1) - top
     kept = top.masked_fill(before >= goal, 0.0) if cfg.top_p < 1 else top
-    # Back in the order of ids, as the kernel has them.
+    # Back in the order of ids, as in the Rust kernel.
     return _invert(torch.zeros_like(prob).scatter_(1, order, kept), uniform)
 
 
@@ -91,13 +91,13 @@ def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
     cumulative = mass.cumsum(dim=-1)
     goal = uniform[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, goal, right=True).squeeze(1)
-    # Rounding can make the goal equal the total: fall back to the last token with mass.
+    # Rounding can make the goal equal the total: take the last token with mass then.
     last = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(dim=-1)
     return torch.minimum(index, last)
 
 
 def discourage(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty: divides the positive logits of seen tokens, multiplies the others.
+    """Apply the repetition penalty: divide positive logits of seen tokens, multiply negative ones.
 
     Args:
         logits: [R, V].

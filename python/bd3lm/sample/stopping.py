@@ -1,4 +1,4 @@
-"""When a row ends besides EOS and length (MATH §8)."""
+"""Stop rule for degenerate rows (docs/math.md §8)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_entropy(ids: Sequence[int]) -> float:
 
 
 def is_degenerate(ids: Sequence[int]) -> bool:
-    """Whether the last 256 tokens hold less than 4 nats of entropy; False for shorter rows."""
+    """Whether the entropy of the last 256 tokens is below 4 nats; False for shorter rows."""
     if len(ids) < DEGENERATE_WINDOW:
         return False
     return token_entropy(ids[-DEGENERATE_WINDOW:]) < DEGENERATE_NATS

@@ -1,4 +1,4 @@
-"""How each system trains and scores: one file a system, one table that finds it."""
+"""Systems: training loss and likelihood of AR, BD3-LM, MDLM and SEDD; one file each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SYSTEMS: dict[str, type[System]] = {
 
 
 def build_system(cfg: TrainConfig, mask_id: int) -> System:
-    """The system that a run's settings name.
+    """Build the system that the settings name.
 
     Raises:
         ConfigError: settings that this system cannot have.

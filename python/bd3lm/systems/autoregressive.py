@@ -1,4 +1,4 @@
-"""Autoregression: every token from those before it (MATH §5)."""
+"""Autoregression: predict every token from those before it (docs/math.md §5)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bd3lm.systems.base import Denoiser, System, flat_targets, whole_tiles
 
 
 class Autoregressive(System):
-    """A causal language model on the same Transformer: its score is the exact likelihood.
+    """Causal language model on the same Transformer; its score is the exact likelihood.
 
-    Position i predicts token i+1, where a BD3-LM with S = 1 predicts token i from a mask at its
-    own place; they are different functions of the same weights. The mask token has probability
-    zero here too. There is no noise: a batch's masked positions are those to predict.
+    Position i predicts token i+1. A BD3-LM with S = 1 predicts token i from a mask at position i,
+    so the two are different functions of the same weights. The mask token has probability zero.
+    There is no noise: the masked positions of a batch are the positions to predict.
     """
 
     name = "ar"
@@ -29,7 +29,7 @@ class Autoregressive(System):
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """A model that is told no noise level, and no noise settings.
+        """Build the system; noise settings must keep their defaults.
 
         Raises:
             ConfigError: time conditioning, or noise that would never be used.
@@ -46,17 +46,17 @@ class Autoregressive(System):
         return cls(mask_id)
 
     def noise(self, step: int) -> NoiseSpec:
-        """Every position that is scored, with weight 1."""
+        """Mask every scored position, with weight 1."""
         return self._all
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
-        """Σ of the next-token cross-entropy, in nats."""
+        """Sum of the next-token cross-entropy, in nats."""
         select, weight = whole_tiles(batch)
         features = self._features(model, batch.x0, select, batch.doc_ids)
         return self.head_loss(model, features, flat_targets(batch.x0, select), weight)[0]
 
     def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
-        """One causal forward a call; what is masked and how much does not matter."""
+        """Run one causal forward a call; the mask and its level are not read."""
 
         def denoise(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
             return self._features(model, x0, select, doc_ids)
@@ -66,8 +66,8 @@ class Autoregressive(System):
     def _features(
         self, model: Transformer, x0: Tensor, select: Tensor, doc_ids: Tensor | None
     ) -> Tensor:
-        """Features that predict the selected positions: those one before.
+        """Features that predict the selected positions: those of the positions before.
 
-        Position 0 of a row or a document is a BOS and never selected, so there always is one.
+        Position 0 of a row or a document is a BOS and never selected.
         """
         return model.encode(x0, 1, select=select - self.prediction_offset, doc_ids=doc_ids)

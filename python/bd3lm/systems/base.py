@@ -1,4 +1,4 @@
-"""What the trainer, the evaluator and the sampler ask of a system; they never ask its name."""
+"""Interface between a system and the trainer, the evaluator and the sampler."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 level is read by time-conditioned models alone."""
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0), or an upper bound on it,
-at the selected positions."""
+"""``(xt [B, L], select [M], mask_prob [B, K]) -> nats [M]``: -log p(x0) at the selected positions,
+or an upper bound on it."""
 
 MAX_SIGMA = -math.log(1e-3)
-"""Cap of the noise level given to a network, where the original has it; the loss weight is never
-capped (MATH §5)."""
+"""Largest sigma given to a network, as in the original implementation; the loss weight is not
+capped (docs/math.md §5)."""
 
 
 class System(ABC):
-    """One way to train and score a :class:`Transformer`: its noise, its loss, its likelihood.
+    """A way to train and score a :class:`Transformer`: its noise, its loss, its likelihood.
 
     Args:
         block_size: S.
@@ -41,14 +41,13 @@ class System(ABC):
     """
 
     name: ClassVar[str]
-    """As ``system`` of the settings names it."""
+    """Value of ``system`` in the settings."""
     prediction_offset: ClassVar[int] = 0
-    """How many positions before a token its features stand: 1 where the previous token predicts
-    it, 0 where its own mask does."""
+    """1 if the features at position i-1 predict token i (AR), 0 if those at i do."""
 
     unnormalized_scores: ClassVar[bool] = False
-    """Whether scores need not sum to one, so that how much an ancestral step reveals depends on
-    what the network says."""
+    """Whether scores need not sum to one. An ancestral step then reads their sum to decide how many
+    positions it reveals."""
 
     def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
         self.block_size = block_size
@@ -58,7 +57,7 @@ class System(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """The system of a run.
+        """Build the system of a run.
 
         Raises:
             ConfigError: settings that this system cannot have.
@@ -66,24 +65,24 @@ class System(ABC):
 
     @abstractmethod
     def noise(self, step: int) -> NoiseSpec:
-        """What the loader draws for the batch of this step."""
+        """Noise that the loader draws for the batch of this step."""
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
-        """Learn what the noise has to know of the training text, before the first step."""
+        """Read statistics of the training text that the noise needs, before the first step."""
 
     def update_noise_after_step(self, step: int) -> None:
-        """After ``step`` optimizer steps: let what was learned change the noise of later ones."""
+        """Update the noise of later steps from what ``step`` optimizer steps have measured."""
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
-        """Train on this clip from the next step on; None: on all levels."""
+        """Restrict noise levels to this clip from the next step on; None: all levels."""
 
     @property
     def count_probs(self) -> NDArray[np.float64] | None:
-        """q(k) for k = 1..S by which masked counts are drawn; None where levels are."""
+        """Distribution q(k) of masked counts, k = 1..S; None if levels are drawn instead."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`update_noise_after_step` and :meth:`set_clip` have learned, as plain JSON."""
+        """Learned noise (:meth:`update_noise_after_step`, :meth:`set_clip`) as plain JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -91,12 +90,12 @@ class System(ABC):
 
     @abstractmethod
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
-        """Σ weight·nats over the batch; the trainer divides by the global noisable count."""
+        """Sum of weight·nats over the batch; the trainer divides by all noisable tokens."""
 
     def head_loss(
         self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Σ weight·CE and every position's CE, from features [M, D]."""
+        """Sum of weight·CE, and the CE of every position [M], from features [M, D]."""
         head = model.head
         return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
 
@@ -108,7 +107,7 @@ class System(ABC):
 
     @abstractmethod
     def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
-        """Prepare clean rows for forwards of many noised versions of them (MATH §4).
+        """Prepare clean rows for forwards of many noised versions of them (docs/math.md §4).
 
         Args:
             model: in evaluation mode.
@@ -126,17 +125,20 @@ class System(ABC):
         return score
 
     def preparing_forwards(self, seq_len: int) -> int:
-        """Forwards that :meth:`denoiser` takes before the first noised version."""
+        """Number of forwards that :meth:`denoiser` runs before the first noised version."""
         return 0
 
     def logits(self, model: Transformer, features: Tensor) -> Tensor:
-        """What tokens are drawn from: unnormalised log-probabilities [R, V], no mask token."""
+        """Unnormalised log-probabilities [R, V] to draw tokens from; the mask token has -inf."""
         logits = model.logits(features)
         logits[:, self.mask_id] = -torch.inf
         return logits
 
     def level_grid(self, steps: int) -> NDArray[np.float64]:
-        """p(t_i) of ancestral sampling, t_i = 1 - i/N and p(t_N) = 0: float64 [N+1] (MATH §8)."""
+        """Mask probabilities of N ancestral steps, from 1 down to 0: float64 [N+1].
+
+        ``p(t_i)`` with ``t_i = 1 - i/N``, and ``p(t_N) = 0`` (docs/math.md §8).
+        """
         grid = self.schedule.mask_prob(np.linspace(1.0, 0.0, steps + 1)[:-1])
         return np.append(grid, 0.0)
 
@@ -151,10 +153,10 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
 
 
 def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Masked positions and their weights, with the last repeated at weight 0 up to whole tiles.
+    """Pad the masked positions to a multiple of the tile size, with weight 0.
 
-    PyTorch's products on the CPU keep what they compiled for every number of rows: 6 MB a step of
-    the tiny model, each of which masks another number of tokens.
+    PyTorch's CPU matrix products cache one compiled kernel per number of rows. Without padding,
+    every step of the tiny model would add 6 MB, because each masks another number of tokens.
 
     Returns:
         ``(select, weight)``, int64 and float32 [M rounded up].
@@ -167,5 +169,5 @@ def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:
-    """True ids at flat positions b*L+i, int64 [M]."""
+    """Clean ids at flat positions b*L+i, int64 [M]."""
     return torch.take(x0, select)

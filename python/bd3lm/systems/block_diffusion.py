@@ -1,4 +1,4 @@
-"""Block diffusion: autoregressive over blocks, masked diffusion inside a block (MATH §5)."""
+"""Block diffusion: autoregressive over blocks, masked diffusion in a block (docs/math.md §5)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
-from bd3lm.systems.learned_noise import CountLaw, rarity_exponents
+from bd3lm.systems.learned_noise import CountDistribution, rarity_exponents
 
 
 def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:
-    """The noise schedule of these settings.
+    """Build the noise schedule of these settings.
 
     Args:
         cfg: the settings.
-        training: literally, where ``paper_weights`` asks for it; a likelihood or a sampler takes
-            the same law of p with its own weight and an inverse.
+        training: apply ``paper_weights``. Likelihoods and samplers leave it out: they need the
+            exact weight and an inverse.
 
     Raises:
         ConfigError: a parameter out of range.
@@ -52,7 +52,7 @@ def noise_spec(
     gamma: NDArray[np.float32] | None = None,
     time_conditioned: bool = False,
 ) -> NoiseSpec:
-    """The loader's noise for these settings and what has been learned since.
+    """Build the loader's noise from the settings and from what training has learned.
 
     Args:
         cfg: the settings.
@@ -62,7 +62,7 @@ def noise_spec(
         time_conditioned: whether the model reads the noise level.
 
     Raises:
-        ConfigError: a schedule parameter, clip or combination that MATH §2–4 does not allow.
+        ConfigError: a schedule parameter, clip or combination outside docs/math.md §2–4.
     """
     return NoiseSpec(
         schedule_of(cfg, training=True),
@@ -77,10 +77,10 @@ def noise_spec(
 
 
 class BlockDiffusion(System):
-    """BD3-LM for any S dividing L.
+    """BD3-LM for any S that divides L.
 
-    A noised block sees itself and the clean blocks before it. With S = L there is no block
-    before it, so the clean stream is left out and this is MDLM without time conditioning.
+    A noised block sees itself and the clean blocks before it. With S = L there are none, so the
+    clean stream is left out and the model is an MDLM.
     """
 
     name = "bd3lm"
@@ -102,12 +102,12 @@ class BlockDiffusion(System):
             )
         self.clip = self._cfg.clip
         self._gamma: NDArray[np.float32] | None = None
-        self._law = CountLaw(block_size) if self._cfg.fit_counts else None
+        self._counts = CountDistribution(block_size) if self._cfg.fit_counts else None
         self._renew()
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """With the run's block size and noise.
+        """Build the system with the run's block size and noise.
 
         Raises:
             ConfigError: a clip search for a model that is told the noise level.
@@ -117,11 +117,11 @@ class BlockDiffusion(System):
         return cls(cfg.block, mask_id, cfg.noise, time_conditioned=cfg.model.time_conditioning)
 
     def noise(self, step: int) -> NoiseSpec:
-        """The same noise at every step, but for what is learned between them."""
+        """Noise of the settings, with the learned clip, counts and rarity."""
         return self._noise
 
     def _renew(self) -> None:
-        probs = None if self._law is None else self._law.probs
+        probs = None if self._counts is None else self._counts.probs
         self._noise = noise_spec(
             self._cfg,
             self.clip,
@@ -131,44 +131,44 @@ class BlockDiffusion(System):
         )
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
-        """Rank the tokens by rarity, where masking goes by it."""
+        """Rank the tokens by rarity, for masking by frequency."""
         if self._cfg.frequency_gap > 0:
             self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
             self._renew()
 
     def update_noise_after_step(self, step: int) -> None:
-        """Every few steps a new law of counts, where one is fitted."""
-        if self._law is not None and self._law.update_noise_after_step(step):
+        """Refit the distribution of counts every few steps, if it is fitted."""
+        if self._counts is not None and self._counts.update_noise_after_step(step):
             self._renew()
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
-        """Train on these levels from the next step on."""
+        """Restrict noise levels to this clip from the next step on."""
         self.clip = clip
         self._renew()
 
     @property
     def count_probs(self) -> NDArray[np.float64] | None:
-        """The fitted law or the uniform one, where counts are drawn."""
+        """Fitted or uniform q(k) for k = 1..S; None if levels are drawn instead of counts."""
         if self._cfg.estimator != "count":
             return None
-        if self._law is not None and self._law.probs is not None:
-            return np.array(self._law.probs)
+        if self._counts is not None and self._counts.probs is not None:
+            return np.array(self._counts.probs)
         return np.full(self.block_size, 1.0 / self.block_size)
 
     def state(self) -> dict[str, Any]:
-        """The clip in use and the fitted law."""
-        law = None if self._law is None else self._law.state()
-        return {"clip": self.clip, "law": law}
+        """The clip and the fitted distribution of counts."""
+        counts = None if self._counts is None else self._counts.state()
+        return {"clip": self.clip, "counts": counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.clip = None if state["clip"] is None else tuple(state["clip"])
-        if self._law is not None:
-            self._law.load_state(state["law"])
+        if self._counts is not None:
+            self._counts.load_state(state["counts"])
         self._renew()
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
-        """Σ weight·CE over masked positions, in nats; gradients reach every parameter."""
+        """Sum of weight·CE over the masked positions, in nats."""
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
         select, weight = whole_tiles(batch)
         if self.block_size == batch.x0.shape[1]:
@@ -181,13 +181,13 @@ class BlockDiffusion(System):
             )
         target = flat_targets(batch.x0, select)
         loss, nats = self.head_loss(model, features, target, weight)
-        if self._law is not None:
+        if self._counts is not None:
             masked = batch.masked
-            self._law.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
+            self._counts.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
         return loss
 
     def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
-        """Run the clean stream once; each call then runs one noised version against it."""
+        """Encode the clean stream once; each call then runs one noised stream against its cache."""
         rows, seq_len = x0.shape
         clean: KVCache | None = None
         if self.block_size < seq_len:
@@ -210,5 +210,5 @@ class BlockDiffusion(System):
         return denoise
 
     def preparing_forwards(self, seq_len: int) -> int:
-        """The clean stream's one, where there is a clean stream."""
+        """1 for the clean stream; 0 without one."""
         return int(self.block_size < seq_len)

@@ -1,4 +1,7 @@
-"""What training learns about its own noise (MATH §6): the law of counts, and token rarity."""
+"""Noise that training learns: the distribution of masked counts, and token rarity.
+
+Source: docs/math.md §6.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 EVERY = 50
-"""Optimizer steps between two laws: a batch's noise is fixed long before it is drawn."""
+"""Optimizer steps between two fits; prefetched batches keep the noise they were made with."""
 DECAY = 0.99
-"""Of the moving averages, a step."""
+"""Decay of the moving averages per step."""
 UNIFORM = 0.1
-"""Share of the uniform law, so that every count goes on being seen."""
+"""Share of the uniform distribution, so that every count keeps being drawn."""
 
 
-class CountLaw:
-    """q(k) of the ``count`` estimator, fitted to the losses seen: least variance of the loss.
+class CountDistribution:
+    """Distribution q(k) of masked counts, fitted for least variance of the loss.
 
-    ``q̂(k) ∝ √E[(Y_k/k)²]``, Y_k the cross-entropy of a block with k masked tokens, by moving
-    averages that are divided by the moving number of blocks seen, so that they have no bias
-    towards their start. Averages stay on the device between the steps at which q changes.
+    ``q̂(k) ∝ √E[(Y_k/k)²]``, where Y_k is the cross-entropy of a block with k masked tokens. The
+    expectations are moving sums divided by the moving number of blocks, hence without bias
+    towards their start. They stay on the device between two fits.
 
     Args:
         block_size: S.
@@ -53,7 +56,7 @@ class CountLaw:
             self._sums[1].index_add_(0, count.long(), torch.ones_like(square))
 
     def update_noise_after_step(self, step: int) -> bool:
-        """After a step: let the averages fade; every so often a new q. Returns whether it is."""
+        """Decay the averages; refit q every :data:`EVERY` steps. Returns whether q changed."""
         if self._sums is None:
             return False
         if step % EVERY == 0:
@@ -62,7 +65,7 @@ class CountLaw:
         return step % EVERY == 0
 
     def state(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Averages and q as plain JSON."""
         sums = None if self._sums is None else self._sums.double().tolist()
         return {"probs": self.probs, "sums": sums}
 
@@ -73,9 +76,9 @@ class CountLaw:
 
 
 def fitted(squares: NDArray[np.float64], seen: NDArray[np.float64]) -> list[float]:
-    """q(k) for k = 1..S from Σ (Y_k/k)² over the blocks seen with that count, and their number.
+    """Fit q(k) for k = 1..S from sums of (Y_k/k)² and the numbers of blocks.
 
-    Counts that were not seen get the others' mean.
+    Counts without blocks get the mean of the others.
 
     >>> [round(x, 3) for x in fitted(np.array([4.0, 1.0]), np.array([1.0, 1.0]))]
     [0.65, 0.35]
@@ -91,9 +94,9 @@ def fitted(squares: NDArray[np.float64], seen: NDArray[np.float64]) -> list[floa
 
 
 def rarity_exponents(counts: NDArray[np.uint64], gap: float) -> NDArray[np.float32]:
-    """γ of every token: from 1 + gap for the commonest down to 1 - gap for the rarest (MATH §6).
+    """Exponent γ of every token: 1 + gap for the commonest down to 1 - gap for the rarest.
 
-    Ranks are over the tokens that occur; one that never does counts as the rarest.
+    Tokens that occur are ranked; those that never do count as the rarest (docs/math.md §6).
 
     Args:
         counts: occurrences of each id [V].

@@ -1,4 +1,4 @@
-"""Masked diffusion over the whole row: block diffusion with one block (MATH §5)."""
+"""Masked diffusion over the whole row: block diffusion with one block (docs/math.md §5)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
 class MaskedDiffusion(BlockDiffusion):
-    """MDLM: S = L, so there is no clean stream and attention is full.
+    """MDLM: S = L, so attention is full and there is no clean stream.
 
-    That is all that tells it from a BD3-LM of the same block size: weights, loss, likelihood and
-    samples are the same functions.
+    Weights, loss, likelihood and samples are those of a BD3-LM with that block size.
     """
 
     name = "mdlm"

@@ -1,4 +1,4 @@
-"""Score entropy discrete diffusion with absorbing noise, over the whole row (MATH §5)."""
+"""Score entropy discrete diffusion with absorbing noise, over the whole row (docs/math.md §5)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
 class ScoreEntropy(BlockDiffusion):
-    """SEDD: the network gives ratios of probabilities, and is told the noise level.
+    """SEDD: a time-conditioned network that predicts ratios of probabilities.
 
-    The network's raw output at a masked position stands for the ratio
-    ``p_t(y) / p_t(mask) = e^{raw_y} / (V-1) · (1-p)/p``. Where the e^{raw_y} / (V-1) sum to one
-    they are the distribution of the token and the loss is MDLM's; elsewhere it is larger.
+    The raw output at a masked position means the ratio
+    ``p_t(y) / p_t(mask) = e^{raw_y} / (V-1) · (1-p)/p``. If the e^{raw_y} / (V-1) sum to one, they
+    are the token's distribution and the loss equals MDLM's; otherwise it is larger.
     """
 
     name = "sedd"
@@ -26,7 +26,7 @@ class ScoreEntropy(BlockDiffusion):
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """As for block diffusion; the model has to be told the noise level.
+        """Build the system; the model must be time-conditioned.
 
         Raises:
             ConfigError: a model without time conditioning.
@@ -42,15 +42,15 @@ class ScoreEntropy(BlockDiffusion):
     def head_loss(
         self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Σ weight·(score entropy) and every position's, from features [M, D]."""
+        """Sum of weight·(score entropy), and that of every position [M], from features [M, D]."""
         head = model.head
         return head_score_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
-        """Σ_y e^{raw_y} / (V-1) over tokens other than the mask, float64 [R].
+        """Sum of e^{raw_y} / (V-1) over all tokens y but the mask, float64 [R].
 
         An analytic (Tweedie) step from level p to p' reveals y with probability
-        ``e^{raw_y} / (V-1) · (p-p')/p``: the ancestral step of a subs model times this mass.
+        ``e^{raw_y} / (V-1) · (p-p')/p``: the ancestral step of MDLM times this sum.
         """
         others = math.log(logits.shape[-1] - 1)
         return (torch.logsumexp(logits, dim=-1).double() - others).exp()

@@ -20,6 +20,7 @@ from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
 from bd3lm.training.profile import StepProfiler
@@ -37,6 +38,7 @@ def saved_config(out: Path) -> TrainConfig:
     return from_dict(TrainConfig, read_meta(out / "checkpoint")["config"])
 
 
+@adaptive_waiting()
 def run_training(
     cfg: TrainConfig,
     out: Path,
@@ -78,6 +80,7 @@ def run_training(
     return summary
 
 
+@adaptive_waiting()
 def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) -> None:
     """Train to the last step and save: what other programs build on.
 

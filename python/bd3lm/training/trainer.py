@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,7 +96,8 @@ class Trainer:
         pinned = self.device.type == "cuda"
         self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
         self.parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
-        self.batches = Prefetcher(self.loader, cfg.steps, self.parts)
+        use_device = partial(torch.cuda.set_device, self.device) if pinned else None
+        self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute

@@ -25,17 +25,17 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     gqa = q.shape[1] != k.shape[1]
     if mask.doc_ids is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=gqa)
-    # A row without any key would be NaN: let it see everything, then write its zero.
+    # A row without keys would be NaN: let it see every key, then write zero.
     empty = ~allowed.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, enable_gqa=gqa)
     return out.masked_fill(empty, 0.0)
 
 
 def dense_cached(q: Tensor, k: Tensor, v: Tensor, mask: CachedMask) -> Tensor:
-    """As :func:`dense_attention` over a cache [B, Hkv, capacity, Dh], filled or not."""
+    """Run :func:`dense_attention` over a cache [B, Hkv, capacity, Dh] that may be partly filled."""
     key = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
     allowed = key < mask.end[..., None]  # [B or 1, Tq, capacity]
-    # What was never written may be NaN, which a weight of zero does not silence.
+    # Unwritten entries may be NaN, and 0 * NaN is NaN.
     unused = ~allowed.any(dim=1)[:, None, :, None]
     k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
     gqa = q.shape[1] != k.shape[1]

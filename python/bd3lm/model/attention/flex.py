@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as TileMask
 
 TILE = 128
+COMPILER = "inductor"
+"""Backend of ``torch.compile``."""
 NEEDS = "needs a PyTorch with torch.nn.attention.flex_attention"
 LIMITS = (
     "takes heads of 16 features or more, compiles itself and not inside another torch.compile, "
@@ -40,18 +43,46 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
     return q.shape[-1] >= 16 and (q.is_cuda or not wants_grad)
 
 
+def suits(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+    """Whether ``auto`` takes it: in training and scoring, where the same shapes come again.
+
+    It compiles for seconds when a shape is new, and while decoding most are. Heads of a power of
+    two features are those that others have run it on.
+    """
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    width = q.shape[-1]
+    return (wants_grad or mask.noised) and width & (width - 1) == 0
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`."""
     block_mask = tile_mask(mask, str(q.device))
-    return _compiled(q.is_cuda)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    documents = mask.doc_ids is not None
+    run = _compiled(q.shape, k.shape, q.dtype, str(q.device), mask.noised, documents, wants_grad)
+    return run(q, k, v, block_mask)
 
 
-@cache
-def _compiled(cuda: bool) -> Callable[..., Any]:
+@lru_cache(maxsize=256)
+def _compiled(
+    queries: torch.Size, keys: torch.Size, *kind: Any
+) -> Callable[[Tensor, Tensor, Tensor, TileMask], Tensor]:
+    """FlexAttention compiled for one shape, which is faster than code for any shape.
+
+    PyTorch counts recompilations by code object, and runs FlexAttention uncompiled after eight of
+    them. So every shape has a code object of its own.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    # PyTorch 2.15's CPU code for symbolic sizes does not compile: there, a kernel for each shape.
-    return torch.compile(flex_attention, dynamic=None if cuda else False)
+    gqa = queries[1] != keys[1]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: TileMask) -> Any:
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+
+    shape = "_".join(map(str, (*queries, keys[1], keys[2])))
+    code = run.__code__.replace(co_name=f"flex_{shape}")
+    own = FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
+    return torch.compile(own, dynamic=False, backend=COMPILER)
 
 
 @derived

@@ -1,4 +1,13 @@
-"""Which keys a query may see: MATH §7 as intervals, from which each backend derives its form."""
+"""The block-diffusion attention mask as intervals of keys (docs/math.md §7).
+
+Every backend derives its own form from them. Training with L = 8 and S = 4, queries by keys::
+
+              xt 0-3   xt 4-7   x0 0-3   x0 4-7
+    xt 0-3      █
+    xt 4-7               █        █
+    x0 0-3                        █
+    x0 4-7                        █        █
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,7 @@ from torch import Tensor
 
 
 class Intervals(NamedTuple):
-    """Keys seen by each query, as half-open ranges of positions; all int32 [B or 1, Tq].
+    """Keys seen by each query, as half-open ranges of positions, int32 [B or 1, Tq].
 
     Query ``q`` sees clean keys ``clean_lo[q] <= j < clean_hi[q]`` and noised keys
     ``noised_lo[q] <= j < noised_hi[q]``; an empty range has ``lo == hi``. A padding query sees
@@ -25,20 +34,19 @@ class Intervals(NamedTuple):
 
 
 Shape = tuple[int, int, bool, bool, int, bool]
-"""The first fields of a :class:`BlockMask`: all but the documents."""
+"""Fields of a :class:`BlockMask` without the documents."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """A block-diffusion attention mask, described and not materialised (MATH §7).
+    """Description of a block-diffusion attention mask; nothing is materialised.
 
-    Keys lie as ``[xt (L) ; x0 (L)]`` when ``noised``, else as ``x0 (L)``. Queries lie as
-    ``[xt ; x0]``, as ``xt`` alone (``clean_queries=False``: scoring, and the last layer, where no
-    one asks what the clean stream thinks), or, without an xt stream, as positions
-    ``first .. L-1`` of x0 (``first > 0``: the earlier keys come from a cache).
+    Keys are ``[xt (L) ; x0 (L)]`` if ``noised``, else ``x0 (L)``. Queries are ``[xt ; x0]``, or
+    ``xt`` alone (``clean_queries=False``: scoring, and the last layer), or without an xt stream
+    positions ``first .. L-1`` of x0 (``first > 0``: earlier keys come from a cache).
 
-    Beside an xt stream x0 may end before its last block, which no xt position sees: nothing that
-    it computes is ever used (``last_clean=False``).
+    With an xt stream, x0 may end before its last block, which no xt position sees
+    (``last_clean=False``).
 
     Use the constructors :meth:`training`, :meth:`denoise` and :meth:`clean`.
 
@@ -63,16 +71,16 @@ class BlockMask:
 
     @classmethod
     def training(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
-        """Both streams ask, both answer: Tq = Tk = 2L."""
+        """Queries and keys of both streams: Tq = Tk = 2L."""
         return cls(seq_len, block_size, noised=True, clean_queries=True, doc_ids=doc_ids)
 
     @classmethod
     def denoise(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
-        """Only xt asks, both streams answer: Tq = L, Tk = 2L."""
+        """Queries of xt, keys of both streams: Tq = L, Tk = 2L."""
         return cls(seq_len, block_size, noised=True, clean_queries=False, doc_ids=doc_ids)
 
     def without_last_clean(self) -> BlockMask:
-        """The same beside an xt stream, where x0 ends before its last block."""
+        """Copy of a mask with an xt stream whose x0 ends before its last block."""
         return replace(self, last_clean=False)
 
     @classmethod
@@ -107,12 +115,12 @@ class BlockMask:
 
     @property
     def shape(self) -> Shape:
-        """All but the documents: L, S, noised, clean queries, first, last clean."""
+        """L, S, noised, clean queries, first, last clean: everything but the documents."""
         streams = self.noised, self.clean_queries
         return self.seq_len, self.block_size, *streams, self.first, self.last_clean
 
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
-        """The keys of every query, as ranges; shared between calls where no documents are given."""
+        """Keys of every query, as ranges; cached if there are no documents."""
         if self.doc_ids is None:
             return _intervals_of(self.shape, str(device))
         return _intervals(self, device)
@@ -130,9 +138,9 @@ def before_last(seq_len: int, block_size: int) -> int:
 
 
 class CachedMask(NamedTuple):
-    """Block-causal attention over a cache of which only the device knows how much is filled.
+    """Block-causal attention over a cache whose length is held on the device.
 
-    Query ``q`` sees keys ``j < end[q]``; keys from the largest end on may hold anything.
+    Query ``q`` sees keys ``j < end[q]``; keys beyond the largest end may hold any values.
     """
 
     end: Tensor

@@ -1,4 +1,4 @@
-"""One entry point for attention, whatever computes it."""
+"""Attention backends and the choice between them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ __all__ = [
 
 
 class Backend(NamedTuple):
-    """A way to compute attention; nothing of it is probed or loaded before it is asked."""
+    """A way to compute attention; probed and loaded only when it is used."""
 
     available: Callable[[], bool]
-    """Whether this machine has what it needs."""
+    """Whether this machine can run it."""
     supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
     """Whether it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
     needs: str
-    """What to say where it is not available."""
+    """Error text for a machine that cannot run it."""
     limits: str
-    """What to say where it does not take the inputs."""
+    """Error text for inputs that it does not take."""
     run_cached: Callable[[Tensor, Tensor, Tensor, CachedMask], Tensor] | None = None
-    """The same over a cache whose length is on the device; None: it cannot."""
+    """Attention over a cache whose length is held on the device; None: not supported."""
+    suits: Callable[[Tensor, Tensor, Tensor, Any], bool] = lambda q, k, v, mask: True
+    """Whether ``auto`` may take it for inputs that it supports."""
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
         """Whether it computes this."""
@@ -56,15 +58,23 @@ BACKENDS: dict[str, Backend] = {
         triton.cached_attention,
     ),
     "flash": Backend(flash.available, flash.supports, flash.attention, flash.NEEDS, flash.LIMITS),
-    "flex": Backend(flex.available, flex.supports, flex.attention, flex.NEEDS, flex.LIMITS),
+    "flex": Backend(
+        flex.available,
+        flex.supports,
+        flex.attention,
+        flex.NEEDS,
+        flex.LIMITS,
+        suits=flex.suits,
+    ),
     "rust": Backend(lambda: True, rust.supports, rust.rust_attention, "", rust.LIMITS),
     "dense": Backend(
         lambda: True, lambda q, k, v, mask: True, dense_attention, "", "", dense_cached
     ),
 }
-# By kind of device, what "auto" tries, best first; dense takes everything.
+# Backends that "auto" tries on each kind of device, in order; dense takes every input. On CUDA
+# FlexAttention comes first, because our kernels have not run on a GPU yet (docs/gpu.md).
 AUTO: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "flex", "dense"),
+    "cuda": ("flex", "triton", "dense"),
     "cpu": ("rust", "dense"),
 }
 
@@ -72,15 +82,17 @@ AUTO: dict[str, tuple[str, ...]] = {
 def choose(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
 ) -> Backend:
-    """The backend of that name, or with ``auto`` the best one for these inputs.
+    """Return the backend of that name, or with ``auto`` the first of :data:`AUTO` that fits.
 
     Raises:
         ConfigError: there is no such backend, or it cannot run here or on these inputs.
     """
     if backend == "auto":
         for name in AUTO.get(q.device.type, ()):
-            if BACKENDS[name].available() and BACKENDS[name].takes(q, k, v, mask):
-                return BACKENDS[name]
+            found = BACKENDS[name]
+            inputs = q, k, v, mask
+            if found.available() and found.takes(*inputs) and found.suits(*inputs):
+                return found
         return BACKENDS["dense"]
     if backend not in BACKENDS:
         raise ConfigError("attention", backend, f"one of auto, {', '.join(BACKENDS)}")
@@ -101,9 +113,9 @@ def attend(
         q: queries [B, H, Tq, Dh]; with a :class:`BlockMask`, ``Tq = mask.num_queries``.
         k: keys [B, Hkv, Tk, Dh], ``Tk = mask.num_keys``; H is a multiple of Hkv.
         v: values, shaped as the keys.
-        mask: the description of MATH §7 that every backend reads, or how far each query sees in
-            a cache (``triton`` and ``dense`` alone).
-        backend: a name in :data:`BACKENDS`, or ``auto``: what :data:`AUTO` lists for the device.
+        mask: the mask (docs/math.md §7), or the end of each query's keys in a cache
+            (``triton`` and ``dense`` only).
+        backend: a name in :data:`BACKENDS`, or ``auto`` (see :data:`AUTO`).
 
     Returns:
         [B, H, Tq, Dh], in the dtype of ``q``.

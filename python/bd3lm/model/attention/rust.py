@@ -1,10 +1,10 @@
-"""The Rust CPU kernel as a PyTorch operator: forward and backward, linear memory (MATH §7).
+"""The Rust CPU kernel as a PyTorch operator: forward and backward, linear memory (docs/math.md §7).
 
 Shapes: B batch, H heads, Hkv key heads, Tq queries, Tk keys, Dh head width, L sequence.
 
-Operators carry it through ``torch.compile`` and fake tensors; what they take is the mask's ranges
-of keys. Elsewhere the extension is called directly: while decoding, a dispatcher's detours would
-cost more than the kernel, and in training they import the compiler.
+``torch.compile`` and fake tensors use custom operators over the mask's intervals. Elsewhere the
+extension is called directly: the dispatcher would cost more than the kernel while decoding, and
+registering its autograd imports the compiler.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def rust_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         ranges = block_intervals(q, mask.doc_ids, *mask.shape)
         return block_attention(q, k, v, *ranges, clean_offset)[0]
     ranges = _ranges(mask, "cpu")
-    if type(q) is not Tensor:  # a fake one, say, without memory to read
+    if type(q) is not Tensor:  # e.g. a fake tensor, which has no memory
         return block_attention(q, k, v, *ranges, clean_offset)[0]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _BlockAttention.apply(q, k, v, ranges, clean_offset)
@@ -102,7 +102,7 @@ def block_intervals(
     first: int,
     last_clean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ranges of the mask that the arguments describe; ``like`` only says where."""
+    """Intervals of the mask that the arguments describe; ``like`` only gives the device."""
     mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean, doc_ids)
     clean_lo, clean_hi, noised_lo, noised_hi = (x.clone() for x in mask.intervals())
     return clean_lo, clean_hi, noised_lo, noised_hi
@@ -219,12 +219,12 @@ def _forward(
 
 
 def _adjacent(x: Tensor) -> Tensor:
-    """``x``, copied only if the elements of a row are not neighbours."""
+    """``x``, copied only if the elements of a row are not adjacent."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    """Empty [B, H, T, Dh] laid out as [B, T, H, Dh], where the projections put and want it."""
+    """Empty [B, H, T, Dh] in the memory layout [B, T, H, Dh] of the projections."""
     batch, heads, rows, width = x.shape
     return x.new_empty(batch, rows, heads, width).transpose(1, 2)
 
@@ -242,7 +242,7 @@ def _options(q: Tensor) -> tuple[int, str | None, float]:
 def _mask_arg(
     ranges: Intervals, clean_offset: int
 ) -> tuple[Intervals, tuple[tuple[int, ...], int, int]]:
-    """The ranges as the kernel reads them, to be kept alive, and what it is told about them."""
+    """Intervals as the kernel reads them, and their description; the caller keeps them alive."""
     for bound in ranges:
         if bound.dtype != torch.int32 or bound.shape != ranges.clean_lo.shape:
             raise ValueError(f"mask = {bound.dtype} {tuple(bound.shape)}: four int32 of one shape")
@@ -255,7 +255,7 @@ _forced_isa: str | None = None
 
 
 def force_isa(name: str | None) -> None:
-    """Use this instruction set (of :func:`available_isas`) from now on; None for the best."""
+    """Force an instruction set of :func:`available_isas`; None: the best one."""
     global _forced_isa
     if name is not None and name not in available_isas():
         raise ValueError(f"isa = {name}: one of {available_isas()} or None")
@@ -263,5 +263,5 @@ def force_isa(name: str | None) -> None:
 
 
 def available_isas() -> list[str]:
-    """Instruction sets of this processor that the kernel was compiled for, best last."""
+    """Instruction sets that both this processor and the kernel have, best last."""
     return _core.attention_isas()

@@ -9,6 +9,10 @@ D head width.
 # pyright: reportOperatorIssue=false, reportMissingImports=false
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 from torch import Tensor
@@ -20,6 +24,25 @@ LOG2E = 1.4426950408889634
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Small, so that a test of a few dozen positions meets empty, full and partial tiles.
 INTERPRETED_TILES = Tiles(32, 16, 4, 1)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device_of_first(run: Callable[P, R]) -> Callable[P, R]:
+    """Launch on the device of the first tensor; Triton takes the current one, which may differ."""
+
+    @wraps(run)
+    def launched(*args: P.args, **options: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        if INTERPRETED:
+            return run(*args, **options)
+        with torch.cuda.device(first.device):
+            return run(*args, **options)
+
+    return launched
 
 
 def padded(width: int) -> int:
@@ -77,6 +100,7 @@ def empty_rows(x: Tensor) -> Tensor:
     return x.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
+@on_device_of_first
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: Tensor, noised: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +126,7 @@ def run_forward(
     return out, lse
 
 
+@on_device_of_first
 def run_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     key_ranges: Tensor, query_ranges: Tensor, noised: bool, scale: float,
@@ -147,6 +172,7 @@ def run_backward(
     return dq, dk, dv
 
 
+@on_device_of_first
 def run_decode(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None, lo: Tensor, hi: Tensor,
     scale: float, chunks: int,

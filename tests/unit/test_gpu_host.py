@@ -1,0 +1,103 @@
+"""Host code of the GPU path, on a machine that only pretends to have one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bd3lm.data import Loader, Prefetcher
+from bd3lm.device import resolve_device
+from bd3lm.errors import ConfigError
+from bd3lm.evaluate.likelihood import masked_nats
+from bd3lm.model import DecodeStep, KVCache
+from bd3lm.model.flops import data_sheet_peak, peak_flops
+from tests.conftest import random_ids, tiny_model
+
+
+def test_the_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small product takes less time than its launch: by it a run's MFU would be above one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    peak_flops.cache_clear()
+    assert peak_flops(torch.device("cuda"), torch.bfloat16, 1) == 989e12
+    peak_flops.cache_clear()
+    assert data_sheet_peak("NVIDIA H100 PCIe") is None
+    assert data_sheet_peak("NVIDIA GeForce RTX 4090") == 165e12
+    assert data_sheet_peak("a part of tomorrow") is None
+
+
+def test_the_device_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(ConfigError, match="below cuda:2"):
+        resolve_device("cuda:2")
+    assert len(current) == 1
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("bd3lm.model.attention.triton.launch", exc_type=ImportError)
+    entered = []
+
+    @contextmanager
+    def device(where: torch.device):
+        entered.append(where)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "laid_out", lambda x: 1 / 0)
+    q = torch.empty(1, 1, 4, 16)
+    with pytest.raises(ZeroDivisionError):
+        launch.run_forward(q, q, q, q, False, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        launch.run_backward(q, q, q, q, q, q, q, q, False, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        launch.run_decode(q, q, q, None, q, q, 1.0, 1)
+    assert entered == [q.device] * 3
+
+
+def test_the_thread_that_pins_memory_chooses_its_device_first() -> None:
+    class Made(Loader):
+        def __init__(self) -> None:
+            pass
+
+        def batch(self, step, spec, part=(0, 1)):  # type: ignore[override]
+            events.append("batch")
+            return step
+
+    events: list[str] = []
+    batches = Prefetcher(Made(), 1, on_start=lambda: events.append("device"))
+    assert batches.get(0, None) == [0]  # type: ignore[arg-type]
+    batches.close()
+    assert events == ["device", "batch"]
+
+
+def test_a_replayed_forward_past_the_cache_is_refused_on_the_host() -> None:
+    """On a GPU it would be an assertion on the device, after which no call works."""
+    model = tiny_model()
+    with torch.inference_mode():
+        cache = KVCache(model.cfg, 1, 8, torch.device("cpu"))
+        step = DecodeStep(model, cache, 4, model.logits)
+        ids, select = random_ids(1, 4), torch.arange(4)
+        step(ids, select, commit=4)
+        step(ids, select, commit=4)
+        with pytest.raises(ValueError, match="capacity of 12; the cache's is 8"):
+            step(ids, select)
+
+
+def test_scoring_reads_nothing_back_between_draws() -> None:
+    """Tensors of the meta device have no values to read: any attempt raises."""
+    x0 = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+    mask = torch.rand(2, 8) < 0.5
+
+    def score(xt: torch.Tensor, select: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        assert (xt.is_meta, select.is_meta, level.is_meta) == (True, True, True)
+        return torch.zeros(len(select), device="meta")
+
+    nats = masked_nats(score, x0, mask, torch.rand(2, 2), 15)
+    assert nats.is_meta
+    assert nats.shape == (2, 8)
