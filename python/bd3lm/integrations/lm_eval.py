@@ -87,9 +87,9 @@ class BD3LM(LM):
             return cast("LikelihoodName", likelihood)
         if self.system.unnormalized_scores:
             return "nelbo"
-        told = self.loaded.config.model.time_conditioning
+        conditioned = self.loaded.config.model.time_conditioning
         small = self.system.block_size <= MAX_EXACT_BLOCK
-        return "marginal" if small and not told else "orders"
+        return "marginal" if small and not conditioned else "orders"
 
     @property
     def tokenizer_name(self) -> str:
@@ -167,7 +167,7 @@ class BD3LM(LM):
         """Continue each context up to a stop string, EOS or ``max_gen_toks`` tokens.
 
         Greedy unless the task asks for samples. Request i draws the random numbers of row i,
-        whatever the batch.
+        in any batch.
         """
         texts: list[str] = []
         for options, group in groupby((request.args for request in requests), key=_options):
