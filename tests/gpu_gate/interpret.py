@@ -3,8 +3,8 @@
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Reads
 named lists of jobs from standard input, each ``{"mutation": null or [file, old, new], "cases":
 [...], "decode": [...], "order": bool, "backward": bool}``, and writes under the same name a list of
-lists of ``{"out": ..., "dq": ..., ...}``. Under the names "traced" and "logits" it writes what those
-modules find.
+lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" run those modules and
+write their results.
 """
 
 from __future__ import annotations

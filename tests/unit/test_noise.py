@@ -315,8 +315,14 @@ GAMMA = np.ones(4, dtype=np.float32)
         ({"gamma": GAMMA, "estimator": "count"}, "gamma = given: .* bernoulli"),
         ({"gamma": GAMMA, "resample": True, "clip": (0.3, 0.8)}, "gamma = given"),
         ({"gamma": 0 * GAMMA}, "gamma = given: must be greater than 0 for every token"),
-        ({"estimator": "count", "count_probs": [0.5, 0.0]}, "count_probs = given: must be greater than 0"),
-        ({"estimator": "count", "stratum": (2, 2)}, r"stratum = \(2, 2\): must be \(index, number\) with index <"),
+        (
+            {"estimator": "count", "count_probs": [0.5, 0.0]},
+            "count_probs = given: must be greater than 0",
+        ),
+        (
+            {"estimator": "count", "stratum": (2, 2)},
+            r"stratum = \(2, 2\): must be \(index, number\) with index <",
+        ),
         ({"schedule": PAPER, "estimator": "count"}, "paper_weights = true: must be false unless"),
         ({"schedule": PAPER, "clip": (0.3, 0.8)}, "paper_weights = true: must be false unless"),
     ],
@@ -332,7 +338,7 @@ def test_what_the_rows_do_not_allow() -> None:
     narrow = NoiseSpec(LOGLINEAR, clip=(0.3, 0.45), resample=True)
     with pytest.raises(ConfigError, match=r"clip = \[0.3, 0.45\]: must be around a k/4"):
         draw(narrow)
-    with pytest.raises(ConfigError, match=r"count_probs = 2 numbers: must be one for each k = 1..=4"):
+    with pytest.raises(ConfigError, match=r"count_probs = 2 numbers: must be one for each k"):
         draw(NoiseSpec(LOGLINEAR, estimator="count", count_probs=[0.5, 0.5]))
     with pytest.raises(ConfigError, match=r"part = \(0, 3\): must be .index, number. with"):
         loader(16).batch(0, SPECS["full"], part=(0, 3))

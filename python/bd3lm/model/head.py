@@ -134,7 +134,7 @@ def _room(matrix: Tensor, rows: int) -> Tensor:
 
 
 def _product_room(matrix: Tensor, rows: int) -> Tensor:
-    """Uninitialised product [rows, D]: float32 where the device sums into it, else as the factors."""
+    """Uninitialised product [rows, D]: float32 on CUDA, which sums into it, else as the factors."""
     dtype = torch.float32 if matrix.is_cuda else matrix.dtype
     return torch.empty_like(matrix[:rows], dtype=dtype)
 
