@@ -209,7 +209,9 @@ def skeleton(
         with torch.device("meta"), _NoNormal():
             return Transformer(shape, vocab_size)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{source}: no model has such a shape ({error})") from error
+        raise CheckpointError(
+            f"{source}: its config.json describes a model of no shape ({str(error).splitlines()[0]})"
+        ) from error
 
 
 class _NoNormal(TorchFunctionMode):
