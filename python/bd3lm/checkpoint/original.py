@@ -8,7 +8,6 @@ nothing is converted: what is loaded and saved again is the same, bit for bit.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,9 @@ import torch
 from torch import Tensor
 
 from bd3lm.checkpoint.native import Checkpoint
-from bd3lm.checkpoint.record import check_regular, read_json
-from bd3lm.checkpoint.tensors import (
-    TensorFile,
-    check_finite,
-    check_tensors,
-    fill,
-    skeleton,
-    write_tensors,
-)
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton, write_tensors
+from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
@@ -92,7 +85,7 @@ def load_original(
         TokenizerError: the tokenizer does not load.
     """
     meta = read_json(path / "config.json")
-    source, tensors = _read_weights(path)
+    source, tensors = read_weights(path)
     config, vocab_size = _settings(path, meta, tensors)
     text = _tokenizer(path, tokenizer)
     if text.vocab_size != vocab_size:
@@ -265,59 +258,3 @@ def _tokenizer(path: Path, given: Tokenizer | str | None) -> Tokenizer:
         return given
     beside = path / "tokenizer.json"
     return load_tokenizer(given or (beside if beside.is_file() else TOKENIZER))
-
-
-# --- weights ------------------------------------------------------------------------------------
-
-
-def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """All tensors, and the file that names them."""
-    for name, read in (("model.safetensors", _read), ("pytorch_model.bin", _read_pickle)):
-        if (path / name).is_file():
-            return path / name, read(path / name)
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            tensors: dict[str, Tensor] = {}
-            for part in _parts(index):
-                tensors |= read(path / part)
-            return index, tensors
-    raise CheckpointError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _parts(index: Path) -> list[str]:
-    """Files of a checkpoint in parts, each a plain name beside its index."""
-    files = read_json(index).get("weight_map")
-    names = list(files.values()) if isinstance(files, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index} is not an index of weight files")
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name}, which does not lie beside it")
-    return sorted(set(names))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    return TensorFile(file).load()
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """A ``.bin`` of plain tensors; one that wants to run code is refused.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or holds anything but tensors by name.
-    """
-    check_regular(file)
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} is damaged or holds more than tensors, which could run code; only plain "
-            "tensors are loaded"
-        ) from error
-    except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    plain = isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())
-    if not plain or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{file} does not hold tensors by name")
-    check_finite(tensors, file)
-    return tensors

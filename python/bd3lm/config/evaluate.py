@@ -42,7 +42,11 @@ class EvalConfig:
 
 
 def check_estimator(
-    estimator: EstimatorName, block_size: int, repeats: int, told: bool, prefix: str = ""
+    estimator: EstimatorName,
+    block_size: int,
+    repeats: int,
+    time_conditioned: bool,
+    prefix: str = "",
 ) -> None:
     """Raise :class:`ConfigError` where an estimator does not go with a model or its repeats.
 
@@ -50,7 +54,7 @@ def check_estimator(
         estimator: of the likelihood, not ``auto``.
         block_size: S.
         repeats: forwards of the sampled estimators.
-        told: whether the model is told the noise level.
+        time_conditioned: whether the model reads the noise level.
         prefix: of the settings' names in the message.
     """
     check(
@@ -60,7 +64,7 @@ def check_estimator(
         f"a sampled one, stratified say, above block-size = {MAX_EXACT_BLOCK} (here {block_size})",
     )
     check(
-        estimator != "exact" or not told,
+        estimator != "exact" or not time_conditioned,
         f"{prefix}estimator",
         estimator,
         "a sampled one, stratified say: a time-conditioned model has no exact sum",

@@ -18,6 +18,7 @@ from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
 from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
@@ -49,6 +50,7 @@ def saved_config(out: Path) -> TrainConfig:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+@adaptive_waiting()
 def run_training(
     cfg: TrainConfig,
     out: Path,
@@ -109,6 +111,7 @@ def _run(
     return summary
 
 
+@adaptive_waiting()
 def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) -> None:
     """Train to the last step and save, for other programs to build on.
 
