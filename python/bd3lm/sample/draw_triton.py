@@ -95,7 +95,7 @@ def draw_kernel(
     seen_rows = SEEN + row[:, None] * stride_seen
     mass_rows = MASS + row[:, None] * padded
     lane = tl.arange(0, BLOCK)[None, :]
-    nowhere: tl.constexpr = 0x7FFFFFFF
+    nowhere = 0x7FFFFFFF
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)  # of the model's own logits
     top = tl.full([ROWS], float("-inf"), tl.float32)  # of what is drawn from

@@ -126,6 +126,11 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Clear all gradients."""
+        for optimizer, _ in self._peaks:
             optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
