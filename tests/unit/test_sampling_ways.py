@@ -264,7 +264,7 @@ def test_the_kernel_draws_what_the_composed_operations_draw():
 
 
 def test_logits_that_are_no_numbers_are_refused():
-    with pytest.raises(ConfigError, match="row 0: no NaN"):
+    with pytest.raises(ConfigError, match="row 0: must be without NaN"):
         draw(torch.tensor([[0.0, torch.nan]]), torch.zeros(1, dtype=torch.float64), config())
 
 
