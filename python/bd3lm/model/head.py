@@ -135,11 +135,7 @@ def _room(matrix: Tensor, rows: int) -> Tensor:
 
 
 def _product_room(matrix: Tensor, rows: int) -> Tensor:
-<<<<<<< HEAD
     """Uninitialised product [rows, D], float32 on a GPU."""
-=======
-    """Uninitialised product [rows, D]: float32 on CUDA, which sums into it, else as the factors."""
->>>>>>> main
     dtype = torch.float32 if matrix.is_cuda else matrix.dtype
     return torch.empty_like(matrix[:rows], dtype=dtype)
 

@@ -36,13 +36,9 @@ COMPILER = "inductor"
 class Block(nn.Module):
     """Pre-norm attention and MLP; adaLN modulates both if there is a conditioning."""
 
-<<<<<<< HEAD
     attend: Callable[..., Tensor] = staticmethod(attend)
 
-    def __init__(self, cfg: ModelConfig) -> None:
-=======
     def __init__(self, cfg: ModelConfig, layer: int = 0) -> None:
->>>>>>> main
         super().__init__()
         self.cfg = cfg
         self.attention = "auto"

@@ -95,11 +95,7 @@ def draw_kernel(
     seen_rows = SEEN + row[:, None] * stride_seen
     mass_rows = MASS + row[:, None] * padded
     lane = tl.arange(0, BLOCK)[None, :]
-<<<<<<< HEAD
-    nowhere = 0x7FFFFFFF
-=======
     nowhere: tl.constexpr = 0x7FFFFFFF  # type: ignore[reportAssignmentType]
->>>>>>> main
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)  # of the model's own logits
     top = tl.full([ROWS], float("-inf"), tl.float32)  # of what is drawn from

@@ -209,20 +209,14 @@ class Optimizers:
         for optimizer, peak in self._peaks:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-<<<<<<< HEAD
-            optimizer.step()
+            if applied:
+                optimizer.step(finite)
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
-        for optimizer, _ in self._peaks:
-            optimizer.zero_grad()
-=======
-            if applied:
-                optimizer.step(finite)
         for p in self._named.values():
             p.grad = None
->>>>>>> main
 
     def state(self) -> dict[str, Tensor]:
         """All state tensors, named ``parameter/key``."""

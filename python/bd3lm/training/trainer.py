@@ -17,16 +17,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-<<<<<<< HEAD
-from bd3lm.checkpoint import load_checkpoint
-from bd3lm.checkpoint.native import assign_weights, read_meta, read_tensors, save_checkpoint
-from bd3lm.config import ModelConfig, TrainConfig
-from bd3lm.data import Batch, Dataset, Loader, Prefetcher, Rows
-=======
 from bd3lm.checkpoint.steps import FOLDER, StepFolders
 from bd3lm.config import TrainConfig
-from bd3lm.data import Dataset, Loader, Prefetcher, Rows
->>>>>>> main
+from bd3lm.data import Batch, Dataset, Loader, Prefetcher, Rows
 from bd3lm.device import autocast, compute_dtype, keep_freed_memory, resolve_device
 from bd3lm.errors import (
     Bd3lmError,
@@ -199,7 +192,6 @@ class Trainer:
         """
         cfg, step = self.cfg, self.steps_done
         self.model.train()
-<<<<<<< HEAD
         with record_function(DATA):
             batches = self.batches.get(step, self.system.noise(step))
         try:
@@ -213,30 +205,12 @@ class Trainer:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.reporter.note(f"compile: off from now on, since the compiler failed ({reason})")
             total = self._accumulate(batches)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), cfg.optim.grad_clip, foreach=True
-        )
-        self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim))
-=======
-        if cfg.model.dropout:
-            torch.manual_seed(dropout_seed(cfg.seed, step))
-        with record_function(DATA):
-            batches = self.batches.get(step, self.system.noise(step))
-        noisable = sum(batch.num_noisable for batch in batches)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
-            with autocast(cfg, self.device):
-                loss = self.system.loss(self.model, batch) / noisable
-            loss.backward()
-            total += loss.detach()
         if not self.guard.names:
             named = self.model.named_parameters()
             self.guard.names = [name for name, p in named if p.grad is not None]
         norms, norm = clip_gradients(list(self.model.parameters()), cfg.optim.grad_clip)
         finite = self.guard.judge(step + 1, total, norms, norm)
         self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim), finite)
->>>>>>> main
         with record_function(AVERAGE):
             self.ema.update()
         self.steps_done += 1
@@ -247,8 +221,7 @@ class Trainer:
         """Add the gradient of a step's loss to the parameters'; returns the loss on the device."""
         cfg = self.cfg
         if cfg.model.dropout:
-            # A function of the step, so that resuming is exact.
-            torch.manual_seed((cfg.seed << 32) + self.steps_done)
+            torch.manual_seed(dropout_seed(cfg.seed, self.steps_done))
         noisable = sum(batch.num_noisable for batch in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
