@@ -41,7 +41,7 @@ def test_a_window_by_hand():
     assert window.cause == "the gradient of b"
     judged(guard, 5, 1.0, [1.0, 1.0])
     window = guard.look(torch.tensor(1.0))
-    assert (window.loss, window.skipped, window.in_a_row, window.step) == (1.0, 0, 0, -1)
+    assert (window.loss, window.skipped, window.in_a_row) == (1.0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,8 @@ def test_steps_in_a_row_are_counted_across_windows_and_saves():
     again.names = ["a"]
     again.load_state(Record(json.loads(json.dumps(guard.state())), "the test"))
     judged(again, 2, float("nan"), [1.0])
-    assert again.look(torch.tensor(1.0)).in_a_row == 2
+    window = again.look(torch.tensor(1.0))
+    assert (window.in_a_row, window.step) == (2, 1)
 
 
 def gradients(model, seed, poison=None):
@@ -124,9 +125,10 @@ def test_clipping_is_pytorchs_own():
     theirs.denoise(ids, ids, 4, torch.arange(16)).square().mean().backward()
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0, foreach=True)
     assert torch.equal(total, expected)
-    assert len(norms) == len(list(ours.parameters()))
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    with_grad = [(a, b) for a, b in pairs if a.grad is not None]  # the head has none here
+    assert len(norms) == len(with_grad)
+    assert all(torch.equal(a.grad, b.grad) for a, b in with_grad)
 
 
 def test_muon_is_pytorchs_own():
