@@ -17,12 +17,11 @@ from torch import Tensor
 
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.checkpoint.record import read_json
-from bd3lm.checkpoint.tensors import check_tensors
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, RopeScaling, TrainConfig
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.model import Transformer
 
 FAMILY = ("llama", "qwen2", "qwen3", "smollm3", "sdar")
 """``model_type`` of the checkpoints that are read."""
@@ -112,8 +111,8 @@ def assemble(
         raise CheckpointError(f"{source} has no tensor {embedding}, which this model needs")
     rows = len(tensors[embedding])
     _check_mask(path, meta, tokenizer, rows)
-    with torch.device("meta"):
-        needed = to_family(Transformer(config.model, rows).state_dict(), config.model)
+    empty = skeleton(config.model, rows, tensors, embedding, source)
+    needed = to_family(empty.state_dict(), config.model)
     check_tensors(tensors, needed, source, any_float=True)
     state = from_family(tensors, config.model)
     for name in {"embed.weight", "head.weight"} & state.keys():
@@ -123,9 +122,8 @@ def assemble(
     rows = len(state["embed.weight"])
     padded = None if rows == tokenizer.vocab_size else rows
     config = replace(config, model=replace(config.model, vocab_size=padded))
-    model = Transformer(config.model, tokenizer.vocab_size)
-    model.load_state_dict(state)
-    return Checkpoint(config, model.to(device).eval(), tokenizer, 0, path)
+    empty = skeleton(config.model, tokenizer.vocab_size, state, "embed.weight", source)
+    return Checkpoint(config, fill(empty, state, device).eval(), tokenizer, 0, path)
 
 
 # --- settings -----------------------------------------------------------------------------------

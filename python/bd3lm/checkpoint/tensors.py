@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from bd3lm.checkpoint.record import check_regular
 from bd3lm.config import ModelConfig
-from bd3lm.errors import CheckpointError, DiskFullError, StorageError
+from bd3lm.errors import CheckpointError, ConfigError, DiskFullError, StorageError
 from bd3lm.files import sync_file
 from bd3lm.model import Transformer
 
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -185,7 +185,7 @@ def skeleton(
 
     Args:
         shape: of the model, from a file that may lie.
-        vocab_size: V.
+        vocab_size: ids of the tokenizer.
         found: tensors of the file.
         embed: the embedding's name there.
         source: the file, for messages.
@@ -200,17 +200,19 @@ def skeleton(
         )
     if embed not in found:
         raise CheckpointError(f"{source} has no tensor {embed}, which this model needs")
-    if list(found[embed].shape) != [vocab_size, shape.width]:
+    rows = shape.vocab_size or vocab_size
+    if list(found[embed].shape) != [rows, shape.width]:
         raise CheckpointError(
             f"{source} holds {embed} of shape {list(found[embed].shape)}; "
-            f"this model needs [{vocab_size}, {shape.width}]"
+            f"this model needs [{rows}, {shape.width}]"
         )
     try:
         with torch.device("meta"), _NoNormal():
             return Transformer(shape, vocab_size)
-    except (RuntimeError, OverflowError, TypeError) as error:
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{source}: its config.json describes a model of no shape ({str(error).splitlines()[0]})"
+            f"{source}: no model has the shape of its config.json ({reason})"
         ) from error
 
 
