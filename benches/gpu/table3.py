@@ -3,8 +3,8 @@
 The settings are those of ``bd3lm-paper`` at full scale: AR, SEDD and MDLM for 500 steps, BD3-LMs
 for 400 at S = L and 100 at S = 16, 8 and 4, of 512 rows of 128 tokens. ``table3.py prepare --text
 FILE`` tokenizes the text beforehand, on any machine; its folder travels along. ``table3.py
-train`` trains and scores every system that is not done yet. It stops at ``--stop`` seconds and can be
-started again: a run that was stopped is resumed. Every finding is one line of
+train`` trains and scores every system that is not done yet. It stops at ``--stop`` seconds and can
+be started again: a run that was stopped is resumed. Every finding is one line of
 ``$OUT/table3.jsonl``.
 """
 
