@@ -35,16 +35,6 @@ TESTS = (
 )
 
 
-def python_for(name: str) -> str | None:
-    """Interpreter of an environment; None: there is none on this machine."""
-    if name != "device":
-        return sys.executable
-    found = shutil.which("python3.12")
-    if found and subprocess.run([found, "-V"], capture_output=True, check=False).returncode == 0:
-        return found
-    return None
-
-
 def uv() -> str:
     """The uv of the environment that runs this, or the one on the path.
 
@@ -58,6 +48,15 @@ def uv() -> str:
     return found
 
 
+def python_for(name: str) -> str | None:
+    """Interpreter of an environment; None: there is none on this machine."""
+    if name != "device":
+        return sys.executable
+    find = [uv(), "python", "find", "-q", "--no-python-downloads", "3.12"]
+    found = subprocess.run(find, capture_output=True, text=True, cwd="/", check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
 def environment(name: str, base: str) -> Path:
     """The interpreter of the environment, which is made where it is missing or out of date."""
     home = FOLDER / name
@@ -65,11 +64,11 @@ def environment(name: str, base: str) -> Path:
     project = ROOT / "pyproject.toml"
     if python.exists() and stamp.exists() and stamp.read_bytes() == project.read_bytes():
         return python
-    options = {"oldest": ["--resolution", "lowest-direct"], "device": list(DEVICE), "newest": []}
+    extra = {"oldest": ["--resolution", "lowest-direct"], "device": list(DEVICE), "newest": []}
     print(f"== {name}: installing into {home.relative_to(ROOT)}", flush=True)
     subprocess.run([uv(), "venv", "-q", "--clear", "--python", base, home], check=True)
     install = [uv(), "pip", "install", "-q", "--python", python, "-r", project, "--extra", "dev"]
-    subprocess.run([*install, *options[name]], cwd=ROOT, check=True)
+    subprocess.run([*install, *extra[name]], cwd=ROOT, check=True)
     stamp.write_bytes(project.read_bytes())
     return python
 
