@@ -12,7 +12,7 @@ RUN := runs/demo
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-	  | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+	  | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.extension ## create .venv, install the dependencies, build the extension
 

@@ -226,7 +226,7 @@ def test_an_existing_run_is_kept(capsys, run, corpus):
     out, _ = run
     before = (out / "summary.json").read_bytes()
     text = refused(capsys, train.main, "demo", "--data", corpus, "--out", out, *TINY)
-    assert "already holds a run; choose another --out, or go on with --resume" in text
+    assert "already holds a run; choose another --out, or continue it with --resume" in text
     assert (out / "summary.json").read_bytes() == before
 
 
@@ -234,7 +234,7 @@ def test_an_existing_run_is_kept(capsys, run, corpus):
     ("args", "sentence"),
     [
         (["nowhere"], "no such checkpoint"),
-        (["RUN"], "did you mean"),
+        (["RUN", "--data", "nowhere"], "nowhere: no such file"),
         (
             ["CKPT", "--estimator", "exact", "--block-size", "8"],
             "estimator = exact: must be a sampled one",

@@ -9,16 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.head as head
+import bd3lm.model.transformer as transformer
+import bd3lm.systems.base as base
 import bd3lm.systems.learned_noise as learned
 from bd3lm.config import NoiseConfig, preset
 from bd3lm.data import Loader, Prefetcher, Rows
 from bd3lm.data.prefetch import AHEAD
 from bd3lm.data.resolve import open_splits
-from bd3lm.errors import ConfigError
+from bd3lm.errors import ConfigError, InterruptedRunError
 from bd3lm.model import Transformer
 from bd3lm.model.cross_entropy import composed_cross_entropy_
 from bd3lm.systems import build_system
-from bd3lm.training import InterruptedRunError, Trainer
+from bd3lm.training import Trainer
 from tests.integration.conftest import Silent
 
 
@@ -92,7 +94,7 @@ def test_a_run_without_prefetching_is_the_same_run(config, splits, tmp_path, mon
             ]
         trainer.run()
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
-    assert trainer.system.state()["law"]["probs"] is not None  # so the noise did change
+    assert trainer.system.state()["counts"]["probs"] is not None  # so the noise did change
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
@@ -173,6 +175,7 @@ def of_system(config, system):
 def test_a_step_reads_nothing_back(config, splits, tmp_path, system, monkeypatch):
     monkeypatch.setattr(head, "cross_entropy_", composed_cross_entropy_)  # as on a GPU
     trainer = Trainer(of_system(config, system), splits.train, splits.valid, tmp_path, Silent())
+    trainer.optimizers.host_decides = False  # as on a GPU
     trainer.step()
     with NoWaits():
         loss, norm = trainer.step()
@@ -191,6 +194,63 @@ def test_the_guard_sees_what_it_guards_against():
     ):
         with NoWaits(), pytest.raises(AssertionError):
             waits()
+
+
+# --- compiled blocks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["bd3lm", "mdlm"])
+def test_a_compiled_step_is_the_same_and_is_compiled_once(
+    config, splits, tmp_path, system, monkeypatch
+):
+    """Every step masks another number of tokens, and none but the first compiles."""
+    graphs = []
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(transformer, "COMPILER", count)
+    monkeypatch.setattr(base, "TILE_ROWS", 1)
+    torch._dynamo.reset()
+    config = dataclasses.replace(
+        of_system(config, system), micro_batch=None, batch_size=24, precision="fp32"
+    )
+    losses, numbers, compiled = {}, set(), []
+    for on in (True, False):
+        changed = dataclasses.replace(config, compile=on)
+        trainer = Trainer(changed, splits.train, splits.valid, tmp_path, Silent())
+        losses[on] = []
+        for step in range(4):
+            (batch,) = trainer.batches.get(step, trainer.system.noise(step))
+            numbers.add(len(batch.masked))
+            losses[on].append(trainer.step()[0].item())
+            compiled.append(len(graphs))
+        trainer.batches.close()
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
+    assert len(numbers) > 1
+    assert compiled[0] > 0
+    assert set(compiled) == {compiled[0]}
+    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and what lies between
+
+
+def test_a_compiler_that_fails_costs_a_sentence(config, splits, tmp_path, monkeypatch):
+    def broken(graph, examples):
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(transformer, "COMPILER", broken)
+    torch._dynamo.reset()
+    losses, notes = {}, []
+    for on in (True, False):
+        changed = dataclasses.replace(config, compile=on)
+        trainer = Trainer(changed, splits.train, splits.valid, tmp_path, Silent())
+        losses[on] = [trainer.step()[0].item() for _ in range(2)]
+        trainer.batches.close()
+        notes += trainer.reporter.notes
+    assert losses[True] == losses[False]
+    (note,) = notes
+    assert note.startswith("compile: off from now on, since the compiler failed (")
+    assert "no compiler on this machine" in note
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_whole
 from bd3lm.config.names import EstimatorName, LikelihoodName
 
 MAX_EXACT_BLOCK = 4
@@ -33,11 +33,12 @@ class EvalConfig:
     """Rows a forward."""
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, "eval.every", self.every, "at least 0")
-        check(self.rows >= 1, "eval.rows", self.rows, "at least 1")
-        check(self.repeats >= 1, "eval.repeats", self.repeats, "at least 1")
-        check(self.batch_size >= 1, "eval.batch-size", self.batch_size, "at least 1")
-        check(self.stride is None or self.stride >= 1, "eval.stride", self.stride, "at least 1")
+        check_whole("eval.every", self.every, 0)
+        check_whole("eval.rows", self.rows, 1)
+        check_whole("eval.repeats", self.repeats, 1)
+        check_whole("eval.batch-size", self.batch_size, 1)
+        if self.stride is not None:
+            check_whole("eval.stride", self.stride, 1)
 
 
 def check_estimator(

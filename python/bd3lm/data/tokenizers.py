@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers as hf
 
@@ -65,7 +65,7 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self.name, self.json = name, text
-        size = self._inner.get_vocab_size(with_added_tokens=True)
+        size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_id = self._find(EOS_NAMES, "end-of-text")
         self.bos_id = self._find(BOS_NAMES, "beginning-of-text")
         named = [i for i in map(self._inner.token_to_id, MASK_NAMES) if i is not None]
@@ -85,6 +85,32 @@ class Tokenizer:
     def sha256(self) -> str:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def ids_without_mask(self) -> dict[str, int]:
+        """Ids by token, the mask left out."""
+        ids = self._inner.get_vocab(with_added_tokens=True)
+        return {token: i for token, i in ids.items() if i != self.mask_id}
+
+    def with_mask(self, token: str) -> Tokenizer:
+        """A copy in which an added token that no text uses is the mask, under the name <|mask|>.
+
+        Args:
+            token: its present name, e.g. ``<|reserved_special_token_0|>``.
+
+        Raises:
+            ConfigError: the tokenizer has a mask of its own, or no such added token, or it begins
+                or ends a text.
+        """
+        definition = json.loads(self.json)
+        added = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
+        own = [name for name in MASK_NAMES if self._inner.token_to_id(name) is not None]
+        if own:
+            raise ConfigError("mask-token", token, f"left out: {self.name} has {own[0]}")
+        if token not in added:
+            raise ConfigError("mask-token", token, f"an added token of {self.name}")
+        if added[token]["id"] in (self.bos_id, self.eos_id):
+            raise ConfigError("mask-token", token, "a token other than those of a text's ends")
+        return Tokenizer(_renamed(definition, token, MASK_NAMES[1]), f"{self.name} ({token})")
 
     @property
     def special(self) -> tuple[int, int, int, int]:
@@ -114,7 +140,20 @@ class Tokenizer:
                 )
 
 
-def load_tokenizer(name: Path | str) -> Tokenizer:
+def _renamed(definition: dict[str, Any], old: str, new: str) -> str:
+    """A ``tokenizer.json`` in which an added token has another name and the same id."""
+    for entry in definition["added_tokens"]:
+        if entry["content"] == old:
+            entry.update(content=new, special=True)
+    vocab = definition["model"].get("vocab")
+    if isinstance(vocab, dict) and old in vocab:
+        vocab[new] = vocab.pop(old)
+    elif isinstance(vocab, list):
+        definition["model"]["vocab"] = [[new if t == old else t, p] for t, p in vocab]
+    return json.dumps(definition, ensure_ascii=False)
+
+
+def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
@@ -122,10 +161,15 @@ def load_tokenizer(name: Path | str) -> Tokenizer:
             BERT ``vocab.txt``; a GPT-2 ``merges.txt`` or ``vocab.bpe`` with its ``vocab.json``
             or ``encoder.json`` beside it; a folder that holds one of these; or a name on the
             Hugging Face hub.
+        mask_token: an added token that serves as the mask (:meth:`Tokenizer.with_mask`). None:
+            the tokenizer's own mask, else a new id after the last.
 
     Raises:
         TokenizerError: nothing of that name, or it does not load.
+        ConfigError: ``mask_token`` cannot be the mask.
     """
+    if mask_token is not None:
+        return load_tokenizer(name).with_mask(mask_token)
     if name == "default":
         asset = files("bd3lm") / "assets" / "tokenizer.json"
         return Tokenizer(asset.read_text(encoding="utf-8"), "default")

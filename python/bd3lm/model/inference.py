@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.fused import flat
 from bd3lm.model.layers import KVCache, Norm
+from bd3lm.model.rotary import unrotated
 from bd3lm.model.threads import kernel_threads
 from bd3lm.model.transformer import Block, Transformer, one_modulation
 
@@ -33,9 +35,9 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
 
     Args:
         model: is not changed.
-        dtype: of the matrices of linear layers on the CPU, float32 or bfloat16. With bfloat16
-            their inputs are rounded too; sums, everything else and the logits stay float32. Other
-            devices keep their weights and use autocast.
+        dtype: of the matrices of linear layers, float32 or bfloat16. With bfloat16 their inputs
+            are rounded too. On the CPU sums, everything else and the logits stay float32;
+            elsewhere products and logits are bfloat16, as under autocast.
 
     Raises:
         ConfigError: bfloat16 on a CPU without bf16 products, or another dtype.
@@ -51,7 +53,38 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
             for index, block in enumerate(model.blocks):
                 assert isinstance(block, Block)
                 model.blocks[index] = PackedBlock(block)
+    elif dtype == torch.bfloat16:
+        round_matrices(model)
     return model.requires_grad_(False)
+
+
+class RoundedLinear(nn.Module):
+    """Linear layer that keeps its matrix in bfloat16: half the bytes to read in every forward.
+
+    Autocast rounds a float32 matrix anew each time, and keeps none that needs no gradient.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
+        bias = None if linear.bias is None else linear.bias.bfloat16()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., K] to bfloat16 [..., N]."""
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+def round_matrices(model: Transformer) -> None:
+    """Replace the linear layers of the blocks and the head; embeddings stay as they are.
+
+    So do those of adaLN, whose constants are computed in float32.
+    """
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.qkv, block.out = RoundedLinear(block.qkv), RoundedLinear(block.out)
+        block.mlp.up, block.mlp.down = RoundedLinear(block.mlp.up), RoundedLinear(block.mlp.down)
+    model.head = RoundedLinear(model.head)
 
 
 class PackedLinear(nn.Module):
@@ -93,7 +126,7 @@ class PackedBlock(nn.Module):
             out=_matrix(block.out),
             norm2=_norm(block.norm2),
             up=_matrix(block.mlp.up),
-            activation=block.mlp.kind,
+            mlp=block.mlp.kind,
             down=_matrix(block.mlp.down),
             head_width=block.cfg.head_width,
         )
@@ -127,7 +160,7 @@ class PackedBlock(nn.Module):
         cfg, threads = self.block.cfg, kernel_threads()
         q = torch.empty(batch, length, cfg.heads, cfg.head_width)
         k, v = cache.k[layer], cache.v[layer]
-        cos, sin = rope
+        cos, sin = rope if self.block.rotates else unrotated(rope)
         self.packed.project(
             flat(h.contiguous()),
             flat(cos),
@@ -181,6 +214,8 @@ def _fold_conditioning(model: Transformer) -> None:
         _shift_norm(block.norm1, shift1, scale1)
         _shift_norm(block.norm2, shift2, scale2)
         block.out.weight.mul_(gate1[:, None])
+        if block.out.bias is not None:
+            block.out.bias.mul_(gate1)
         block.mlp.down.weight.mul_(gate2[:, None])
         if block.mlp.down.bias is not None:
             block.mlp.down.bias.mul_(gate2)

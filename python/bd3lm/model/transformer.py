@@ -7,6 +7,8 @@ Dh head width, M selected positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bd3lm.config import ModelConfig
+from bd3lm.config import ModelConfig, check
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
 from bd3lm.model.layers import (
@@ -22,26 +24,33 @@ from bd3lm.model.layers import (
     KVCache,
     Mlp,
     Norm,
-    Rotary,
     TimeEmbedding,
     linear_parts,
 )
+from bd3lm.model.rotary import Rotary, unrotated
+
+COMPILER = "inductor"
+"""Backend of ``torch.compile`` for the blocks of a training step."""
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP; adaLN modulates both if there is a conditioning."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    attend: Callable[..., Tensor] = staticmethod(attend)
+
+    def __init__(self, cfg: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         self.attention = "auto"
+        self.rotates = layer not in cfg.nope_layers
+        self.q_width = cfg.heads * cfg.head_width
         self.kv_width = cfg.num_kv_heads * cfg.head_width
         self.norm1 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
-        self.qkv = nn.Linear(cfg.width, cfg.width + 2 * self.kv_width, bias=False)
+        self.qkv = nn.Linear(cfg.width, self.q_width + 2 * self.kv_width, bias=cfg.qkv_bias)
         if cfg.qk_norm:
             self.q_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
             self.k_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
-        self.out = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.out = nn.Linear(self.q_width, cfg.width, bias=cfg.out_bias)
         self.norm2 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         self.mlp = Mlp(cfg)
         if cfg.cond_width:
@@ -53,6 +62,9 @@ class Block(nn.Module):
         """Initialise the last projection of each residual branch to zero and adaLN gates to one."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.mlp.down.weight)
+        for linear in (self.qkv, self.out):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         if self.cfg.mlp_bias:
             nn.init.zeros_(self.mlp.down.bias)
         if self.cfg.cond_width:
@@ -68,20 +80,25 @@ class Block(nn.Module):
             rope: cosines and signed sines of every row [T, Dh].
             queries: number of leading rows that are queries; None: all. 0: queries are unused.
         """
-        width, head = self.cfg.width, self.cfg.head_width
+        head = self.cfg.head_width
         turn = not self.cfg.qk_norm  # the norms come before the rotation
-        widths, turned = [width, self.kv_width, self.kv_width], [turn, turn, False]
+        widths, turned = [self.q_width, self.kv_width, self.kv_width], [turn, turn, False]
         whole = not queries or queries == x.shape[1]
         if not isinstance(self.qkv, nn.Linear):  # packed for inference: its matrix is not a tensor
             q, k, v = split_heads(self.qkv(x), widths, turned, rope, head)
         elif whole:
-            q, k, v = projected_heads(x, self.qkv.weight, widths, turned, rope, head)
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q, k, v = projected_heads(x, weight, widths, turned, rope, head, bias)
         else:
-            weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
+            sizes = [self.q_width, 2 * self.kv_width]
+            weight_q, weight_kv = self.qkv.weight.split(sizes)
+            bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
             query_rows = x[:, :queries]
             angles = _first(rope, query_rows.shape[1])
-            (q,) = projected_heads(query_rows, weight_q, widths[:1], turned[:1], angles, head)
-            k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head)
+            (q,) = projected_heads(
+                query_rows, weight_q, widths[:1], turned[:1], angles, head, bias_q
+            )
+            k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head, bias_kv)
         q = q[:, : queries or None]
         if self.cfg.qk_norm:
             q = rotate(self.q_norm(q).to(v.dtype), _first(rope, q.shape[1]))
@@ -118,6 +135,8 @@ class Block(nn.Module):
         Returns:
             [B, Tq, D], or [M, D] with ``select``.
         """
+        if not self.rotates:
+            rope = unrotated(rope)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
         h, normed = self.norm1.fork(h, shift1, scale1)
         q, k, v = self.heads(normed, rope, queries)
@@ -131,7 +150,7 @@ class Block(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             keys, values = torch.cat([keys, past[0]], dim=2), torch.cat([values, past[1]], dim=2)
-        attended = attend(q.transpose(1, 2), keys, values, mask, self.attention)
+        attended = self.attend(q.transpose(1, 2), keys, values, mask, self.attention)
         attended = attended.transpose(1, 2).flatten(2)
         h = h[:, :queries]
         if select is not None:
@@ -150,6 +169,10 @@ class Block(nn.Module):
         if cond is None:
             return (None,) * 6
         return one_modulation(self.ada, cond).chunk(6, dim=-1)
+
+
+def _call(block: nn.Module, *args: Any, **options: Any) -> Tensor:
+    return block(*args, **options)
 
 
 def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
@@ -183,6 +206,15 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
     return m if select is None else m[0]
 
 
+def _rows(cfg: ModelConfig, ids: int) -> int:
+    """V, with padding where the settings ask for it."""
+    if cfg.vocab_size is None:
+        return ids
+    allowed = f"at least {ids}, the tokenizer's ids with the mask token"
+    check(cfg.vocab_size >= ids, "model.vocab-size", cfg.vocab_size, allowed)
+    return cfg.vocab_size
+
+
 class Transformer(nn.Module):
     """Transformer over token ids, bidirectional within a block and causal over blocks.
 
@@ -194,24 +226,29 @@ class Transformer(nn.Module):
 
     Args:
         cfg: the shape.
-        vocab_size: V, the mask token included.
+        vocab_size: ids in use, the mask token included; V where ``cfg.vocab_size`` is None.
+
+    Raises:
+        ConfigError: more ids than ``cfg.vocab_size``.
     """
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        vocab_size = _rows(cfg, vocab_size)
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
+        self._compiled: Callable[..., Tensor] | None = None
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         if cfg.cond_width:
             self.ada = nn.Linear(cfg.cond_width, 2 * cfg.width)
         self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
         if cfg.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.rotary = Rotary(cfg.head_width, cfg.rope_theta)
+        self.rotary = Rotary(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -353,7 +390,7 @@ class Transformer(nn.Module):
                 queries=0 if fill and last else None,
                 select=select if last and not fill else None,
                 cache=cache,
-                layer=layer,
+                layer=0 if cache is None else layer,  # a number is a constant of compiled code
             )
         if cache is not None:
             cache.length += commit
@@ -434,11 +471,40 @@ class Transformer(nn.Module):
             h = block(h, mask, rope, cond, select=select if last else None, past=past)
         return self._finish(h, cond, None, select)
 
+    def compile_blocks(self, on: bool = True) -> None:
+        """Run the blocks of training steps through ``torch.compile``, or stop doing so.
+
+        All blocks share one compiled function, and each shape is compiled once; the number of
+        selected positions is symbolic, since it changes with every batch. Attention is left out:
+        FlexAttention compiles itself, and the other backends are single operators.
+        """
+        self._compiled = None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.__dict__.pop("attend", None)
+            if on:
+                outside: Any = torch.compiler.disable(attend)
+                block.attend = outside
+        if on:
+            self._compiled = torch.compile(_call, dynamic=False, backend=COMPILER)
+
+    @property
+    def compiles_blocks(self) -> bool:
+        """Whether training steps run compiled blocks."""
+        return self._compiled is not None
+
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """Run one block, with activation checkpointing if ``recompute`` is set."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, **options)
-        return block(*args, **options)
+        """Run one block; in training compiled and checkpointed, if these are on."""
+        if not (self.training and torch.is_grad_enabled()):
+            return block(*args, **options)
+        call: Callable[..., Tensor] = block
+        if self._compiled is not None:
+            call = partial(self._compiled, block)
+            if options.get("select") is not None:
+                torch._dynamo.maybe_mark_dynamic(options["select"], 0)
+        if self.recompute:
+            return checkpoint(call, *args, use_reentrant=False, **options)
+        return call(*args, **options)
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores [..., V] of features [..., D]."""

@@ -1,36 +1,36 @@
-//! Bias, dropout and residual sum in one pass over memory, and their gradients.
+//! Fused bias, dropout and residual addition, forward and backward.
 
-use crate::cpu::buffers::{Shared, in_groups, same, sum_of_groups, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
 use crate::random::{Domain, Stream};
 
-/// Numbers whose random bits lie together: two in a word, from either half of the tile.
+/// Elements of a tile of random bits: a word serves one element of either half.
 const TILE: usize = 256;
-/// Tiles whose bits are made together: short calls are mostly preparation.
+/// Tiles generated per RNG call, to amortise its set-up.
 const TILES: usize = 8;
 
-/// Which numbers dropout keeps: a function of (seed, position), so that the backward pass draws
-/// them again instead of remembering them.
+/// A dropout mask, a function of (seed, position): the backward pass draws it again instead of
+/// storing it.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     seed: u64,
-    /// Dropped where 16 random bits are below this.
+    /// An element is dropped where its 16 random bits are below this.
     threshold: u16,
     /// One over the probability of being kept.
     scale: f32,
 }
 
 impl Dropout {
-    /// Drops with probability `p`, to the nearest 2⁻¹⁶; none are drawn for p = 0.
+    /// Drops with probability `p`, rounded to a multiple of 2⁻¹⁶. p = 0 draws nothing.
     ///
     /// # Errors
     /// `p` outside [0, 1).
     pub fn new(seed: u64, p: f64) -> Result<Self> {
         let threshold = (p * 65536.0).round();
         if !(0.0..65536.0).contains(&threshold) {
-            return Err(Error::config("p", p, "must be in [0, 1)"));
+            return Err(Error::config("p", p, "in [0, 1)"));
         }
         let scale = (65536.0 / (65536.0 - threshold)) as f32;
         Ok(Dropout {
@@ -40,8 +40,8 @@ impl Dropout {
         })
     }
 
-    /// Calls `f(position, column, factors)` for pieces of the rows of a group, from its start on:
-    /// the factors are 0 or 1/(1−p).
+    /// Calls `f(position, column, factors)` for consecutive pieces of the rows of a group; factors
+    /// are 0 or 1/(1−p).
     #[inline]
     fn pieces(
         &self,
@@ -84,10 +84,10 @@ impl Dropout {
         threads: usize,
     ) -> Result<()> {
         let width = bias.len();
-        same("h", x.len(), h.len())?;
-        same("out", x.len(), out.len())?;
+        check_len("h", x.len(), h.len())?;
+        check_len("out", x.len(), out.len())?;
         whole_rows("x", x.len(), width)?;
-        let out = Shared(out.as_mut_ptr());
+        let out = Parts::new(out);
         in_groups(x.len(), width, threads, |group, span| {
             // SAFETY: groups are disjoint and inside `out`, which is borrowed for the whole call.
             let out = unsafe { out.part(span.start, span.len()) };
@@ -104,7 +104,7 @@ impl Dropout {
         Ok(())
     }
 
-    /// Gradients of the sum with respect to `x` and `bias`, given its own.
+    /// Gradients of the sum with respect to `x` and `bias`.
     ///
     /// * `d_out` [R, W]; `d_x` [R, W] and `d_bias` [W] are filled.
     ///
@@ -118,9 +118,9 @@ impl Dropout {
         threads: usize,
     ) -> Result<()> {
         let width = d_bias.len();
-        same("d_x", d_out.len(), d_x.len())?;
+        check_len("d_x", d_out.len(), d_x.len())?;
         whole_rows("d_out", d_out.len(), width)?;
-        let d_x = Shared(d_x.as_mut_ptr());
+        let d_x = Parts::new(d_x);
         sum_of_groups(
             d_out.len(),
             width,
@@ -213,7 +213,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;
@@ -289,7 +289,7 @@ mod tests {
     fn wrong_input_is_named() {
         let dropout = Dropout::new(0, 0.5).unwrap();
         let wrong = dropout.backward(&[0f32; 3], &mut [0i16; 4], &mut [0.0; 3], 1);
-        assert!(wrong.unwrap_err().to_string().contains("needs 3"));
+        assert!(wrong.unwrap_err().to_string().contains("3 elements long"));
         assert!(Dropout::new(0, 1.0).is_err() && Dropout::new(0, -0.5).is_err());
     }
 }

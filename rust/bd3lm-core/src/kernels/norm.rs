@@ -1,11 +1,11 @@
 //! LayerNorm and RMSNorm of the rows of the residual stream, forward and backward.
 
-use crate::cpu::buffers::{Shared, in_groups, same, sum_of_groups, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::Result;
 
-/// Sums that are kept side by side, so that the compiler may use vectors.
+/// Partial sums, so that the compiler can vectorise.
 const LANES: usize = 16;
 
 /// Sum over a row, in an order that depends on its width alone.
@@ -21,7 +21,7 @@ fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().map(|&x| f(x)).sum::<f32>()
 }
 
-/// Σ (`x` − `mean`)·`by` over a row, in such an order.
+/// Σ (`x` − `mean`)·`by` over a row, in an order that depends on its width alone.
 #[inline(always)]
 fn sum_along(x: &[f32], mean: f32, by: &[f32]) -> f32 {
     let ((lanes, rest), (by, by_rest)) = (x.as_chunks::<LANES>(), by.as_chunks::<LANES>());
@@ -35,7 +35,7 @@ fn sum_along(x: &[f32], mean: f32, by: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest.sum::<f32>()
 }
 
-/// Mean (zero unless `centred`) and one over the deviation of a row.
+/// Mean (zero unless `centred`) and reciprocal standard deviation of a row.
 #[inline(always)]
 fn moments(row: &[f32], centred: bool, eps: f32) -> (f32, f32) {
     let count = row.len() as f32;
@@ -49,7 +49,7 @@ fn moments(row: &[f32], centred: bool, eps: f32) -> (f32, f32) {
 }
 
 multiversion! {
-    /// Normalises rows where they are, by the calling thread.
+    /// Normalises rows in place, on the calling thread.
     pub(crate) fn normalise(rows: &mut [f32], weight: &[f32], bias: &[f32], centred: bool, eps: f32) {
         for row in rows.chunks_exact_mut(weight.len()) {
             let (mean, scale) = moments(row, centred, eps);
@@ -60,33 +60,33 @@ multiversion! {
     }
 }
 
-/// How rows as wide as the weight are normalised.
+/// Parameters of a norm of rows [W].
 #[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// What the normalised numbers are multiplied by.
+    /// Scale [W].
     pub weight: &'a [f32],
-    /// What is added to them then.
+    /// Shift [W].
     pub bias: &'a [f32],
-    /// LayerNorm; otherwise RMSNorm, which takes the mean for zero.
+    /// LayerNorm; otherwise RMSNorm, whose mean is zero.
     pub centred: bool,
     /// Added to the variance.
     pub eps: f32,
 }
 
-/// What the backward pass reads.
+/// Inputs of the backward pass.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a, T> {
     /// Gradient of the result [R, W].
     pub d_out: &'a [T],
-    /// What was normalised [R, W].
+    /// Input of the forward pass [R, W].
     pub x: &'a [f32],
     /// As in [`Norm`] [W].
     pub weight: &'a [f32],
     /// As in [`Norm`].
     pub centred: bool,
-    /// Mean and one over the deviation of each row [R, 2], from the forward pass.
+    /// Mean and reciprocal deviation of each row [R, 2], from the forward pass.
     pub moments: &'a [f32],
-    /// Gradient that reaches `x` on another way [R, W], added to the result; or nothing.
+    /// Gradient of `x` through the residual connection [R, W], added to the result; or empty.
     pub beside: &'a [f32],
 }
 
@@ -94,7 +94,7 @@ impl Norm<'_> {
     /// Normalises rows.
     ///
     /// * `x` [R, W]; `out` [R, W] receives the result.
-    /// * `moments` [R, 2] receives mean and one over the deviation of each row.
+    /// * `moments` [R, 2] receives mean and reciprocal deviation of each row.
     ///
     /// # Errors
     /// Buffers that do not fit together.
@@ -106,10 +106,10 @@ impl Norm<'_> {
         threads: usize,
     ) -> Result<()> {
         let width = self.weight.len();
-        same("bias", width, self.bias.len())?;
+        check_len("bias", width, self.bias.len())?;
         check(width, x.len(), moments.len())?;
-        same("out", x.len(), out.len())?;
-        let (out, moments) = (Shared(out.as_mut_ptr()), Shared(moments.as_mut_ptr()));
+        check_len("out", x.len(), out.len())?;
+        let (out, moments) = (Parts::new(out), Parts::new(moments));
         in_groups(x.len(), width, threads, |_, span| {
             let (first, rows) = (span.start / width, span.len() / width);
             // SAFETY: groups are disjoint ranges of rows, inside both buffers as checked above,
@@ -142,14 +142,14 @@ impl<T: Stored> Inputs<'_, T> {
     ) -> Result<()> {
         let (width, size) = (self.weight.len(), self.x.len());
         check(width, size, self.moments.len())?;
-        same("d_out", size, self.d_out.len())?;
-        same("d_x", size, d_x.len())?;
-        same("d_weight", width, d_weight.len())?;
-        same("d_bias", width, d_bias.len())?;
+        check_len("d_out", size, self.d_out.len())?;
+        check_len("d_x", size, d_x.len())?;
+        check_len("d_weight", width, d_weight.len())?;
+        check_len("d_bias", width, d_bias.len())?;
         if !self.beside.is_empty() {
-            same("beside", size, self.beside.len())?;
+            check_len("beside", size, self.beside.len())?;
         }
-        let d_x = Shared(d_x.as_mut_ptr());
+        let d_x = Parts::new(d_x);
         let mut sums = vec![0.0; 2 * width];
         sum_of_groups(size, width, &mut sums, threads, |_, span, sums| {
             let rows = span.start / width..span.end / width;
@@ -172,7 +172,7 @@ impl<T: Stored> Inputs<'_, T> {
 
 fn check(width: usize, x: usize, moments: usize) -> Result<()> {
     whole_rows("x", x, width)?;
-    same("moments", 2 * (x / width), moments)
+    check_len("moments", 2 * (x / width), moments)
 }
 
 multiversion! {
@@ -203,7 +203,7 @@ multiversion! {
             let (mean, scale) = (found[0], found[1]);
             let (x, d_out) = (&inputs.x[span.clone()], &inputs.d_out[span.clone()]);
             let d_x = &mut d_x[span.clone()];
-            // What reaches the normalised numbers, for now.
+            // First the gradient of the normalised numbers.
             for i in 0..width {
                 let (normed, d) = ((x[i] - mean) * scale, d_out[i].get());
                 d_weight[i] += d * normed;
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn norms_by_hand() {
+    fn known_norms() {
         let weight = [2.0, 1.0, 1.0];
         let mut rows = vec![1.0, 2.0, 3.0, -4.0, 0.0, 4.0];
         normalise(&mut rows, &weight, &[0.5, 0.0, 0.0], true, 0.0);
@@ -374,7 +374,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;
@@ -420,8 +420,8 @@ mod tests {
                 .unwrap_err()
                 .to_string()
         };
-        assert!(run(7, 7, 4).contains("x = 7 numbers: needs whole rows of 3"));
-        assert!(run(6, 5, 4).contains("out = 5 numbers"));
-        assert!(run(6, 6, 3).contains("moments = 3 numbers"));
+        assert!(run(7, 7, 4).contains("x = 7 elements: must be whole rows of 3"));
+        assert!(run(6, 5, 4).contains("out = 5 elements"));
+        assert!(run(6, 6, 3).contains("moments = 3 elements"));
     }
 }

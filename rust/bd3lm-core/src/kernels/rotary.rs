@@ -1,12 +1,12 @@
-//! Rotary position embedding of heads, on their way between a projection and attention.
+//! Rotary position embedding of the heads of queries and keys.
 
-use crate::cpu::buffers::{Shared, in_groups, same, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
 
 multiversion! {
-    /// Rotates the heads of one row where they are: the two halves of each against each other.
+    /// Rotates the heads of one row in place, the first half of each against the second.
     pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
         let half = cos.len() / 2;
         let (cos_low, cos_high) = cos.split_at(half);
@@ -22,12 +22,12 @@ multiversion! {
     }
 }
 
-/// Angles of T positions, which the rows of a buffer go through again and again.
+/// Angles of T positions; the rows of a buffer repeat them.
 #[derive(Clone, Copy)]
 pub struct Angles<'a> {
     /// Cosines [T, Dh].
     pub cos: &'a [f32],
-    /// Sines [T, Dh], the first half of each with its sign turned.
+    /// Sines [T, Dh], the first half of each negated.
     pub sin: &'a [f32],
     /// Dh, features of a head.
     pub head_width: usize,
@@ -35,16 +35,16 @@ pub struct Angles<'a> {
     pub inverse: bool,
 }
 
-/// Which features of rows are moved.
+/// A range of features of every row.
 #[derive(Clone, Copy)]
 pub struct Columns {
     /// Features of a row.
     pub width: usize,
-    /// The first of those moved.
+    /// The first feature of the range.
     pub first: usize,
 }
 
-/// Rotates `count` features of every row where they are.
+/// Rotates `count` features of every row in place.
 ///
 /// # Errors
 /// Columns outside the rows, or features that are no whole heads.
@@ -57,7 +57,7 @@ pub fn rotate_heads<T: Stored>(
 ) -> Result<()> {
     columns.check("heads", heads.len(), count)?;
     angles.check(count, heads.len())?;
-    let (len, heads) = (heads.len(), Shared(heads.as_mut_ptr()));
+    let (len, heads) = (heads.len(), Parts::new(heads));
     in_groups(len, columns.width, threads, |_, span| {
         // SAFETY: groups are disjoint ranges of rows, and the buffer is borrowed for the whole call.
         let part = unsafe { heads.part(span.start, span.len()) };
@@ -79,11 +79,11 @@ pub fn move_heads<T: Stored>(
 ) -> Result<()> {
     source.check("from", from.len(), count)?;
     target.check("to", to.len(), count)?;
-    same("to", from.len() / source.width, to.len() / target.width)?;
+    check_len("to", from.len() / source.width, to.len() / target.width)?;
     if let Some(angles) = angles {
         angles.check(count, from.len())?;
     }
-    let to = Shared(to.as_mut_ptr());
+    let to = Parts::new(to);
     in_groups(from.len(), source.width, threads, |_, span| {
         let (first, rows) = (span.start / source.width, span.len() / source.width);
         // SAFETY: groups are disjoint ranges of rows, of which both buffers have as many, and
@@ -110,11 +110,19 @@ pub fn move_heads<T: Stored>(
 impl Columns {
     fn check(self, name: &'static str, len: usize, count: usize) -> Result<()> {
         whole_rows(name, len, self.width)?;
-        if self.first + count <= self.width {
+        if self
+            .first
+            .checked_add(count)
+            .is_some_and(|end| end <= self.width)
+        {
             return Ok(());
         }
-        let given = format!("features up to {}", self.first + count);
-        Err(Error::config(name, given, format!("has {}", self.width)))
+        let given = format!("{count} features from {} on", self.first);
+        Err(Error::config(
+            name,
+            given,
+            format!("within rows of {}", self.width),
+        ))
     }
 }
 
@@ -122,14 +130,14 @@ impl Angles<'_> {
     fn check(&self, count: usize, len: usize) -> Result<()> {
         let width = self.head_width;
         if width == 0 || !width.is_multiple_of(2) || !count.is_multiple_of(width) {
-            let allowed = format!("needs whole heads of {width}, an even width");
+            let allowed = format!("whole heads of {width}, an even width");
             return Err(Error::config("count", count, allowed));
         }
         whole_rows("cos", self.cos.len(), width)?;
-        same("sin", self.cos.len(), self.sin.len())?;
+        check_len("sin", self.cos.len(), self.sin.len())?;
         if self.cos.is_empty() && len > 0 {
-            let allowed = "needs an angle for every position";
-            return Err(Error::config("cos", "0 numbers", allowed));
+            let allowed = "an angle for every position";
+            return Err(Error::config("cos", "0 elements", allowed));
         }
         Ok(())
     }
@@ -137,7 +145,12 @@ impl Angles<'_> {
 
 /// Heads of one row; `HALF` is known to the compiler for the usual widths.
 #[inline(always)]
-fn turn<T: Stored, const HALF: usize>(heads: &mut [T], cos: &[f32], sin: &[f32], sign: f32) {
+fn rotate_heads_of_row<T: Stored, const HALF: usize>(
+    heads: &mut [T],
+    cos: &[f32],
+    sin: &[f32],
+    sign: f32,
+) {
     let half = if HALF == 0 { cos.len() / 2 } else { HALF };
     let (cos_low, cos_high) = (&cos[..half], &cos[half..][..half]);
     let (sin_low, sin_high) = (&sin[..half], &sin[half..][..half]);
@@ -153,7 +166,7 @@ fn turn<T: Stored, const HALF: usize>(heads: &mut [T], cos: &[f32], sin: &[f32],
 }
 
 multiversion! {
-    /// Rotates `count` features of rows; `first_row` is the number of the first.
+    /// Rotates `count` features of rows; `first_row` is the index of the first row.
     fn rotate_rows<T: Stored>(
         rows: &mut [T],
         columns: Columns,
@@ -168,10 +181,10 @@ multiversion! {
             let at = (first_row + row) % (angles.cos.len() / width) * width;
             let (cos, sin) = (&angles.cos[at..at + width], &angles.sin[at..at + width]);
             match width {
-                32 => turn::<T, 16>(heads, cos, sin, sign),
-                64 => turn::<T, 32>(heads, cos, sin, sign),
-                128 => turn::<T, 64>(heads, cos, sin, sign),
-                _ => turn::<T, 0>(heads, cos, sin, sign),
+                32 => rotate_heads_of_row::<T, 16>(heads, cos, sin, sign),
+                64 => rotate_heads_of_row::<T, 32>(heads, cos, sin, sign),
+                128 => rotate_heads_of_row::<T, 64>(heads, cos, sin, sign),
+                _ => rotate_heads_of_row::<T, 0>(heads, cos, sin, sign),
             }
         }
     }
@@ -268,7 +281,7 @@ mod tests {
                 if (4..4 + count).contains(&(i % whole.width)) {
                     assert!((got - want).abs() < 1e-4, "{got} {want}");
                 } else {
-                    assert_eq!(*got, 7.0); // what lies beside is not touched
+                    assert_eq!(*got, 7.0); // other features are untouched
                 }
             }
         }
@@ -305,7 +318,7 @@ mod tests {
         }
     }
 
-    /// Heads lie between pages that no one may touch.
+    /// Heads lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;
@@ -355,9 +368,13 @@ mod tests {
             .unwrap_err()
             .to_string()
         };
-        assert!(run((17, 8), 0, 4, None).contains("from = 17 numbers: needs whole rows of 8"));
-        assert!(run((16, 8), 5, 4, None).contains("from = features up to 9: has 8"));
-        assert!(run((24, 8), 0, 4, None).contains("to = 2 numbers"));
+        assert!(run((17, 8), 0, 4, None).contains("from = 17 elements: must be whole rows of 8"));
+        assert!(
+            run((16, 8), 5, 4, None)
+                .contains("from = 4 features from 5 on: must be within rows of 8")
+        );
+        assert!(run((16, 8), usize::MAX - 3, 4, None).contains("from = 4 features"));
+        assert!(run((24, 8), 0, 4, None).contains("to = 2 elements"));
         assert!(run((16, 8), 0, 6, Some(angles)).contains("whole heads of 4"));
         let other = Angles {
             sin: &[0.0; 8],

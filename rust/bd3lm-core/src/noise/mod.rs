@@ -1,10 +1,10 @@
-//! Noise levels, masks and loss weights of a batch (MATH §2 clip, §3, §4, §6), row by row.
+//! Noise levels, masks and loss weights of a batch (docs/math.md §2 clip, §3, §4, §6).
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`schedule`] | mask probability, NELBO weight and inverse of every noise schedule |
 //! | [`weighting`] | training-only reweightings of the NELBO |
-//! | `spec` | what to draw, and its checks |
+//! | `spec` | noise settings, and their checks |
 //! | `bernoulli`, `count` | the estimators |
 //! | `levels`, `choice`, `binomial` | levels and masks, subsets, truncated counts |
 
@@ -13,6 +13,7 @@ mod binomial;
 mod choice;
 mod count;
 mod levels;
+mod root;
 mod row;
 pub mod schedule;
 mod spec;
@@ -22,8 +23,8 @@ mod tests;
 pub mod weighting;
 
 pub use row::Scratch;
-pub use schedule::Schedule;
-pub use spec::{Estimator, NoiseKey, NoiseSpec};
+pub use schedule::{Schedule, ScheduleSettings};
+pub use spec::{Estimator, NoiseKey, NoiseSettings, NoiseSpec};
 pub use weighting::Weighting;
 
 use levels::count_live;

@@ -1,7 +1,7 @@
 use super::binomial::{CHOOSE, truncated_binomial};
 use super::*;
 use crate::noise::schedule::MIN_LEVEL;
-use crate::noise::schedule::tests::all;
+use crate::noise::schedule::tests::{all, tabulated};
 use crate::random::{Domain, Stream};
 use proptest::prelude::*;
 use statrs::function::beta::{beta_reg, ln_beta};
@@ -56,7 +56,7 @@ fn nats(mask: &[u8]) -> f64 {
         .sum()
 }
 
-/// MATH §4's sum over all subsets, each weighted by an integral over p.
+/// The sum of docs/math.md §4 over all subsets, each weighted by an integral over p.
 fn exact(n: usize, weight: impl Fn(f64, f64) -> f64) -> f64 {
     (1u32..1 << n)
         .map(|bits| {
@@ -86,11 +86,14 @@ fn estimate(spec: &NoiseSpec, block_size: usize, steps: u64) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
-/// Every schedule's clipped estimator has the incomplete-Beta expectation of MATH §4 — with
+/// Every schedule's clipped estimator has the incomplete-Beta expectation of docs/math.md §4, with
 /// masks and with counts. Unclipped is the clip [1e-3, 1].
 #[test]
 fn every_schedule_is_unbiased() {
-    for schedule in all() {
+    let mut schedules = all();
+    schedules.push(tabulated(&schedules[4]));
+    schedules.push(tabulated(&schedules[6]));
+    for schedule in schedules {
         for (a, b) in [(1e-3, 1.0), (0.3, 0.8), (0.45, 0.95)] {
             let (pa, pb) = (schedule.mask_prob(a), schedule.mask_prob(b));
             let truth = exact(4, |x, y| {
@@ -104,8 +107,11 @@ fn every_schedule_is_unbiased() {
                 },
             ] {
                 // ∫ w dt over the interval: an average over t needs its width.
-                let (mean, error) =
-                    estimate(&spec(schedule, estimator.clone(), Some((a, b))), 4, 400);
+                let (mean, error) = estimate(
+                    &spec(schedule.clone(), estimator.clone(), Some((a, b))),
+                    4,
+                    400,
+                );
                 assert!(
                     (mean - truth).abs() < 5.0 * error + 1e-3 * truth,
                     "{} {estimator:?} [{a}, {b}]: {mean} ± {error}, exact {truth}",
@@ -342,7 +348,7 @@ fn count_weights_carry_the_mean_of_the_weighting() {
             stratum: None,
         };
         let schedule = Schedule::SquareRoot;
-        let s = NoiseSpec::new(schedule, estimator, None, false, weighting, None).unwrap();
+        let s = NoiseSpec::new(schedule.clone(), estimator, None, false, weighting, None).unwrap();
         let mut stream = Stream::new(9, Domain::Level, 0, 0);
         for (k, n) in [(1usize, 4usize), (2, 4), (4, 4), (3, 16)] {
             let draws: Vec<f64> = (0..40_000)
@@ -375,8 +381,6 @@ fn count_weights_carry_the_mean_of_the_weighting() {
     assert!((s.count_factor(3, 4) - 0.6).abs() < 1e-12);
 }
 
-/// The level of a clipped count has the Beta law inside the clip; for the large blocks of MDLM
-/// too, where the library's own inverse never comes to an end.
 /// A loss c(p) of a model that reads the level: the mean of weight·c is ∫ w̃·w·E[k]·c dt / (b − a).
 #[test]
 fn time_conditioned_counts_take_the_weighting_at_their_level() {
@@ -389,7 +393,7 @@ fn time_conditioned_counts_take_the_weighting_at_their_level() {
             Weighting::Simple,
         ] {
             let spec = NoiseSpec::new(
-                schedule,
+                schedule.clone(),
                 Estimator::Count {
                     probs: None,
                     stratum: None,
@@ -428,6 +432,8 @@ fn time_conditioned_counts_take_the_weighting_at_their_level() {
     }
 }
 
+/// The level of a clipped count has the Beta distribution inside the clip; also for the large blocks
+/// of MDLM, where the inverse of `statrs` does not terminate.
 #[test]
 fn levels_of_clipped_counts_are_quantiles() {
     for (a, b) in [(0.0, 0.1), (0.3, 0.8), (0.95, 1.0)] {
@@ -465,7 +471,15 @@ fn count_weights_of_simple_are_means_over_t() {
             probs: None,
             stratum: None,
         };
-        let s = NoiseSpec::new(schedule, estimator, None, false, Weighting::Simple, None).unwrap();
+        let s = NoiseSpec::new(
+            schedule.clone(),
+            estimator,
+            None,
+            false,
+            Weighting::Simple,
+            None,
+        )
+        .unwrap();
         for (k, n) in [(1usize, 1usize), (1, 4), (3, 4), (4, 4)] {
             let nodes = 100_000;
             let mean: f64 = (0..nodes)

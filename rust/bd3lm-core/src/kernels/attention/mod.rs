@@ -1,15 +1,15 @@
-//! CPU kernels of the block-diffusion attention (MATH §7), forward and backward.
+//! CPU kernels of the block-diffusion attention (docs/math.md §7), forward and backward.
 //!
-//! The mask arrives as two ranges of keys a query, clean and noised, which covers training,
-//! scoring, decoding, documents and padding alike. Tiles of queries meet only the keys that
-//! some query of theirs sees, and only at the edges is anything masked. Memory is linear in the
-//! number of keys, and results do not depend on the number of threads.
+//! The mask is two ranges of keys a query, clean and noised, which covers training, scoring,
+//! decoding, documents and padding. A tile of queries is multiplied only with keys that one of its
+//! queries sees, and scores are masked only at the edges. Memory is linear in the number of keys.
+//! Results do not depend on the number of threads.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | `tiles` | the mask as tiles of queries and runs of keys |
 //! | `inner`, `backend` | the inner loops, and their compilation for each instruction set |
-//! | `layout` | between strided tensors and dense scratch |
+//! | `layout` | copies between strided tensors and dense scratch |
 //! | `forward`, `backward`, `decode` | the order of the work on one head |
 //! | `check` | shapes, strides and dtypes, before a pointer is followed |
 
@@ -28,12 +28,7 @@ pub use layout::Dtype;
 pub use tiles::Ranges;
 
 use crate::cpu::Isa;
-use crate::cpu::simd::portable::Portable;
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::{
-    avx2::Avx2,
-    avx512::{Avx512, Avx512Bf16},
-};
+use crate::cpu::simd::dispatch;
 use crate::cpu::threads::parallel;
 use crate::{Error, Result};
 use backend::{Backend, QT};
@@ -48,7 +43,7 @@ pub const MAX_HEAD_WIDTH: usize = 256;
 pub struct Tensor {
     /// Its first element.
     pub ptr: *mut u8,
-    /// What an element is.
+    /// Type of an element.
     pub dtype: Dtype,
     /// B, H, T, Dh.
     pub shape: [usize; 4],
@@ -63,6 +58,29 @@ unsafe impl Send for Tensor {}
 unsafe impl Sync for Tensor {}
 
 impl Tensor {
+    /// Whether it has no element.
+    fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Fills it with zeros.
+    ///
+    /// # Safety
+    /// Its elements, as shape and strides say, are writable.
+    unsafe fn clear(&self) {
+        let [batch, heads, rows, width] = self.shape;
+        for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+            // SAFETY: b and h are below the shape's.
+            let head = unsafe { self.head(b, h) };
+            for row in 0..rows as isize {
+                let bytes = self.dtype.size();
+                let start = head.ptr.wrapping_offset(row * head.stride * bytes as isize);
+                // SAFETY: a row of the tensor; its elements are adjacent.
+                unsafe { start.write_bytes(0, width * bytes) };
+            }
+        }
+    }
+
     /// # Safety
     /// `b` and `h` are below the shape's.
     unsafe fn head(&self, b: usize, h: usize) -> Rows {
@@ -102,7 +120,7 @@ pub struct Mask<'a> {
     pub clean_offset: usize,
 }
 
-/// How to compute, not what.
+/// Threads, instruction set and scale.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Threads to use at most, the calling one among them.
@@ -125,15 +143,15 @@ pub struct Forward<'a> {
     pub mask: Mask<'a>,
     /// Result [B, H, Tq, Dh].
     pub out: Tensor,
-    /// Written beside the result, for the backward pass.
+    /// Log-sum-exp, which the backward pass reads.
     pub lse: LogSumExp,
-    /// How to compute.
+    /// Threads, instruction set and scale.
     pub options: Options,
 }
 
-/// Arguments of [`backward`], beside those that the forward pass had.
+/// Arguments of [`backward`].
 pub struct Backward<'a> {
-    /// What went into and came out of the forward pass.
+    /// Inputs and outputs of the forward pass.
     pub forward: Forward<'a>,
     /// Gradient of the output [B, H, Tq, Dh].
     pub d_out: Tensor,
@@ -145,64 +163,53 @@ pub struct Backward<'a> {
     pub dv: Tensor,
 }
 
-/// Softmax attention over the keys that the mask allows; zero for queries without any.
+/// Softmax attention over the keys that the mask allows; zero for queries without any. Without
+/// queries there is nothing to write.
 ///
 /// # Errors
 /// [`Error::Config`] for shapes, strides, dtypes or ranges that do not fit together, and for an
 /// instruction set that this processor lacks.
 ///
 /// # Safety
-/// Every tensor's elements, as its shape and strides say, are readable, those of `out` and `lse`
-/// writable and touched by no one else during the call.
+/// The elements of every tensor, as its shape and strides say, are readable; those of `out` and
+/// `lse` are writable, and nothing else accesses them during the call.
 pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
     check::forward(args)?;
     let isa = choose(args.options.isa, args.q.dtype)?;
+    if args.q.is_empty() {
+        return Ok(());
+    }
     let plans = plans(args)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => forward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => forward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => forward_with::<Avx2>(args, &plans),
-            _ => forward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => forward_with::<B>(args, &plans)) };
     Ok(())
 }
 
-/// Gradients of [`forward`] for the gradient of its output.
+/// Gradients of [`forward`] for the gradient of its output; zero where there are no queries.
 ///
 /// # Errors
 /// As [`forward`].
 ///
 /// # Safety
-/// As [`forward`]; `dq`, `dk` and `dv` are writable and touched by no one else.
+/// As [`forward`]; `dq`, `dk` and `dv` are writable, and nothing else accesses them.
 pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
     check::backward(args)?;
     let isa = choose(args.forward.options.isa, args.forward.q.dtype)?;
+    if args.forward.q.is_empty() {
+        // SAFETY: by the contract; an empty tensor has no rows.
+        unsafe { [args.dk, args.dv].iter().for_each(|x| x.clear()) };
+        return Ok(());
+    }
     let plans = plans(&args.forward)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => backward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => backward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => backward_with::<Avx2>(args, &plans),
-            _ => backward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => backward_with::<B>(args, &plans)) };
     Ok(())
 }
 
 /// # Safety
 /// As [`forward`], with the backend's instructions and checked arguments.
 unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
-    /// Fewer heads than this are cut into runs of tiles, so that threads find enough to do.
+    /// Fewer heads than this are cut into runs of tiles, so that all threads have work.
     const ITEMS: usize = 16;
     let [batch, heads, num_queries, _] = args.q.shape;
     let kv_heads = args.k.shape[1];
@@ -252,7 +259,7 @@ unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
     });
 }
 
-/// Threads that save more time than waking them costs; `products` of every query and key.
+/// Number of threads that save more time than waking them costs; `products` of every query and key.
 fn useful_threads(args: &Forward<'_>, products: usize) -> usize {
     const WORTH: usize = 1_500_000; // multiplications, some tens of microseconds
     let [batch, heads, queries, width] = args.q.shape;
@@ -331,10 +338,7 @@ fn plans(args: &Forward<'_>) -> Result<Vec<Plan>> {
         clean_offset,
     } = args.mask;
     let queries = args.q.shape[2];
-    let rows = match queries {
-        0 => 1,
-        queries => (ranges.clean_lo.len() / queries).max(1),
-    };
+    let rows = ranges.clean_lo.len() / queries;
     (0..rows)
         .map(|b| {
             let at = b * queries..(b + 1) * queries;
@@ -355,8 +359,8 @@ fn choose(forced: Option<Isa>, dtype: Dtype) -> Result<Isa> {
     if !isa.is_available() {
         return Err(Error::config(
             "isa",
-            format!("{isa:?}"),
-            format!("this processor has at most {:?}", Isa::best()),
+            isa.name(),
+            format!("at most {}, the best of this processor", Isa::best().name()),
         ));
     }
     Ok(match (isa, dtype) {

@@ -1,5 +1,5 @@
-//! Every instruction set against attention written out in float64, with a page that cannot be
-//! touched on either side of every buffer.
+//! Every instruction set against attention in float64, with an inaccessible page on either side of
+//! every buffer.
 
 mod reference;
 
@@ -29,7 +29,7 @@ pub(super) struct Case {
 }
 
 impl Case {
-    /// The training mask of MATH §7: xt then x0.
+    /// The training mask of docs/math.md §7: xt then x0.
     fn training(seq_len: usize, block: usize, width: usize) -> Case {
         let mut ranges: [Vec<i32>; 4] = Default::default();
         for clean in [false, true] {
@@ -279,6 +279,41 @@ fn training_masks_match_the_reference() {
     }
 }
 
+/// No batch row, no query, no key: empty or zero outputs, and zero gradients.
+#[test]
+fn empty_inputs_give_empty_outputs_and_zero_gradients() {
+    let case = Case::training(8, 2, 16);
+    let none = Case {
+        batch: 0,
+        ..Case::training(8, 2, 16)
+    };
+    let no_queries = Case {
+        queries: 0,
+        ranges: Default::default(),
+        ..Case::training(8, 2, 16)
+    };
+    let no_keys = Case {
+        keys: 0,
+        clean_offset: 0,
+        ranges: case.ranges.each_ref().map(|r| vec![0; r.len()]),
+        ..Case::training(8, 2, 16)
+    };
+    for case in [none, no_queries, no_keys] {
+        for isa in ISAS.into_iter().filter(|isa| isa.is_available()) {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let [out, lse, dq, dk, dv] = run(&case, isa, dtype, 2);
+                let queries = case.batch * case.heads * case.queries;
+                let keys = case.batch * case.kv_heads * case.keys;
+                assert_eq!(out, vec![0.0; queries * case.width]);
+                assert_eq!(lse, vec![f64::NEG_INFINITY; queries]);
+                assert_eq!(dq, out);
+                assert_eq!(dk, vec![0.0; keys * case.width]);
+                assert_eq!(dv, dk);
+            }
+        }
+    }
+}
+
 /// Scratch is used again: an odd width leaves half a unit of bf16 that the last call may have
 /// filled.
 #[test]
@@ -359,7 +394,7 @@ fn arguments_that_do_not_fit_are_named() {
             },
         };
         change(&mut args);
-        // SAFETY: the buffers have the sizes of the tensors; what `change` breaks is found.
+        // SAFETY: the buffers have the sizes of the tensors; faults that `change` makes are refused.
         unsafe { super::forward(&args) }.map_err(|e| e.to_string())
     };
     assert!(call(&|_| ()).is_ok());
