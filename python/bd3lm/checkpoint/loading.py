@@ -50,8 +50,8 @@ def load_checkpoint(
         return load_llama_family(path, device, tokenizer)
     if "model_type" in meta and "format" not in meta:
         raise CheckpointError(
-            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be one "
-            f"of {', '.join(FAMILY)}"
+            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be "
+            f"one of {', '.join(FAMILY)}"
         )
     loaded = load_native(path, device)
     if tokenizer is not None:
@@ -62,6 +62,16 @@ def load_checkpoint(
                 f"{given.name}"
             )
     return loaded
+
+
+def is_foreign(source: Path | str) -> bool:
+    """Whether a checkpoint brings its own shape: one of the Llama family, or a GGUF file.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        CheckpointError: its ``config.json`` is missing or damaged.
+    """
+    return is_gguf(source) or is_llama_family(read_config(_locate(source)))
 
 
 def _locate(source: Path | str) -> Path:

@@ -22,6 +22,7 @@ from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
+from bd3lm.training.initial import adopt_shape
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.trainer import Reporter, Trainer
 
@@ -62,6 +63,9 @@ def run_training(
     on_cpu = resolve_device(cfg.device).type == "cpu"
     check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
     with _run_directory(out, resume):
+        if not resume:
+            cfg = adopt_shape(cfg, out)
+            _check_early(cfg)
         splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
         trainer = _trainer(cfg, splits, out, reporter, resume=resume)
     reporter.note(_headline(trainer, splits))

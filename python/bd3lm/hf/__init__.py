@@ -1,0 +1,1 @@
+"""Classes for the transformers package (the extra ``hf``)."""
