@@ -212,10 +212,9 @@ def _untrained_row(head: Tensor, fit: Tensor, held_out: Tensor, count: int) -> T
     """
     mean = fit.mean(0)
     direction = mean / mean.square().sum()
-    for depth in DEPTHS:
-        row = head.mean(0) - depth * direction
-        if _worst(head, row, fit, count) <= MAX_UNTRAINED:
-            break
+    rows = [head.mean(0) - depth * direction for depth in DEPTHS]
+    fits = (row for row in rows if _worst(head, row, fit, count) <= MAX_UNTRAINED)
+    row = next(fits, rows[-1])
     worst = _worst(head, row, held_out, count)
     check(
         worst <= MAX_UNTRAINED,

@@ -177,8 +177,7 @@ class SDARModel(SDARPreTrainedModel):
             block_size: S; None: that of the configuration.
             ignored: arguments of other models (``output_attentions``, …).
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        h: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
             cache = DynamicCache()
@@ -186,13 +185,12 @@ class SDARModel(SDARPreTrainedModel):
         size = block_size or self.config.block_size
         if first % size:
             raise ValueError(f"the cache holds {first} positions: must be a multiple of {size}")
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        length, device = h.shape[1], h.device
         position = torch.arange(first + length, device=device)
         mask = (position[None] // size <= position[first:, None] // size)[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None, :].bool()
-        rope = _rope(position[first:], self.config, inputs_embeds.dtype)
-        h = inputs_embeds
+        rope = _rope(position[first:], self.config, h.dtype)
         for layer in self.layers:
             h = layer(h, rope, mask, cache)
         return SDAROutput(last_hidden_state=self.norm(h), cache=cache)
@@ -243,7 +241,7 @@ class SDARForCausalLM(BlockDiffusionGeneration, SDARPreTrainedModel):
         """Return the embedding."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.model.embed_tokens = value
 
