@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3lm.checkpoint.hf_folder import copy_sources, write_card, write_tokenizer
@@ -26,6 +25,7 @@ from bd3lm.checkpoint.original import (
     their_name,
 )
 from bd3lm.checkpoint.rope import rope_parameters
+from bd3lm.checkpoint.tensors import write_tensors
 from bd3lm.config import TrainConfig, check
 from bd3lm.files import replaced_directory, write_json
 
@@ -50,7 +50,7 @@ def save_hf(path: Path | str, checkpoint: Checkpoint) -> None:
     if clip is not None:
         tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
     with replaced_directory(Path(path)) as folder:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         write_json(folder / "config.json", meta)
         write_tokenizer(folder, tokenizer.json, tokenizer, config.seq_len)
         sources = ("configuration_bd3lm.py", "modeling_bd3lm.py", "block_generation.py")

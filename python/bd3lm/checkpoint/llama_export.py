@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from bd3lm.checkpoint.hf_folder import write_card, write_tokenizer
 from bd3lm.checkpoint.llama_family import to_family
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.checkpoint.rope import rope_parameters
+from bd3lm.checkpoint.tensors import write_tensors
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError
 from bd3lm.files import replaced_directory, write_json
@@ -70,7 +69,7 @@ def save_llama_family(path: Path | str, checkpoint: Checkpoint) -> None:
         tensors[name] = tensors[name][:rows]
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
         write_json(folder / "config.json", _config(config, kind, rows, tokenizer.special))
         write_tokenizer(folder, tokenizer.json, tokenizer, config.seq_len)
         write_card(folder, config, "AutoModelForCausalLM", "")

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.record import read_json
 from bd3lm.checkpoint.rope import read_rope
+from bd3lm.checkpoint.tensors import check_tensors, fill
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Tokenizer, load_tokenizer
@@ -71,7 +73,7 @@ def load_llama_family(
             Transformer does not describe; a tokenizer with other ids.
         TokenizerError: the tokenizer does not load.
     """
-    meta = read_config(path)
+    meta = read_json(path / "config.json")
     source, tensors = read_weights(path)
     own = _tokenizer(path)
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -111,9 +113,12 @@ def assemble(
         raise CheckpointError(f"{source} has no tensor {embedding}, which this model needs")
     rows = len(tensors[embedding])
     _check_mask(path, meta, tokenizer, rows)
+    last = f"model.layers.{config.model.depth - 1}.input_layernorm.weight"
+    if last not in tensors:
+        raise CheckpointError(f"{source} has no tensor {last}, which this model needs")
     with torch.device("meta"):
         needed = to_family(Transformer(config.model, rows).state_dict(), config.model)
-    check_tensors(tensors, needed, source)
+    check_tensors(tensors, needed, source, any_float=True)
     state = from_family(tensors, config.model)
     for name in {"embed.weight", "head.weight"} & state.keys():
         state[name] = _with_rows(state[name], tokenizer.vocab_size)
@@ -122,9 +127,9 @@ def assemble(
     rows = len(state["embed.weight"])
     padded = None if rows == tokenizer.vocab_size else rows
     config = replace(config, model=replace(config.model, vocab_size=padded))
-    model = Transformer(config.model, tokenizer.vocab_size)
-    model.load_state_dict(state)
-    return Checkpoint(config, model.to(device).eval(), tokenizer, 0, path)
+    with torch.device("meta"):
+        model = Transformer(config.model, tokenizer.vocab_size)
+    return Checkpoint(config, fill(model, state, device).eval(), tokenizer, 0, path)
 
 
 # --- settings -----------------------------------------------------------------------------------

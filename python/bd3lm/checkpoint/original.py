@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.record import read_json
 from bd3lm.checkpoint.rope import read_rope
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton, write_tensors
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.files import replaced_directory, write_json
-from bd3lm.model import Transformer
+from bd3lm.files import replaced_directory, write_json, write_text
 from bd3lm.model.rotary import frequencies
 
 TOKENIZER = "gpt2"
@@ -88,7 +88,7 @@ def load_original(
             vocabulary that is not the tokenizer's; a model this Transformer does not describe.
         TokenizerError: the tokenizer does not load.
     """
-    meta = read_config(path)
+    meta = read_json(path / "config.json")
     source, tensors = read_weights(path)
     config, vocab_size = _settings(path, meta, tensors)
     text = _tokenizer(path, tokenizer)
@@ -107,19 +107,19 @@ def load_original(
         )
     if config.model.tied_embeddings and not _shares_head(tensors):  # trained apart since
         config = replace(config, model=replace(config.model, tied_embeddings=False))
-    model = Transformer(config.model, vocab_size)
+    model = skeleton(config.model, vocab_size, tensors, their_name("embed.weight"), source)
     own = model.state_dict()
     stored = stored_frequencies(config.model)
     needed = {their_name(name): tensor for name, tensor in own.items()}
     needed[FREQUENCIES] = stored
     found = {FREQUENCIES: stored} | {k: v for k, v in tensors.items() if k not in CLIP}
-    check_tensors(found, needed, source)
+    check_tensors(found, needed, source, any_float=True)
     if not torch.allclose(found[FREQUENCIES].float(), stored, rtol=1e-2):  # bf16 will do
         raise CheckpointError(
             f"{source} holds {FREQUENCIES} of another base than {config.model.rope_theta:.0f}"
         )
-    model.load_state_dict({name: tensors[their_name(name)] for name in own})
-    return Checkpoint(config, model.to(device).eval(), text, 0, path)
+    model = fill(model, {name: tensors[their_name(name)] for name in own}, device)
+    return Checkpoint(config, model.eval(), text, 0, path)
 
 
 def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
@@ -142,9 +142,9 @@ def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
         tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
         write_json(folder / "config.json", original_config(config, model.vocab_size))
-        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.json, encoding="utf-8")
+        write_text(folder / "tokenizer.json", checkpoint.tokenizer.json)
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def _settings(
         return config, int(meta["vocab_size"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'config.json'} does not say {error.args[0]}") from error
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 

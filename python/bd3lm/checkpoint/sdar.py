@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3lm.checkpoint.hf_folder import (
@@ -27,6 +26,7 @@ from bd3lm.checkpoint.hf_folder import (
 )
 from bd3lm.checkpoint.llama_family import to_family
 from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.tensors import write_tensors
 from bd3lm.config import TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.files import replaced_directory, write_json
@@ -81,7 +81,7 @@ def save_sdar(
     tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embed, head
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
         write_json(folder / "config.json", _their_config(config, tokenizer, rows))
         special = _special(tokenizer)
         write_json(folder / "generation_config.json", special)

@@ -94,7 +94,7 @@ class PackedBlock(nn.Module):
             out=_matrix(block.out),
             norm2=_norm(block.norm2),
             up=_matrix(block.mlp.up),
-            activation=block.mlp.kind,
+            mlp=block.mlp.kind,
             down=_matrix(block.mlp.down),
             head_width=block.cfg.head_width,
         )

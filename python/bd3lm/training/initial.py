@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.loading import is_foreign
-from bd3lm.config import TrainConfig, check
+from bd3lm.checkpoint.record import read_json
+from bd3lm.config import TrainConfig, check, from_dict
 from bd3lm.files import write_text
 
 
@@ -16,12 +17,14 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
 
     The checkpoint's tokenizer, with ``mask_token`` as its mask, is written to
     ``out/tokenizer.json`` and tokenizes text unless ``tokenizer`` names another. Of ``cfg.model``
-    only the dropout is kept.
+    only the dropout is kept. A run that is resumed takes them from its own settings.
 
     Raises:
         ConfigError: ``mask_token`` without such a checkpoint, or one that cannot be the mask.
         CheckpointError: the checkpoint does not load.
     """
+    if (out / "config.json").is_file() and (out / "tokenizer.json").is_file():
+        return _as_saved(cfg, out)
     if cfg.init_from is None or not is_foreign(cfg.init_from):
         allowed = "None unless init-from is a Llama, SmolLM or Qwen checkpoint"
         check(cfg.mask_token is None, "mask-token", cfg.mask_token, allowed)
@@ -36,4 +39,16 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
         cfg,
         tokenizer=str(file) if cfg.tokenizer == "default" else cfg.tokenizer,
         model=dataclasses.replace(found.config.model, dropout=cfg.model.dropout),
+    )
+
+
+def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
+    """Shape and tokenizer of the run in ``out``, which adopted them when it began."""
+    saved = from_dict(TrainConfig, read_json(out / "config.json"))
+    if saved.init_from != cfg.init_from or saved.mask_token != cfg.mask_token:
+        return cfg  # refused with the other settings that must stay
+    return dataclasses.replace(
+        cfg,
+        tokenizer=saved.tokenizer if cfg.tokenizer == "default" else cfg.tokenizer,
+        model=dataclasses.replace(saved.model, dropout=cfg.model.dropout),
     )

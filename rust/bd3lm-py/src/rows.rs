@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use bd3lm_core::Error;
+use bd3lm_core::cpu::buffers::reserve;
 use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::read_ahead::ReadAhead;
 use bd3lm_core::data::store::TokenStore;
-use bd3lm_core::noise::NoiseKey;
+use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
-use crate::noise::PyNoiseSpec;
+use crate::noise::{Key, PyNoiseSpec, noise_key};
 use crate::store::PyTokenStore;
 
 /// Adds this module's classes and functions to `_core`.
@@ -52,19 +52,7 @@ impl PyRowPlan {
         keep_last: bool,
         documents: bool,
     ) -> PyResult<Self> {
-        if packing != "wrap" && (row_eos || stride.is_some()) {
-            let allowed = "goes with wrap where rows have a stride or an EOS of their own";
-            return Err(to_py(Error::config("packing", packing, allowed)));
-        }
-        let packing = match packing {
-            "wrap" => Packing::Wrap { row_eos, stride },
-            "aligned" => Packing::Aligned,
-            "best_fit" => Packing::BestFit,
-            _ => {
-                let allowed = "must be wrap, aligned or best_fit";
-                return Err(to_py(Error::config("packing", packing, allowed)));
-            }
-        };
+        let packing = Packing::parse(packing, row_eos, stride).map_err(to_py)?;
         let store = store.0.clone();
         let plan = py
             .detach(|| RowPlan::new(&store, seq_len, block_size, packing, keep_last))
@@ -101,6 +89,11 @@ impl PyRowPlan {
     ) -> PyResult<Gathered<'py>> {
         let rows = rows.as_slice()?;
         let shape = [rows.len(), self.plan.seq_len()];
+        // NumPy's own refusal of an allocation would be a panic.
+        let tokens = shape[0].saturating_mul(shape[1]);
+        if tokens > 1 << 24 {
+            reserve("rows", &mut Vec::<[i64; 2]>::new(), tokens).map_err(to_py)?;
+        }
         let with_documents = self.documents || self.plan.may_pad();
         // SAFETY: `gather` writes all of each, or fails, and then no one sees them.
         let (x0, noisable, doc_ids) = unsafe {
@@ -110,7 +103,6 @@ impl PyRowPlan {
                 with_documents.then(|| PyArray2::<i32>::new(py, shape, false)),
             )
         };
-        let tokens = shape[0] * shape[1];
         // SAFETY: these arrays are new: contiguous, of so many elements, and no one else's. A bool
         // is a byte, and what is written is 0 or 1.
         let out = unsafe {
@@ -133,63 +125,54 @@ impl PyRowPlan {
         Ok((x0, noisable, doc_ids.filter(|_| padded || self.documents)))
     }
 
-    /// Writes rows and their noise; returns (noisable tokens, masked tokens, any padding).
+    /// Fills a training batch: ids `x0` and `xt` [B, L], levels `mask_prob` [B, K], and the flat
+    /// positions and weights of masked tokens, of which the first so many are written; `doc_ids`
+    /// [B, L] may be empty where no row pads. Returns (noisable tokens, masked tokens, any padding).
+    #[pyo3(signature = (spec, key, rows, *, x0, doc_ids, xt, mask_prob, masked, masked_weight))]
     #[allow(clippy::too_many_arguments)]
     fn gather_noised(
         &self,
         py: Python<'_>,
         spec: &PyNoiseSpec,
-        seed: u64,
-        step: u64,
-        first_row: u64,
-        num_rows: u64,
+        key: Key,
         rows: PyReadonlyArray1<'_, u64>,
         mut x0: PyReadwriteArray1<'_, i64>,
-        mut noisable: PyReadwriteArray1<'_, u8>,
         mut doc_ids: PyReadwriteArray1<'_, i32>,
         mut xt: PyReadwriteArray1<'_, i64>,
-        mut mask: PyReadwriteArray1<'_, u8>,
         mut mask_prob: PyReadwriteArray1<'_, f32>,
-        mut weight: PyReadwriteArray1<'_, f32>,
         mut masked: PyReadwriteArray1<'_, i64>,
         mut masked_weight: PyReadwriteArray1<'_, f32>,
     ) -> PyResult<(u64, usize, bool)> {
-        let key = NoiseKey {
-            seed,
-            step,
-            row: first_row,
-            rows: num_rows,
-        };
         let rows = rows.as_slice()?;
-        let clean = CleanBatch {
-            x0: x0.as_slice_mut()?,
-            noisable: noisable.as_slice_mut()?,
-            doc_ids: doc_ids.as_slice_mut()?,
-        };
-        let out = NoisedBatch {
-            xt: xt.as_slice_mut()?,
-            noise: NoiseBatch {
-                mask: mask.as_slice_mut()?,
-                mask_prob: mask_prob.as_slice_mut()?,
-                weight: weight.as_slice_mut()?,
-            },
-            masked: masked.as_slice_mut()?,
-            masked_weight: masked_weight.as_slice_mut()?,
-        };
+        let (x0, doc_ids) = (x0.as_slice_mut()?, doc_ids.as_slice_mut()?);
+        let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
+        let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
         let filled = py
             .detach(|| {
-                self.ahead.around(&self.store, &self.plan, rows, || {
-                    batch::gather_noised(
-                        &self.store,
-                        &self.plan,
-                        &spec.0,
-                        key,
-                        rows,
-                        self.block_size,
-                        self.documents,
-                        clean,
-                        out,
-                    )
+                // These stay here.
+                let (mut noisable, mut mask) = (vec![0; x0.len()], vec![0; x0.len()]);
+                let mut weight = vec![0.0; mask_prob.len()];
+                let clean = CleanBatch {
+                    x0,
+                    noisable: &mut noisable,
+                    doc_ids,
+                };
+                let noise = NoiseBatch {
+                    mask: &mut mask,
+                    mask_prob,
+                    weight: &mut weight,
+                };
+                let out = NoisedBatch {
+                    xt,
+                    noise,
+                    masked,
+                    masked_weight,
+                };
+                let (store, plan) = (&self.store, &self.plan);
+                let (s, documents) = (self.block_size, self.documents);
+                self.ahead.around(store, plan, rows, || {
+                    let key = noise_key(key);
+                    batch::gather_noised(store, plan, &spec.0, key, rows, s, documents, clean, out)
                 })
             })
             .map_err(to_py)?;
@@ -206,10 +189,16 @@ fn row_order(
     first: u64,
     count: usize,
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
-    if num_rows == 0 {
-        return Err(to_py(Error::config("num_rows", 0, "must be at least 1")));
-    }
-    let mut rows = vec![0; count];
-    Order::new(seed, num_rows).fill(first, &mut rows);
-    Ok(PyArray1::from_vec(py, rows))
+    let order = || -> Result<Vec<u64>> {
+        let order = Order::new(seed, num_rows)?;
+        if count > 1 << 32 {
+            return Err(Error::config("count", count, "at most 2^32"));
+        }
+        let mut rows = Vec::new();
+        reserve("count", &mut rows, count)?;
+        rows.resize(count, 0);
+        order.fill(first, &mut rows)?;
+        Ok(rows)
+    };
+    Ok(PyArray1::from_vec(py, order().map_err(to_py)?))
 }

@@ -174,7 +174,7 @@ impl TokenStore {
             return Err(Error::config(
                 "lengths",
                 format!("a sum of {end}"),
-                format!("must add up to the {} ids", ids.len()),
+                format!("{}, the number of ids", ids.len()),
             ));
         }
         let mut store = TokenStore {

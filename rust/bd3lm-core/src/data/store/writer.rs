@@ -127,13 +127,8 @@ impl StoreWriter {
         } else if self.current == 0 {
             return Ok(()); // nothing is left out: there was no token
         }
-        let length = i32::try_from(self.current).map_err(|_| {
-            Error::config(
-                "document",
-                self.current,
-                "a document holds fewer than 2^31 tokens",
-            )
-        })?;
+        let length = i32::try_from(self.current)
+            .map_err(|_| Error::config("document", self.current, "fewer than 2^31 tokens"))?;
         self.lengths.push(length);
         self.num_tokens += self.current;
         self.num_bytes += text_bytes;
