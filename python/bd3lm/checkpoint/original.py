@@ -282,6 +282,9 @@ def _check_representable(config: TrainConfig) -> None:
 
 def stored_frequencies(shape: ModelConfig) -> Tensor:
     """The rotary frequencies that the layout stores, float32 [Dh/2]."""
+    if shape.rope_scaling.kind == "none":  # to the bit as the original computes them
+        even = torch.arange(0, shape.head_width, 2).float()
+        return 1.0 / (shape.rope_theta ** (even / shape.head_width))
     return frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)[0].float()
 
 
