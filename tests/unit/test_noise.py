@@ -305,12 +305,12 @@ GAMMA = np.ones(4, dtype=np.float32)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"estimator": "exact"}, "estimator = exact: must be bernoulli, count or full"),
-        ({"clip": (0.8, 0.3)}, r"clip = \[0.8, 0.3\]: needs 0 <= a <= b <= 1"),
+        ({"estimator": "exact"}, "estimator = exact: must be one of bernoulli, count, full"),
+        ({"clip": (0.8, 0.3)}, r"clip = \[0.8, 0.3\]: must be \[a, b\] with 0 <= a <= b <= 1"),
         ({"clip": (-0.1, 0.3)}, r"clip = \[-0.1, 0.3\]"),
-        ({"clip": (0.0, 1e-3)}, r"clip = \[0, 0.001\]: needs a < b"),
+        ({"clip": (0.0, 1e-3)}, r"clip = \[0, 0.001\]: must be \[a, b\] with a < b"),
         ({"clip": (math.nan, 1.0)}, r"clip = \[NaN, 1\]"),
-        ({"resample": True}, "resample = true: goes with the bernoulli estimator and a clip"),
+        ({"resample": True}, "resample = true: must be false unless the estimator is bernoulli"),
         ({"resample": True, "estimator": "count", "clip": (0.3, 0.8)}, "resample = true"),
         ({"gamma": GAMMA, "estimator": "count"}, "gamma = given: .* bernoulli"),
         ({"gamma": GAMMA, "resample": True, "clip": (0.3, 0.8)}, "gamma = given"),
@@ -338,7 +338,9 @@ def test_what_the_rows_do_not_allow() -> None:
     narrow = NoiseSpec(LOGLINEAR, clip=(0.3, 0.45), resample=True)
     with pytest.raises(ConfigError, match=r"clip = \[0.3, 0.45\]: must be around a k/4"):
         draw(narrow)
-    with pytest.raises(ConfigError, match=r"count_probs = 2 numbers: must be one for each k"):
+    with pytest.raises(
+        ConfigError, match=r"count_probs = 2 numbers: must be one for each k = 1..=4"
+    ):
         draw(NoiseSpec(LOGLINEAR, estimator="count", count_probs=[0.5, 0.5]))
     with pytest.raises(ConfigError, match=r"part = \(0, 3\): must be .index, number. with"):
         loader(16).batch(0, SPECS["full"], part=(0, 3))

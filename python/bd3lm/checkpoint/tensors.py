@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bd3lm.checkpoint.record import check_regular
 from bd3lm.config import ModelConfig
@@ -205,21 +207,37 @@ def skeleton(
             f"this model needs [{rows}, {shape.width}]"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoNormal():
             return Transformer(shape, vocab_size)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{source}: no model has such a shape ({error})") from error
+        raise CheckpointError(
+            f"{source}: its config.json describes a model of no shape ({str(error).splitlines()[0]})"
+        ) from error
+
+
+class _NoNormal(TorchFunctionMode):
+    """Leave out ``normal_``: on the meta device it imports the compiler, 900 modules."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(
     model: Transformer, weights: Mapping[str, Tensor], device: torch.device | str
 ) -> Transformer:
-    """Give a model on the meta device memory on ``device`` and these weights."""
+    """Give a model on the meta device these weights, copied to ``device`` in its own dtypes."""
     tied = model.head.weight is model.embed.weight
-    model = model.to_empty(device=device)
+    own = {
+        name: weights[name].to(device, parameter.dtype, copy=True)
+        for name, parameter in model.named_parameters()
+    }
+    if tied:
+        own["head.weight"] = own["embed.weight"]
+    model.load_state_dict(own, assign=True)  # to_empty() would import the compiler
     if tied:
         model.head.weight = model.embed.weight
-    model.load_state_dict(dict(weights))
     return model
 
 

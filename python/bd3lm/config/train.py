@@ -71,6 +71,9 @@ class TrainConfig:
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""
+    compile: bool | None = None
+    """Fuse the operations between a block's matrix products with torch.compile, which takes a
+    minute at the start. None: on CUDA. If the compiler fails, the run continues without it."""
     checkpoint_every: int = 500
     """Steps between checkpoints. One is also written at the end and when a signal stops the run."""
     checkpoint_minutes: float | None = 30.0

@@ -1,6 +1,6 @@
 //! From text files to noised batches: read, detokenize, tokenize, store, pack, order, gather.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`text`] | txt / jsonl / parquet readers in bounded memory, and detokenizers |
 //! | [`tokenize`] | text to ids: the library's, words cached |
