@@ -203,7 +203,7 @@ def test_ids_that_could_win_are_refused(checkpoint, tmp_path):
     with torch.no_grad():
         confused.model.norm.weight.copy_(torch.tensor([3.0, -3.0] * 8))
         confused.model.head.weight.mul_(0.02)
-    with pytest.raises(ConfigError, match="never trained = .*: must be at most .*--layout hf"):
+    with pytest.raises(ConfigError, match=r"never trained = .*: must be at most .*--layout hf"):
         save_sdar(tmp_path / "out", confused)
     assert not (tmp_path / "out").exists()
 
@@ -246,7 +246,7 @@ def test_every_shape_has_a_layout_for_transformers(tmp_path, name, system, shape
 
 def test_a_told_block_model_has_no_layout_for_transformers(tmp_path):
     told = trained(cond_width=8, time_conditioning=True)
-    with pytest.raises(ConfigError, match="time-conditioning = True: .*--layout bd3lm holds it"):
+    with pytest.raises(ConfigError, match=r"time-conditioning = True: .*--layout bd3lm holds it"):
         save_hf(tmp_path / "out", told)
 
 
