@@ -69,6 +69,16 @@ def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | N
     return loaded
 
 
+def is_foreign(source: Path | str) -> bool:
+    """Whether a checkpoint brings its own shape: one of the Llama family, or a GGUF file.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        CheckpointError: its ``config.json`` is missing or damaged.
+    """
+    return is_gguf(source) or is_llama_family(read_json(_locate(source) / "config.json"))
+
+
 def _locate(source: Path | str) -> Path:
     """Find the path itself, or the hub's files in the local cache."""
     path = Path(source)

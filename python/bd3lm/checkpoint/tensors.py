@@ -185,7 +185,7 @@ def skeleton(
 
     Args:
         shape: of the model, from a file that may lie.
-        vocab_size: ids of the tokenizer.
+        vocab_size: ids in use; V where ``shape.vocab_size`` is None.
         found: tensors of the file.
         embed: the embedding's name there.
         source: the file, for messages.

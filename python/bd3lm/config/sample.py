@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
 
@@ -21,9 +22,12 @@ class SampleConfig:
     tokens_per_forward: int = 1
     """First hitting: tokens that one forward reveals. More than 1 is faster and not exact, because
     tokens of one forward do not see each other."""
+    order: Literal["random", "confidence"] = "random"
+    """Positions that a forward reveals: in the random order of first hitting, or those of the most
+    probable tokens, as serving engines decode."""
     threshold: float | None = None
     """Parallel decoding: each forward also reveals every position whose most probable token has at
-    least this probability. 1 is plain first hitting."""
+    least this probability. With order = random, 1 is plain first hitting."""
     entropy_bound: float | None = None
     """Parallel decoding: each forward also reveals the positions of lowest entropy, as long as
     their entropies without the largest sum to at most this many nats."""
@@ -59,6 +63,12 @@ class SampleConfig:
             "several",
             "one at a time",
         )
+        check(
+            self.steps is None or self.order == "random",
+            "steps",
+            self.steps,
+            "None with order = confidence, which has no levels",
+        )
         check_number("top-p", self.top_p, 0, 1, interval="(]")
         if self.top_k is not None:
             check_whole("top-k", self.top_k, 1)
@@ -68,5 +78,6 @@ class SampleConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the model decides how many tokens a forward reveals."""
-        return self.threshold is not None or self.entropy_bound is not None
+        """Whether the model decides which positions, and how many, a forward reveals."""
+        sure = self.threshold is not None or self.entropy_bound is not None
+        return sure or self.order == "confidence"

@@ -46,7 +46,11 @@ class TrainConfig:
     None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
     init_from: str | None = None
     """Start from the averaged weights of this checkpoint, whatever its system or block size: one
-    of ours, or the original implementation's, in a directory or by its name on the hub."""
+    of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
+    .gguf file or by its name on the hub. The last kinds bring their own shape and tokenizer."""
+    mask_token: str | None = None
+    """With init_from of an autoregressive model: the added token that becomes the mask. None: the
+    tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
     """With init_from: also take over its optimizer's state."""
     steps: int = 1000

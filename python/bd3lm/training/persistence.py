@@ -257,7 +257,8 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) ->
     Raises:
         CheckpointError: names the setting.
     """
-    for name in ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings"):
+    names = ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings")
+    for name in (*names, "rope_scaling", "nope_layers"):
         mine, theirs = getattr(wanted, name), getattr(found, name)
         if mine != theirs:
             raise CheckpointError(
