@@ -17,6 +17,7 @@ MACHINE_FIELDS = (
     "tokenizer",
     "device",
     "attention",
+    "compile",
     "micro_batch",
     "init_from",
     "checkpoint_every",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number
 from bd3lm.config.names import ScheduleName, WeightingName
 from bd3lm.errors import ConfigError
 
@@ -77,7 +78,11 @@ class NoiseConfig:
             "False unless noise.estimator = bernoulli",
         )
         gap = self.frequency_gap
-        check(0 <= gap < 1, "noise.frequency-gap", gap, "in [0, 1)")
+        check_number("noise.frequency-gap", gap, 0, 1, interval="[)")
+        for name in ("mu", "sigma", "mu2", "sigma2", "mixture", "weighting_k"):
+            check_number(f"noise.{name.replace('_', '-')}", getattr(self, name), -math.inf)
+        for bound in self.clip or ():
+            check_number("noise.clip", bound, 0, 1)
         check(
             gap == 0 or (self.estimator == "bernoulli" and not self.resample),
             "noise.frequency-gap",

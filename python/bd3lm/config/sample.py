@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,12 @@ class SampleConfig:
     tokens_per_forward: int = 1
     """First hitting: tokens that one forward reveals. More than 1 is faster and not exact, because
     tokens of one forward do not see each other."""
+    order: Literal["random", "confidence"] = "random"
+    """Positions that a forward reveals: in the random order of first hitting, or those of the most
+    probable tokens, as serving engines decode."""
     threshold: float | None = None
     """Parallel decoding: each forward also reveals every position whose most probable token has at
-    least this probability. 1 is plain first hitting."""
+    least this probability. With order = random, 1 is plain first hitting."""
     entropy_bound: float | None = None
     """Parallel decoding: each forward also reveals the positions of lowest entropy, as long as
     their entropies without the largest sum to at most this many nats."""
@@ -41,24 +45,17 @@ class SampleConfig:
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        check(self.num >= 1, "num", self.num, "at least 1")
-        check(
-            self.length is None or self.length >= 2,
-            "length",
-            self.length,
-            "at least 2 (BOS and one token)",
-        )
-        check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
-        per = self.tokens_per_forward
-        check(per >= 1, "tokens-per-forward", per, "at least 1")
-        check(
-            self.threshold is None or 0 < self.threshold <= 1,
-            "threshold",
-            self.threshold,
-            "in (0, 1]",
-        )
-        bound = self.entropy_bound
-        check(bound is None or bound >= 0, "entropy-bound", bound, "0 or more")
+        check_whole("num", self.num, 1)
+        if self.length is not None:
+            check_whole("length", self.length, 2)
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1)
+        per, bound = self.tokens_per_forward, self.entropy_bound
+        check_whole("tokens-per-forward", per, 1)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, 0, 1, interval="(]")
+        if bound is not None:
+            check_number("entropy-bound", bound, 0)
         ways = [self.steps is not None, per > 1, self.threshold is not None, bound is not None]
         check(
             sum(ways) <= 1,
@@ -66,13 +63,21 @@ class SampleConfig:
             "several",
             "one at a time",
         )
-        check(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
-        check(self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "at least 1")
-        check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        penalty = self.repetition_penalty
-        check(penalty > 0, "repetition-penalty", penalty, "greater than 0")
+        check(
+            self.steps is None or self.order == "random",
+            "steps",
+            self.steps,
+            "None with order = confidence, which has no levels",
+        )
+        check_number("top-p", self.top_p, 0, 1, interval="(]")
+        if self.top_k is not None:
+            check_whole("top-k", self.top_k, 1)
+        check_number("temperature", self.temperature, 0)
+        check_number("repetition-penalty", self.repetition_penalty, 0, interval="()")
+        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
 
     @property
     def adaptive(self) -> bool:
-        """Whether the model decides how many tokens a forward reveals."""
-        return self.threshold is not None or self.entropy_bound is not None
+        """Whether the model decides which positions, and how many, a forward reveals."""
+        sure = self.threshold is not None or self.entropy_bound is not None
+        return sure or self.order == "confidence"

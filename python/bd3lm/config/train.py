@@ -46,7 +46,11 @@ class TrainConfig:
     None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
     init_from: str | None = None
     """Start from the averaged weights of this checkpoint, whatever its system or block size: one
-    of ours, or the original implementation's, in a directory or by its name on the hub."""
+    of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
+    .gguf file or by its name on the hub. The last kinds bring their own shape and tokenizer."""
+    mask_token: str | None = None
+    """With init_from of an autoregressive model: the added token that becomes the mask. None: the
+    tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
     """With init_from: also take over its optimizer's state."""
     steps: int = 1000
@@ -67,6 +71,9 @@ class TrainConfig:
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""
+    compile: bool | None = None
+    """Fuse the operations between a block's matrix products with torch.compile, which takes a
+    minute at the start. None: on CUDA. If the compiler fails, the run continues without it."""
     checkpoint_every: int = 500
     """Steps between checkpoints. One is also written at the end and when a signal stops the run."""
     checkpoint_minutes: float | None = 30.0

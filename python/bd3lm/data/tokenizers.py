@@ -65,7 +65,7 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self.name, self.json = name, text
-        size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        size = 1 + max(self.ids().values(), default=-1)
         self.eos_id = self._find(EOS_NAMES, "end-of-text")
         self.bos_id = self._find(BOS_NAMES, "beginning-of-text")
         named = [i for i in map(self._inner.token_to_id, MASK_NAMES) if i is not None]
@@ -86,10 +86,9 @@ class Tokenizer:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def ids_without_mask(self) -> dict[str, int]:
-        """Ids by token, the mask left out."""
-        ids = self._inner.get_vocab(with_added_tokens=True)
-        return {token: i for token, i in ids.items() if i != self.mask_id}
+    def ids(self) -> dict[str, int]:
+        """Ids by token."""
+        return self._inner.get_vocab(with_added_tokens=True)
 
     def with_mask(self, token: str) -> Tokenizer:
         """A copy in which an added token that no text uses is the mask, under the name <|mask|>.

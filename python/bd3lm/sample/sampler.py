@@ -193,7 +193,7 @@ class Sampler:
         fill = strategy or choose(cfg, self.system)
         state = self._start(cfg, rows, first)
         started = time.perf_counter()
-        while state.rows:
+        while state.running:
             for _ in self._fill_block(state, cfg, fill):
                 if every_step:
                     yield Progress(state.start, self._blocks(state), False, {})
@@ -208,7 +208,7 @@ class Sampler:
                 samples[row.number] = Sample(
                     ids, stop, row.nfe, row.nfe - row.fills, log_prob, seconds, text
                 )
-            if state.remove(ended):
+            if state.end(ended) and state.rows:
                 state.step = self._step(state.cache)
             yield Progress(start, blocks, True, samples)
 
@@ -328,7 +328,8 @@ class Sampler:
 
     def _blocks(self, state: SampleState) -> dict[int, list[int]]:
         tokens = state.tokens[:, state.start : state.start + self.block_size].tolist()
-        return {row.number: ids for row, ids in zip(state.rows, tokens, strict=True)}
+        rows = zip(state.rows, tokens, strict=True)
+        return {row.number: ids for row, ids in rows if not row.finished}
 
     def _ended(self, state: SampleState, cfg: SampleConfig) -> dict[int, tuple[str, list[int]]]:
         """Rows that end with the block just filled: row of the batch -> (reason, ids after BOS)."""
@@ -338,6 +339,8 @@ class Sampler:
         block = state.tokens[:, state.start - size : upto].cpu().numpy()
         closes = (block == self.eos_id) & ~fresh
         for index, row in enumerate(state.rows):
+            if row.finished:
+                continue
             row.drawn += int((~fresh[index]).sum())
             if closes[index].any():
                 end = state.start - size + int(closes[index].argmax())
