@@ -60,12 +60,12 @@ multiversion! {
     }
 }
 
-/// Parameters of a norm of rows [W].
+/// Parameters of a norm of rows `[W]`.
 #[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// Scale [W].
+    /// Scale `[W]`.
     pub weight: &'a [f32],
-    /// Shift [W].
+    /// Shift `[W]`.
     pub bias: &'a [f32],
     /// LayerNorm; otherwise RMSNorm, whose mean is zero.
     pub centred: bool,
@@ -80,7 +80,7 @@ pub struct Inputs<'a, T> {
     pub d_out: &'a [T],
     /// Input of the forward pass [R, W].
     pub x: &'a [f32],
-    /// As in [`Norm`] [W].
+    /// As in [`Norm`] `[W]`.
     pub weight: &'a [f32],
     /// As in [`Norm`].
     pub centred: bool,
@@ -129,7 +129,7 @@ impl Norm<'_> {
 impl<T: Stored> Inputs<'_, T> {
     /// Gradients of [`Norm::forward`].
     ///
-    /// * `d_x` [R, W] receives that of `x`, `d_weight` and `d_bias` [W] those of weight and bias.
+    /// * `d_x` [R, W] receives that of `x`, `d_weight` and `d_bias` `[W]` those of weight and bias.
     ///
     /// # Errors
     /// Buffers that do not fit together.
