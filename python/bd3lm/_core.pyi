@@ -1,6 +1,6 @@
 """The compiled part of bd3lm; `bd3lm.data` and `bd3lm.model.attention` wrap all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 
 import numpy as np
@@ -51,7 +51,7 @@ class NoiseSpec:
 
 class TokenStore:
     @staticmethod
-    def open(path: str | PathLike[str], verify: bool) -> TokenStore: ...
+    def open(path: str | PathLike[str], verify: bool | None) -> TokenStore: ...
     @staticmethod
     def from_arrays(
         ids: NDArray[np.int32],
@@ -68,6 +68,11 @@ class TokenStore:
     def manifest(self) -> str | None: ...
     def token_counts(self) -> NDArray[np.uint64]: ...
     def document(self, index: int) -> NDArray[np.int64]: ...
+
+class Documents:
+    def __new__(cls, inputs: list[str], *, reading: Mapping[str, object]) -> Documents: ...
+    def __iter__(self) -> Documents: ...
+    def __next__(self) -> tuple[str, bool]: ...
 
 class RowPlan:
     def __new__(
@@ -130,24 +135,16 @@ def prepare(
     tokenizer: str,
     special: tuple[int, int, int, int],
     *,
-    text_field: str,
-    filter: tuple[str, str] | None,
-    lines: bool,
-    detokenizer: str | None,
-    no_eos: bool,
-    hold_out: tuple[float, bool] | None,
+    reading: Mapping[str, object],
+    held_out: float | None,
     threads: int,
     progress: Callable[[int, int, int], None] | None,
-) -> str: ...
+) -> list[str]: ...
 def detokenize(name: str, text: str) -> str: ...
-def for_each_document(
-    path: str,
-    each: Callable[[str], None],
-    *,
-    text_field: str,
-    filter: tuple[str, str] | None,
-    lines: bool,
-) -> None: ...
+def vet_tokenizer(json: str) -> int | None: ...
+def parquet_rows(path: str) -> int: ...
+def count_records(inputs: list[str], *, reading: Mapping[str, object]) -> int: ...
+def available_threads() -> int: ...
 
 _Tensor = tuple[int, Sequence[int], Sequence[int], str]
 _Mask = tuple[Sequence[int], int, int]

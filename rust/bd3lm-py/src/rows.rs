@@ -1,6 +1,7 @@
 //! Packing plans and batches.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bd3lm_core::Error;
 use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
@@ -10,6 +11,7 @@ use bd3lm_core::data::read_ahead::ReadAhead;
 use bd3lm_core::data::store::TokenStore;
 use bd3lm_core::noise::NoiseKey;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
@@ -32,8 +34,24 @@ pub struct PyRowPlan {
     store: Arc<TokenStore>,
     plan: RowPlan,
     ahead: ReadAhead,
+    /// Batches that were gathered.
+    batches: AtomicU64,
     block_size: usize,
     documents: bool,
+}
+
+/// The token file is looked at once in so many batches.
+const BATCHES_BETWEEN_LOOKS: u64 = 64;
+
+impl PyRowPlan {
+    /// Now and then, checks that nobody wrote to the token file.
+    fn check_unchanged(&self) -> PyResult<()> {
+        let batch = self.batches.fetch_add(1, Ordering::Relaxed);
+        if !batch.is_multiple_of(BATCHES_BETWEEN_LOOKS) {
+            return Ok(());
+        }
+        self.store.check_unchanged().map_err(to_py)
+    }
 }
 
 #[pymethods]
@@ -73,6 +91,7 @@ impl PyRowPlan {
             store,
             plan,
             ahead: ReadAhead::default(),
+            batches: AtomicU64::new(0),
             block_size,
             documents,
         })
@@ -101,6 +120,7 @@ impl PyRowPlan {
     ) -> PyResult<Gathered<'py>> {
         let rows = rows.as_slice()?;
         let shape = [rows.len(), self.plan.seq_len()];
+        let tokens = check_room(shape[0].checked_mul(shape[1]))?;
         let with_documents = self.documents || self.plan.may_pad();
         // SAFETY: `gather` writes all of each, or fails, and then no one sees them.
         let (x0, noisable, doc_ids) = unsafe {
@@ -110,7 +130,6 @@ impl PyRowPlan {
                 with_documents.then(|| PyArray2::<i32>::new(py, shape, false)),
             )
         };
-        let tokens = shape[0] * shape[1];
         // SAFETY: these arrays are new: contiguous, of so many elements, and no one else's. A bool
         // is a byte, and what is written is 0 or 1.
         let out = unsafe {
@@ -124,6 +143,7 @@ impl PyRowPlan {
             }
         };
         let (store, plan) = (&self.store, &self.plan);
+        self.check_unchanged()?;
         let padded = py
             .detach(|| {
                 let read = || batch::gather(store, plan, rows, self.documents, out);
@@ -176,6 +196,7 @@ impl PyRowPlan {
             masked: masked.as_slice_mut()?,
             masked_weight: masked_weight.as_slice_mut()?,
         };
+        self.check_unchanged()?;
         let filled = py
             .detach(|| {
                 self.ahead.around(&self.store, &self.plan, rows, || {
@@ -197,6 +218,31 @@ impl PyRowPlan {
     }
 }
 
+/// Zeros, or Python's `MemoryError`.
+fn zeroed(count: usize) -> PyResult<Vec<u64>> {
+    let mut values = Vec::new();
+    let reserved = values.try_reserve_exact(count);
+    reserved.map_err(|_| PyMemoryError::new_err(format!("{count} rows do not fit the memory")))?;
+    values.resize(count, 0);
+    Ok(values)
+}
+
+/// Checks that the arrays of a batch can be allocated, as NumPy's own failure is a panic here.
+fn check_room(tokens: Option<usize>) -> PyResult<usize> {
+    /// Bytes of the arrays of a batch for each token, at most.
+    const TOKEN: usize = 16;
+    /// Smaller allocations do not fail.
+    const SMALL: usize = 1 << 28;
+    let fits = |tokens: &usize| match tokens.checked_mul(TOKEN) {
+        Some(bytes) if bytes < SMALL => true,
+        Some(bytes) => Vec::<u8>::new().try_reserve_exact(bytes).is_ok(),
+        None => false,
+    };
+    tokens
+        .filter(fits)
+        .ok_or_else(|| PyMemoryError::new_err("the batch does not fit the memory"))
+}
+
 /// Rows at places `first..first + count` of the endless sequence of shuffled epochs.
 #[pyfunction]
 fn row_order(
@@ -206,10 +252,14 @@ fn row_order(
     first: u64,
     count: usize,
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
-    if num_rows == 0 {
-        return Err(to_py(Error::config("num_rows", 0, "must be at least 1")));
+    if !(1..=1 << 63).contains(&num_rows) {
+        return Err(to_py(Error::config(
+            "num_rows",
+            num_rows,
+            "must be 1 to 2^63",
+        )));
     }
-    let mut rows = vec![0; count];
+    let mut rows = zeroed(count)?;
     Order::new(seed, num_rows).fill(first, &mut rows);
     Ok(PyArray1::from_vec(py, rows))
 }

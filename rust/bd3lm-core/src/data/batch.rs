@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::cpu::multiversion::multiversion;
+use crate::cpu::threads::is_owner;
 use crate::data::pack::{RowBuffers, RowPlan};
 use crate::data::store::TokenStore;
 use crate::error::{Error, Result};
@@ -11,7 +12,13 @@ use crate::noise::{NoiseKey, NoiseSpec, Scratch};
 /// Batches below so many tokens are filled by the calling thread: starting others costs more.
 const PARALLEL_TOKENS: usize = 1 << 17;
 
-/// Shuffled rows lie anywhere in memory: while one is copied, the next so many are fetched.
+/// Whether other threads take part in a batch. In a forked child they never do: rayon's threads do
+/// not survive a fork.
+fn is_parallel(tokens: usize) -> bool {
+    tokens >= PARALLEL_TOKENS && is_owner()
+}
+
+/// Rows that are prefetched while one is copied: shuffled rows lie anywhere in memory.
 const ROWS_AHEAD: usize = 4;
 
 /// Buffers of B clean rows of L tokens.
@@ -69,18 +76,35 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
     }
 }
 
-/// Has the first rows on their way from memory, all at once.
+/// Prefetches the first rows.
 fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
     for row in rows.iter().take(ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
     }
 }
 
-/// Before row `index` is read, has one that is read a little later on its way from memory.
+/// Prefetches the row that is read [`ROWS_AHEAD`] iterations after row `index`.
 fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
     if let Some(row) = rows.get(index + ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
     }
+}
+
+/// Checks that a row is whole blocks.
+fn check_shape(seq_len: usize, block_size: usize) -> Result<()> {
+    if block_size > 0 && seq_len > 0 && seq_len.is_multiple_of(block_size) {
+        return Ok(());
+    }
+    let allowed = format!("must be at least 1 and divide seq_len = {seq_len}, which must be, too");
+    Err(Error::config("block_size", block_size, allowed))
+}
+
+/// Elements of `rows` rows.
+fn elements(rows: usize, row: usize) -> Result<usize> {
+    rows.checked_mul(row).ok_or_else(|| {
+        let allowed = "must be few enough to fit the memory";
+        Error::config("rows", rows, allowed)
+    })
 }
 
 fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
@@ -135,14 +159,14 @@ pub fn gather(
 ) -> Result<bool> {
     check_rows(plan, rows)?;
     let l = plan.seq_len();
-    out.check(plan, documents, rows.len() * l)?;
+    out.check(plan, documents, elements(rows.len(), l)?)?;
     prefetch_first(store, plan, rows);
     let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
         prefetch_after(store, plan, rows, index);
         plan.gather(store, rows[index] as usize, documents, &mut buffers)
     };
     let parts = out.split(l).enumerate();
-    if rows.len() * l < PARALLEL_TOKENS {
+    if !is_parallel(rows.len() * l) {
         return Ok(parts.map(one).fold(false, |any, padded| any | padded));
     }
     let parts: Vec<_> = parts.collect();
@@ -165,6 +189,7 @@ pub fn noise(
     noisable: &[u8],
     out: NoiseBatch<'_>,
 ) -> Result<()> {
+    check_shape(seq_len, block_size)?;
     spec.check(seq_len, block_size)?;
     if !x0.len().is_multiple_of(seq_len) {
         let allowed = format!("must be whole rows of {seq_len}");
@@ -180,12 +205,12 @@ pub fn noise(
     out.check(x0.len(), rows * k)?;
     let one = |scratch: &mut Scratch, i: usize, ids, noisable, mask, prob, weight| {
         let key = NoiseKey {
-            row: key.row + i as u64,
+            row: key.row.wrapping_add(i as u64),
             ..key
         };
         spec.noise_row(&key, ids, noisable, block_size, mask, prob, weight, scratch);
     };
-    if x0.len() < PARALLEL_TOKENS {
+    if !is_parallel(x0.len()) {
         let mut scratch = Scratch::default();
         let parts = x0
             .chunks(seq_len)
@@ -230,12 +255,13 @@ pub fn gather_noised(
     out: NoisedBatch<'_>,
 ) -> Result<Filled> {
     let l = plan.seq_len();
-    let tokens = rows.len() * l;
+    let tokens = elements(rows.len(), l)?;
     check_len("xt", out.xt.len(), tokens)?;
     check_len("masked", out.masked.len(), tokens)?;
     check_len("masked_weight", out.masked_weight.len(), tokens)?;
     let noise = out.noise;
     check_rows(plan, rows)?;
+    check_shape(l, block_size)?;
     spec.check(l, block_size)?;
     clean.check(plan, documents, tokens)?;
     noise.check(tokens, tokens / block_size)?;
@@ -246,7 +272,7 @@ pub fn gather_noised(
         prefetch_after(store, plan, rows, index);
         let padded = plan.gather(store, row as usize, documents, &mut out.clean);
         let key = NoiseKey {
-            row: key.row + index as u64,
+            row: key.row.wrapping_add(index as u64),
             ..key
         };
         spec.noise_row(
@@ -267,7 +293,7 @@ pub fn gather_noised(
         }
     };
     let outs = RowOut::split(clean, noise, out.xt, out.masked, out.masked_weight, l, k);
-    let filled: Vec<Filled> = if tokens < PARALLEL_TOKENS {
+    let filled: Vec<Filled> = if !is_parallel(tokens) {
         let mut scratch = Scratch::default();
         let parts = outs.into_iter().zip(rows).enumerate();
         parts

@@ -10,16 +10,17 @@ pub struct Order {
 }
 
 impl Order {
-    /// The order of `rows` rows under a seed.
+    /// The order of `rows >= 1` rows under a seed.
     pub fn new(seed: u64, rows: u64) -> Self {
         Order { seed, rows }
     }
 
-    /// The rows at places `first..first + out.len()` of the endless sequence of epochs.
+    /// Fills `out` with the rows at places `first..first + out.len()` of the endless sequence of
+    /// epochs.
     pub fn fill(&self, first: u64, out: &mut [u64]) {
         let mut done = 0;
         while done < out.len() {
-            let place = first + done as u64;
+            let place = first.wrapping_add(done as u64);
             let (epoch, start) = (place / self.rows, place % self.rows);
             let n = (self.rows - start).min((out.len() - done) as u64) as usize;
             self.epoch(epoch).fill(start, &mut out[done..done + n]);
