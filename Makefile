@@ -8,11 +8,11 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml C
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench check-slow wheel docs check-targets clean
+.PHONY: help setup demo test lint format bench check-slow check-extras wheel docs check-targets clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-	  | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+	  | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.extension ## create .venv, install the dependencies, build the extension
 
@@ -40,6 +40,18 @@ test: setup ## all tests, Rust and Python, but the slow ones
 
 check-slow: setup ## the checks that take minutes
 	$(BIN)/pytest -m slow
+
+EXTRAS := .venv-extras
+
+$(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
+	@echo "== installing the extras in an environment of their own"
+	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
+	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
+	  --extra lm-eval --extra mauve
+	@touch $@
+
+check-extras: setup $(EXTRAS)/.packages ## the adapters of other libraries, outside .venv
+	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python -m pytest tests/extras
 
 lint: setup ## formatting, lints, types, and the direction of imports
 	cargo fmt --all --check
@@ -86,4 +98,4 @@ docs: setup $(VENV)/.docs ## pictures and site in site/, the Rust reference in s
 	@echo "site/index.html"
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) target dist runs site python/bd3lm/*.so
+	rm -rf $(VENV) $(EXTRAS) target dist runs site python/bd3lm/*.so

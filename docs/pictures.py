@@ -63,13 +63,18 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def blank(width: float, height: float, x: float, y: float) -> tuple[Figure, Axes]:
-    """A canvas of ``x`` by ``y`` units without axes; y grows downwards."""
+    """A figure of ``width`` by ``height`` inches with one canvas of ``x`` by ``y`` units."""
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
+    return figure, canvas(figure, (0, 0, 1, 1), x, y)
+
+
+def canvas(figure: Figure, rect: tuple[float, float, float, float], x: float, y: float) -> Axes:
+    """A part of a figure, of ``x`` by ``y`` units, without ticks; y grows downwards."""
+    axes = figure.add_axes(rect)
     axes.set_xlim(0, x)
     axes.set_ylim(y, 0)
     axes.axis("off")
-    return figure, axes
+    return axes
 
 
 def box(axes: Axes, x: float, y: float, width: float, edge: str, text: str, **how: Any) -> None:
@@ -89,11 +94,39 @@ def box(axes: Axes, x: float, y: float, width: float, edge: str, text: str, **ho
     axes.text(x + width / 2, y, text, ha="center", va="center", **how)
 
 
+def overview() -> Figure:
+    """Two blocks denoising, and the mask that trains them."""
+    figure = Figure(figsize=(10.4, 3.4))
+    trace = json.loads(TRACE.read_text(encoding="utf-8"))
+    lines = [step for step in trace["steps"] if step[0] < 3 * trace["block_size"]]
+    across, down = denoising_size(trace, lines)
+    draw_denoising(canvas(figure, (0, 0.04, 0.62, 0.96), across, down), trace, lines)
+    draw_mask(canvas(figure, (0.67, 0, 0.33, 1), 31, 28.5), 12, 4, font=8)
+    return figure
+
+
 def mask() -> Figure:
     """Which keys a query attends to in training, L = 12 and S = 4."""
-    length, size = 12, 4
     figure, axes = blank(6.6, 6.2, 33, 31)
-    left, top = 6.6, 4.1
+    draw_mask(axes, 12, 4)
+    legend = (
+        (ORANGE, "its own noised block"),
+        (BLUE, "clean blocks before it"),
+        (GREEN, "clean, up to its block"),
+    )
+    for index, (color, text) in enumerate(legend):
+        x = 2.0 + index * 9.8
+        axes.add_patch(Rectangle((x, 29.2), 0.9, 0.9, facecolor=color))
+        axes.text(x + 1.3, 29.65, text, va="center", fontsize=9)
+    return figure
+
+
+def draw_mask(axes: Axes, length: int, size: int, font: float = 10) -> None:
+    """Draw the mask of a row of ``length`` tokens, a unit a key."""
+    bold = {"ha": "center", "va": "center", "fontweight": "bold", "fontsize": font}
+    plain = {"va": "center", "fontsize": 0.8 * font}
+    faint = {"ha": "center", "va": "center", "color": FAINT, "fontsize": 0.9 * font}
+    left, top, end = 6.6, 4.1, 2 * length - 0.1
     block = np.arange(length) // size
     cells: dict[str, list[tuple[float, float]]] = {ORANGE: [], BLUE: [], GREEN: [], FAINT: []}
     for q in range(2 * length):
@@ -113,37 +146,25 @@ def mask() -> Figure:
         path = Path2D.make_compound_path(*(Path2D(square + corner) for corner in corners))
         shade = (*mpl.colors.to_rgb(color), 0.16) if color == FAINT else color
         axes.add_patch(PathPatch(path, facecolor=shade, edgecolor="none"))
-    for at in (size, 2 * size):
+    for at in range(size, length, size):
         for start in (0, length):
             edge = {"color": FAINT, "linewidth": 0.8}
-            axes.plot([left + start + at - 0.05] * 2, [top - 0.2, top + 23.9], **edge)
-            axes.plot([left - 0.2, left + 23.9], [top + start + at - 0.05] * 2, **edge)
+            axes.plot([left + start + at - 0.05] * 2, [top - 0.2, top + end], **edge)
+            axes.plot([left - 0.2, left + end], [top + start + at - 0.05] * 2, **edge)
     strong = {"color": INK, "linewidth": 1.6}
-    axes.plot([left + length - 0.05] * 2, [top - 1.2, top + 23.9], **strong)
-    axes.plot([left - 1.2, left + 23.9], [top + length - 0.05] * 2, **strong)
+    axes.plot([left + length - 0.05] * 2, [top - 1.2, top + end], **strong)
+    axes.plot([left - 1.2, left + end], [top + length - 0.05] * 2, **strong)
     names = ("noised row xt", "clean row x0")
     for half, name in enumerate(names):
         middle = half * length + length / 2
-        axes.text(left + middle, 2.0, name, ha="center", va="center", fontweight="bold")
-        axes.text(2.2, top + middle, name, ha="center", va="center", rotation=90, fontweight="bold")
-        for b in range(3):
+        axes.text(left + middle, 2.0, name, **bold)
+        axes.text(2.2, top + middle, name, rotation=90, **bold)
+        for b in range(length // size):
             place = half * length + b * size + size / 2
-            axes.text(left + place, 3.3, f"block {b}", ha="center", va="center", fontsize=8)
-            axes.text(left - 0.5, top + place, f"block {b}", ha="right", va="center", fontsize=8)
-    axes.text(left + 12, 0.8, "keys", ha="center", va="center", color=FAINT, fontsize=9)
-    axes.text(
-        0.9, top + 12, "queries", ha="center", va="center", color=FAINT, fontsize=9, rotation=90
-    )
-    legend = (
-        (ORANGE, "its own noised block"),
-        (BLUE, "clean blocks before it"),
-        (GREEN, "clean, up to its block"),
-    )
-    for index, (color, text) in enumerate(legend):
-        x = left - 4.6 + index * 9.8
-        axes.add_patch(Rectangle((x, 29.2), 0.9, 0.9, facecolor=color))
-        axes.text(x + 1.3, 29.65, text, va="center", fontsize=9)
-    return figure
+            axes.text(left + place, 3.3, f"block {b}", ha="center", **plain)
+            axes.text(left - 0.5, top + place, f"block {b}", ha="right", **plain)
+    axes.text(left + length, 0.8, "keys", **faint)
+    axes.text(0.9, top + length, "queries", rotation=90, **faint)
 
 
 def blocks() -> Figure:
@@ -334,35 +355,49 @@ def record(checkpoint: str) -> None:
 def denoising() -> Figure:
     """A sample of the demo's model: a line for each forward."""
     trace = json.loads(TRACE.read_text(encoding="utf-8"))
-    size, steps, prompt = trace["block_size"], trace["steps"], ["", *trace["given"]]
-    starts = range(0, steps[-1][0] + size, size)
-    width, gap, offset = 1.7, 0.3, 2.6
-    across = offset + len(starts) * (size * width + gap) + 0.2
-    figure, axes = blank(8.8, 0.42 + 0.31 * len(steps), across, len(steps) + 1.4)
+    across, down = denoising_size(trace, trace["steps"])
+    figure, axes = blank(8.8, 0.42 + 0.31 * len(trace["steps"]), across, down)
+    draw_denoising(axes, trace, trace["steps"])
+    return figure
+
+
+WORD, GAP, MARGIN = 1.7, 0.3, 2.6
+"""Width of a token, space between blocks, and width of the labels."""
+
+
+def denoising_size(trace: dict[str, Any], lines: list[Any]) -> tuple[float, float]:
+    """Units that :func:`draw_denoising` needs."""
+    size = trace["block_size"]
+    count = lines[-1][0] // size + 1
+    return MARGIN + count * (size * WORD + GAP) + 0.2, len(lines) + 1.4
+
+
+def draw_denoising(axes: Axes, trace: dict[str, Any], lines: list[Any]) -> None:
+    """Draw a line for each forward: prompt, written, revealed and hidden tokens."""
+    size, prompt = trace["block_size"], ["", *trace["given"]]
+    starts = range(0, lines[-1][0] + size, size)
     written: dict[int, str] = {}
-    for line, (start, *tokens) in enumerate(steps):
+    for line, (start, *tokens) in enumerate(lines):
         y = line + 1.2
         axes.text(0.2, y, f"forward {line + 1}", va="center", fontsize=8, color=FAINT)
         seen = {start + i: word for i, word in enumerate(tokens) if word is not None}
         for at in range(len(starts) * size):
-            x = offset + at // size * (size * width + gap) + at % size * width
+            x = MARGIN + at // size * (size * WORD + GAP) + at % size * WORD
             if at == 0:
-                box(axes, x, y, width, FAINT, "BOS", fontsize=7, color=FAINT, alpha=0.1)
+                box(axes, x, y, WORD, FAINT, "BOS", fontsize=7, color=FAINT, alpha=0.1)
             elif at < len(prompt):
-                box(axes, x, y, width, GREEN, shown(prompt[at]), fontsize=7.2, alpha=0.2)
+                box(axes, x, y, WORD, GREEN, shown(prompt[at]), fontsize=7.2, alpha=0.2)
             elif at in written:
-                box(axes, x, y, width, BLUE, shown(written[at]), fontsize=7.2, alpha=0.2)
+                box(axes, x, y, WORD, BLUE, shown(written[at]), fontsize=7.2, alpha=0.2)
             elif at in seen:
-                box(axes, x, y, width, ORANGE, shown(seen[at]), fontsize=7.2, alpha=0.55)
+                box(axes, x, y, WORD, ORANGE, shown(seen[at]), fontsize=7.2, alpha=0.55)
             else:
-                box(
-                    axes, x, y, width, FAINT, "", alpha=0.35 if at // size == start // size else 0.1
-                )
+                current = at // size == start // size
+                box(axes, x, y, WORD, FAINT, "", alpha=0.35 if current else 0.1)
         written |= seen
     for at in starts:
-        x = offset + at // size * (size * width + gap) + size * width / 2
+        x = MARGIN + at // size * (size * WORD + GAP) + size * WORD / 2
         axes.text(x, 0.35, f"block {at // size}", ha="center", va="center", fontsize=8, color=FAINT)
-    return figure
 
 
 def shown(text: str) -> str:
@@ -372,6 +407,7 @@ def shown(text: str) -> str:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
+    "overview": overview,
     "mask": mask,
     "blocks": blocks,
     "denoising": denoising,

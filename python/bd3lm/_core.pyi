@@ -49,6 +49,8 @@ class NoiseSpec:
     ) -> NoiseSpec: ...
     def check(self, seq_len: int, block_size: int) -> None: ...
 
+_Key = tuple[int, int, int, int]
+
 class TokenStore:
     @staticmethod
     def open(path: str | PathLike[str], verify: bool | None) -> TokenStore: ...
@@ -98,30 +100,22 @@ class RowPlan:
     def gather_noised(
         self,
         spec: NoiseSpec,
-        seed: int,
-        step: int,
-        first_row: int,
-        num_rows: int,
+        key: _Key,
         rows: NDArray[np.uint64],
+        *,
         x0: NDArray[np.int64],
-        noisable: NDArray[np.uint8],
         doc_ids: NDArray[np.int32],
         xt: NDArray[np.int64],
-        mask: NDArray[np.uint8],
         mask_prob: NDArray[np.float32],
-        weight: NDArray[np.float32],
         masked: NDArray[np.int64],
         masked_weight: NDArray[np.float32],
     ) -> tuple[int, int, bool]: ...
 
 def noise(
     spec: NoiseSpec,
+    key: _Key,
     seq_len: int,
     block_size: int,
-    seed: int,
-    step: int,
-    first_row: int,
-    num_rows: int,
     x0: NDArray[np.int64],
     noisable: NDArray[np.uint8],
     mask: NDArray[np.uint8],
@@ -295,7 +289,7 @@ class PackedBlock:
         out: PackedLinear,
         norm2: _Norm,
         up: PackedLinear,
-        activation: str,
+        mlp: str,
         down: PackedLinear,
         head_width: int,
     ) -> PackedBlock: ...

@@ -75,3 +75,24 @@ class StorageError(Bd3lmError, OSError):
 
 class CheckpointError(Bd3lmError, ValueError):
     """A checkpoint cannot be loaded, or does not fit what was asked of it."""
+
+
+class OutOfMemoryError(Bd3lmError, MemoryError):
+    """The host or the device has not enough memory for a run."""
+
+
+class InterruptedRunError(Bd3lmError):
+    """A signal stopped a run; the message says what was saved and how to go on.
+
+    Args:
+        message: the sentence.
+        number: of the signal; the command exits with 128 + number, as a shell reports it.
+    """
+
+    def __init__(self, message: str, number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class DivergedError(Bd3lmError):
+    """Losses, gradients or weights are no longer finite; what was saved before is finite."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,6 @@ import numpy as np
 matplotlib.use("Agg")  # files only: never look for a display
 
 from matplotlib import pyplot as plt
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
 
 def plot_lines(
@@ -152,8 +146,8 @@ def plot_loss(metrics: list[dict[str, Any]], file: Path, title: str) -> None:
         title: of the figure.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    loss = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    valid = [(m["step"], m["val_nelbo"]) for m in metrics if "val_nelbo" in m]
+    loss = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    valid = [(m["step"], m["val_nelbo"]) for m in metrics if m.get("val_nelbo") is not None]
     if loss:
         axes.plot(*zip(*loss, strict=True), color="#4477aa", linewidth=1, label="training loss")
     if valid:

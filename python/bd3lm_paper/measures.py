@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from bd3lm.evaluate import evaluate_likelihood, nelbo_variance, scoring_rows
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample import Sample, Sampler
 from bd3lm.sample.stopping import token_entropy
+from bd3lm.training import read_metrics
 
 Values = dict[str, Any]
 
@@ -219,9 +219,9 @@ class Curve:
     texts = ()
 
     def take(self, trained: Trained) -> Values:
-        """Return ``steps``, ``loss`` and ``last``, the mean of the last tenth."""
-        lines = (trained.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        points = [(m["step"], m["loss"]) for m in map(json.loads, lines) if "loss" in m]
+        """``steps``, ``loss`` and ``last``, the mean of the last tenth."""
+        lines = read_metrics(trained.folder / "metrics.jsonl")
+        points = [(m["step"], m["loss"]) for m in lines if m.get("loss") is not None]
         steps, loss = (list(x) for x in zip(*points, strict=True))
         tail = loss[-max(len(loss) // 10, 1) :]
         return {"steps": steps, "loss": loss, "last": statistics.fmean(tail)}
@@ -240,8 +240,8 @@ class Cost:
         What else the machine did for a while does not count.
         """
         cfg = trained.loaded.config
-        lines = (trained.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        seen = [(m["step"], m["seconds"]) for m in map(json.loads, lines) if "seconds" in m]
+        lines = read_metrics(trained.folder / "metrics.jsonl")
+        seen = [(m["step"], m["seconds"]) for m in lines if "seconds" in m]
         steps, seconds = np.diff([(0, 0.0), *seen], axis=0).T
         tokens = cfg.steps * cfg.batch_size * cfg.seq_len
         median = float(np.median(seconds / steps))

@@ -17,6 +17,7 @@ JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "quick": lambda: [job(QUICK, DECODES)],
     "mutated": mutation_jobs,
     "traced": list,
+    "logits": list,
     "exhaustive": lambda: [job(EXHAUSTIVE)],
 }
 
@@ -59,3 +60,9 @@ def mutated(answers: dict[str, Any]) -> list[list[dict[str, float]]]:
 def traced(answers: dict[str, Any]) -> dict[str, Any]:
     """What :mod:`traced` found."""
     return answers["traced"]
+
+
+@pytest.fixture(scope="session")
+def logits(answers: dict[str, Any]) -> dict[str, Any]:
+    """What :mod:`logits` found."""
+    return answers["logits"]

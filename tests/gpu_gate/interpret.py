@@ -3,8 +3,8 @@
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Reads
 named lists of jobs from standard input, each ``{"mutation": null or [file, old, new], "cases":
 [...], "decode": [...], "order": bool, "backward": bool}``, and writes under the same name a list of
-lists of ``{"out": ..., "dq": ..., ...}``. Under the name "traced" it writes what :mod:`traced`
-finds.
+lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" run those modules and
+write their results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import logits
 import order
 import torch
 import traced
@@ -163,8 +164,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sys.path.insert(0, folder)
         for name, jobs in asked.items():
-            if name == "traced":
-                answers[name] = traced.run()
+            if name in ("traced", "logits"):
+                answers[name] = {"traced": traced, "logits": logits}[name].run()
             else:
                 answers[name] = [answer(job, Path(folder)) for job in jobs]
     Path(sys.argv[1]).write_text(json.dumps(answers))

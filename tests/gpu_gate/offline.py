@@ -7,13 +7,13 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bd3lm.model.attention.triton import backward, decode, forward
-from bd3lm.model.attention.triton.common import SIZES
 from bd3lm.model.attention.triton.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -35,8 +35,15 @@ PLAIN = {
     "delta": (backward.delta_kernel, Tiles(64, 0, 4, 3)),
     "combine": (decode.combine_kernel, Tiles(0, 0, 4, 3)),
 }
-FLOAT_POINTERS = {"LSE", "DELTA", "PART", "PART_LSE"}
-INT_POINTERS = {"RANGES", "LO", "HI", "PAGES"}
+# Those of other dtypes than the matrices.
+POINTERS = {
+    **dict.fromkeys(("LSE", "DELTA", "PART", "PART_LSE", "WEIGHT", "NLL", "MASS"), "fp32"),
+    **dict.fromkeys(("RANGES", "LO", "HI", "PAGES", "FORBIDDEN"), "i32"),
+    **dict.fromkeys(("TARGET", "TOKEN"), "i64"),
+    **dict.fromkeys(("UNIFORM", "SHARE", "LOG_P"), "fp64"),
+    "SEEN": "u8",
+}
+FLOATS = {"scale", "inv_sqrt", "inv_temperature", "penalty"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Compiled:
     tensor_core: dict[str, int]
     """Count of each family of matrix instruction."""
     async_copies: int
+    wide_loads: int
+    """Loads of 16 bytes a thread from global memory into registers."""
 
 
 def compile_kernel(
@@ -65,23 +74,30 @@ def compile_kernel(
 def compile_function(
     function: triton.JITFunction, arch: str, width: int, dtype: str, chosen: Tiles, page: int = 0
 ) -> Compiled:
-    """Compile a kernel for ``arch`` with the given launch."""
+    """Compile a kernel of attention for ``arch`` with the given launch."""
     padded = max(16, triton.next_power_of_2(width))
     constants = {
         "D": width, "DP": padded, "BM": chosen.block_m, "BN": chosen.block_n,
         "INTERPRET": False, "PAGE": page, "CP": 64,
     }  # fmt: skip
+    return compile_with(function, arch, dtype, constants, chosen)
+
+
+def compile_with(
+    function: triton.JITFunction, arch: str, dtype: str, constants: dict[str, Any], chosen: Tiles
+) -> Compiled:
+    """Compile any kernel for ``arch``; pointers are capitals, floats are :data:`FLOATS`."""
     signature, attributes = {}, {}
-    for index, name in enumerate(function.arg_names):
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
             continue
         if name.isupper():
-            kind = "fp32" if name in FLOAT_POINTERS else "i32" if name in INT_POINTERS else dtype
-            signature[name] = f"*{kind}"
+            signature[name] = f"*{POINTERS.get(name, dtype)}"
         else:
-            signature[name] = "fp32" if name in ("scale", "inv_sqrt") else "i32"
-        if name not in SIZES and name not in ("scale", "inv_sqrt"):
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if not parameter.do_not_specialize and name not in FLOATS:
             attributes[(index,)] = [["tt.divisibility", 16]]  # as ``launch.laid_out`` sees to
     source = ASTSource(
         fn=function,
@@ -115,6 +131,7 @@ def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
         shared=shared,
         tensor_core={name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA")},
         async_copies=len(re.findall(r"\bLDGSTS\b", code)),
+        wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
     )
 
 

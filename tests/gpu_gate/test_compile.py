@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,10 @@ from offline import (
     Compiled,
     compile_function,
     compile_kernel,
+    compile_with,
 )
 
-from bd3lm.model.attention.triton.tuning import Kernel
+from bd3lm.model.attention.triton.tuning import Kernel, Tiles
 
 TABLES = [arch for arch in ARCHS if arch not in TABLE]
 
@@ -101,3 +103,33 @@ def test_what_is_compiled_here_is_what_runs_there() -> None:
 def test_kernels_without_products(name: str, width: int) -> None:
     function, launch = PLAIN[name]
     assert compile_function(function, "sm_80", width, "bf16", launch).spills == 0
+
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {"GREEDY": True, "TOP_K": False, "TOP_P": False, "PENALTY": False},
+    "whole": {"GREEDY": False, "TOP_K": False, "TOP_P": False, "PENALTY": False},
+    "all at once": {"GREEDY": False, "TOP_K": True, "TOP_P": True, "PENALTY": True},
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_cross_entropy_reads_wide_and_spills_nothing(gradient: bool) -> None:
+    from bd3lm.model.cross_entropy_triton import BLOCK, WARPS, cross_entropy_kernel
+
+    constants = {"BLOCK": BLOCK, "GRADIENT": gradient, "INTERPRET": False}
+    launch = Tiles(0, 0, WARPS, 3)
+    for arch in ("sm_80", "sm_90"):
+        compiled = compile_with(cross_entropy_kernel, arch, "bf16", constants, launch)
+        assert compiled.spills == 0
+        assert compiled.wide_loads > 0
+
+
+@pytest.mark.parametrize("way", DRAWS)
+def test_draws_keep_to_registers_but_for_a_few_numbers(way: str) -> None:
+    from bd3lm.sample.draw_triton import BLOCK, WARPS, draw_kernel
+
+    constants = {"ROWS": 1, "BLOCK": BLOCK, **DRAWS[way]}
+    for arch in ("sm_80", "sm_90"):
+        compiled = compile_with(draw_kernel, arch, "bf16", constants, Tiles(0, 0, WARPS, 3))
+        assert compiled.spills <= 8  # around the sixteen warps' 64-bit sums, once a row
+        assert compiled.shared <= SHARED_LIMIT[arch]

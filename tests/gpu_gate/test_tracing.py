@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.attention as attention
 from bd3lm.config import ModelConfig
-from bd3lm.model import KVCache, Transformer
+from bd3lm.model import KVCache, Transformer, head
+from bd3lm.model.attention import triton
 
 
 def fakes_a_gpu() -> bool:
@@ -86,6 +87,44 @@ def test_scoring_and_decoding_on_a_fake_gpu_go_through_the_kernels(
             start = torch.zeros((), dtype=torch.long)
             model.encode_at(ids[:, :8], start, 4, select, cache)
             assert called.take() == {"bd3lm::decode_attention": 2}
+
+
+@fake_gpu
+def test_the_head_on_a_fake_gpu_sums_in_float32_over_wide_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton, "available", lambda: True)
+    positions, width, vocab = 2 * head.CUDA_CHUNK_ROWS + 5, 32, 1003
+    with FakeTensorMode(), torch.device("cuda"), bf16_autocast(), Operations() as seen:
+        features = torch.empty(positions, width, requires_grad=True)
+        weights = torch.empty(vocab, width, requires_grad=True)
+        target = torch.zeros(positions, dtype=torch.int64)
+        bias = torch.empty(vocab, requires_grad=True)
+        loss, nats = head.head_cross_entropy(
+            features, weights, bias, target, torch.empty(positions), vocab - 1
+        )
+    assert loss.shape == ()
+    assert nats.shape == (positions,)
+    assert nats.dtype == torch.float32
+    rows, strides = zip(*seen.logits, strict=True)
+    assert rows == (head.CUDA_CHUNK_ROWS, head.CUDA_CHUNK_ROWS, 5)
+    assert {stride % head.ALIGNED for stride in strides} == {0}
+    assert seen.names["aten::mm.dtype_out"] == 3, "the head's gradient, once a chunk"
+
+
+class Operations(TorchDispatchMode):
+    """Counts operators, and keeps the shapes that cross-entropy saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.logits: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[f"{func._schema.name}.{func._schema.overload_name}"] += 1
+        if func._schema.name == "bd3lm::cross_entropy":
+            self.logits.append((len(args[0]), args[0].stride(0)))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

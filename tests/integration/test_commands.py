@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli import evaluate, judge, prepare, sample, train
+from bd3lm.errors import ConfigError
+from bd3lm.evaluate import conditional_likelihood, score
 from tests.integration.conftest import command, story
 
 TINY = (
@@ -56,6 +59,45 @@ def test_eval_prints_one_json_object_equal_to_the_run(run, capsys):
     assert record["bpb"] == pytest.approx(summary["val_bpb"], rel=5e-3)
     evaluate.main([str(out / "checkpoint"), "--data", valid, "--block-size", "8"])
     assert "stratified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["marginal", "left-to-right", "confidence", "orders"])
+def test_eval_scores_every_likelihood(run, corpus, capsys, kind):
+    out, _ = run
+    args = [str(out / "checkpoint"), "--likelihood", kind, "--rows", "6"]  # the run's own data
+    evaluate.main([*args, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["likelihood"] == kind
+    assert record["forwards"] == {"marginal": 16, "orders": 33}.get(kind, 5)
+    assert record["bpb"] is None
+    if kind in ("marginal", "orders"):
+        assert record["nll"] < record["nelbo"]
+    evaluate.main([*args[:3], "--rows", "2"])
+    assert f"NLL ({kind})" in capsys.readouterr().out
+
+
+def test_the_library_scores_texts_and_answers(run):
+    """Nats a token add up; an answer's are those of its tokens behind its prompt."""
+    out, _ = run
+    loaded = load_checkpoint(out / "checkpoint")
+    text = "The old house stood by the river."
+    result = score(loaded, text, likelihood="left-to-right", per_token=True)
+    assert loaded.tokenizer.decode(result.token_ids.tolist()) == text
+    assert result.token_nats.sum() == pytest.approx(result.nll * result.tokens)
+    assert result.bpb == pytest.approx(
+        result.token_nats.sum() / 0.6931471805599453 / len(text.encode())
+    )
+    prompt = loaded.tokenizer.decode(result.token_ids[:3].tolist())
+    answer = conditional_likelihood(
+        out / "checkpoint", prompt, text[len(prompt) :], likelihood="left-to-right", per_token=True
+    )
+    ends = (result.tokens + 1) % 4 == 0  # behind a last block that is cut, masks are seen
+    whole = slice(3, None if ends else (result.tokens + 1) // 4 * 4 - 1)
+    np.testing.assert_allclose(
+        answer.token_nats[: whole.stop and whole.stop - 3], result.token_nats[whole], rtol=1e-3
+    )
+    with pytest.raises(ConfigError, match="text = empty"):
+        score(loaded, "")
 
 
 def test_eval_reads_text_too(run, capsys, tmp_path):
@@ -184,7 +226,7 @@ def test_an_existing_run_is_kept(capsys, run, corpus):
     out, _ = run
     before = (out / "summary.json").read_bytes()
     text = refused(capsys, train.main, "demo", "--data", corpus, "--out", out, *TINY)
-    assert "already holds a run; choose another --out, or go on with --resume" in text
+    assert "already holds a run; choose another --out, or continue it with --resume" in text
     assert (out / "summary.json").read_bytes() == before
 
 
@@ -192,12 +234,20 @@ def test_an_existing_run_is_kept(capsys, run, corpus):
     ("args", "sentence"),
     [
         (["nowhere"], "no such checkpoint"),
-        (["RUN"], "did you mean"),
+        (["RUN", "--data", "nowhere"], "nowhere: no such file"),
         (
             ["CKPT", "--estimator", "exact", "--block-size", "8"],
             "estimator = exact: must be a sampled one",
         ),
         (["CKPT", "--block-size", "5"], "block-size = 5"),
+        (["CKPT", "--batch-size", "-3"], "error: batch-size = -3: must be at least 1"),
+        (["CKPT", "--batch-size", "0"], "error: batch-size = 0: must be at least 1"),
+        (["CKPT", "--rows", "0"], "error: rows = 0: must be at least 1"),
+        (["CKPT", "--stride", "0"], "error: stride = 0: must be at least 1"),
+        (
+            ["CKPT", "--likelihood", "marginal", "--block-size", "16"],
+            "likelihood = marginal: must be orders, its upper bound, above block-size = 8",
+        ),
         (["CKPT", "--data", "nowhere"], "nowhere: no such file"),
         (
             ["CKPT", "--repeats", "1", "--estimator", "count"],

@@ -146,7 +146,7 @@ def test_finetuning_may_keep_the_optimizer(config, tmp_path):
         trainer = Trainer(cfg, splits.train, splits.valid, tmp_path, Silent())
         trainer.start_from(source)
         states.append(trainer.optimizers.state())
-    assert states[0] == {}
+    assert all(value.abs().sum() == 0 for value in states[0].values())
     assert any(value.abs().sum() > 0 for name, value in states[1].items() if "exp_avg" in name)
 
 

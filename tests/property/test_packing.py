@@ -166,9 +166,9 @@ def test_any_order_of_rows(lengths: Lengths, shape: tuple[int, int], data: st.Da
         ({"seq_len": 64}, "seq_len = 64: .* 20 tokens do not fill one row"),
         ({"stride": 3}, "stride = 3: must be a multiple of 2 below 8"),
         ({"stride": 8}, "stride = 8"),
-        ({"stride": 2, "row_eos": True}, "stride = 2: goes with rows that do not close"),
-        ({"plan": "first_fit"}, "packing = first_fit: must be wrap, aligned or best_fit"),
-        ({"plan": "aligned", "row_eos": True}, "packing = aligned: goes with wrap"),
+        ({"stride": 2, "row_eos": True}, "stride = 2: must be left out where rows close"),
+        ({"plan": "first_fit"}, "packing = first_fit: must be one of wrap, aligned, best_fit"),
+        ({"plan": "aligned", "row_eos": True}, "packing = aligned: must be wrap"),
     ],
 )
 def test_what_is_not_allowed_names_itself(kwargs: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ from bd3lm.model.fused import (
     projected_heads,
     rotate,
 )
-from bd3lm.model.layers import Rotary
+from bd3lm.model.rotary import Rotary
 
 DTYPES = [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)]
 

@@ -10,7 +10,6 @@ import torch
 from bd3lm.data import Loader, Prefetcher
 from bd3lm.device import resolve_device
 from bd3lm.errors import ConfigError
-from bd3lm.evaluate.likelihood import masked_nats
 from bd3lm.model import DecodeStep, KVCache
 from bd3lm.model.flops import data_sheet_peak, peak_flops
 from tests.conftest import random_ids, tiny_model
@@ -87,17 +86,3 @@ def test_a_replayed_forward_past_the_cache_is_refused_on_the_host() -> None:
         step(ids, select, commit=4)
         with pytest.raises(ValueError, match="capacity of 12; the cache's is 8"):
             step(ids, select)
-
-
-def test_scoring_reads_nothing_back_between_draws() -> None:
-    """Tensors of the meta device have no values to read: any attempt raises."""
-    x0 = torch.zeros(2, 8, dtype=torch.int64, device="meta")
-    mask = torch.rand(2, 8) < 0.5
-
-    def score(xt: torch.Tensor, select: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        assert (xt.is_meta, select.is_meta, level.is_meta) == (True, True, True)
-        return torch.zeros(len(select), device="meta")
-
-    nats = masked_nats(score, x0, mask, torch.rand(2, 2), 15)
-    assert nats.is_meta
-    assert nats.shape == (2, 8)

@@ -17,6 +17,7 @@ from bd3lm.evaluate.orders import orders_bound
 from bd3lm.evaluate.windows import Windows
 from bd3lm.model import Transformer
 from bd3lm.sample import Sampler
+from bd3lm.sample.strategies import ordered
 from bd3lm.systems import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from tests.conftest import MASK_ID, VOCAB_SIZE, random_ids, tiny_model, token_arrays
 
@@ -320,6 +321,22 @@ def test_a_long_row_has_the_sampler_s_own_probability():
     for sample in sampler.generate(cfg, [[3, 4]]):
         windows = windows_of([(sample.ids[:2], sample.ids[2:])], 8, 1)
         found = evaluate_likelihood(system, model, windows, likelihood="marginal")
+        assert found.row_nats.sum() == pytest.approx(-sample.log_prob, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("left-to-right", ordered.left_to_right), ("confidence", ordered.by_confidence)],
+)
+def test_samples_of_an_order_have_its_likelihood(kind, strategy):
+    """The sampler's own log p is the score of what it drew, prompts and long rows included."""
+    model, system = tiny_model(), BlockDiffusion(4, MASK_ID)
+    sampler = Sampler(model, system, window=16, bos_id=0, eos_id=99)
+    cfg = SampleConfig(num=2, length=28, top_p=1.0)
+    for sample in sampler.generate(cfg, [[3, 4], [5]], strategy=strategy):
+        given = 2 if sample.ids[:2] == [3, 4] else 1
+        windows = windows_of([(sample.ids[:given], sample.ids[given:])], 16, 4)
+        found = evaluate_likelihood(system, model, windows, likelihood=kind)
         assert found.row_nats.sum() == pytest.approx(-sample.log_prob, rel=1e-5)
 
 

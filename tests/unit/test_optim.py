@@ -42,7 +42,7 @@ def trained(cfg, steps, state=None):
     optimizers = Optimizers(model, cfg)
     if state is not None:
         model.load_state_dict(state[0])
-        optimizers.load(state[1], "the test")
+        optimizers.load(state[1])
     for step in range(steps):
         ids = random_ids(2, 8, seed=step if state is None else step + 3)
         model.denoise(ids, ids, 4, torch.arange(16)).square().mean().backward()
@@ -101,7 +101,8 @@ def test_adamw_is_pytorchs_own():
             params[0].grad = torch.randn(5, 7)
             params[1].grad = None if lr == 0.1 else torch.randn(3)  # one joins later
             optimizer.step()
-            optimizer.zero_grad()
+            for p in params:
+                p.grad = None
         assert all(p.grad is None for p in params)
         results.append([*params, *(v for p in params for v in optimizer.state[p].values())])
     assert len(results[0]) == 8

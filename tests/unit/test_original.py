@@ -453,7 +453,8 @@ class RunsCode:
         ({"weights": [torch.zeros(1)]}, "does not hold tensors by name"),
         ({"index": {"weight_map": {"x": "../x.safetensors"}}}, "does not lie beside it"),
         ({"index": {"weight_map": {"x": "x.safetensors"}}}, "x.safetensors is missing"),
-        ({"index": []}, "is not an index of weight files"),
+        ({"index": []}, "is not a JSON object"),
+        ({"index": {"weight_map": {"x": 3}}}, "is not an index of weight files"),
     ],
 )
 def test_what_does_not_load_says_so(tmp_path, words, capsys, change, sentence):

@@ -125,17 +125,17 @@ def test_shapes_are_kept() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("linear", {}, "schedule = linear: must be loglinear, square, .* or bimodal_gaussian"),
-        ("gaussian", {"sigma": 0.2}, "mu = None: is needed"),
-        ("gaussian", {"mu": 0.5}, "sigma = None: is needed"),
+        ("linear", {}, "schedule = linear: must be one of loglinear, square, .*bimodal_gaussian"),
+        ("gaussian", {"sigma": 0.2}, "mu = None: must be a number"),
+        ("gaussian", {"mu": 0.5}, "sigma = None: must be a number"),
         ("gaussian", {"mu": 0.5, "sigma": 0.0}, "sigma = 0: must be greater than 0"),
-        ("gaussian", {"mu": math.nan, "sigma": 0.1}, "mu = NaN: a finite number"),
+        ("gaussian", {"mu": math.nan, "sigma": 0.1}, "mu = NaN: must be finite"),
         ("gaussian", {"mu": 50.0, "sigma": 0.1}, "mu = 50: .* no mass"),
-        ("cosine", {"eps": 1.0}, r"eps = 1: must lie in \[0, 1\)"),
-        ("bimodal_gaussian", BIMODAL | {"mixture": 1.0}, "mixture = 1: must lie in"),
+        ("cosine", {"eps": 1.0}, r"eps = 1: must be in \[0, 1\)"),
+        ("bimodal_gaussian", BIMODAL | {"mixture": 1.0}, "mixture = 1: must be in"),
         ("bimodal_gaussian", BIMODAL | {"sigma2": -1.0}, "sigma2 = -1: must be greater"),
-        ("bimodal_gaussian", BIMODAL | {"mu2": math.inf}, "mu2 = inf: a finite number"),
-        ("bimodal_gaussian", {"mu": MU, "sigma": SIGMA}, "mu2 = None: is needed"),
+        ("bimodal_gaussian", BIMODAL | {"mu2": math.inf}, "mu2 = inf: must be finite"),
+        ("bimodal_gaussian", {"mu": MU, "sigma": SIGMA}, "mu2 = None: must be a number"),
     ],
 )
 def test_wrong_parameters_name_themselves(
@@ -193,5 +193,5 @@ def test_sigmoid_of_zero_is_simple_under_loglinear() -> None:
 
 
 def test_unknown_weighting() -> None:
-    with pytest.raises(ConfigError, match=r"weighting = p2: must be nelbo, edm, .* or simple"):
+    with pytest.raises(ConfigError, match=r"weighting = p2: must be one of nelbo, edm, .*, simple"):
         Weighting("p2")

@@ -1,7 +1,7 @@
 //! A data set on disk: opening it, and shuffled noised batches out of it; elements are tokens.
 
 use bd3lm_benches::{VOCAB, config, lengths, spec};
-use bd3lm_core::data::batch::{CleanBatch, NoiseBatch, NoisedBatch, gather_noised};
+use bd3lm_core::data::batch::{OwnedBatch, gather_noised};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::store::{Recipe, TokenStore, Verify, write_documents};
@@ -45,10 +45,10 @@ fn batches(c: &mut Criterion) {
             stride: None,
         };
         let plan = RowPlan::new(&store, l, 16, wrap, false).expect("it fits");
-        let order = Order::new(1, plan.num_rows() as u64);
+        let order = Order::new(1, plan.num_rows() as u64).expect("there are rows");
         // One batch for the calling thread, one that is shared out.
         for batch in [(1 << 16) / l, (1 << 18) / l] {
-            let mut buffers = Buffers::new(batch * l, 16);
+            let mut buffers = OwnedBatch::new(batch, l, 16);
             let mut rows = vec![0; batch];
             group.throughput(Throughput::Elements((batch * l) as u64));
             for noise in ["unclipped", "count"] {
@@ -58,68 +58,22 @@ fn batches(c: &mut Criterion) {
                 group.bench_function(id, |b| {
                     b.iter(|| {
                         step += 1;
-                        order.fill(step * batch as u64, &mut rows);
+                        order
+                            .fill(step * batch as u64, &mut rows)
+                            .expect("few places");
                         let key = NoiseKey {
                             seed: 1,
                             step,
                             row: 0,
                             rows: batch as u64,
                         };
-                        let (clean, noised) = buffers.split();
+                        let (clean, noised) = buffers.views();
                         gather_noised(&store, &plan, &spec, key, &rows, 16, false, clean, noised)
                             .expect("rows exist")
                     });
                 });
             }
         }
-    }
-}
-
-struct Buffers {
-    x0: Vec<i64>,
-    noisable: Vec<u8>,
-    doc_ids: Vec<i32>,
-    xt: Vec<i64>,
-    mask: Vec<u8>,
-    mask_prob: Vec<f32>,
-    weight: Vec<f32>,
-    masked: Vec<i64>,
-    masked_weight: Vec<f32>,
-}
-
-impl Buffers {
-    fn new(tokens: usize, block_size: usize) -> Self {
-        Buffers {
-            x0: vec![0; tokens],
-            noisable: vec![0; tokens],
-            doc_ids: vec![0; tokens],
-            xt: vec![0; tokens],
-            mask: vec![0; tokens],
-            mask_prob: vec![0.0; tokens / block_size],
-            weight: vec![0.0; tokens / block_size],
-            masked: vec![0; tokens],
-            masked_weight: vec![0.0; tokens],
-        }
-    }
-
-    fn split(&mut self) -> (CleanBatch<'_>, NoisedBatch<'_>) {
-        let clean = CleanBatch {
-            x0: &mut self.x0,
-            noisable: &mut self.noisable,
-            doc_ids: &mut self.doc_ids,
-        };
-        let noise = NoiseBatch {
-            mask: &mut self.mask,
-            mask_prob: &mut self.mask_prob,
-            weight: &mut self.weight,
-        };
-        let noised = NoisedBatch {
-            xt: &mut self.xt,
-            noise,
-            masked: &mut self.masked,
-            masked_weight: &mut self.masked_weight,
-        };
-        (clean, noised)
     }
 }
 

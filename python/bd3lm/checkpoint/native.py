@@ -1,15 +1,21 @@
-"""The native checkpoint: a directory of safetensors and JSON, replaced as a whole.
+"""One native checkpoint: a folder of safetensors and JSON that is never changed once written.
 
 | file | content |
 | --- | --- |
-| ``config.json`` | format version, step, vocabulary, special ids, the run's resolved settings |
-| ``model.safetensors`` | averaged (EMA) weights: what is scored and sampled |
+| ``config.json`` | version, step, special ids, settings, the trainer's numbers, SHA-256 digests |
+| ``model.safetensors`` | averaged (EMA) weights: the ones that are scored and sampled |
 | ``training.safetensors`` | raw weights and optimizer state, to resume from |
 | ``tokenizer.json`` | the tokenizer, so that a checkpoint is complete by itself |
+
+``config.json`` has the digest of every other file, of the data, and of itself (with that one field
+empty).
+
+The folder without ``training.safetensors`` is what is published.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,19 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bd3lm.checkpoint.record import Record, check_regular, parse_json, read_bytes
+from bd3lm.checkpoint.steps import run_of
+from bd3lm.checkpoint.tensors import TensorFile, check_tensors, fill, skeleton, write_tensors
 from bd3lm.config import TrainConfig, from_dict, to_dict
 from bd3lm.data import Tokenizer, load_tokenizer
-from bd3lm.errors import Bd3lmError, CheckpointError, DiskFullError, MissingFileError
-from bd3lm.files import recover_directory, replaced_directory, write_json
+from bd3lm.errors import Bd3lmError, CheckpointError, ConfigError
+from bd3lm.files import digest_file, replaced_directory, write_text
 from bd3lm.model import Transformer
 from bd3lm.systems import System, build_system
 
 FORMAT = "bd3lm-checkpoint"
-VERSION = 1
+VERSION = 2
+"""Version 1 is read too: one folder that was replaced as a whole, without digests."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Checkpoint:
         model: weights loaded, in evaluation mode.
         tokenizer: the one it was trained with.
         step: optimizer steps it has seen.
-        path: where it came from.
+        path: the folder it came from.
         learned: what its system has learned of its noise.
     """
 
@@ -52,18 +60,96 @@ class Checkpoint:
     path: Path
     learned: dict[str, Any] | None = None
 
+    @property
+    def run(self) -> Path | None:
+        """The run it is part of; None where it lies by itself."""
+        return run_of(self.path)
+
     def system(self, block_size: int | None = None) -> System:
         """The system that scores and samples it, at its own block size or another.
 
         Raises:
             ConfigError: a block size that its system cannot have.
+            CheckpointError: what its system has learned does not fit the system.
         """
         same = block_size is None or block_size == self.config.block
         cfg = self.config if same else replace(self.config, block_size=block_size)
         system = build_system(cfg, self.tokenizer.mask_id)
         if same and self.learned:  # what was learned is of that block size
-            system.load_state(self.learned)
+            restore_system(system, self.learned, self.path / "config.json")
         return system
+
+
+@dataclass(frozen=True)
+class Meta:
+    """``config.json`` of a native checkpoint, every field checked.
+
+    Attributes:
+        path: the checkpoint's folder.
+        step: optimizer steps taken.
+        config: settings of the run.
+        special: ``(vocab_size, bos_id, eos_id, mask_id)``.
+        files: digest and size of each file; None in version 1.
+        data: digest of each split of the data; empty in version 1.
+        state: the trainer's numbers.
+    """
+
+    path: Path
+    step: int
+    config: TrainConfig
+    special: tuple[int, int, int, int]
+    files: Record | None
+    data: Mapping[str, str]
+    state: Record
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the system had learned of its noise; empty where a converted model has none.
+
+        Raises:
+            CheckpointError: the field is of another type.
+        """
+        if "system" not in self.state.values:
+            return {}
+        learned = dict(self.state.record("system").values)
+        if self.files is None and "law" in learned:  # its name in version 1
+            learned["counts"] = learned.pop("law")
+        return learned
+
+    def verified(self, name: str) -> Path:
+        """Compare one file with its size and digest; returns its path.
+
+        Raises:
+            CheckpointError: it is missing, or not the file that was written.
+        """
+        file = self.path / name
+        check_regular(file)
+        if self.files is not None:
+            record = self.files.record(name)
+            expected, actual = record.integer("bytes"), file.stat().st_size
+            if actual != expected:
+                raise CheckpointError(
+                    f"{file} holds {actual} bytes where its config.json says {expected}"
+                )
+            if digest_file(file) != record.text("sha256"):
+                raise CheckpointError(
+                    f"{file} is damaged: its SHA-256 is not that in its config.json"
+                )
+        return file
+
+    def tensors(self, name: str) -> TensorFile:
+        """Open a verified safetensors file of the same step; only its header is parsed.
+
+        Raises:
+            CheckpointError: as :meth:`verified`; also a file of another step.
+        """
+        opened = TensorFile(self.verified(name))
+        step = opened.metadata.get("step")
+        if self.files is not None and step != str(self.step):
+            raise CheckpointError(
+                f"{opened.file} is of step {step}, its config.json of {self.step}"
+            )
+        return opened
 
 
 def save_checkpoint(
@@ -75,6 +161,7 @@ def save_checkpoint(
     averaged: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    data: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint in place of the one at ``path``.
 
@@ -86,151 +173,174 @@ def save_checkpoint(
         averaged: EMA weights by parameter name.
         training: raw weights and optimizer tensors, by names of the trainer's choosing.
         state: the trainer's numbers, as plain JSON.
+        data: digest of each split of the data.
 
     Raises:
         DiskFullError: no space; the old checkpoint stays.
     """
+    with replaced_directory(path) as folder:
+        write_checkpoint(
+            folder,
+            config,
+            tokenizer,
+            step=step,
+            averaged=averaged,
+            training=training,
+            state=state,
+            data=data,
+        )
+
+
+def write_checkpoint(
+    folder: Path,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    *,
+    step: int,
+    averaged: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    data: Mapping[str, str] | None = None,
+) -> None:
+    """Write the files of a checkpoint into an empty folder and wait until they are on the disk.
+
+    Arguments are those of :func:`save_checkpoint`.
+
+    Raises:
+        DiskFullError: no space left.
+        StorageError: any other refusal of the system.
+    """
+    metadata = {"format": "pt", "step": str(step)}
+    write_tensors(folder / "model.safetensors", averaged, metadata)
+    write_tensors(folder / "training.safetensors", training, metadata)
+    write_text(folder / "tokenizer.json", tokenizer.json)
+    names = ("model.safetensors", "training.safetensors", "tokenizer.json")
     meta = {
         "format": FORMAT,
         "version": VERSION,
+        "sha256": "",
         "step": step,
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "mask_id": tokenizer.mask_id,
+        "files": {name: _described(folder / name) for name in names},
+        "data": dict(data or {}),
         "config": to_dict(config),
         "state": dict(state),
     }
-    with replaced_directory(path) as folder:
-        try:
-            save_file(
-                {k: v.contiguous() for k, v in averaged.items()}, folder / "model.safetensors"
-            )
-            save_file(
-                {k: v.contiguous() for k, v in training.items()}, folder / "training.safetensors"
-            )
-        except SafetensorError as error:  # it wraps the system's own error
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise DiskFullError(f"{path}: no space left on the device") from error
-            raise
-        write_json(folder / "config.json", meta)
-        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    text = json.dumps(meta, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(folder / "config.json", text.replace('"sha256": ""', f'"sha256": "{digest}"', 1))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint of any layout.
+def _described(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+
+
+def read_meta(path: Path) -> Meta:
+    """Read and check ``config.json`` of a native checkpoint.
+
+    Args:
+        path: the checkpoint's folder, from :func:`find_checkpoint`.
 
     Raises:
-        MissingFileError: there is no such directory.
-        CheckpointError: it holds no ``config.json``, or one that is not a JSON object.
+        CheckpointError: it is not a checkpoint, damaged, or of a version that is not read.
     """
-    recover_directory(path)
-    if not path.is_dir():
-        raise MissingFileError(f"{path}: no such checkpoint directory")
     file = path / "config.json"
-    if not file.is_file():
-        hint = f"; did you mean {path / 'checkpoint'}?" if (path / "checkpoint").is_dir() else ""
-        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json{hint}")
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return meta
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """``config.json`` of a native checkpoint.
-
-    Raises:
-        MissingFileError: there is no such directory.
-        CheckpointError: it is not a checkpoint, or of a version this release cannot read.
-    """
-    meta = read_config(path)
-    if meta.get("format") != FORMAT:
-        hint = f"; did you mean {path / 'checkpoint'}?" if (path / "checkpoint").is_dir() else ""
-        raise CheckpointError(f"{path} is not a bd3lm checkpoint{hint}")
-    if meta["version"] != VERSION:
+    content = read_bytes(file)
+    record = Record(parse_json(content, file), file)
+    if record.values.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a bd3lm checkpoint, or its run has none yet")
+    version = record.integer("version", 1)
+    if version > VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {meta['version']}; this release reads {VERSION}"
+            f"{path} has checkpoint version {version}; this release reads up to {VERSION}"
         )
-    return meta
+    if version > 1:
+        _check_own_digest(content, record.text("sha256"), file)
+    step = record.integer("step")
+    bos, eos, mask = (record.integer(f"{name}_id", 0, 2**31 - 1) for name in ("bos", "eos", "mask"))
+    try:
+        config = from_dict(TrainConfig, record.record("config").values)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: config: {error}") from error
+    data = record.record("data") if version > 1 else Record({}, file)
+    return Meta(
+        path=path,
+        step=step,
+        config=config,
+        special=(record.integer("vocab_size", 1, 2**31 - 1), bos, eos, mask),
+        files=record.record("files") if version > 1 else None,
+        data={name: data.text(name) for name in data.values},
+        state=record.record("state"),
+    )
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+def _check_own_digest(content: bytes, digest: str, file: Path) -> None:
+    blank = content.replace(f'"sha256": "{digest}"'.encode(), b'"sha256": ""', 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one that it holds")
+
+
+def restore_system(system: System, learned: dict[str, Any], source: object) -> None:
+    """Give a system what it had learned of its noise.
 
     Raises:
-        CheckpointError: it is missing, truncated or not safetensors.
+        CheckpointError: what was saved does not fit the system.
     """
     try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing from the checkpoint") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def assign_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
-    """Copy tensors into a model, checking every name and shape first.
-
-    Raises:
-        CheckpointError: names the first tensor that is missing, unknown or of another shape.
-    """
-    check_tensors(weights, model.state_dict(), source)
-    model.load_state_dict(dict(weights))
-
-
-def check_tensors(
-    found: Mapping[str, Tensor], needed: Mapping[str, Tensor], source: object
-) -> None:
-    """Check names and shapes of tensors from a file.
-
-    Raises:
-        CheckpointError: names the first tensor that is missing, unknown or of another shape.
-    """
-    for name, tensor in needed.items():
-        if name not in found:
-            raise CheckpointError(f"{source} has no tensor {name}, which this model needs")
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{source} holds {name} of shape {list(found[name].shape)}; "
-                f"this model needs {list(tensor.shape)}"
-            )
-    for name in found:
-        if name not in needed:
-            raise CheckpointError(f"{source} holds a tensor {name} that this model does not have")
+        system.load_state(learned)
+    except Bd3lmError as error:
+        raise CheckpointError(f"{source}: state: system: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{source}: state: system does not fit ({reason})") from error
 
 
 def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a model of this layout for scoring and sampling (EMA weights).
 
+    Args:
+        path: the checkpoint's folder, from :func:`find_checkpoint`.
+        device: where the weights go.
+
     Raises:
-        MissingFileError: there is no such directory.
-        CheckpointError: it is not a checkpoint, or its parts do not fit together.
+        CheckpointError: it is not a checkpoint, is damaged, or its parts do not fit together.
     """
     meta = read_meta(path)
+    tokenizer = read_tokenizer(meta)
+    opened = meta.tensors("model.safetensors")
+    shape, source = meta.config.model, opened.file
+    model = skeleton(shape, tokenizer.vocab_size, opened.tensors, "embed.weight", source)
+    check_tensors(opened.tensors, dict(model.named_parameters()), source)
+    model = fill(model, untied(opened.load(), meta.config), device)
+    loaded = Checkpoint(meta.config, model.eval(), tokenizer, meta.step, path, meta.learned)
+    loaded.system()  # refuses what was learned where it does not fit
+    return loaded
+
+
+def read_tokenizer(meta: Meta) -> Tokenizer:
+    """Load the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: it does not load, or has other special ids than the checkpoint.
+    """
+    file = meta.verified("tokenizer.json")
     try:
-        config = from_dict(TrainConfig, meta["config"])
-        tokenizer = load_tokenizer(path / "tokenizer.json")
-    except (Bd3lmError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    if tokenizer.vocab_size != meta["vocab_size"]:
+        tokenizer = load_tokenizer(file)
+    except Bd3lmError as error:
+        raise CheckpointError(f"{meta.path} cannot be loaded: {error}") from error
+    if tokenizer.special != meta.special:
         raise CheckpointError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its config.json "
-            f"says {meta['vocab_size']}"
+            f"{meta.path}: its tokenizer has V, BOS, EOS and mask {tokenizer.special}, its "
+            f"config.json says {meta.special}"
         )
-    model = Transformer(config.model, tokenizer.vocab_size)
-    file = path / "model.safetensors"
-    assign_weights(model, _untie(read_tensors(file), config), file)
-    model = model.to(device).eval()
-    learned = meta["state"].get("system")
-    return Checkpoint(config, model, tokenizer, int(meta["step"]), path, learned)
+    return tokenizer
 
 
-def _untie(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
-    """A tied head is stored once, under the embedding's name."""
+def untied(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+    """Add the tied head, which is stored once, under the embedding's name."""
     if config.model.tied_embeddings and "embed.weight" in weights:
         weights.setdefault("head.weight", weights["embed.weight"])
     return weights

@@ -8,23 +8,22 @@ nothing is converted: what is loaded and saved again is the same, bit for bit.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bd3lm.checkpoint.native import Checkpoint, check_tensors, read_config, read_tensors
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton, write_tensors
+from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.files import replaced_directory, write_json
-from bd3lm.model import Transformer
+from bd3lm.files import replaced_directory, write_json, write_text
 
 TOKENIZER = "gpt2"
 """The published models' tokenizer, by its name on the hub; the mask is id 50257, so V = 50258."""
@@ -85,8 +84,8 @@ def load_original(
             vocabulary that is not the tokenizer's; a model this Transformer does not describe.
         TokenizerError: the tokenizer does not load.
     """
-    meta = read_config(path)
-    source, tensors = _read_weights(path)
+    meta = read_json(path / "config.json")
+    source, tensors = read_weights(path)
     config, vocab_size = _settings(path, meta, tensors)
     text = _tokenizer(path, tokenizer)
     if text.vocab_size != vocab_size:
@@ -94,17 +93,17 @@ def load_original(
             f"{path} has {vocab_size} ids and the tokenizer {text.name} {text.vocab_size}, its "
             "mask token included; name the one that this model was trained with"
         )
-    model = Transformer(config.model, vocab_size)
+    model = skeleton(config.model, vocab_size, tensors, their_name("embed.weight"), source)
     own = model.state_dict()
     frequencies = _frequencies(config.model)
     needed = {their_name(name): tensor for name, tensor in own.items()}
     needed[FREQUENCIES] = frequencies
     found = {FREQUENCIES: frequencies} | {k: v for k, v in tensors.items() if k not in CLIP}
-    check_tensors(found, needed, source)
+    check_tensors(found, needed, source, any_float=True)
     if not torch.allclose(found[FREQUENCIES].float(), frequencies, rtol=1e-2):  # bf16 will do
         raise CheckpointError(f"{source} holds {FREQUENCIES} of another base than 10000")
-    model.load_state_dict({name: tensors[their_name(name)] for name in own})
-    return Checkpoint(config, model.to(device).eval(), text, 0, path)
+    model = fill(model, {name: tensors[their_name(name)] for name in own}, device)
+    return Checkpoint(config, model.eval(), text, 0, path)
 
 
 def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
@@ -127,9 +126,9 @@ def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
         tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
         write_json(folder / "config.json", _their_config(config, model.vocab_size))
-        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.json, encoding="utf-8")
+        write_text(folder / "tokenizer.json", checkpoint.tokenizer.json)
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def _settings(
         return config, int(meta["vocab_size"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'config.json'} does not say {error.args[0]}") from error
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
@@ -259,55 +258,3 @@ def _tokenizer(path: Path, given: Tokenizer | str | None) -> Tokenizer:
         return given
     beside = path / "tokenizer.json"
     return load_tokenizer(given or (beside if beside.is_file() else TOKENIZER))
-
-
-# --- weights ------------------------------------------------------------------------------------
-
-
-def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """All tensors, and the file that names them."""
-    for name, read in (("model.safetensors", read_tensors), ("pytorch_model.bin", _read_pickle)):
-        if (path / name).is_file():
-            return path / name, read(path / name)
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            tensors: dict[str, Tensor] = {}
-            for part in _parts(index):
-                tensors |= read(path / part)
-            return index, tensors
-    raise CheckpointError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _parts(index: Path) -> list[str]:
-    """Files of a checkpoint in parts, each a plain name beside its index."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of weight files") from error
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name}, which does not lie beside it")
-    return names
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """A ``.bin`` of plain tensors; one that wants to run code is refused.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or holds anything but tensors by name.
-    """
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing from the checkpoint") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} is damaged or holds more than tensors, which could run code; only plain "
-            "tensors are loaded"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    plain = isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values())
-    if not plain:
-        raise CheckpointError(f"{file} does not hold tensors by name")
-    return tensors

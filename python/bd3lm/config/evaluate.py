@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_whole
 from bd3lm.config.names import EstimatorName, LikelihoodName
 
 MAX_EXACT_BLOCK = 4
@@ -33,15 +33,20 @@ class EvalConfig:
     """Rows a forward."""
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, "eval.every", self.every, "at least 0")
-        check(self.rows >= 1, "eval.rows", self.rows, "at least 1")
-        check(self.repeats >= 1, "eval.repeats", self.repeats, "at least 1")
-        check(self.batch_size >= 1, "eval.batch-size", self.batch_size, "at least 1")
-        check(self.stride is None or self.stride >= 1, "eval.stride", self.stride, "at least 1")
+        check_whole("eval.every", self.every, 0)
+        check_whole("eval.rows", self.rows, 1)
+        check_whole("eval.repeats", self.repeats, 1)
+        check_whole("eval.batch-size", self.batch_size, 1)
+        if self.stride is not None:
+            check_whole("eval.stride", self.stride, 1)
 
 
 def check_estimator(
-    estimator: EstimatorName, block_size: int, repeats: int, told: bool, prefix: str = ""
+    estimator: EstimatorName,
+    block_size: int,
+    repeats: int,
+    time_conditioned: bool,
+    prefix: str = "",
 ) -> None:
     """Raise :class:`ConfigError` where an estimator does not go with a model or its repeats.
 
@@ -49,7 +54,7 @@ def check_estimator(
         estimator: of the likelihood, not ``auto``.
         block_size: S.
         repeats: forwards of the sampled estimators.
-        told: whether the model is told the noise level.
+        time_conditioned: whether the model reads the noise level.
         prefix: of the settings' names in the message.
     """
     check(
@@ -59,7 +64,7 @@ def check_estimator(
         f"a sampled one, stratified say, above block-size = {MAX_EXACT_BLOCK} (here {block_size})",
     )
     check(
-        estimator != "exact" or not told,
+        estimator != "exact" or not time_conditioned,
         f"{prefix}estimator",
         estimator,
         "a sampled one, stratified say: a time-conditioned model has no exact sum",

@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bd3lm.config.check import check
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies, as Llama 3 and the YaRN paper define it."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """none; linear: every frequency divided by the factor; llama3, yarn: low frequencies only."""
+    factor: float = 1.0
+    """How many times longer the context has become."""
+    original_length: int | None = None
+    """Positions that the model was trained on before (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_length / this are stretched in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_length / this are kept."""
+    beta_fast: float = 32.0
+    """yarn: frequencies of more rotations than this over original_length are kept."""
+    beta_slow: float = 1.0
+    """yarn: frequencies of fewer rotations than this over original_length are stretched in full."""
+    attention_factor: float | None = None
+    """yarn: multiplies cosines and sines. None: 0.1 log(factor) + 1."""
+    truncate: bool = True
+    """yarn: round the two boundaries to whole frequencies."""
+
+    def __post_init__(self) -> None:
+        name = "model.rope-scaling."
+        check(self.factor >= 1.0, name + "factor", self.factor, "at least 1")
+        check(
+            self.kind != "none" or self.factor == 1.0,
+            name + "factor",
+            self.factor,
+            f"1 with {name}kind = none",
+        )
+        needs = self.kind in ("llama3", "yarn")
+        length = self.original_length
+        check(
+            length is not None and length >= 1 if needs else length is None,
+            name + "original-length",
+            length,
+            "at least 1" if needs else f"None with {name}kind = {self.kind}",
+        )
+        check(
+            0.0 < self.low_freq_factor < self.high_freq_factor,
+            name + "high-freq-factor",
+            self.high_freq_factor,
+            f"greater than {name}low-freq-factor = {self.low_freq_factor}, which is positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -20,6 +68,8 @@ class ModelConfig:
     """H, query heads; divides the width."""
     kv_heads: int | None = None
     """Key/value heads; divides the heads. None: as many as heads."""
+    head_dim: int | None = None
+    """Dh, features of a head; even. None: width / heads."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
     """Nonlinearity of the MLP: tanh-approximated GELU, SwiGLU or squared ReLU."""
     mlp_width: int | None = None
@@ -32,12 +82,21 @@ class ModelConfig:
     """Normalise queries and keys of each head before the rotation."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    nope_layers: tuple[int, ...] = ()
+    """Blocks, counted from 0, whose queries and keys are not rotated (SmolLM3)."""
+    qkv_bias: bool = False
+    """Biases of the queries, keys and values."""
+    out_bias: bool = False
+    """Bias of the projection after attention."""
     mlp_bias: bool = True
     """Biases in the MLP."""
     head_bias: bool = True
     """Bias of the output head."""
     tied_embeddings: bool = False
     """Output head shares the embedding matrix."""
+    vocab_size: int | None = None
+    """V, rows of the embedding. None: one for every id of the tokenizer. More: the rest pads."""
     cond_width: int = 0
     """Width of the adaLN conditioning vector; 0 removes adaLN."""
     time_conditioning: bool = False
@@ -48,18 +107,23 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        check(
-            self.width % self.heads == 0,
-            "model.heads",
-            self.heads,
-            f"a divisor of model.width = {self.width}",
-        )
-        check(
-            self.width // self.heads % 2 == 0,
-            "model.heads",
-            self.heads,
-            f"such that model.width / heads is even, for rotary embeddings; width = {self.width}",
-        )
+        if self.head_dim is None:
+            check(
+                self.width % self.heads == 0,
+                "model.heads",
+                self.heads,
+                f"a divisor of model.width = {self.width} where model.head-dim is None",
+            )
+            check(
+                self.width // self.heads % 2 == 0,
+                "model.heads",
+                self.heads,
+                f"such that model.width / heads is even, for rotary embeddings; "
+                f"width = {self.width}",
+            )
+        else:
+            even = self.head_dim >= 2 and self.head_dim % 2 == 0
+            check(even, "model.head-dim", self.head_dim, "even and at least 2, for rotations")
         if self.kv_heads is not None:
             check(
                 self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
@@ -67,6 +131,16 @@ class ModelConfig:
                 self.kv_heads,
                 f"a divisor of model.heads = {self.heads}",
             )
+        check(self.rope_theta > 0.0, "model.rope-theta", self.rope_theta, "greater than 0")
+        for layer in self.nope_layers:
+            check(
+                0 <= layer < self.depth,
+                "model.nope-layers",
+                self.nope_layers,
+                f"blocks in [0, {self.depth})",
+            )
+        rows = self.vocab_size
+        check(rows is None or rows >= 1, "model.vocab-size", rows, "at least 1, or None")
         check(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "in [0, 1)")
         check(self.cond_width >= 0, "model.cond-width", self.cond_width, "0 (no adaLN) or more")
         check(
@@ -88,5 +162,5 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """Features of one head."""
-        return self.width // self.heads
+        """Features of one head, the default resolved."""
+        return self.head_dim or self.width // self.heads

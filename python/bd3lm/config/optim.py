@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class OptimConfig:
     """Decay of the weight average; min(decay, (1+n)/(10+n)) after n steps."""
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, "optim.lr", self.lr, "greater than 0")
-        check(self.matrix_lr > 0, "optim.matrix-lr", self.matrix_lr, "greater than 0")
-        check(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "0 or more")
-        check(
-            0 <= self.decay_fraction <= 1, "optim.decay-fraction", self.decay_fraction, "in [0, 1]"
-        )
-        check(self.grad_clip > 0, "optim.grad-clip", self.grad_clip, "greater than 0")
-        check(0 <= self.ema_decay < 1, "optim.ema-decay", self.ema_decay, "in [0, 1)")
+        check_number("optim.lr", self.lr, 0, interval="()")
+        check_number("optim.matrix-lr", self.matrix_lr, 0, interval="()")
+        check(len(self.betas) == 2, "optim.betas", self.betas, "two numbers")
+        for beta in self.betas:
+            check_number("optim.betas", beta, 0, 1, interval="[)")
+        check_number("optim.eps", self.eps, 0, interval="()")
+        check_number("optim.weight-decay", self.weight_decay, 0)
+        check_number("optim.momentum", self.momentum, 0, 1, interval="[)")
+        check_whole("optim.warmup-steps", self.warmup_steps, 0)
+        check_number("optim.decay-fraction", self.decay_fraction, 0, 1)
+        check_number("optim.grad-clip", self.grad_clip, 0, interval="()")
+        check_number("optim.ema-decay", self.ema_decay, 0, 1, interval="[)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
 from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
@@ -15,6 +15,8 @@ from bd3lm.config.sample import SampleConfig
 
 DEFAULT_BLOCK = 4
 """S of a bd3lm run where none is given."""
+LARGEST_ROW = 2**24
+"""Largest L: beyond the memory of any machine, so that a damaged number allocates nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ class TrainConfig:
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    """Steps between checkpoints. One is also written at the end and when a signal stops the run."""
+    checkpoint_minutes: float | None = 30.0
+    """Minutes after which a checkpoint is written although checkpoint_every is not reached.
+    None: count steps alone."""
+    keep: int = 2
+    """Last checkpoints that stay on the disk; the one of the best validation stays too."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -76,10 +83,12 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "steps", "batch_size", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            check(value >= 1, name.replace("_", "-"), value, "at least 1")
-        check(self.seq_len >= 2, "seq-len", self.seq_len, "at least 2 (BOS and one token)")
+        check_whole("seq-len", self.seq_len, 2, LARGEST_ROW)
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+            check_whole(name.replace("_", "-"), getattr(self, name), 1)
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
         self._check_block()
         check(
             self.init_from is not None or not self.init_optimizer,
@@ -88,8 +97,9 @@ class TrainConfig:
             "False without init-from",
         )
         if self.micro_batch is not None:
+            check_whole("micro-batch", self.micro_batch, 1)
             check(
-                self.micro_batch >= 1 and self.batch_size % self.micro_batch == 0,
+                self.batch_size % self.micro_batch == 0,
                 "micro-batch",
                 self.micro_batch,
                 f"a divisor of batch-size = {self.batch_size}",
@@ -124,7 +134,7 @@ class TrainConfig:
             self.block_size,
             f"{own} for system = {self.system}",
         )
-        check(self.block >= 1, "block-size", self.block, "at least 1")
+        check_whole("block-size", self.block, 1)
         check(
             self.seq_len % self.block == 0,
             "block-size",

@@ -198,12 +198,9 @@ def draw_noise(
     weight, weight_out = buffer((rows, blocks), np.float32)
     _core.noise(
         spec._core,
+        (seed, step, first_row, num_rows or first_row + rows),
         seq_len,
         block_size,
-        seed,
-        step,
-        first_row,
-        num_rows or first_row + rows,
         flat(x0.contiguous()),
         flat(noisable.contiguous()),
         mask_out,

@@ -178,25 +178,16 @@ class Loader:
         masked_weight, masked_weight_out = buffer((x0_out.size,), np.float32, pinned=pin)
         mask_prob, mask_prob_out = buffer(blocks, np.float32, pinned=pin)
         doc_ids, doc_ids_out = buffer((size, self.rows.doc_ids_len), np.int32, pinned=pin)
-        # These stay here.
-        noisable, mask = (np.empty(x0_out.size, np.uint8) for _ in range(2))
-        weight = np.empty(mask_prob_out.size, np.float32)
         num_noisable, count, padded = self.rows.core.gather_noised(
             spec._core,
-            self.seed,
-            step,
-            first,
-            self.batch_size,
+            (self.seed, step, first, self.batch_size),
             order,
-            x0_out,
-            noisable,
-            doc_ids_out,
-            xt_out,
-            mask,
-            mask_prob_out,
-            weight,
-            masked_out,
-            masked_weight_out,
+            x0=x0_out,
+            doc_ids=doc_ids_out,
+            xt=xt_out,
+            mask_prob=mask_prob_out,
+            masked=masked_out,
+            masked_weight=masked_weight_out,
         )
         return Batch(
             x0=x0,

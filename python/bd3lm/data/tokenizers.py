@@ -130,6 +130,33 @@ class Tokenizer:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    def ids_without_mask(self) -> dict[str, int]:
+        """Ids by token, the mask left out."""
+        ids = self._inner.get_vocab(with_added_tokens=True)
+        return {token: i for token, i in ids.items() if i != self.mask_id}
+
+    def with_mask(self, token: str) -> Tokenizer:
+        """A copy in which an added token that no text uses is the mask, under the name <|mask|>.
+
+        Args:
+            token: its present name, e.g. ``<|reserved_special_token_0|>``.
+
+        Raises:
+            ConfigError: the tokenizer has a mask of its own, or no such added token, or it begins
+                or ends a text.
+        """
+        definition = json.loads(self.json)
+        added = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
+        own = self._find([_embedded(self.json).get("mask_token"), *MASK_NAMES])
+        if own is not None:
+            mine = self._inner.id_to_token(own)
+            raise ConfigError("mask-token", token, f"left out: {self.name} has {mine}")
+        if token not in added:
+            raise ConfigError("mask-token", token, f"an added token of {self.name}")
+        if added[token]["id"] in (self.bos_id, self.eos_id):
+            raise ConfigError("mask-token", token, "a token other than those of a text's ends")
+        return Tokenizer(_renamed(definition, token, MASK_NAMES[1]), f"{self.name} ({token})")
+
     @property
     def special(self) -> tuple[int, int, int, int]:
         """``(vocab_size, bos_id, eos_id, mask_id)``."""
@@ -224,7 +251,20 @@ def _dump(definition: object) -> str:
     return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
 
 
-def load_tokenizer(name: Path | str) -> Tokenizer:
+def _renamed(definition: dict[str, Any], old: str, new: str) -> str:
+    """A ``tokenizer.json`` in which an added token has another name and the same id."""
+    for entry in definition["added_tokens"]:
+        if entry["content"] == old:
+            entry.update(content=new, special=True)
+    vocab = definition["model"].get("vocab")
+    if isinstance(vocab, dict) and old in vocab:
+        vocab[new] = vocab.pop(old)
+    elif isinstance(vocab, list):
+        definition["model"]["vocab"] = [[new if t == old else t, p] for t, p in vocab]
+    return json.dumps(definition, ensure_ascii=False)
+
+
+def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
@@ -233,12 +273,16 @@ def load_tokenizer(name: Path | str) -> Tokenizer:
             ``encoder.json`` in the same folder; a folder that holds one of these; or a name on
             the Hugging Face hub. A ``tokenizer_config.json`` or ``special_tokens_map.json`` in
             the same place names its special tokens.
+        mask_token: an added token that serves as the mask (:meth:`Tokenizer.with_mask`). None:
+            the tokenizer's own mask, else a new id after the last.
 
     Raises:
         TokenizerError: nothing of that name, or it does not load.
+        ConfigError: ``mask_token`` cannot be the mask.
     """
     found = find_definition(str(name))
-    return Tokenizer(found.text, found.name, found.special)
+    tokenizer = Tokenizer(found.text, found.name, found.special)
+    return tokenizer if mask_token is None else tokenizer.with_mask(mask_token)
 
 
 def train_tokenizer(

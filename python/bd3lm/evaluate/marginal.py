@@ -6,7 +6,7 @@ gives the positions U of a block their true tokens once all others have theirs,
     F(∅) = 1,   F(U) = mean over i in U of p(x_i | the block's tokens outside U, earlier blocks)
                        · F(U without i),
 
-and -log F(all) is the block's exact negative log-likelihood (docs/estimators.md). The 2^S - 1
+and -log F(all) is the block's exact negative log-likelihood (docs/math.md §9). The 2^S - 1
 forwards are those of the exact NELBO, which comes out of the same pass.
 """
 
@@ -39,7 +39,7 @@ class SubsetScores:
 
 
 def score_subsets(scorer: RowScorer) -> SubsetScores:
-    """Run all 2^S - 1 masks of the blocks, smaller numbers first, so that U's own subsets are known.
+    """Run all 2^S - 1 masks of the blocks.
 
     Args:
         scorer: of rows of a model that is not time-conditioned.
@@ -54,7 +54,7 @@ def score_subsets(scorer: RowScorer) -> SubsetScores:
     log_f = torch.zeros(1 << size, rows, num_blocks, dtype=torch.float64)
     nelbo = torch.zeros(rows, num_blocks, size, dtype=torch.float64)
     correct = torch.ones(rows, dtype=torch.bool)
-    for subset in range(1, 1 << size):
+    for subset in range(1, 1 << size):  # the subsets of a set have smaller numbers
         inside = [i for i in range(size) if subset >> i & 1]
         chosen = torch.zeros(size, dtype=torch.bool)
         chosen[inside] = True

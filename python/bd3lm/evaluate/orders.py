@@ -1,4 +1,4 @@
-"""Exact likelihoods of orders of revealing (docs/estimators.md): the chain rule inside each block.
+"""Exact likelihoods of orders of revealing (docs/math.md §9): the chain rule inside each block.
 
 A sampler that reveals a block's positions one by one, in an order σ, gives the block the
 probability Π p(x_σ(j) | tokens already revealed, earlier blocks). The j-th forward scores the j-th
@@ -28,14 +28,16 @@ def left_to_right(scorer: RowScorer) -> tuple[Tensor, Tensor]:
     return by_level(scorer, falling.expand(scorer.x0.shape))
 
 
-def by_level(scorer: RowScorer, level: Tensor, *, told: bool = False) -> tuple[Tensor, Tensor]:
+def by_level(
+    scorer: RowScorer, level: Tensor, *, time_conditioned: bool = False
+) -> tuple[Tensor, Tensor]:
     """-log p of each token when blocks are filled from the highest level down.
 
     Args:
         scorer: of the rows.
         level: of every position [B, L].
-        told: levels are noise levels in (0, 1), and a time-conditioned model gets that of the
-            position which it predicts, as the first-hitting sampler does (docs/math.md §8).
+        time_conditioned: levels are noise levels in (0, 1), and the model gets the level of the
+            position that it predicts, as in first hitting (docs/math.md §8).
 
     Returns:
         As :func:`left_to_right`.
@@ -44,7 +46,7 @@ def by_level(scorer: RowScorer, level: Tensor, *, told: bool = False) -> tuple[T
     hidden = scorer.noisable.clone()
     while hidden.any():
         at, top = _highest(level, hidden, scorer.block_size)
-        found = scorer(hidden, top.float() if told else None, at)
+        found = scorer(hidden, top.float() if time_conditioned else None, at)
         nats += found.nats
         if found.correct is not None:
             correct &= (found.correct | ~at).all(1)
@@ -55,9 +57,8 @@ def by_level(scorer: RowScorer, level: Tensor, *, told: bool = False) -> tuple[T
 def by_confidence(scorer: RowScorer) -> tuple[Tensor, Tensor]:
     """-log p of each token when the model's surest position of each block comes next.
 
-    The order depends on the revealed tokens and the model's distributions, never on the true
-    token, so this is the exact likelihood of a sampler. The first of equally sure positions comes
-    first.
+    The order depends on revealed tokens and the model's distributions, never on the true token, so
+    this is the exact likelihood of a sampler. Of equally sure positions the first comes next.
 
     Args:
         scorer: made with ``whole_distribution``.
@@ -95,7 +96,7 @@ def orders_bound(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """-log of the mean probability over R random orders, and its variance.
 
     By Jensen's inequality its mean is at least the marginal's -log, falls as R grows, and is the
-    NELBO at R = 1 (docs/estimators.md).
+    NELBO at R = 1 (docs/math.md §9).
 
     Args:
         log_p: log-probability of each block under each order, float64 [R, ...].

@@ -21,8 +21,8 @@ class Predictions:
 
     Attributes:
         nats: -log p of the true token, or the system's bound on it, float64 [B, L].
-        confidence: log-probability of the most probable token, float32 [B, L]; None unless asked
-            for.
+        confidence: log-probability of the most probable token, float32 [B, L]; None without
+            ``whole_distribution``.
         correct: whether the true token is the most probable one, bool [B, L]; likewise.
     """
 
@@ -37,7 +37,7 @@ class RowScorer:
     Args:
         system: its block size S divides the rows.
         model: in evaluation mode.
-        batch: the rows. A token that is the mask already stays masked in every version.
+        batch: the rows. A mask token among their ids stays masked in every version.
         whole_distribution: also read which token is the most probable and how probable it is,
             which needs the logits of the whole vocabulary.
     """
@@ -65,8 +65,8 @@ class RowScorer:
 
         Args:
             mask: bool [B, L].
-            level: mask probability of each block [B, K], read by time-conditioned models; None:
-                the masked share of each block does not matter.
+            level: mask probability of each block [B, K], read by time-conditioned models only;
+                None: 0.
             at: positions to predict, some of the masked ones, bool [B, L]; None: all of them.
         """
         self.forwards += 1

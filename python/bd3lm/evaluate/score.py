@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def score(
 
     Args:
         checkpoint: a loaded one, its directory, or its name on the hub.
-        data: what to score; a ``str`` is a text, a ``Path`` a file or a prepared directory. None:
+        data: the text; a ``str`` is a text itself, a ``Path`` a file or a prepared directory. None:
             the validation split of the checkpoint's run.
         likelihood: nelbo, marginal, left-to-right, confidence or orders
             (:func:`evaluate_likelihood`, docs/estimators.md).
@@ -107,7 +108,7 @@ def conditional_likelihood(
 
     The prompt is clean context, its tail in the answer's first block too. Positions behind the
     answer in its last block stay masked, so this is the likelihood of a sampler that fills them
-    last; an answer that ends its block does not depend on that. What is longer than the trained
+    last; an answer that ends its block does not depend on that. Text longer than the trained
     length L is scored in the windows of the sampler, each token once.
 
     Args:
@@ -187,7 +188,7 @@ class Scoring:
     Attributes:
         loaded: the checkpoint.
         config: its settings, with those of the scoring in place.
-        rows: what is scored.
+        rows: the rows to score.
         num_bytes: UTF-8 bytes of the text; None where they are not known.
         schedule: levels of the ``bernoulli`` estimator.
     """
@@ -241,7 +242,7 @@ class Scoring:
         try:  # the run's own checks decide whether this combination is allowed
             cfg = dataclasses.replace(same, eval=EvalConfig(**settings), **changes)  # type: ignore[arg-type]
         except ConfigError as error:  # eval.repeats of a run is `repeats` here
-            raise ConfigError(str(error).removeprefix("eval.")) from None
+            raise error.renamed(error.field.removeprefix("eval.")) from None
         check_attention(cfg, next(loaded.model.parameters()).device)
         loaded.model.use_attention(attention)
         levels = dataclasses.replace(cfg.noise, schedule=schedule, paper_weights=False)
@@ -281,13 +282,11 @@ class Scoring:
                 progress=progress,
             )
 
-    def variance(self, estimator: EstimatorName | None, batch_size: int = 64) -> float:
-        """Var. NELBO (docs/math.md §6).
+    def variance_noise(self, estimator: EstimatorName | None) -> NoiseSpec:
+        """The noise whose variance :meth:`variance` takes.
 
         Args:
-            estimator: count or bernoulli, over all levels; None: the training loss under the
-                run's own noise.
-            batch_size: rows a forward.
+            estimator: count or bernoulli, over all levels; None: the run's own training noise.
 
         Raises:
             ConfigError: a run that masks by frequency, without an estimator.
@@ -300,15 +299,20 @@ class Scoring:
             "off, or go with --estimator count or bernoulli: a run that masks by frequency has a "
             "Var. NELBO on its training data only",
         )
+        if estimator is not None:
+            return NoiseSpec(self.schedule, estimator=estimator)
+        return self.loaded.system(self.config.block_size).noise(0)
+
+    def variance(self, noise: NoiseSpec, batch_size: int = 64) -> float:
+        """Var. NELBO of packed rows (docs/math.md §6)."""
         assert isinstance(self.rows, Rows)
         system = self.loaded.system(self.config.block_size)
-        spec = system.noise(0)
-        if estimator is not None:
-            spec = NoiseSpec(self.schedule, estimator=estimator)
         with self._autocast():
-            return nelbo_variance(system, self.loaded.model, self.rows, spec, batch_size=batch_size)
+            return nelbo_variance(
+                system, self.loaded.model, self.rows, noise, batch_size=batch_size
+            )
 
-    def _autocast(self):  # noqa: ANN202 - a context manager of PyTorch's
+    def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config, next(self.loaded.model.parameters()).device)
 
 
@@ -347,14 +351,14 @@ def open_text(
     detokenizer: str | None = None,
     eos: bool = True,
 ) -> Dataset:
-    """Open or tokenize what is scored.
+    """Open the text to score, or tokenize it.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
         path: a prepared directory, a text file or ``hub:NAME``; None: the validation split of the
             checkpoint's run.
-        work: empty directory for what has to be tokenized.
-        note: told what is being done.
+        work: empty directory for a tokenized text.
+        note: called with a line for each slow step.
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
@@ -394,7 +398,7 @@ def open_text(
 
 
 def validation_path(loaded: Checkpoint) -> Path:
-    """The validation data of a checkpoint's run: its own folder's, or what its settings name.
+    """The validation data of a checkpoint's run: in its folder, or named by its settings.
 
     Raises:
         MissingFileError: there is none.

@@ -1,4 +1,4 @@
-"""Variance of the loss between blocks, and the clip that has the least of it (MATH §6)."""
+"""Variance of the loss between blocks, and the clip that has the least of it (docs/math.md §6)."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def nelbo_variance(
 ) -> float:
     """Var. NELBO: unbiased variance over the blocks of a batch, averaged over batches.
 
-    Of each block's Σ weighted nats / S; position 0 adds nothing, block 0 is among them. It holds
-    the text's own variance too.
+    It is taken of each block's Σ weighted nats / S, the first block included. The variance of the
+    text itself is part of it.
 
     Args:
         system: whose block size ``rows`` have.
         model: averaged weights, on its device.
         rows: held-out text.
-        spec: noise to draw.
+        spec: the noise.
         batches: at most so many, from the beginning of the text.
         batch_size: rows of a batch, over which strata are laid.
         seed: of the noise.
@@ -179,7 +179,7 @@ def search_clip(
     resample: bool = False,
     count_probs: NDArray[np.float64] | None = None,
 ) -> tuple[Clip, float]:
-    """The interval of least Var. NELBO, and that variance; arguments of the estimator as above."""
+    """The interval of least Var. NELBO, and that variance; see :meth:`CountStatistics.variance`."""
     found = {
         clip: statistics.variance(schedule, clip, resample=resample, count_probs=count_probs)
         for clip in clip_candidates(statistics.block_size)
@@ -190,7 +190,7 @@ def search_clip(
 
 
 def clip_candidates(block_size: int) -> list[Clip]:
-    """Everything, and all [a, a + δ] of δ = .5 … .9 and a on a grid of 0.05 (MATH §6).
+    """Everything, and all [a, a + δ] of δ = .5 … .9 and a on a grid of 0.05 (docs/math.md §6).
 
     >>> len(clip_candidates(4)), len(clip_candidates(1))
     (36, 37)
@@ -210,10 +210,9 @@ def _rows(rows: Rows, first: int, count: int) -> CleanBatch:
 
 
 def _moments(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means by (n, k) of Σ 1, Σ Y, Σ Y²; counts that were not met lie between their neighbours.
+    """Means by (n, k) from the sums of 1, Y and Y².
 
-    Where n is the whole block, its counts are those of every schedule; the few other blocks (a
-    row's first and last) borrow what their own draws do not tell.
+    Counts of a short block (a row's first or last) that no draw has met are interpolated.
     """
     number = sums[0]
     size = number.shape[0] - 1
@@ -272,5 +271,5 @@ def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
 
 
 def _holds_a_share(clip: Clip, block_size: int) -> bool:
-    """Of at least one token: where only k = 0 fits, nothing is learned and nothing varies."""
+    """Whether some k >= 1 fits; an interval that holds k = 0 alone has no loss."""
     return bool(_fits(np.arange(1, block_size + 1) / block_size, clip).any())

@@ -1,7 +1,7 @@
 """Texts as rows of their own, for a likelihood given a prompt and for texts longer than a row.
 
-Position 0 of a row is BOS, so a text's token i stands at position i + 1, in the same blocks as when
-a sampler draws it. A text longer than L is cut into the windows of the sampler
+Position 0 of a row is BOS, so token i of a text has position i + 1, in the same block as when a
+sampler draws it. A text longer than L is cut into the windows of the sampler
 (:class:`bd3lm.sample.Sampler`): those of its blocks that are drawn in one window are scored in one
 row, which holds at least L/2 tokens of context where there are as many. Each token is scored once.
 """
@@ -41,7 +41,7 @@ class Windows:
         parts: prompts and answers.
         seq_len: L, positions of a window.
         block_size: S, dividing L.
-        bos_id: stands at position 0.
+        bos_id: token of position 0.
         mask_id: the mask token.
         vocab_size: V.
 
@@ -96,7 +96,9 @@ class Windows:
 
     def totals(self, row_values: NDArray[np.float64], texts: int) -> NDArray[np.float64]:
         """Sums of the rows' values over each text [texts]."""
-        return np.bincount(self.owner, weights=row_values, minlength=texts)
+        totals = np.zeros(texts)
+        np.add.at(totals, self.owner, row_values)
+        return totals
 
     def _cut(self, ids: NDArray[np.int64], first: int, owner: int) -> list[_Row]:
         """Rows of one text, whose positions from ``first`` on are scored."""
@@ -116,8 +118,7 @@ class Windows:
     def _window(self, position: int) -> tuple[int, int]:
         """Begin of the window in which a position is drawn, and the end of what is drawn in it.
 
-        With S = L a window has no room for context but its own: its BOS comes before the next
-        L - 1 tokens.
+        With S = L a window is one block without context: BOS and the next L - 1 tokens.
         """
         if self.block_size == self.seq_len:
             base = (position - 1) // (self.seq_len - 1) * (self.seq_len - 1)
@@ -131,6 +132,6 @@ class Windows:
 
 
 def _key(row: _Row) -> int:
-    """A number that names the row's randomness, whatever rows are scored with it."""
+    """Key of the row's randomness, a function of its tokens alone."""
     text = row.ids.tobytes() + f"{row.scored}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")

@@ -24,10 +24,10 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
         vocab_size: V.
     """
     model, length, block = cfg.model, cfg.seq_len, cfg.block
-    kv_width = model.num_kv_heads * model.head_width
-    to_queries, to_keys = model.width**2, 2 * model.width * kv_width
+    q_width, kv_width = (n * model.head_width for n in (model.heads, model.num_kv_heads))
+    to_queries, to_keys = model.width * q_width, 2 * model.width * kv_width
     up = 2 if model.mlp == "swiglu" else 1
-    after = model.width**2 + (up + 1) * model.width * model.hidden  # projection and MLP
+    after = model.width * q_width + (up + 1) * model.width * model.hidden  # projection and MLP
     predicted = length if cfg.system == "ar" else length / 2
     two_streams = cfg.system == "bd3lm" and block < length
     clean = length - block if two_streams else 0
@@ -38,7 +38,7 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     # Blocks of either stream see their own and the clean ones before them.
     pairs = length * (length + block) / 2
     clean_pairs = clean * (clean + block) / 2
-    attention = 2 * model.width * (pairs * model.depth + clean_pairs * (model.depth - 1))
+    attention = 2 * q_width * (pairs * model.depth + clean_pairs * (model.depth - 1))
     return 6.0 * cfg.batch_size * (products + attention)
 
 

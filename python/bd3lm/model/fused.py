@@ -118,6 +118,7 @@ def projected_heads(
     turned: list[bool],
     rope: tuple[Tensor, Tensor],
     head: int,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """Multiply by a matrix, split the product into heads and rotate some of them.
 
@@ -126,15 +127,16 @@ def projected_heads(
         weight: [D, K].
         widths: features of every part; their sum is D.
         turned: whether each part is rotated.
-        rope: cosines and signed sines, float32 [T, Dh] (:meth:`bd3lm.model.layers.Rotary.table`).
+        rope: cosines and signed sines, float32 [T, Dh] (:meth:`bd3lm.model.rotary.Rotary.table`).
         head: Dh.
+        bias: [D], or None.
 
     Returns:
         [B, T, heads, Dh] for every part.
     """
-    if on_cpu(x, weight):
+    if bias is None and on_cpu(x, weight):
         return list(_ProjectedHeads.apply(x, weight, *rope, tuple(widths), tuple(turned), head))
-    return split_heads(F.linear(x, weight), widths, turned, rope, head)
+    return split_heads(F.linear(x, weight, bias), widths, turned, rope, head)
 
 
 def split_heads(

@@ -22,6 +22,7 @@ from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.fused import flat
 from bd3lm.model.layers import KVCache, Norm
+from bd3lm.model.rotary import unrotated
 from bd3lm.model.threads import kernel_threads
 from bd3lm.model.transformer import Block, Transformer, one_modulation
 
@@ -93,7 +94,7 @@ class PackedBlock(nn.Module):
             out=_matrix(block.out),
             norm2=_norm(block.norm2),
             up=_matrix(block.mlp.up),
-            activation=block.mlp.kind,
+            mlp=block.mlp.kind,
             down=_matrix(block.mlp.down),
             head_width=block.cfg.head_width,
         )
@@ -127,7 +128,7 @@ class PackedBlock(nn.Module):
         cfg, threads = self.block.cfg, kernel_threads()
         q = torch.empty(batch, length, cfg.heads, cfg.head_width)
         k, v = cache.k[layer], cache.v[layer]
-        cos, sin = rope
+        cos, sin = rope if self.block.rotates else unrotated(rope)
         self.packed.project(
             flat(h.contiguous()),
             flat(cos),
@@ -181,6 +182,8 @@ def _fold_conditioning(model: Transformer) -> None:
         _shift_norm(block.norm1, shift1, scale1)
         _shift_norm(block.norm2, shift2, scale2)
         block.out.weight.mul_(gate1[:, None])
+        if block.out.bias is not None:
+            block.out.bias.mul_(gate1)
         block.mlp.down.weight.mul_(gate2[:, None])
         if block.mlp.down.bias is not None:
             block.mlp.down.bias.mul_(gate2)

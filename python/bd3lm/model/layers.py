@@ -45,37 +45,6 @@ class Norm(nn.Module):
         return x, out * (1 + scale) + shift
 
 
-class Rotary:
-    """Rotary position embedding, rotating the two halves of each head against each other.
-
-    Tables grow on demand and are cached per device in float32, because bf16 angles lose the
-    position of distant tokens.
-    """
-
-    def __init__(self, head_width: int, theta: float) -> None:
-        # On the CPU even where the model is being made on another device, or on meta.
-        even = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu")
-        self.frequencies = 1.0 / theta ** (even / head_width)
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @torch.inference_mode(False)  # kept for later calls, which may want gradients
-    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [length, Dh] of positions 0 .. length-1.
-
-        Both halves of a head have the same angles. The sine of the first half is negated, so that
-        a rotation is ``x * cos + swap_halves(x) * sin``.
-        """
-        known = self._tables.get(device)
-        if known is None or known[0].shape[0] < length:
-            size = max(128, 1 << (length - 1).bit_length())
-            position = torch.arange(size, dtype=torch.float64, device="cpu")
-            angle = position[:, None] * self.frequencies
-            cos, sin = angle.cos().float(), angle.sin().float()
-            known = (torch.cat([cos, cos], 1).to(device), torch.cat([-sin, sin], 1).to(device))
-            self._tables[device] = known
-        return known[0][:length], known[1][:length]
-
-
 def linear_parts(
     linear: nn.Module,
     x: Tensor,

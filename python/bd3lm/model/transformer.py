@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bd3lm.config import ModelConfig
+from bd3lm.config import ModelConfig, check
 from bd3lm.model.attention import BlockMask, CachedMask, attend
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
 from bd3lm.model.layers import (
@@ -22,26 +22,28 @@ from bd3lm.model.layers import (
     KVCache,
     Mlp,
     Norm,
-    Rotary,
     TimeEmbedding,
     linear_parts,
 )
+from bd3lm.model.rotary import Rotary, unrotated
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP; adaLN modulates both if there is a conditioning."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         self.attention = "auto"
+        self.rotates = layer not in cfg.nope_layers
+        self.q_width = cfg.heads * cfg.head_width
         self.kv_width = cfg.num_kv_heads * cfg.head_width
         self.norm1 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
-        self.qkv = nn.Linear(cfg.width, cfg.width + 2 * self.kv_width, bias=False)
+        self.qkv = nn.Linear(cfg.width, self.q_width + 2 * self.kv_width, bias=cfg.qkv_bias)
         if cfg.qk_norm:
             self.q_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
             self.k_norm = Norm(cfg.head_width, cfg.norm, cfg.norm_eps)
-        self.out = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.out = nn.Linear(self.q_width, cfg.width, bias=cfg.out_bias)
         self.norm2 = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         self.mlp = Mlp(cfg)
         if cfg.cond_width:
@@ -53,6 +55,9 @@ class Block(nn.Module):
         """Initialise the last projection of each residual branch to zero and adaLN gates to one."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.mlp.down.weight)
+        for linear in (self.qkv, self.out):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         if self.cfg.mlp_bias:
             nn.init.zeros_(self.mlp.down.bias)
         if self.cfg.cond_width:
@@ -68,20 +73,25 @@ class Block(nn.Module):
             rope: cosines and signed sines of every row [T, Dh].
             queries: number of leading rows that are queries; None: all. 0: queries are unused.
         """
-        width, head = self.cfg.width, self.cfg.head_width
+        head = self.cfg.head_width
         turn = not self.cfg.qk_norm  # the norms come before the rotation
-        widths, turned = [width, self.kv_width, self.kv_width], [turn, turn, False]
+        widths, turned = [self.q_width, self.kv_width, self.kv_width], [turn, turn, False]
         whole = not queries or queries == x.shape[1]
         if not isinstance(self.qkv, nn.Linear):  # packed for inference: its matrix is not a tensor
             q, k, v = split_heads(self.qkv(x), widths, turned, rope, head)
         elif whole:
-            q, k, v = projected_heads(x, self.qkv.weight, widths, turned, rope, head)
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q, k, v = projected_heads(x, weight, widths, turned, rope, head, bias)
         else:
-            weight_q, weight_kv = self.qkv.weight.split([width, 2 * self.kv_width])
+            sizes = [self.q_width, 2 * self.kv_width]
+            weight_q, weight_kv = self.qkv.weight.split(sizes)
+            bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
             query_rows = x[:, :queries]
             angles = _first(rope, query_rows.shape[1])
-            (q,) = projected_heads(query_rows, weight_q, widths[:1], turned[:1], angles, head)
-            k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head)
+            (q,) = projected_heads(
+                query_rows, weight_q, widths[:1], turned[:1], angles, head, bias_q
+            )
+            k, v = projected_heads(x, weight_kv, widths[1:], turned[1:], rope, head, bias_kv)
         q = q[:, : queries or None]
         if self.cfg.qk_norm:
             q = rotate(self.q_norm(q).to(v.dtype), _first(rope, q.shape[1]))
@@ -118,6 +128,8 @@ class Block(nn.Module):
         Returns:
             [B, Tq, D], or [M, D] with ``select``.
         """
+        if not self.rotates:
+            rope = unrotated(rope)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(cond)
         h, normed = self.norm1.fork(h, shift1, scale1)
         q, k, v = self.heads(normed, rope, queries)
@@ -183,6 +195,15 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
     return m if select is None else m[0]
 
 
+def _rows(cfg: ModelConfig, ids: int) -> int:
+    """V, with padding where the settings ask for it."""
+    if cfg.vocab_size is None:
+        return ids
+    allowed = f"at least {ids}, the tokenizer's ids with the mask token"
+    check(cfg.vocab_size >= ids, "model.vocab-size", cfg.vocab_size, allowed)
+    return cfg.vocab_size
+
+
 class Transformer(nn.Module):
     """Transformer over token ids, bidirectional within a block and causal over blocks.
 
@@ -194,24 +215,28 @@ class Transformer(nn.Module):
 
     Args:
         cfg: the shape.
-        vocab_size: V, the mask token included.
+        vocab_size: ids in use, the mask token included; V where ``cfg.vocab_size`` is None.
+
+    Raises:
+        ConfigError: more ids than ``cfg.vocab_size``.
     """
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        vocab_size = _rows(cfg, vocab_size)
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = Norm(cfg.width, cfg.norm, cfg.norm_eps)
         if cfg.cond_width:
             self.ada = nn.Linear(cfg.cond_width, 2 * cfg.width)
         self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
         if cfg.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.rotary = Rotary(cfg.head_width, cfg.rope_theta)
+        self.rotary = Rotary(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
         self.reset_parameters()
 
     @torch.no_grad()

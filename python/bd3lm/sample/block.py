@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bd3lm.config import SampleConfig
 from bd3lm.model import Transformer
-from bd3lm.sample.draw import discourage, draw
+from bd3lm.sample.draw import draw
 from bd3lm.sample.plan import block_uniforms
 from bd3lm.sample.state import SampleState
 from bd3lm.systems import System, sigma_of
@@ -111,20 +111,20 @@ class BlockDraw:
             row_dev, pos_dev, uniform, logits = (
                 x[keep] for x in (row_dev, pos_dev, uniform, logits)
             )
-        token, log_p = draw(logits, uniform, self.cfg, self._penalized(logits, row_dev))
+        token, log_p = draw(logits, uniform, self.cfg, self._seen(logits, row_dev))
         state = self._state
         state.tokens[row_dev, state.start + pos_dev] = token
         state.log_prob.index_add_(0, row_dev, log_p)
         self.masked[rows, pos] = False
 
-    def _penalized(self, logits: Tensor, rows: Tensor) -> Tensor | None:
-        """Logits after the repetition penalty; None without one."""
+    def _seen(self, logits: Tensor, rows: Tensor) -> Tensor | None:
+        """Tokens that the repetition penalty discourages, bool [M, V]; None without one."""
         if self.cfg.repetition_penalty == 1:
             return None
         state = self._state
         seen = torch.zeros(len(state.rows), logits.shape[1], dtype=torch.bool, device=self._device)
         seen.scatter_(1, state.tokens[:, 1 : state.start + self._size], True)
-        return discourage(logits, seen[rows], self.cfg.repetition_penalty)
+        return seen[rows]
 
     def _logits(
         self, rows: Tensor, pos: Tensor, level: NDArray[np.float32], *, one_each: bool

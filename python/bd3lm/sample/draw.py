@@ -7,24 +7,27 @@ from torch import Tensor
 
 from bd3lm import _core
 from bd3lm.config import SampleConfig
+from bd3lm.model.attention import triton
 from bd3lm.model.threads import kernel_threads
 
 
 def draw(
-    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 
-    Temperature comes first, then the ``top_k`` most probable tokens, then the nucleus: the
-    smallest set of most probable tokens whose mass reaches ``top_p``, including the token that
-    crosses it. Sums are float64 on every device. On the CPU a Rust kernel takes float32 logits;
-    the relative error of its exponentials is about 1e-7, also in the tail.
+    The repetition penalty of seen tokens comes first, then temperature, then the ``top_k`` most
+    probable tokens, then the nucleus: the smallest set of most probable tokens whose mass reaches
+    ``top_p``, including the token that crosses it. Sums are float64 on every device. A Rust kernel
+    takes float32 logits on the CPU, a Triton kernel takes all dtypes on an NVIDIA GPU; the relative
+    error of their exponentials is about 1e-7, also in the tail.
 
     Args:
         logits: the model's own [R, V]; -inf is never drawn.
         uniform: float64 [R], in [0, 1).
-        cfg: temperature (0 takes the most probable token), top_p, top_k and forbidden.
-        shaped: penalized logits to draw from [R, V]; None: ``logits``.
+        cfg: temperature (0 takes the most probable token), top_p, top_k, forbidden and
+            repetition_penalty.
+        seen: bool [R, V], tokens that the penalty discourages; None: none.
 
     Returns:
         Tokens, int64 [R], and their log-probabilities under ``logits``, float64 [R], in nats.
@@ -32,16 +35,21 @@ def draw(
     Raises:
         ConfigError: on the CPU, a row with a NaN or without a possible token.
     """
+    if logits.is_cuda and triton.available() and logits.dtype in triton.DTYPES:
+        from bd3lm.sample.draw_triton import run_draw
+
+        return run_draw(logits, uniform, cfg, seen)
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        return _draw_on_cpu(logits, uniform, cfg, shaped)
-    return composed_draw(logits, uniform, cfg, shaped)
+        return _draw_on_cpu(logits, uniform, cfg, seen)
+    return composed_draw(logits, uniform, cfg, seen)
 
 
 def _draw_on_cpu(
-    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     token = torch.empty(len(uniform), dtype=torch.int64)
     log_p = torch.empty(len(uniform), dtype=torch.float64)
+    shaped = None if seen is None else discourage(logits, seen, cfg.repetition_penalty)
     _core.draw(
         logits.reshape(-1).numpy(),
         None if shaped is None else shaped.reshape(-1).numpy(),
@@ -58,10 +66,10 @@ def _draw_on_cpu(
 
 
 def composed_draw(
-    logits: Tensor, uniform: Tensor, cfg: SampleConfig, shaped: Tensor | None = None
+    logits: Tensor, uniform: Tensor, cfg: SampleConfig, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compose :func:`draw` of PyTorch operations, on any device and in any dtype."""
-    source = logits if shaped is None else shaped
+    source = logits if seen is None else discourage(logits, seen, cfg.repetition_penalty)
     if cfg.forbidden:
         source = source.clone()
         source[:, list(cfg.forbidden)] = -torch.inf

@@ -13,6 +13,7 @@ from bd3lm.checkpoint import Checkpoint
 from bd3lm.config import SampleConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample.block import BlockDraw
 from bd3lm.sample.state import RowState, SampleState
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
@@ -141,6 +142,7 @@ class Sampler:
             tokenizer=loaded.tokenizer,
         )
 
+    @adaptive_waiting()
     def generate(
         self,
         cfg: SampleConfig,

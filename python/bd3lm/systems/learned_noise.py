@@ -49,11 +49,13 @@ class CountDistribution:
             total = nats.new_zeros(blocks, dtype=torch.float32).index_add_(0, block, nats.float())
             count = torch.zeros_like(total).index_add_(0, block, torch.ones_like(nats.float()))
             square = (total / count.clamp(min=1)) ** 2
+            finite = square.isfinite()  # the trainer skips a step whose loss is not
+            square = torch.where(finite, square, 0.0)
             if self._sums is None:
                 self._sums = torch.zeros(2, self.block_size + 1, device=nats.device)
             self._sums = self._sums.to(nats.device)  # after a resume
             self._sums[0].index_add_(0, count.long(), square)
-            self._sums[1].index_add_(0, count.long(), torch.ones_like(square))
+            self._sums[1].index_add_(0, count.long(), finite.float())
 
     def update_noise_after_step(self, step: int) -> bool:
         """Decay the averages; refit q every :data:`EVERY` steps. Returns whether q changed."""

@@ -1,16 +1,17 @@
-"""Optimizers and the learning-rate schedule."""
+"""Optimizers, gradient clipping and the learning-rate schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from bd3lm.config import OptimConfig
-from bd3lm.errors import CheckpointError
 
 
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -27,8 +28,41 @@ def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
     return warm
 
 
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, Tensor]:
+    """Scale gradients to a global norm of at most ``limit``.
+
+    Args:
+        parameters: all with a gradient.
+        limit: the largest norm.
+
+    Returns:
+        The norm of each gradient [P] and of all of them, before clipping.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+    total = torch.linalg.vector_norm(norms)
+    nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
+    return norms, total
+
+
+class Driver(Protocol):
+    """One of PyTorch's optimizers, driven through its functional form."""
+
+    param_groups: list[dict[str, Any]]
+    """Each with ``params`` and ``weight_decay``; ``lr`` is set before every step."""
+    state: dict[Tensor, dict[str, Tensor]]
+    """Of every parameter, complete from the start."""
+
+    def step(self, finite: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            finite: a boolean on an accelerator; where it is false, nothing changes.
+        """
+
+
 class AdamW:
-    """PyTorch's fused AdamW, driven by hand.
+    """PyTorch's fused AdamW in its functional form.
 
     Its :class:`torch.optim.AdamW` imports the compiler and Triton: a second and 140 MB for those
     who never compile.
@@ -43,46 +77,90 @@ class AdamW:
         self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
     ) -> None:
         self.param_groups = groups
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._betas, self._eps = betas, eps
-
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            entries = [self._entry(p) for p in params]
-            with torch.no_grad():
-                adamw(
-                    params,
-                    [p.grad for p in params],
-                    [entry["exp_avg"] for entry in entries],
-                    [entry["exp_avg_sq"] for entry in entries],
-                    [],
-                    [entry["step"] for entry in entries],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=self._betas[0],
-                    beta2=self._betas[1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=self._eps,
-                    maximize=False,
-                )
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    def _entry(self, p: Tensor) -> dict[str, Tensor]:
-        if p not in self.state:
-            self.state[p] = {
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            p: {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
             }
-        return self.state[p]
+            for group in groups
+            for p in group["params"]
+        }
+
+    @torch.no_grad()
+    def step(self, finite: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient; see :class:`Driver`."""
+        found_inf = None if finite is None else (~finite).float()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            entries = [self.state[p] for p in params]
+            adamw(
+                params,
+                [p.grad for p in params],
+                [entry["exp_avg"] for entry in entries],
+                [entry["exp_avg_sq"] for entry in entries],
+                [],
+                [entry["step"] for entry in entries],
+                fused=True,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=self._eps,
+                maximize=False,
+            )
+
+
+class Muon:
+    """PyTorch's Muon in its functional form, whose step can be skipped on the device.
+
+    Args:
+        group: ``params``, all matrices, and ``weight_decay``; ``lr`` is set before every step.
+        momentum: decay rate of the moment (Nesterov).
+    """
+
+    def __init__(self, group: dict[str, Any], momentum: float) -> None:
+        self.param_groups = [group]
+        self._momentum = momentum
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
+            for p in group["params"]
+        }
+
+    @torch.no_grad()
+    def step(self, finite: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient; see :class:`Driver`."""
+        (group,) = self.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        with record_function("Optimizer.step#Muon.step"):
+            if finite is None:
+                self._update(group, params)
+                return
+            for p in params:  # a copy of one matrix at a time
+                moment = self.state[p]["momentum_buffer"]
+                before = p.clone(), moment.clone()
+                self._update(group, [p])
+                for new, old in zip((p, moment), before, strict=True):
+                    new.copy_(torch.where(finite, new, old))
+
+    def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        muon(
+            params,  # pyright: ignore[reportArgumentType]
+            [p.grad for p in params],  # pyright: ignore[reportArgumentType]
+            [self.state[p]["momentum_buffer"] for p in params],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=self._momentum,
+            nesterov=True,
+            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+            ns_steps=DEFAULT_NS_STEPS,
+            eps=EPS,
+            adjust_lr_fn=None,
+            has_complex=False,
+        )
 
 
 class Optimizers:
@@ -90,77 +168,67 @@ class Optimizers:
 
     ``adamw`` takes every parameter; ``muon`` takes the matrices of the Transformer's blocks and
     leaves embeddings, head, norms and biases to AdamW.
+
+    Attributes:
+        host_decides: whether the host reads the flag that skips a step, or the device selects.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
         self.cfg = cfg
-        named = dict(model.named_parameters())
+        self._named = dict(model.named_parameters())
+        # On the CPU reading a flag is free, and copies are not; an accelerator is not waited for.
+        self.host_decides = all(p.device.type == "cpu" for p in self._named.values())
         matrices = {
             name: p
-            for name, p in named.items()
+            for name, p in self._named.items()
             if cfg.optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")
         }
-        rest = {name: p for name, p in named.items() if name not in matrices}
+        rest = {name: p for name, p in self._named.items() if name not in matrices}
         decayed = [p for p in rest.values() if p.ndim >= 2]
         plain = [p for p in rest.values() if p.ndim < 2]
         groups = [
             {"params": decayed, "weight_decay": cfg.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        adam = AdamW(groups, cfg.betas, cfg.eps)
-        self._peaks: list[tuple[AdamW | torch.optim.Optimizer, float]] = [(adam, cfg.lr)]
+        self._peaks: list[tuple[Driver, float]] = [(AdamW(groups, cfg.betas, cfg.eps), cfg.lr)]
         if matrices:
-            muon = torch.optim.Muon(
-                matrices.values(),
-                lr=cfg.matrix_lr,
-                weight_decay=cfg.weight_decay,
-                momentum=cfg.momentum,
-                nesterov=True,
-            )
-            self._peaks.append((muon, cfg.matrix_lr))
-        self._names = {id(p): name for name, p in named.items()}
+            group = {"params": list(matrices.values()), "weight_decay": cfg.weight_decay}
+            self._peaks.append((Muon(group, cfg.momentum), cfg.matrix_lr))
 
-    def step(self, factor: float) -> None:
-        """One update at ``factor`` times the peak learning rates; gradients are then cleared."""
+    def step(self, factor: float, finite: Tensor | None = None) -> None:
+        """Update once at ``factor`` times the peak learning rates, and clear the gradients.
+
+        Args:
+            factor: share of the peak learning rates.
+            finite: a boolean on the device of the gradients; where it is false, nothing but the
+                gradients changes.
+        """
+        applied = True
+        if finite is not None and self.host_decides:
+            applied, finite = bool(finite), None
         for optimizer, peak in self._peaks:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step()
-            optimizer.zero_grad()
+            if applied:
+                optimizer.step(finite)
+        for p in self._named.values():
+            p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """All state tensors, named ``parameter/key``."""
+        entries = {p: e for optimizer, _ in self._peaks for p, e in optimizer.state.items()}
         return {
-            f"{self._names[id(p)]}/{key}": value
-            for p, entry in self._entries()
-            for key, value in entry.items()
-            if isinstance(value, Tensor)
+            f"{name}/{key}": value
+            for name, p in self._named.items()
+            for key, value in entries[p].items()
         }
 
-    def load(self, state: dict[str, Tensor], source: object) -> None:
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore :meth:`state`, bit for bit.
 
-        Raises:
-            CheckpointError: it is another optimizer's.
+        Args:
+            state: with the names, shapes and dtypes of :meth:`state`.
         """
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            parameter, key = name.rsplit("/", 1)
-            by_name.setdefault(parameter, {})[key] = value
-        for optimizer, _ in self._peaks:
-            wanted = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    name = self._names[id(p)]
-                    entry = by_name.get(name)
-                    if entry is not None:
-                        if wanted not in entry:
-                            raise CheckpointError(
-                                f"{source} holds another optimizer's state of {name}; keep "
-                                f"optim.optimizer as it was, or leave init-optimizer out"
-                            )
-                        optimizer.state[p] = {key: v.to(p.device) for key, v in entry.items()}
-
-    def _entries(self) -> Iterable[tuple[Tensor, Any]]:
-        for optimizer, _ in self._peaks:
-            yield from optimizer.state.items()
+        for name, value in self.state().items():
+            value.copy_(state[name])

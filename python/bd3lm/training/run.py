@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bd3lm.checkpoint.native import read_meta
+from bd3lm.checkpoint.record import read_json
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, open_splits
 from bd3lm.device import check_attention, inference, resolve_device
-from bd3lm.errors import CheckpointError, ConfigError, ExistsError
+from bd3lm.errors import CheckpointError, ConfigError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
+from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
+from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
+from bd3lm.training.failures import explained
+from bd3lm.training.interrupt import immediate
 from bd3lm.training.profile import StepProfiler
-from bd3lm.training.trainer import Reporter, Trainer
+from bd3lm.training.reporter import Reporter
+from bd3lm.training.settings import check_resumed
+from bd3lm.training.trainer import Trainer, resume_command
+
+SUMMARY = "summary.json"
 
 
 def saved_config(out: Path) -> TrainConfig:
-    """The settings of the run in ``out``, to resume it.
+    """Read the settings of the run in ``out``, to resume it.
 
     Raises:
-        CheckpointError: there is no run, or none that got as far as a checkpoint.
+        CheckpointError: there is no run, or its ``config.json`` is damaged.
     """
-    if not (out / "config.json").is_file():
-        raise CheckpointError(f"{out} holds no run to resume; start one without --resume")
-    return from_dict(TrainConfig, read_meta(out / "checkpoint")["config"])
+    file = out / "config.json"
+    if not holds_run(out):
+        raise CheckpointError(
+            f"{out} holds no run to resume (no config.json); give the settings of a new run, or "
+            "start it without --resume"
+        )
+    try:
+        return from_dict(TrainConfig, read_json(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
+@adaptive_waiting()
 def run_training(
     cfg: TrainConfig,
     out: Path,
@@ -45,25 +59,44 @@ def run_training(
     resume: bool = False,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Train, score the validation split, draw samples; returns what ``summary.json`` holds.
+    """Train, score the validation split, draw samples; returns the content of ``summary.json``.
 
     Args:
-        cfg: the settings; with ``resume``, those of :func:`saved_config`.
+        cfg: the settings; see :func:`check_resumed` for those that may change when resuming.
         out: directory of the run. New, unless resuming.
-        reporter: told what happens.
-        resume: continue from ``out/checkpoint``.
+        reporter: receives the events.
+        resume: continue the run in ``out`` from its last checkpoint, from its first step if it
+            has saved none, and begin it if there is none. A run that has ended is not run again.
         profile: also watch a few steps, for ``out/profile.json``.
 
     Raises:
-        ExistsError: ``out`` already holds files and ``resume`` is off.
-        Bd3lmError: any bad input, before training starts and with nothing left behind.
+        ExistsError: ``out`` already holds files and ``resume`` is off, or another process trains
+            in it.
+        InterruptedRunError: a signal; the run can be resumed.
+        Bd3lmError: any bad input, before training starts and with nothing left behind; a failure
+            of the machine.
     """
     _check_early(cfg)
     on_cpu = resolve_device(cfg.device).type == "cpu"
     check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
-    with _run_directory(out, resume):
+    with explained(out), run_directory(out, resume=resume):
+        started = resume and holds_run(out)
+        with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
+            if started:
+                ended = _ended(cfg, out)
+                if ended is not None:
+                    reporter.note(f"{out} has ended already, after step {cfg.steps}")
+                    return ended
+            return _run(cfg, out, reporter, started=started, profile=profile)
+
+
+def _run(
+    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, profile: bool
+) -> dict[str, Any]:
+    with nullcontext() if started else removed_on_failure(out):
+        write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
         splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
-        trainer = _trainer(cfg, splits, out, reporter, resume=resume)
+        trainer = _trainer(cfg, splits, out, reporter, resume=started)
     reporter.note(_headline(trainer, splits))
     if profile:
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
@@ -74,70 +107,71 @@ def run_training(
     if trainer.profiler is not None:
         summary["profile"] = trainer.profiler.result()._asdict()
         write_json(out / "profile.json", summary["profile"])
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     return summary
 
 
+@adaptive_waiting()
 def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) -> None:
-    """Train to the last step and save: what other programs build on.
+    """Train to the last step and save, for other programs to build on.
 
     Args:
         cfg: the settings; ``data`` and ``valid`` are not read.
         splits: the text.
         out: directory of the run, which exists and is empty.
-        reporter: told what happens.
+        reporter: receives the events.
 
     Raises:
         Bd3lmError: settings that do not fit the text, or a loss that is no number.
     """
     _check_early(cfg)
-    _trainer(cfg, splits, out, reporter).run()
+    with explained(out):
+        write_json(out / "config.json", to_dict(cfg))
+        _trainer(cfg, splits, out, reporter).run()
 
 
 def _trainer(
     cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter, *, resume: bool = False
 ) -> Trainer:
-    """A trainer at its first step or, resuming, at the one it had reached."""
+    """Make a trainer at its first step or, resuming, at the one it had reached."""
     _check_data(cfg, splits)
     trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
-    if resume:
+    if resume and trainer.checkpoints.latest() is not None:
         trainer.resume()
         return trainer
+    trainer.metrics.rewind(-1)
     if cfg.init_from is not None:
         trainer.start_from(Path(cfg.init_from))
-    write_json(out / "config.json", to_dict(cfg))
     return trainer
 
 
+def _ended(cfg: TrainConfig, out: Path) -> dict[str, Any] | None:
+    """Compare the settings with those of the run; returns its summary if it has ended.
+
+    Raises:
+        CheckpointError: the run's settings are damaged.
+        ConfigError: a setting that must stay.
+    """
+    check_resumed(cfg, saved_config(out), out)
+    if not ((out / SUMMARY).is_file() and (out / "samples.txt").is_file()):
+        return None
+    try:
+        summary = read_json(out / SUMMARY)
+    except CheckpointError:
+        return None
+    return summary if summary.get("steps") == cfg.steps else None
+
+
 def _check_early(cfg: TrainConfig) -> None:
-    """Everything that can be refused before a single file is read."""
+    """Refuse everything that can be refused before a single file is read."""
     check_attention(cfg, resolve_device(cfg.device))
     build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
 
 
 def _check_data(cfg: TrainConfig, splits: Splits) -> None:
+    _ = splits.valid.tokenizer, splits.train.tokenizer  # read now: the data may be gone at the end
     if splits.valid.manifest.tokenizer_sha256 != splits.train.manifest.tokenizer_sha256:
         raise ConfigError("valid", cfg.valid, "prepared with the tokenizer of the training data")
-
-
-@contextmanager
-def _run_directory(out: Path, resume: bool) -> Iterator[None]:
-    """Make ``out``; take it away again if setting up fails, unless it was there before."""
-    if resume:
-        yield
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        held = "already holds a run" if (out / "config.json").exists() else "is not empty"
-        raise ExistsError(f"{out} {held}; choose another --out, or go on with --resume")
-    fresh = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        if not fresh:
-            out.mkdir(exist_ok=True)
-        raise
 
 
 def _headline(trainer: Trainer, splits: Splits) -> str:
@@ -201,7 +235,7 @@ def _summary(
         "steps": trainer.steps_done,
         "tokens": trainer.tokens_done,
         "seconds": trainer.seconds,
-        "tokens_per_second": trainer.tokens_done / trainer.seconds,
+        "tokens_per_second": trainer.tokens_per_second,
         "mfu": trainer.mfu,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),

@@ -8,14 +8,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What can go wrong, by cause. Each variant has one Python class in `bd3lm.errors`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A parameter lies outside what is allowed.
-    #[error("{field} = {value}: {allowed}")]
+    /// A parameter outside its range: `field = value: must be allowed`.
+    #[error("{field} = {value}: must be {allowed}")]
     Config {
         /// Name of the parameter as its user knows it.
         field: &'static str,
-        /// What was given.
+        /// The refused value.
         value: String,
-        /// What is allowed, as a sentence.
+        /// The rest of a sentence that begins with "must be".
         allowed: String,
     },
     /// A file or directory that was named does not exist.
@@ -148,12 +148,12 @@ impl Error {
     /// Inputs without any text.
     pub fn empty(inputs: &[String], reason: impl Into<String>) -> Self {
         Error::EmptyCorpus {
-            inputs: named(inputs),
+            inputs: first_of(inputs),
             reason: reason.into(),
         }
     }
 
-    /// A parameter outside what is allowed.
+    /// A parameter outside its range; `allowed` ends a sentence that begins with "must be".
     pub fn config(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Self {
         Error::Config {
             field,
@@ -161,10 +161,31 @@ impl Error {
             allowed: allowed.into(),
         }
     }
+
+    /// A buffer of `len` elements where another number is needed.
+    pub fn length(field: &'static str, len: usize, needed: usize) -> Self {
+        Error::config(
+            field,
+            format!("{len} elements"),
+            format!("{needed} elements long"),
+        )
+    }
+}
+
+/// The value of a name in a table of all of them.
+///
+/// # Errors
+/// A name that is not in the table; the error lists those that are.
+pub fn named<T: Copy>(field: &'static str, name: &str, table: &[(&'static str, T)]) -> Result<T> {
+    let found = table.iter().find(|(known, _)| *known == name);
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = table.iter().map(|(name, _)| *name).collect();
+        Error::config(field, name, format!("one of {}", names.join(", ")))
+    })
 }
 
 /// The first inputs, and the number of the others.
-pub(crate) fn named(inputs: &[String]) -> String {
+pub(crate) fn first_of(inputs: &[String]) -> String {
     const LISTED: usize = 5;
     let first = inputs[..inputs.len().min(LISTED)].join(", ");
     match inputs.len().saturating_sub(LISTED) {

@@ -3,12 +3,13 @@
 //! The caller keeps the tensors alive during the call; everything that can be told from shapes,
 //! strides and dtypes is checked by the core before a pointer is followed.
 
-use crate::errors::to_py;
 use bd3lm_core::cpu::{Isa, threads};
 use bd3lm_core::kernels::attention::{self, Backward, Dtype, Forward, LogSumExp, Mask, Options};
 use bd3lm_core::kernels::attention::{Ranges, Tensor};
-use pyo3::exceptions::PyValueError;
+use bd3lm_core::{Error, Result};
 use pyo3::prelude::*;
+
+use crate::errors::to_py;
 
 /// Has all kernels use the threads of the OpenMP runtime whose `GOMP_parallel` is at the address.
 #[pyfunction]
@@ -30,15 +31,10 @@ struct MaskArg([usize; 4], usize, usize);
 struct OptionsArg(usize, Option<String>, f32);
 
 impl TensorArg {
-    fn tensor(self) -> PyResult<Tensor> {
-        let dtype = match self.3.as_str() {
-            "f32" => Dtype::F32,
-            "bf16" => Dtype::Bf16,
-            other => return Err(PyValueError::new_err(format!("dtype {other}: f32 or bf16"))),
-        };
+    fn tensor(self) -> Result<Tensor> {
         Ok(Tensor {
             ptr: self.0 as *mut u8,
-            dtype,
+            dtype: Dtype::parse(&self.3)?,
             shape: self.1,
             strides: self.2,
         })
@@ -48,13 +44,17 @@ impl TensorArg {
 impl MaskArg {
     /// # Safety
     /// The addresses hold as many int32 as `self.1` says, unchanged for as long as `'a`.
-    unsafe fn mask<'a>(&self) -> PyResult<Mask<'a>> {
-        let slice = |address: usize| -> PyResult<&'a [i32]> {
+    unsafe fn mask<'a>(&self) -> Result<Mask<'a>> {
+        let slice = |address: usize| -> Result<&'a [i32]> {
             if self.1 == 0 {
                 return Ok(&[]);
             }
             if address == 0 || !address.is_multiple_of(align_of::<i32>()) {
-                return Err(PyValueError::new_err(format!("mask at address {address}")));
+                let given = format!("address {address}");
+                return Err(Error::config("mask", given, "aligned to int32"));
+            }
+            if self.1 > isize::MAX as usize / size_of::<i32>() {
+                return Err(Error::config("mask", self.1, "within memory"));
             }
             // SAFETY: not null, aligned, and as long as the caller vouches for.
             Ok(unsafe { std::slice::from_raw_parts(address as *const i32, self.1) })
@@ -74,24 +74,33 @@ impl MaskArg {
 }
 
 impl OptionsArg {
-    fn options(self) -> PyResult<Options> {
-        let isa = match self.1.as_deref() {
-            None => None,
-            Some("portable") => Some(Isa::Portable),
-            Some("avx2") => Some(Isa::Avx2),
-            Some("avx512") => Some(Isa::Avx512),
-            Some("avx512bf16") => Some(Isa::Avx512Bf16),
-            Some(other) => {
-                let message = format!("isa {other}: portable, avx2, avx512 or avx512bf16");
-                return Err(PyValueError::new_err(message));
-            }
-        };
+    fn options(self) -> Result<Options> {
         Ok(Options {
             threads: self.0,
-            isa,
+            isa: self.1.as_deref().map(Isa::parse).transpose()?,
             scale: self.2,
         })
     }
+}
+
+/// # Safety
+/// As [`MaskArg::mask`].
+unsafe fn forward_args<'a>(
+    [q, k, v, out]: [TensorArg; 4],
+    mask: &MaskArg,
+    lse: usize,
+    options: OptionsArg,
+) -> Result<Forward<'a>> {
+    Ok(Forward {
+        q: q.tensor()?,
+        k: k.tensor()?,
+        v: v.tensor()?,
+        // SAFETY: by the contract.
+        mask: unsafe { mask.mask()? },
+        out: out.tensor()?,
+        lse: LogSumExp(lse as *mut f32),
+        options: options.options()?,
+    })
 }
 
 /// Attention of q over k, v: fills `out` and `lse` (float32, its address; B * H * Tq values).
@@ -107,16 +116,8 @@ fn attention_forward(
     lse: usize,
     options: OptionsArg,
 ) -> PyResult<()> {
-    let args = Forward {
-        q: q.tensor()?,
-        k: k.tensor()?,
-        v: v.tensor()?,
-        // SAFETY: the caller keeps the four arrays alive during this call.
-        mask: unsafe { mask.mask()? },
-        out: out.tensor()?,
-        lse: LogSumExp(lse as *mut f32),
-        options: options.options()?,
-    };
+    // SAFETY: the caller keeps the four arrays of the mask alive during this call.
+    let args = unsafe { forward_args([q, k, v, out], &mask, lse, options) }.map_err(to_py)?;
     // SAFETY: the caller keeps the tensors alive during this call, and made `out` and `lse` for
     // it; their shapes and strides are checked.
     py.detach(|| unsafe { attention::forward(&args) })
@@ -140,23 +141,17 @@ fn attention_backward(
     dv: TensorArg,
     options: OptionsArg,
 ) -> PyResult<()> {
-    let forward = Forward {
-        q: q.tensor()?,
-        k: k.tensor()?,
-        v: v.tensor()?,
-        // SAFETY: the caller keeps the four arrays alive during this call.
-        mask: unsafe { mask.mask()? },
-        out: out.tensor()?,
-        lse: LogSumExp(lse as *mut f32),
-        options: options.options()?,
+    let args = || -> Result<Backward<'_>> {
+        Ok(Backward {
+            // SAFETY: the caller keeps the four arrays of the mask alive during this call.
+            forward: unsafe { forward_args([q, k, v, out], &mask, lse, options)? },
+            d_out: d_out.tensor()?,
+            dq: dq.tensor()?,
+            dk: dk.tensor()?,
+            dv: dv.tensor()?,
+        })
     };
-    let args = Backward {
-        forward,
-        d_out: d_out.tensor()?,
-        dq: dq.tensor()?,
-        dk: dk.tensor()?,
-        dv: dv.tensor()?,
-    };
+    let args = args().map_err(to_py)?;
     // SAFETY: the caller keeps the tensors alive during this call, and made the gradients for
     // it; their shapes and strides are checked.
     py.detach(|| unsafe { attention::backward(&args) })
@@ -166,16 +161,8 @@ fn attention_backward(
 /// Instruction sets that the attention kernel can use here, best last.
 #[pyfunction]
 fn attention_isas() -> Vec<&'static str> {
-    [
-        (Isa::Portable, "portable"),
-        (Isa::Avx2, "avx2"),
-        (Isa::Avx512, "avx512"),
-        (Isa::Avx512Bf16, "avx512bf16"),
-    ]
-    .into_iter()
-    .filter(|(isa, _)| isa.is_available())
-    .map(|(_, name)| name)
-    .collect()
+    let available = Isa::ALL.into_iter().filter(|(_, isa)| isa.is_available());
+    available.map(|(name, _)| name).collect()
 }
 
 /// Adds this module's classes and functions to `_core`.

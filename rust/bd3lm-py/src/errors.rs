@@ -23,7 +23,11 @@ mod classes {
 pub fn to_py(error: Error) -> PyErr {
     let message = error.to_string();
     match error {
-        Error::Config { .. } => classes::ConfigError::new_err(message),
+        Error::Config {
+            field,
+            value,
+            allowed,
+        } => classes::ConfigError::new_err((field, value, allowed)),
         Error::Missing { .. } => classes::MissingFileError::new_err(message),
         Error::Exists { .. } | Error::Busy { .. } => classes::ExistsError::new_err(message),
         Error::Format { .. } | Error::Record { .. } => classes::FormatError::new_err(message),

@@ -1,12 +1,13 @@
 //! Python bindings of `bd3lm-core`: convert, release the GIL, map errors. No algorithm.
 
+mod arrays;
 mod attention;
-mod elementwise;
 mod errors;
-mod linear;
+mod fused;
+mod logits;
 mod noise;
+mod packed;
 mod rows;
-mod softmax;
 mod store;
 
 use pyo3::prelude::*;
@@ -18,8 +19,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     rows::register(m)?;
     attention::register(m)?;
-    softmax::register(m)?;
-    elementwise::register(m)?;
-    linear::register(m)?;
-    Ok(())
+    logits::register(m)?;
+    fused::register(m)?;
+    packed::register(m)
 }

@@ -3,11 +3,16 @@
 use std::sync::Arc;
 
 use bd3lm_core::data::batch::{self, NoiseBatch};
+use bd3lm_core::data::pack::Packing;
+use bd3lm_core::data::text::Detokenizer;
 use bd3lm_core::noise::schedule::MIN_LEVEL;
-use bd3lm_core::noise::{Estimator, NoiseKey, NoiseSpec, Schedule, Weighting};
+use bd3lm_core::noise::{
+    NoiseKey, NoiseSettings, NoiseSpec, Schedule, ScheduleSettings, Weighting,
+};
 use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
+use pythonize::depythonize;
 
 use crate::errors::to_py;
 
@@ -17,78 +22,64 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PySchedule>()?;
     m.add_class::<PyWeighting>()?;
     m.add_class::<PyNoiseSpec>()?;
+    m.add_function(wrap_pyfunction!(names, m)?)?;
     m.add_function(wrap_pyfunction!(noise, m)?)
+}
+
+/// All names of one kind: of a schedule, weighting, packing or detokenizer.
+#[pyfunction]
+fn names(kind: &str) -> PyResult<Vec<&'static str>> {
+    let kinds = [
+        ("schedule", &Schedule::NAMES[..]),
+        ("weighting", &Weighting::NAMES[..]),
+        ("packing", &Packing::NAMES[..]),
+        ("detokenizer", &Detokenizer::names()[..]),
+    ];
+    let names = bd3lm_core::error::named("kind", kind, &kinds);
+    names.map(<[_]>::to_vec).map_err(to_py)
 }
 
 /// A noise schedule.
 #[pyclass(name = "Schedule", frozen, module = "bd3lm._core")]
 pub struct PySchedule(Schedule);
 
-fn need(name: &'static str, value: Option<f64>) -> Result<f64> {
-    value.ok_or_else(|| Error::config(name, "None", "is needed by this schedule"))
-}
-
 #[pymethods]
 impl PySchedule {
+    /// From the settings of one: its name and its parameters.
     #[new]
-    #[pyo3(signature = (name, *, eps=1e-3, mu=None, sigma=None, mu2=None, sigma2=None, mixture=None, paper_weights=false))]
-    #[allow(clippy::too_many_arguments)]
-    fn new(
-        name: &str,
-        eps: f64,
-        mu: Option<f64>,
-        sigma: Option<f64>,
-        mu2: Option<f64>,
-        sigma2: Option<f64>,
-        mixture: Option<f64>,
-        paper_weights: bool,
-    ) -> PyResult<Self> {
-        let make = || -> Result<Schedule> {
-            Ok(match name {
-                "loglinear" => Schedule::LogLinear,
-                "square" => Schedule::Square,
-                "square_root" => Schedule::SquareRoot,
-                "logarithmic" => Schedule::Logarithmic,
-                "cosine" => Schedule::cosine(eps)?,
-                "gaussian" => Schedule::gaussian(need("mu", mu)?, need("sigma", sigma)?)?,
-                "bimodal_gaussian" => Schedule::bimodal(
-                    (need("mu", mu)?, need("sigma", sigma)?),
-                    (need("mu2", mu2)?, need("sigma2", sigma2)?),
-                    need("mixture", mixture)?,
-                    paper_weights,
-                )?,
-                _ => {
-                    return Err(Error::config(
-                        "schedule",
-                        name,
-                        "must be loglinear, square, square_root, logarithmic, cosine, gaussian \
-                         or bimodal_gaussian",
-                    ));
-                }
-            })
-        };
-        make().map(PySchedule).map_err(to_py)
-    }
-
-    #[getter]
-    fn name(&self) -> &'static str {
-        self.0.name()
+    fn new(settings: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let settings: ScheduleSettings = depythonize(settings)?;
+        settings.build().map(PySchedule).map_err(to_py)
     }
 
     fn mask_prob<'py>(&self, py: Python<'py>, t: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
-        map(py, t, |t| Ok(self.0.mask_prob(t)))
+        map(py, t, |t| Ok(self.0.mask_prob(unit_interval("t", t)?)))
     }
 
     fn loss_weight<'py>(&self, py: Python<'py>, t: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
-        map(py, t, |t| Ok(self.0.loss_weight(t)))
+        map(py, t, |t| Ok(self.0.loss_weight(level(t)?)))
     }
 
     fn loss_weight_at<'py>(&self, py: Python<'py>, p: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
-        map(py, p, |p| self.0.loss_weight_at(p))
+        map(py, p, |p| self.0.loss_weight_at(unit_interval("p", p)?))
     }
 
     fn inverse<'py>(&self, py: Python<'py>, p: PyReadonlyArray1<'py, f64>) -> Floats<'py> {
-        map(py, p, |p| self.0.inverse(p))
+        map(py, p, |p| self.0.inverse(unit_interval("p", p)?))
+    }
+}
+
+fn unit_interval(name: &'static str, x: f64) -> Result<f64> {
+    match (0.0..=1.0).contains(&x) {
+        true => Ok(x),
+        false => Err(Error::config(name, x, "in [0, 1]")),
+    }
+}
+
+fn level(t: f64) -> Result<f64> {
+    match 0.0 < t && t <= 1.0 {
+        true => Ok(t),
+        false => Err(Error::config("t", t, "in (0, 1]")),
     }
 }
 
@@ -110,23 +101,8 @@ pub struct PyWeighting(Weighting);
 #[pymethods]
 impl PyWeighting {
     #[new]
-    #[pyo3(signature = (name="nelbo", *, k=0.0))]
     fn new(name: &str, k: f64) -> PyResult<Self> {
-        Ok(PyWeighting(match name {
-            "nelbo" => Weighting::Nelbo,
-            "edm" => Weighting::Edm,
-            "iddpm" => Weighting::Iddpm,
-            "sigmoid" => Weighting::Sigmoid { k },
-            "flow_matching" => Weighting::FlowMatching,
-            "simple" => Weighting::Simple,
-            _ => {
-                return Err(to_py(Error::config(
-                    "weighting",
-                    name,
-                    "must be nelbo, edm, iddpm, sigmoid, flow_matching or simple",
-                )));
-            }
-        }))
+        Weighting::parse(name, k).map(PyWeighting).map_err(to_py)
     }
 
     fn at<'py>(
@@ -136,57 +112,43 @@ impl PyWeighting {
         t: PyReadonlyArray1<'py, f64>,
     ) -> Floats<'py> {
         map(py, t, |t| {
-            Ok(self.0.at(&schedule.0, t, schedule.0.mask_prob(t)))
+            let p = schedule.0.mask_prob(level(t)?);
+            Ok(self.0.at(&schedule.0, t, p))
         })
     }
 }
 
-/// What to draw for a batch.
+/// The noise of a batch.
 #[pyclass(name = "NoiseSpec", frozen, module = "bd3lm._core")]
 pub struct PyNoiseSpec(pub NoiseSpec);
 
 #[pymethods]
 impl PyNoiseSpec {
+    /// From all settings, and a factor for each token id where masking goes by frequency.
     #[new]
-    #[pyo3(signature = (schedule, *, estimator="bernoulli", clip=None, resample=false, weighting=None, gamma=None, count_probs=None, stratum=None, strata=true, time_conditioned=false))]
-    #[allow(clippy::too_many_arguments)]
     fn new(
-        schedule: &PySchedule,
-        estimator: &str,
-        clip: Option<(f64, f64)>,
-        resample: bool,
-        weighting: Option<&PyWeighting>,
+        settings: &Bound<'_, PyAny>,
         gamma: Option<PyReadonlyArray1<'_, f32>>,
-        count_probs: Option<Vec<f64>>,
-        stratum: Option<(u32, u32)>,
-        strata: bool,
-        time_conditioned: bool,
     ) -> PyResult<Self> {
-        let estimator = match estimator {
-            "bernoulli" => Estimator::Bernoulli { strata },
-            "count" => Estimator::Count {
-                probs: count_probs,
-                stratum,
-            },
-            "full" => Estimator::Full,
-            _ => {
-                let allowed = "must be bernoulli, count or full";
-                return Err(to_py(Error::config("estimator", estimator, allowed)));
-            }
-        };
-        let weighting = weighting.map_or(Weighting::Nelbo, |w| w.0);
+        let settings: NoiseSettings = depythonize(settings)?;
         let gamma: Option<Arc<[f32]>> = gamma.map(|g| g.as_array().iter().copied().collect());
-        let spec = NoiseSpec::new(schedule.0, estimator, clip, resample, weighting, gamma)
-            .map_err(to_py)?;
-        Ok(PyNoiseSpec(if time_conditioned {
-            spec.for_time_conditioned()
-        } else {
-            spec
-        }))
+        settings.build(gamma).map(PyNoiseSpec).map_err(to_py)
     }
 
     fn check(&self, seq_len: usize, block_size: usize) -> PyResult<()> {
         self.0.check(seq_len, block_size).map_err(to_py)
+    }
+}
+
+/// (seed, step, first row, rows of the global batch).
+pub type Key = (u64, u64, u64, u64);
+
+pub fn noise_key((seed, step, row, rows): Key) -> NoiseKey {
+    NoiseKey {
+        seed,
+        step,
+        row,
+        rows,
     }
 }
 
@@ -196,30 +158,31 @@ impl PyNoiseSpec {
 fn noise(
     py: Python<'_>,
     spec: &PyNoiseSpec,
+    key: Key,
     seq_len: usize,
     block_size: usize,
-    seed: u64,
-    step: u64,
-    first_row: u64,
-    num_rows: u64,
     x0: PyReadonlyArray1<'_, i64>,
     noisable: PyReadonlyArray1<'_, u8>,
     mut mask: PyReadwriteArray1<'_, u8>,
     mut mask_prob: PyReadwriteArray1<'_, f32>,
     mut weight: PyReadwriteArray1<'_, f32>,
 ) -> PyResult<()> {
-    let key = NoiseKey {
-        seed,
-        step,
-        row: first_row,
-        rows: num_rows,
-    };
     let (x0, noisable) = (x0.as_slice()?, noisable.as_slice()?);
     let out = NoiseBatch {
         mask: mask.as_slice_mut()?,
         mask_prob: mask_prob.as_slice_mut()?,
         weight: weight.as_slice_mut()?,
     };
-    py.detach(|| batch::noise(&spec.0, key, seq_len, block_size, x0, noisable, out))
-        .map_err(to_py)
+    py.detach(|| {
+        batch::noise(
+            &spec.0,
+            noise_key(key),
+            seq_len,
+            block_size,
+            x0,
+            noisable,
+            out,
+        )
+    })
+    .map_err(to_py)
 }

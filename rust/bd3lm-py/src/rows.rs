@@ -3,19 +3,18 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bd3lm_core::Error;
+use bd3lm_core::cpu::buffers::reserve;
 use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::read_ahead::ReadAhead;
 use bd3lm_core::data::store::TokenStore;
-use bd3lm_core::noise::NoiseKey;
+use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
-use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
-use crate::noise::PyNoiseSpec;
+use crate::noise::{Key, PyNoiseSpec, noise_key};
 use crate::store::PyTokenStore;
 
 /// Adds this module's classes and functions to `_core`.
@@ -70,19 +69,7 @@ impl PyRowPlan {
         keep_last: bool,
         documents: bool,
     ) -> PyResult<Self> {
-        if packing != "wrap" && (row_eos || stride.is_some()) {
-            let allowed = "goes with wrap where rows have a stride or an EOS of their own";
-            return Err(to_py(Error::config("packing", packing, allowed)));
-        }
-        let packing = match packing {
-            "wrap" => Packing::Wrap { row_eos, stride },
-            "aligned" => Packing::Aligned,
-            "best_fit" => Packing::BestFit,
-            _ => {
-                let allowed = "must be wrap, aligned or best_fit";
-                return Err(to_py(Error::config("packing", packing, allowed)));
-            }
-        };
+        let packing = Packing::parse(packing, row_eos, stride).map_err(to_py)?;
         let store = store.0.clone();
         let plan = py
             .detach(|| RowPlan::new(&store, seq_len, block_size, packing, keep_last))
@@ -120,7 +107,11 @@ impl PyRowPlan {
     ) -> PyResult<Gathered<'py>> {
         let rows = rows.as_slice()?;
         let shape = [rows.len(), self.plan.seq_len()];
-        let tokens = check_room(shape[0].checked_mul(shape[1]))?;
+        // NumPy's own refusal of an allocation would be a panic.
+        let tokens = shape[0].saturating_mul(shape[1]);
+        if tokens > 1 << 24 {
+            reserve("rows", &mut Vec::<[i64; 2]>::new(), tokens).map_err(to_py)?;
+        }
         let with_documents = self.documents || self.plan.may_pad();
         // SAFETY: `gather` writes all of each, or fails, and then no one sees them.
         let (x0, noisable, doc_ids) = unsafe {
@@ -153,94 +144,60 @@ impl PyRowPlan {
         Ok((x0, noisable, doc_ids.filter(|_| padded || self.documents)))
     }
 
-    /// Writes rows and their noise; returns (noisable tokens, masked tokens, any padding).
+    /// Fills a training batch: ids `x0` and `xt` [B, L], levels `mask_prob` [B, K], and the flat
+    /// positions and weights of masked tokens, of which the first so many are written; `doc_ids`
+    /// [B, L] may be empty where no row pads. Returns (noisable tokens, masked tokens, any padding).
+    #[pyo3(signature = (spec, key, rows, *, x0, doc_ids, xt, mask_prob, masked, masked_weight))]
     #[allow(clippy::too_many_arguments)]
     fn gather_noised(
         &self,
         py: Python<'_>,
         spec: &PyNoiseSpec,
-        seed: u64,
-        step: u64,
-        first_row: u64,
-        num_rows: u64,
+        key: Key,
         rows: PyReadonlyArray1<'_, u64>,
         mut x0: PyReadwriteArray1<'_, i64>,
-        mut noisable: PyReadwriteArray1<'_, u8>,
         mut doc_ids: PyReadwriteArray1<'_, i32>,
         mut xt: PyReadwriteArray1<'_, i64>,
-        mut mask: PyReadwriteArray1<'_, u8>,
         mut mask_prob: PyReadwriteArray1<'_, f32>,
-        mut weight: PyReadwriteArray1<'_, f32>,
         mut masked: PyReadwriteArray1<'_, i64>,
         mut masked_weight: PyReadwriteArray1<'_, f32>,
     ) -> PyResult<(u64, usize, bool)> {
-        let key = NoiseKey {
-            seed,
-            step,
-            row: first_row,
-            rows: num_rows,
-        };
         let rows = rows.as_slice()?;
-        let clean = CleanBatch {
-            x0: x0.as_slice_mut()?,
-            noisable: noisable.as_slice_mut()?,
-            doc_ids: doc_ids.as_slice_mut()?,
-        };
-        let out = NoisedBatch {
-            xt: xt.as_slice_mut()?,
-            noise: NoiseBatch {
-                mask: mask.as_slice_mut()?,
-                mask_prob: mask_prob.as_slice_mut()?,
-                weight: weight.as_slice_mut()?,
-            },
-            masked: masked.as_slice_mut()?,
-            masked_weight: masked_weight.as_slice_mut()?,
-        };
+        let (x0, doc_ids) = (x0.as_slice_mut()?, doc_ids.as_slice_mut()?);
+        let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
+        let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
         self.check_unchanged()?;
         let filled = py
             .detach(|| {
-                self.ahead.around(&self.store, &self.plan, rows, || {
-                    batch::gather_noised(
-                        &self.store,
-                        &self.plan,
-                        &spec.0,
-                        key,
-                        rows,
-                        self.block_size,
-                        self.documents,
-                        clean,
-                        out,
-                    )
+                // These stay here.
+                let (mut noisable, mut mask) = (vec![0; x0.len()], vec![0; x0.len()]);
+                let mut weight = vec![0.0; mask_prob.len()];
+                let clean = CleanBatch {
+                    x0,
+                    noisable: &mut noisable,
+                    doc_ids,
+                };
+                let noise = NoiseBatch {
+                    mask: &mut mask,
+                    mask_prob,
+                    weight: &mut weight,
+                };
+                let out = NoisedBatch {
+                    xt,
+                    noise,
+                    masked,
+                    masked_weight,
+                };
+                let (store, plan) = (&self.store, &self.plan);
+                let (s, documents) = (self.block_size, self.documents);
+                self.ahead.around(store, plan, rows, || {
+                    let key = noise_key(key);
+                    batch::gather_noised(store, plan, &spec.0, key, rows, s, documents, clean, out)
                 })
             })
             .map_err(to_py)?;
         Ok((filled.noisable, filled.masked, filled.padded))
     }
-}
-
-/// Zeros, or Python's `MemoryError`.
-fn zeroed(count: usize) -> PyResult<Vec<u64>> {
-    let mut values = Vec::new();
-    let reserved = values.try_reserve_exact(count);
-    reserved.map_err(|_| PyMemoryError::new_err(format!("{count} rows do not fit the memory")))?;
-    values.resize(count, 0);
-    Ok(values)
-}
-
-/// Checks that the arrays of a batch can be allocated, as NumPy's own failure is a panic here.
-fn check_room(tokens: Option<usize>) -> PyResult<usize> {
-    /// Bytes of the arrays of a batch for each token, at most.
-    const TOKEN: usize = 16;
-    /// Smaller allocations do not fail.
-    const SMALL: usize = 1 << 28;
-    let fits = |tokens: &usize| match tokens.checked_mul(TOKEN) {
-        Some(bytes) if bytes < SMALL => true,
-        Some(bytes) => Vec::<u8>::new().try_reserve_exact(bytes).is_ok(),
-        None => false,
-    };
-    tokens
-        .filter(fits)
-        .ok_or_else(|| PyMemoryError::new_err("the batch does not fit the memory"))
 }
 
 /// Rows at places `first..first + count` of the endless sequence of shuffled epochs.
@@ -252,14 +209,16 @@ fn row_order(
     first: u64,
     count: usize,
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
-    if !(1..=1 << 63).contains(&num_rows) {
-        return Err(to_py(Error::config(
-            "num_rows",
-            num_rows,
-            "must be 1 to 2^63",
-        )));
-    }
-    let mut rows = zeroed(count)?;
-    Order::new(seed, num_rows).fill(first, &mut rows);
-    Ok(PyArray1::from_vec(py, rows))
+    let order = || -> Result<Vec<u64>> {
+        let order = Order::new(seed, num_rows)?;
+        if count > 1 << 32 {
+            return Err(Error::config("count", count, "at most 2^32"));
+        }
+        let mut rows = Vec::new();
+        reserve("count", &mut rows, count)?;
+        rows.resize(count, 0);
+        order.fill(first, &mut rows)?;
+        Ok(rows)
+    };
+    Ok(PyArray1::from_vec(py, order().map_err(to_py)?))
 }

@@ -106,7 +106,7 @@ impl PyTokenStore {
     fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let offsets = self.0.doc_offsets();
         if index >= self.0.num_documents() {
-            let allowed = format!("must be below the {} documents", self.0.num_documents());
+            let allowed = format!("below the {} documents", self.0.num_documents());
             return Err(to_py(Error::config("document", index, allowed)));
         }
         let (start, end) = (offsets[index] as usize, offsets[index + 1] as usize);

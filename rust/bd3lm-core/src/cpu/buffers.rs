@@ -3,36 +3,42 @@
 use super::scratch;
 use super::threads::parallel;
 use crate::error::{Error, Result};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Numbers, about, that one thread takes at a time.
 pub(crate) const CHUNK: usize = 1 << 14;
 
-/// Checks a buffer's size.
+/// Checks the length of a buffer.
 ///
 /// # Errors
-/// It holds another number of values.
-pub(crate) fn same(name: &'static str, wanted: usize, got: usize) -> Result<()> {
-    if wanted == got {
+/// It is not the length that is needed.
+pub(crate) fn check_len(field: &'static str, needed: usize, len: usize) -> Result<()> {
+    if needed == len {
         return Ok(());
     }
-    Err(Error::config(
-        name,
-        format!("{got} numbers"),
-        format!("needs {wanted}"),
-    ))
+    Err(Error::length(field, len, needed))
 }
 
-/// Checks that there are whole rows.
+/// Checks that a buffer holds whole rows.
 ///
 /// # Errors
-/// There are not.
-pub(crate) fn whole_rows(name: &'static str, len: usize, width: usize) -> Result<()> {
+/// A width of 0, or elements left over.
+pub(crate) fn whole_rows(field: &'static str, len: usize, width: usize) -> Result<()> {
     if width > 0 && len.is_multiple_of(width) {
         return Ok(());
     }
-    let allowed = format!("needs whole rows of {width}");
-    Err(Error::config(name, format!("{len} numbers"), allowed))
+    let allowed = format!("whole rows of {width}");
+    Err(Error::config(field, format!("{len} elements"), allowed))
+}
+
+/// Makes room for `len` more elements.
+///
+/// # Errors
+/// There is not enough memory.
+pub fn reserve<T>(field: &'static str, buffer: &mut Vec<T>, len: usize) -> Result<()> {
+    let reserved = buffer.try_reserve_exact(len);
+    reserved.map_err(|_| Error::config(field, len, "few enough to fit in memory"))
 }
 
 /// `f(group, span)` for groups of whole rows, which one thread takes at a time.
@@ -66,7 +72,7 @@ pub(crate) fn sum_of_groups(
     scratch::with(&[parts * total.len()], |scratch| {
         let sums = scratch.slice(parts * total.len());
         sums.fill(0.0);
-        let shared = Shared(sums.as_mut_ptr());
+        let shared = Parts::new(&mut *sums);
         parallel(threads, parts, |part| {
             // SAFETY: each part has a row of its own.
             let sum = unsafe { shared.part(part * total.len(), total.len()) };
@@ -81,18 +87,41 @@ pub(crate) fn sum_of_groups(
     });
 }
 
-/// A buffer that threads share by groups.
-pub(crate) struct Shared<T>(pub *mut T);
+/// A borrowed buffer of which threads write disjoint parts.
+pub(crate) struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
 
-// SAFETY: threads take disjoint parts.
-unsafe impl<T: Send> Sync for Shared<T> {}
+// SAFETY: by the contract of `part` and `at`, no two threads touch one element.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
 
-impl<T> Shared<T> {
+impl<'a, T> Parts<'a, T> {
+    pub fn new(buffer: &'a mut [T]) -> Self {
+        Parts {
+            start: buffer.as_mut_ptr(),
+            len: buffer.len(),
+            borrow: PhantomData,
+        }
+    }
+
+    /// `size` elements from `first` on.
+    ///
+    /// # Panics
+    /// If they reach beyond the buffer.
+    ///
     /// # Safety
-    /// The part lies inside the buffer, and nobody else holds it.
+    /// Nobody else touches them while the part lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part(&self, first: usize, size: usize) -> &mut [T] {
-        // SAFETY: as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), size) }
+        assert!(first <= self.len && size <= self.len - first);
+        // SAFETY: inside the borrowed buffer, and the caller's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), size) }
+    }
+
+    /// Address of an element, for kernels that write some columns of every row.
+    pub fn at(&self, index: usize) -> *mut T {
+        self.start.wrapping_add(index)
     }
 }

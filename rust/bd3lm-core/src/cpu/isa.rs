@@ -1,5 +1,7 @@
 //! Instruction sets that kernels are compiled for.
 
+use crate::error::{Result, named};
+
 /// Instruction sets that the kernels are compiled for, best last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -14,6 +16,27 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// Every set by its name, best last.
+    pub const ALL: [(&'static str, Isa); 4] = [
+        ("portable", Isa::Portable),
+        ("avx2", Isa::Avx2),
+        ("avx512", Isa::Avx512),
+        ("avx512bf16", Isa::Avx512Bf16),
+    ];
+
+    /// The set of this name.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn parse(name: &str) -> Result<Isa> {
+        named("isa", name, &Isa::ALL)
+    }
+
+    /// The name of the set.
+    pub fn name(self) -> &'static str {
+        Isa::ALL[self as usize].0
+    }
+
     /// Whether this processor can run it.
     pub fn is_available(self) -> bool {
         match self {

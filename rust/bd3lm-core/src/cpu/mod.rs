@@ -11,7 +11,7 @@
 //! | `buffers` | length checks, groups of rows, disjoint parts |
 //! | [`number`] | float32 and bf16 as they are stored, e^x |
 
-pub(crate) mod buffers;
+pub mod buffers;
 #[cfg(test)]
 pub(crate) mod guarded;
 pub mod isa;

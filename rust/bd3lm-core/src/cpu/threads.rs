@@ -68,12 +68,14 @@ pub unsafe fn use_openmp(parallel: usize) {
 
 /// How often a thread takes items.
 const TURNS: usize = 16;
+/// Most threads of a job.
+pub const MOST_THREADS: usize = 1024;
 
 /// Calls `f` with every item below `items`, on up to `threads` threads, in no fixed order.
 ///
 /// A call while another thread uses our own helpers runs on its own thread alone.
 pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
-    let threads = threads.min(items);
+    let threads = threads.min(items).min(MOST_THREADS);
     // Neighbours go to one thread, as their memory is side by side; the last are few enough to
     // keep all threads busy to the end.
     let together = (items / (TURNS * threads.max(1))).max(1);

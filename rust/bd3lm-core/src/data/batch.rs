@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::cpu::buffers::{check_len, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::threads::is_owner;
 use crate::data::pack::{RowBuffers, RowPlan};
@@ -18,7 +19,7 @@ fn is_parallel(tokens: usize) -> bool {
     tokens >= PARALLEL_TOKENS && is_owner()
 }
 
-/// Rows that are prefetched while one is copied: shuffled rows lie anywhere in memory.
+/// Shuffled rows lie anywhere in memory: while one is copied, the next so many are fetched.
 const ROWS_AHEAD: usize = 4;
 
 /// Buffers of B clean rows of L tokens.
@@ -71,58 +72,49 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
         Some(row) => Err(Error::config(
             "row",
             row,
-            format!("must be below the {} rows", plan.num_rows()),
+            format!("below the {} rows", plan.num_rows()),
         )),
     }
 }
 
-/// Prefetches the first rows.
+/// Has the first rows on their way from memory, all at once.
 fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
     for row in rows.iter().take(ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
     }
 }
 
-/// Prefetches the row that is read [`ROWS_AHEAD`] iterations after row `index`.
+/// Before row `index` is read, has one that is read a little later on its way from memory.
 fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
     if let Some(row) = rows.get(index + ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
     }
 }
 
-/// Checks that a row is whole blocks.
-fn check_shape(seq_len: usize, block_size: usize) -> Result<()> {
-    if block_size > 0 && seq_len > 0 && seq_len.is_multiple_of(block_size) {
-        return Ok(());
+/// Checks that rows `key.row..key.row + rows` are in the global batch, and that its blocks can be
+/// numbered.
+fn check_key(key: &NoiseKey, rows: usize, blocks: usize) -> Result<()> {
+    let end = key.row.checked_add(rows as u64);
+    if end.is_none_or(|end| end > key.rows) {
+        let allowed = format!("at least first_row = {} and these {rows} rows", key.row);
+        return Err(Error::config("num_rows", key.rows, allowed));
     }
-    let allowed = format!("must be at least 1 and divide seq_len = {seq_len}, which must be, too");
-    Err(Error::config("block_size", block_size, allowed))
-}
-
-/// Elements of `rows` rows.
-fn elements(rows: usize, row: usize) -> Result<usize> {
-    rows.checked_mul(row).ok_or_else(|| {
-        let allowed = "must be few enough to fit the memory";
-        Error::config("rows", rows, allowed)
-    })
-}
-
-fn check_len(field: &'static str, len: usize, needed: usize) -> Result<()> {
-    if len == needed {
-        return Ok(());
+    let all = key.rows.checked_mul(blocks as u64);
+    if all.is_none_or(|all| all > 1 << 63) {
+        let allowed = format!("few enough that its {blocks} blocks a row number at most 2^63");
+        return Err(Error::config("num_rows", key.rows, allowed));
     }
-    let allowed = format!("must hold {needed} elements");
-    Err(Error::config(field, format!("{len} elements"), allowed))
+    Ok(())
 }
 
 impl<'a> CleanBatch<'a> {
     fn check(&self, plan: &RowPlan, documents: bool, tokens: usize) -> Result<()> {
-        check_len("x0", self.x0.len(), tokens)?;
-        check_len("noisable", self.noisable.len(), tokens)?;
+        check_len("x0", tokens, self.x0.len())?;
+        check_len("noisable", tokens, self.noisable.len())?;
         if self.doc_ids.is_empty() && !documents && !plan.may_pad() {
             return Ok(());
         }
-        check_len("doc_ids", self.doc_ids.len(), tokens)
+        check_len("doc_ids", tokens, self.doc_ids.len())
     }
 
     /// Cuts buffers of checked sizes into rows of L tokens.
@@ -139,9 +131,9 @@ impl<'a> CleanBatch<'a> {
 
 impl NoiseBatch<'_> {
     fn check(&self, tokens: usize, blocks: usize) -> Result<()> {
-        check_len("mask", self.mask.len(), tokens)?;
-        check_len("mask_prob", self.mask_prob.len(), blocks)?;
-        check_len("weight", self.weight.len(), blocks)
+        check_len("mask", tokens, self.mask.len())?;
+        check_len("mask_prob", blocks, self.mask_prob.len())?;
+        check_len("weight", blocks, self.weight.len())
     }
 }
 
@@ -159,7 +151,7 @@ pub fn gather(
 ) -> Result<bool> {
     check_rows(plan, rows)?;
     let l = plan.seq_len();
-    out.check(plan, documents, elements(rows.len(), l)?)?;
+    out.check(plan, documents, rows.len() * l)?;
     prefetch_first(store, plan, rows);
     let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
         prefetch_after(store, plan, rows, index);
@@ -189,23 +181,19 @@ pub fn noise(
     noisable: &[u8],
     out: NoiseBatch<'_>,
 ) -> Result<()> {
-    check_shape(seq_len, block_size)?;
     spec.check(seq_len, block_size)?;
-    if !x0.len().is_multiple_of(seq_len) {
-        let allowed = format!("must be whole rows of {seq_len}");
-        return Err(Error::config(
-            "x0",
-            format!("{} elements", x0.len()),
-            allowed,
-        ));
-    }
+    whole_rows("x0", x0.len(), seq_len)?;
     let k = seq_len / block_size;
     let rows = x0.len() / seq_len;
-    check_len("noisable", noisable.len(), x0.len())?;
+    check_len("noisable", x0.len(), noisable.len())?;
+    if let Some(n) = noisable.iter().find(|n| **n > 1) {
+        return Err(Error::config("noisable", n, "0 or 1"));
+    }
+    check_key(&key, rows, k)?;
     out.check(x0.len(), rows * k)?;
     let one = |scratch: &mut Scratch, i: usize, ids, noisable, mask, prob, weight| {
         let key = NoiseKey {
-            row: key.row.wrapping_add(i as u64),
+            row: key.row + i as u64,
             ..key
         };
         spec.noise_row(&key, ids, noisable, block_size, mask, prob, weight, scratch);
@@ -238,6 +226,59 @@ pub fn noise(
     Ok(())
 }
 
+/// Buffers of B noised rows of L tokens in K blocks, owned.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "as in CleanBatch, NoiseBatch and NoisedBatch")]
+pub struct OwnedBatch {
+    pub x0: Vec<i64>,
+    pub noisable: Vec<u8>,
+    pub doc_ids: Vec<i32>,
+    pub xt: Vec<i64>,
+    pub mask: Vec<u8>,
+    pub mask_prob: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub masked: Vec<i64>,
+    pub masked_weight: Vec<f32>,
+}
+
+impl OwnedBatch {
+    /// Room for `rows` rows of `seq_len` tokens in blocks of `block_size`.
+    pub fn new(rows: usize, seq_len: usize, block_size: usize) -> Self {
+        let (tokens, blocks) = (rows * seq_len, rows * (seq_len / block_size));
+        OwnedBatch {
+            x0: vec![0; tokens],
+            noisable: vec![0; tokens],
+            doc_ids: vec![0; tokens],
+            xt: vec![0; tokens],
+            mask: vec![0; tokens],
+            mask_prob: vec![0.0; blocks],
+            weight: vec![0.0; blocks],
+            masked: vec![0; tokens],
+            masked_weight: vec![0.0; tokens],
+        }
+    }
+
+    /// The buffers as [`gather_noised`] takes them.
+    pub fn views(&mut self) -> (CleanBatch<'_>, NoisedBatch<'_>) {
+        let clean = CleanBatch {
+            x0: &mut self.x0,
+            noisable: &mut self.noisable,
+            doc_ids: &mut self.doc_ids,
+        };
+        let noised = NoisedBatch {
+            xt: &mut self.xt,
+            noise: NoiseBatch {
+                mask: &mut self.mask,
+                mask_prob: &mut self.mask_prob,
+                weight: &mut self.weight,
+            },
+            masked: &mut self.masked,
+            masked_weight: &mut self.masked_weight,
+        };
+        (clean, noised)
+    }
+}
+
 /// Gathers and noises rows for a training step.
 ///
 /// # Errors
@@ -255,14 +296,14 @@ pub fn gather_noised(
     out: NoisedBatch<'_>,
 ) -> Result<Filled> {
     let l = plan.seq_len();
-    let tokens = elements(rows.len(), l)?;
-    check_len("xt", out.xt.len(), tokens)?;
-    check_len("masked", out.masked.len(), tokens)?;
-    check_len("masked_weight", out.masked_weight.len(), tokens)?;
+    let tokens = rows.len() * l;
+    check_len("xt", tokens, out.xt.len())?;
+    check_len("masked", tokens, out.masked.len())?;
+    check_len("masked_weight", tokens, out.masked_weight.len())?;
     let noise = out.noise;
     check_rows(plan, rows)?;
-    check_shape(l, block_size)?;
     spec.check(l, block_size)?;
+    check_key(&key, rows.len(), l / block_size)?;
     clean.check(plan, documents, tokens)?;
     noise.check(tokens, tokens / block_size)?;
     let k = l / block_size;
@@ -272,7 +313,7 @@ pub fn gather_noised(
         prefetch_after(store, plan, rows, index);
         let padded = plan.gather(store, row as usize, documents, &mut out.clean);
         let key = NoiseKey {
-            row: key.row.wrapping_add(index as u64),
+            row: key.row + index as u64,
             ..key
         };
         spec.noise_row(
@@ -436,59 +477,21 @@ mod tests {
         .unwrap()
     }
 
-    #[derive(Default)]
-    struct Buffers {
-        x0: Vec<i64>,
-        noisable: Vec<u8>,
-        doc_ids: Vec<i32>,
-        xt: Vec<i64>,
-        mask: Vec<u8>,
-        mask_prob: Vec<f32>,
-        weight: Vec<f32>,
-        masked: Vec<i64>,
-        masked_weight: Vec<f32>,
-    }
-
     fn fill(
         (store, plan): &(TokenStore, RowPlan),
         s: usize,
         rows: &[u64],
         first: u64,
         global: u64,
-    ) -> (Buffers, Filled) {
-        let n = rows.len() * plan.seq_len();
-        let mut b = Buffers {
-            x0: vec![0; n],
-            noisable: vec![0; n],
-            doc_ids: vec![0; n],
-            xt: vec![0; n],
-            mask: vec![0; n],
-            mask_prob: vec![0.0; n / s],
-            weight: vec![0.0; n / s],
-            masked: vec![0; n],
-            masked_weight: vec![0.0; n],
-        };
+    ) -> (OwnedBatch, Filled) {
+        let mut b = OwnedBatch::new(rows.len(), plan.seq_len(), s);
         let key = NoiseKey {
             seed: 5,
             step: 2,
             row: first,
             rows: global,
         };
-        let clean = CleanBatch {
-            x0: &mut b.x0,
-            noisable: &mut b.noisable,
-            doc_ids: &mut b.doc_ids,
-        };
-        let noised = NoisedBatch {
-            xt: &mut b.xt,
-            noise: NoiseBatch {
-                mask: &mut b.mask,
-                mask_prob: &mut b.mask_prob,
-                weight: &mut b.weight,
-            },
-            masked: &mut b.masked,
-            masked_weight: &mut b.masked_weight,
-        };
+        let (clean, noised) = b.views();
         let filled =
             gather_noised(store, plan, &spec(), key, rows, s, false, clean, noised).unwrap();
         (b, filled)
@@ -552,6 +555,31 @@ mod tests {
             assert_eq!(b.xt, whole.xt[part.start * 128..part.end * 128]);
             assert_eq!(b.weight, whole.weight[part.start * 32..part.end * 32]);
         }
+    }
+
+    /// Rows outside the global batch, and numbers that cannot be multiplied.
+    #[test]
+    fn noise_of_impossible_numbers_is_refused() {
+        let refused = |seq_len: usize, block_size: usize, row: u64, rows: u64, n: u8| {
+            let mut b = OwnedBatch::new(2, 8, 4);
+            let key = NoiseKey {
+                seed: 0,
+                step: 0,
+                row,
+                rows,
+            };
+            let (x0, noisable) = (vec![9; 16], vec![n; 16]);
+            let (_, out) = b.views();
+            let done = noise(&spec(), key, seq_len, block_size, &x0, &noisable, out.noise);
+            done.map_err(|e| e.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(refused(8, 4, 3, 5, 1), "");
+        assert!(refused(0, 4, 0, 2, 1).contains("seq_len = 0: must be at least 1"));
+        assert!(refused(8, 0, 0, 2, 1).contains("block_size = 0"));
+        assert!(refused(8, 4, 4, 5, 1).contains("num_rows = 5: must be at least first_row = 4"));
+        assert!(refused(8, 4, u64::MAX, u64::MAX, 1).contains("num_rows = 18446744073709551615"));
+        assert!(refused(8, 4, 0, u64::MAX, 1).contains("number at most 2^63"));
+        assert!(refused(8, 4, 0, 2, 7).contains("noisable = 7: must be 0 or 1"));
     }
 
     #[test]

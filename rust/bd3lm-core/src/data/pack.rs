@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::data::store::{TokenStore, Tokens};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, named};
 
 /// How documents become rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,30 @@ pub enum Packing {
     Aligned,
     /// As aligned, but a document stays whole where a row can hold it (best-fit decreasing).
     BestFit,
+}
+
+impl Packing {
+    /// Names of all packings, as configs and the command line spell them.
+    pub const NAMES: [&'static str; 3] = ["wrap", "aligned", "best_fit"];
+
+    /// The packing of this name; only `wrap` has an EOS a row, or a stride.
+    ///
+    /// # Errors
+    /// An unknown name, or an option that the packing does not have.
+    pub fn parse(name: &str, row_eos: bool, stride: Option<usize>) -> Result<Self> {
+        let [wrap, aligned, best_fit] = Self::NAMES;
+        let table = [
+            (wrap, Packing::Wrap { row_eos, stride }),
+            (aligned, Packing::Aligned),
+            (best_fit, Packing::BestFit),
+        ];
+        let packing = named("packing", name, &table)?;
+        if name != wrap && (row_eos || stride.is_some()) {
+            let allowed = "wrap where rows have a stride or an EOS of their own";
+            return Err(Error::config("packing", name, allowed));
+        }
+        Ok(packing)
+    }
 }
 
 /// A run of tokens inside a row, behind a BOS.
@@ -93,11 +117,11 @@ impl RowPlan {
             _ => 2,
         };
         if seq_len < shortest || seq_len > 1 << 24 {
-            let allowed = format!("must be {shortest} to {}", 1 << 24);
+            let allowed = format!("{shortest} to {}", 1 << 24);
             return Err(Error::config("seq_len", seq_len, allowed));
         }
         if block_size == 0 || !seq_len.is_multiple_of(block_size) {
-            let allowed = format!("must divide seq_len = {seq_len}");
+            let allowed = format!("a divisor of seq_len = {seq_len}");
             return Err(Error::config("block_size", block_size, allowed));
         }
         let total = store.tokens().len() as u64;
@@ -112,7 +136,7 @@ impl RowPlan {
             return Err(Error::config(
                 "seq_len",
                 seq_len,
-                format!("the data set's {total} tokens do not fill one row"),
+                format!("shorter: the data set's {total} tokens do not fill one row"),
             ));
         }
         Ok(plan)
@@ -283,11 +307,11 @@ fn wrap(
 ) -> Result<RowPlan> {
     if let Some(stride) = stride {
         if row_eos {
-            let allowed = "goes with rows that do not close with EOS";
+            let allowed = "left out where rows close with EOS";
             return Err(Error::config("stride", stride, allowed));
         }
         if stride == 0 || stride >= seq_len || !stride.is_multiple_of(block_size) {
-            let allowed = format!("must be a multiple of {block_size} below {seq_len}");
+            let allowed = format!("a multiple of {block_size} below {seq_len}");
             return Err(Error::config("stride", stride, allowed));
         }
     }

@@ -12,7 +12,7 @@ use crate::data::text::{
     Detokenizer, Input, Piece, ReadOptions, Reader, Records, expand, stopped, total_bytes,
 };
 use crate::data::tokenize::Tokenizer;
-use crate::error::{Error, Result, named};
+use crate::error::{Error, Result, first_of};
 use crate::random::mix;
 
 /// Text that travels together: a few of these are in memory at a time.
@@ -96,7 +96,7 @@ pub fn prepare(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Option<Vec<Manifest>>> {
     if !(1..=MAX_THREADS).contains(&threads) {
-        let allowed = format!("must be 1 to {MAX_THREADS}");
+        let allowed = format!("1 to {MAX_THREADS}");
         return Err(Error::config("threads", threads, allowed));
     }
     let inputs = expand(paths, options)?;
@@ -148,7 +148,7 @@ fn writers(
         return Ok(vec![StoreWriter::create(partial.path(), recipe)?]);
     };
     if !(fraction > 0.0 && fraction < 1.0) {
-        let allowed = "must be above 0 and below 1";
+        let allowed = "above 0 and below 1";
         return Err(Error::config("valid-fraction", fraction, allowed));
     }
     SIDES
@@ -173,7 +173,7 @@ fn fill_validation(
     }
     match train.num_documents() {
         1 if !train.split_only(fraction, valid)? => Err(Error::EmptySplit {
-            inputs: named(source),
+            inputs: first_of(source),
             documents: 1,
             reason:
                 "it is too short to be divided; give a longer text, or validation data of its own"

@@ -1,6 +1,6 @@
 //! Sums of gradients, kept in float32.
 
-use crate::cpu::buffers::{Shared, in_groups, same};
+use crate::cpu::buffers::{Parts, check_len, in_groups};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::Result;
@@ -10,8 +10,8 @@ use crate::error::Result;
 /// # Errors
 /// Buffers of different sizes.
 pub fn add_to<T: Stored>(sum: &mut [f32], x: &[T], first: bool, threads: usize) -> Result<()> {
-    same("sum", x.len(), sum.len())?;
-    let sum = Shared(sum.as_mut_ptr());
+    check_len("sum", x.len(), sum.len())?;
+    let sum = Parts::new(sum);
     in_groups(x.len(), 1, threads, |_, span| {
         // SAFETY: groups are disjoint and inside `sum`, which is borrowed for the whole call.
         let sum = unsafe { sum.part(span.start, span.len()) };

@@ -1,9 +1,9 @@
 //! Bias and activation of the MLP in one pass over memory, and their gradients.
 
-use crate::cpu::buffers::{Shared, in_groups, same, sum_of_groups, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::{Stored, exp_inside};
-use crate::error::Result;
+use crate::error::{Result, named};
 
 /// Slope of the logistic that stands in for GELU's tanh: 2·√(2/π).
 const SLOPE: f32 = 1.595_769;
@@ -23,7 +23,7 @@ fn gelu_of(x: f32) -> f32 {
 
 multiversion! {
     /// [`gelu`] of a few numbers where they are, by the calling thread.
-    pub(crate) fn gelu_in_place(x: &mut [f32]) {
+    fn gelu_in_place(x: &mut [f32]) {
         for x in x {
             *x = gelu_of(*x);
         }
@@ -32,7 +32,7 @@ multiversion! {
 
 multiversion! {
     /// max(x, 0)² of a few numbers where they are, by the calling thread.
-    pub(crate) fn squared_relu_in_place(x: &mut [f32]) {
+    fn squared_relu_in_place(x: &mut [f32]) {
         for x in x {
             *x = squared_relu_with_slope(*x).0;
         }
@@ -48,13 +48,37 @@ multiversion! {
     }
 }
 
-/// What the MLP does to a feature between its two products.
+/// An activation of each feature alone, between the two products of an MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pointwise {
+pub enum Activation {
     /// x·Φ(x), tanh-approximated: x·logistic(2√(2/π)·(x + 0.044715x³)).
     Gelu,
     /// max(x, 0)².
     SquaredRelu,
+}
+
+impl Activation {
+    /// Every activation by its name.
+    pub const ALL: [(&'static str, Activation); 2] = [
+        ("gelu", Activation::Gelu),
+        ("relu2", Activation::SquaredRelu),
+    ];
+
+    /// The activation of this name.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn parse(name: &str) -> Result<Self> {
+        named("activation", name, &Activation::ALL)
+    }
+
+    /// Applies it in place, by the calling thread.
+    pub(crate) fn in_place(self, x: &mut [f32]) {
+        match self {
+            Activation::Gelu => gelu_in_place(x),
+            Activation::SquaredRelu => squared_relu_in_place(x),
+        }
+    }
 }
 
 /// `out` = f(`x` + `bias`).
@@ -64,16 +88,16 @@ pub enum Pointwise {
 /// # Errors
 /// Buffers that do not fit together.
 pub fn activate<T: Stored>(
-    f: Pointwise,
+    f: Activation,
     x: &[T],
     bias: &[f32],
     out: &mut [T],
     threads: usize,
 ) -> Result<()> {
     let width = bias.len();
-    same("out", x.len(), out.len())?;
+    check_len("out", x.len(), out.len())?;
     whole_rows("x", x.len(), width)?;
-    let out = Shared(out.as_mut_ptr());
+    let out = Parts::new(out);
     in_groups(x.len(), width, threads, |_, span| {
         // SAFETY: groups are disjoint and inside `out`, which is borrowed for the whole call.
         let out = unsafe { out.part(span.start, span.len()) };
@@ -91,7 +115,7 @@ pub fn activate<T: Stored>(
 /// # Errors
 /// Buffers that do not fit together.
 pub fn activate_backward<T: Stored>(
-    f: Pointwise,
+    f: Activation,
     (x, bias): (&[T], &[f32]),
     d: &mut [T],
     out: &mut [T],
@@ -99,11 +123,11 @@ pub fn activate_backward<T: Stored>(
     threads: usize,
 ) -> Result<()> {
     let width = bias.len();
-    same("d", x.len(), d.len())?;
-    same("out", x.len(), out.len())?;
-    same("d_bias", width, d_bias.len())?;
+    check_len("d", x.len(), d.len())?;
+    check_len("out", x.len(), out.len())?;
+    check_len("d_bias", width, d_bias.len())?;
     whole_rows("x", x.len(), width)?;
-    let (d, out) = (Shared(d.as_mut_ptr()), Shared(out.as_mut_ptr()));
+    let (d, out) = (Parts::new(d), Parts::new(out));
     sum_of_groups(x.len(), width, d_bias, threads, |_, span, d_bias| {
         // SAFETY: as in `activate`.
         let (d, out) = unsafe {
@@ -134,14 +158,14 @@ fn squared_relu_with_slope(x: f32) -> (f32, f32) {
 }
 
 multiversion! {
-    fn activate_rows<T: Stored>(f: Pointwise, x: &[T], bias: &[f32], out: &mut [T]) {
+    fn activate_rows<T: Stored>(f: Activation, x: &[T], bias: &[f32], out: &mut [T]) {
         let rows = out.chunks_exact_mut(bias.len()).zip(x.chunks_exact(bias.len()));
         for (out, x) in rows {
             match f {
-                Pointwise::Gelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
+                Activation::Gelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
                     *out = T::of(gelu_of(x.get() + b));
                 },
-                Pointwise::SquaredRelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
+                Activation::SquaredRelu => for ((out, x), b) in out.iter_mut().zip(x).zip(bias) {
                     *out = T::of(squared_relu_with_slope(x.get() + b).0);
                 },
             }
@@ -152,7 +176,7 @@ multiversion! {
 multiversion! {
     /// Adds to `d_bias`.
     fn activate_rows_backward<T: Stored>(
-        f: Pointwise,
+        f: Activation,
         inputs: (&[T], &[f32]),
         d: &mut [T],
         out: &mut [T],
@@ -163,8 +187,8 @@ multiversion! {
             let inputs = (&x[start..], bias);
             let (d, out) = (&mut d[start..], &mut out[start..]);
             match f {
-                Pointwise::Gelu => row_backward(gelu_with_slope, inputs, d, out, d_bias),
-                Pointwise::SquaredRelu => {
+                Activation::Gelu => row_backward(gelu_with_slope, inputs, d, out, d_bias),
+                Activation::SquaredRelu => {
                     row_backward(squared_relu_with_slope, inputs, d, out, d_bias);
                 }
             }
@@ -211,9 +235,9 @@ mod tests {
     fn activations_equal_float64() {
         let relu2 = |x: f64| (x.max(0.0).powi(2), 2.0 * x.max(0.0));
         type Exact = fn(f64) -> (f64, f64);
-        let both: [(Pointwise, Exact); 2] = [
-            (Pointwise::Gelu, reference),
-            (Pointwise::SquaredRelu, relu2),
+        let both: [(Activation, Exact); 2] = [
+            (Activation::Gelu, reference),
+            (Activation::SquaredRelu, relu2),
         ];
         for (f, exact) in both {
             for (rows, width) in [(1, 1), (3, 17), (1, 1000), (300, 70)] {
@@ -251,7 +275,7 @@ mod tests {
         let run = |threads| {
             let (mut a, mut b) = (vec![0f32; x.len()], narrow.clone());
             let (mut out, mut d_bias) = (vec![0i16; x.len()], vec![0f32; width]);
-            let gelu = Pointwise::Gelu;
+            let gelu = Activation::Gelu;
             activate(gelu, &x, &bias, &mut a, threads).unwrap();
             let inputs = (&narrow[..], &bias[..]);
             activate_backward(gelu, inputs, &mut b, &mut out, &mut d_bias, threads).unwrap();
@@ -271,7 +295,7 @@ mod tests {
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;
-        let f = Pointwise::Gelu;
+        let f = Activation::Gelu;
         for (rows, width, at_end) in [(1, 1, true), (5, 255, false), (3, 1003, true)] {
             let new = |bytes: usize| Guarded::new(&vec![1; bytes * rows * width], at_end);
             let row = || Guarded::new(&vec![1; 4 * width], at_end);
@@ -290,8 +314,8 @@ mod tests {
         let bits: Vec<i16> = grid(4000).into_iter().map(i16::of).collect();
         let wide: Vec<f32> = bits.iter().map(|x| x.get()).collect();
         let (mut narrow, mut out) = (vec![0i16; 4000], vec![0f32; 4000]);
-        activate(Pointwise::Gelu, &bits, &[0.0; 40], &mut narrow, 1).unwrap();
-        activate(Pointwise::Gelu, &wide, &[0.0; 40], &mut out, 1).unwrap();
+        activate(Activation::Gelu, &bits, &[0.0; 40], &mut narrow, 1).unwrap();
+        activate(Activation::Gelu, &wide, &[0.0; 40], &mut out, 1).unwrap();
         for (a, b) in narrow.iter().zip(out) {
             assert_eq!(*a, i16::of(b));
         }
@@ -302,11 +326,11 @@ mod tests {
         let gelu = |x: usize, width: usize, out: usize| {
             let (x, bias) = (vec![0f32; x], vec![0f32; width]);
             let mut out = vec![0f32; out];
-            let refused = activate(Pointwise::Gelu, &x, &bias, &mut out, 1);
+            let refused = activate(Activation::Gelu, &x, &bias, &mut out, 1);
             refused.unwrap_err().to_string()
         };
-        assert!(gelu(4, 2, 3).contains("out = 3 numbers"));
-        assert!(gelu(3, 2, 3).contains("x = 3 numbers: needs whole rows of 2"));
-        assert!(gelu(3, 0, 3).contains("needs whole rows of 0"));
+        assert!(gelu(4, 2, 3).contains("out = 3 elements"));
+        assert!(gelu(3, 2, 3).contains("x = 3 elements: must be whole rows of 2"));
+        assert!(gelu(3, 0, 3).contains("must be whole rows of 0"));
     }
 }

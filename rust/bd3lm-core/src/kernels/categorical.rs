@@ -2,6 +2,7 @@
 //! each (MATH §8). A nucleus may hold most of a vocabulary, so nothing is sorted: where it ends is
 //! found by counting.
 
+use crate::cpu::buffers::Parts;
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::exp;
 use crate::cpu::threads::parallel;
@@ -18,6 +19,22 @@ pub struct Shaping<'a> {
     pub top_p: f64,
     /// Ids that are never drawn.
     pub forbidden: &'a [usize],
+}
+
+impl Shaping<'_> {
+    fn check(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            let allowed = "a finite number of at least 0";
+            return Err(Error::config("temperature", self.temperature, allowed));
+        }
+        if self.top_k == Some(0) {
+            return Err(Error::config("top_k", 0, "at least 1"));
+        }
+        if self.top_p <= 0.0 || self.top_p.is_nan() {
+            return Err(Error::config("top_p", self.top_p, "greater than 0"));
+        }
+        Ok(())
+    }
 }
 
 /// Lanes that are added side by side, so that the compiler may use vectors.
@@ -58,48 +75,29 @@ pub fn draw(
         && log_p.len() == rows;
     if !fits {
         let given = format!("{} logits for {rows} rows", logits.len());
-        return Err(Error::config("logits", given, "needs whole rows"));
+        return Err(Error::config("logits", given, "whole rows"));
+    }
+    shaping.check()?;
+    if let Some(u) = uniform.iter().find(|u| !(0.0..1.0).contains(*u)) {
+        return Err(Error::config("uniform", u, "in [0, 1)"));
     }
     if let Some(id) = shaping.forbidden.iter().find(|id| **id >= vocab) {
         return Err(Error::config("forbidden", id, format!("below {vocab}")));
     }
-    let out = Out {
-        token: token.as_mut_ptr(),
-        log_p: log_p.as_mut_ptr(),
-    };
+    let (tokens, log_ps) = (Parts::new(token), Parts::new(log_p));
     parallel(threads, rows, |row| {
         let at = row * vocab..(row + 1) * vocab;
         let own = &logits[at.clone()];
         let drawn = one_row(own, shaped.map(|s| &s[at]), uniform[row], shaping);
-        // SAFETY: `row` is below the sizes checked above, and no other item writes there.
-        unsafe { out.write(row, drawn) };
+        // SAFETY: no other item writes this row.
+        let (token, log_p) = unsafe { (tokens.part(row, 1), log_ps.part(row, 1)) };
+        (token[0], log_p[0]) = drawn;
     });
     if let Some(row) = token.iter().position(|id| *id < 0) {
-        let allowed = "no NaN, and a token with a finite logit that is not forbidden";
+        let allowed = "without NaN, with a token that is possible and not forbidden";
         return Err(Error::config("logits", format!("row {row}"), allowed));
     }
     Ok(())
-}
-
-/// The two results that threads share by rows.
-struct Out {
-    token: *mut i64,
-    log_p: *mut f64,
-}
-
-// SAFETY: threads write disjoint rows.
-unsafe impl Sync for Out {}
-
-impl Out {
-    /// # Safety
-    /// The row is inside both buffers, and nobody else touches it.
-    unsafe fn write(&self, row: usize, (token, log_p): (i64, f64)) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            *self.token.add(row) = token;
-            *self.log_p.add(row) = log_p;
-        }
-    }
 }
 
 /// Token and log-probability; −1 where no token is possible.
@@ -585,7 +583,7 @@ mod tests {
         assert!(run(&[0.0; 6], &[3]).contains("forbidden = 3"));
         assert!(run(&[0.0; 4], &[0, 1]).contains("row 0"));
         assert!(run(&[f32::NEG_INFINITY; 4], &[]).contains("row 0"));
-        assert!(run(&[0.0, 1.0, 0.0, f32::NAN], &[]).contains("row 1: no NaN"));
+        assert!(run(&[0.0, 1.0, 0.0, f32::NAN], &[]).contains("row 1: must be without NaN"));
         assert!(run(&[0.0, f32::INFINITY, 0.0, 0.0], &[]).contains("row 0"));
     }
 }

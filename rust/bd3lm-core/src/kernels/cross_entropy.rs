@@ -1,7 +1,7 @@
 //! Cross-entropy of rows of logits and its gradient, in place: all passes over a row stay in the
 //! cache, where separate operations would each go through memory.
 
-use crate::cpu::buffers::{Shared, same, sum_of_groups};
+use crate::cpu::buffers::{Parts, check_len, sum_of_groups};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::{Stored, exp};
 use crate::cpu::scratch;
@@ -140,13 +140,13 @@ pub fn cross_entropy<T: Stored>(
             logits.len(),
             ids.len()
         );
-        let allowed = "needs whole rows, and a weight and a result for each";
+        let allowed = "whole rows, with a weight and a result for each";
         return Err(Error::config("logits", given, allowed));
     }
-    same("d_bias", vocab, d_bias.len())?;
+    check_len("d_bias", vocab, d_bias.len())?;
     let outside = |id: i64| !(0..vocab as i64).contains(&id) || id == mask_id as i64;
     if mask_id >= vocab {
-        let allowed = format!("must be below the vocabulary of {vocab}");
+        let allowed = format!("below the vocabulary of {vocab}");
         return Err(Error::config("mask_id", mask_id, allowed));
     }
     if let Some(id) = ids.iter().find(|id| outside(**id)) {
@@ -156,7 +156,7 @@ pub fn cross_entropy<T: Stored>(
             vocab_size: vocab as u64,
         });
     }
-    let (logits, nll) = (Shared(logits.as_mut_ptr()), Shared(nll.as_mut_ptr()));
+    let (logits, nll) = (Parts::new(logits), Parts::new(nll));
     sum_of_groups(
         ids.len() * vocab,
         vocab,

@@ -1,6 +1,6 @@
 //! Bias, dropout and residual sum in one pass over memory, and their gradients.
 
-use crate::cpu::buffers::{Shared, in_groups, same, sum_of_groups, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ impl Dropout {
     pub fn new(seed: u64, p: f64) -> Result<Self> {
         let threshold = (p * 65536.0).round();
         if !(0.0..65536.0).contains(&threshold) {
-            return Err(Error::config("p", p, "must be in [0, 1)"));
+            return Err(Error::config("p", p, "in [0, 1)"));
         }
         let scale = (65536.0 / (65536.0 - threshold)) as f32;
         Ok(Dropout {
@@ -84,10 +84,10 @@ impl Dropout {
         threads: usize,
     ) -> Result<()> {
         let width = bias.len();
-        same("h", x.len(), h.len())?;
-        same("out", x.len(), out.len())?;
+        check_len("h", x.len(), h.len())?;
+        check_len("out", x.len(), out.len())?;
         whole_rows("x", x.len(), width)?;
-        let out = Shared(out.as_mut_ptr());
+        let out = Parts::new(out);
         in_groups(x.len(), width, threads, |group, span| {
             // SAFETY: groups are disjoint and inside `out`, which is borrowed for the whole call.
             let out = unsafe { out.part(span.start, span.len()) };
@@ -118,9 +118,9 @@ impl Dropout {
         threads: usize,
     ) -> Result<()> {
         let width = d_bias.len();
-        same("d_x", d_out.len(), d_x.len())?;
+        check_len("d_x", d_out.len(), d_x.len())?;
         whole_rows("d_out", d_out.len(), width)?;
-        let d_x = Shared(d_x.as_mut_ptr());
+        let d_x = Parts::new(d_x);
         sum_of_groups(
             d_out.len(),
             width,
@@ -289,7 +289,7 @@ mod tests {
     fn wrong_input_is_named() {
         let dropout = Dropout::new(0, 0.5).unwrap();
         let wrong = dropout.backward(&[0f32; 3], &mut [0i16; 4], &mut [0.0; 3], 1);
-        assert!(wrong.unwrap_err().to_string().contains("needs 3"));
+        assert!(wrong.unwrap_err().to_string().contains("3 elements long"));
         assert!(Dropout::new(0, 1.0).is_err() && Dropout::new(0, -0.5).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! LayerNorm and RMSNorm of the rows of the residual stream, forward and backward.
 
-use crate::cpu::buffers::{Shared, in_groups, same, sum_of_groups, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::Result;
@@ -106,10 +106,10 @@ impl Norm<'_> {
         threads: usize,
     ) -> Result<()> {
         let width = self.weight.len();
-        same("bias", width, self.bias.len())?;
+        check_len("bias", width, self.bias.len())?;
         check(width, x.len(), moments.len())?;
-        same("out", x.len(), out.len())?;
-        let (out, moments) = (Shared(out.as_mut_ptr()), Shared(moments.as_mut_ptr()));
+        check_len("out", x.len(), out.len())?;
+        let (out, moments) = (Parts::new(out), Parts::new(moments));
         in_groups(x.len(), width, threads, |_, span| {
             let (first, rows) = (span.start / width, span.len() / width);
             // SAFETY: groups are disjoint ranges of rows, inside both buffers as checked above,
@@ -142,14 +142,14 @@ impl<T: Stored> Inputs<'_, T> {
     ) -> Result<()> {
         let (width, size) = (self.weight.len(), self.x.len());
         check(width, size, self.moments.len())?;
-        same("d_out", size, self.d_out.len())?;
-        same("d_x", size, d_x.len())?;
-        same("d_weight", width, d_weight.len())?;
-        same("d_bias", width, d_bias.len())?;
+        check_len("d_out", size, self.d_out.len())?;
+        check_len("d_x", size, d_x.len())?;
+        check_len("d_weight", width, d_weight.len())?;
+        check_len("d_bias", width, d_bias.len())?;
         if !self.beside.is_empty() {
-            same("beside", size, self.beside.len())?;
+            check_len("beside", size, self.beside.len())?;
         }
-        let d_x = Shared(d_x.as_mut_ptr());
+        let d_x = Parts::new(d_x);
         let mut sums = vec![0.0; 2 * width];
         sum_of_groups(size, width, &mut sums, threads, |_, span, sums| {
             let rows = span.start / width..span.end / width;
@@ -172,7 +172,7 @@ impl<T: Stored> Inputs<'_, T> {
 
 fn check(width: usize, x: usize, moments: usize) -> Result<()> {
     whole_rows("x", x, width)?;
-    same("moments", 2 * (x / width), moments)
+    check_len("moments", 2 * (x / width), moments)
 }
 
 multiversion! {
@@ -420,8 +420,8 @@ mod tests {
                 .unwrap_err()
                 .to_string()
         };
-        assert!(run(7, 7, 4).contains("x = 7 numbers: needs whole rows of 3"));
-        assert!(run(6, 5, 4).contains("out = 5 numbers"));
-        assert!(run(6, 6, 3).contains("moments = 3 numbers"));
+        assert!(run(7, 7, 4).contains("x = 7 elements: must be whole rows of 3"));
+        assert!(run(6, 5, 4).contains("out = 5 elements"));
+        assert!(run(6, 6, 3).contains("moments = 3 elements"));
     }
 }

@@ -4,12 +4,12 @@
 //!
 //! Rows do not see each other here, so a row comes out the same, bit for bit, in any batch.
 
-use crate::cpu::buffers::same;
+use crate::cpu::buffers::check_len;
 use crate::cpu::scratch;
-use crate::error::{Error, Result};
-use crate::kernels::activation::silu_times;
+use crate::error::{Error, Result, named};
+use crate::kernels::activation::{Activation, silu_times};
 use crate::kernels::norm::normalise;
-use crate::kernels::packed_linear::{After, Packed};
+use crate::kernels::packed_linear::{Epilogue, Packed};
 use crate::kernels::rotary::rotate;
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ impl Norm {
     /// # Errors
     /// A bias of another width than the weight.
     pub fn new(weight: &[f32], bias: Option<&[f32]>, centred: bool, eps: f32) -> Result<Self> {
-        same(
+        check_len(
             "bias",
             weight.len(),
             bias.map_or(weight.len(), <[f32]>::len),
@@ -43,15 +43,24 @@ impl Norm {
     }
 }
 
-/// What stands between the two matrices of the MLP.
+/// Between the two matrices of the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// Tanh-approximated.
-    Gelu,
-    /// max(x, 0)².
-    SquaredRelu,
+pub enum Mlp {
+    /// An activation of each feature.
+    Plain(Activation),
     /// SiLU of the first half of the features times the second.
     SwiGlu,
+}
+
+impl Mlp {
+    /// The form of this name: `swiglu`, or an activation's.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn parse(name: &str) -> Result<Self> {
+        let [gelu, relu2] = Activation::ALL.map(|(name, f)| (name, Mlp::Plain(f)));
+        named("mlp", name, &[gelu, relu2, ("swiglu", Mlp::SwiGlu)])
+    }
 }
 
 /// Weights of a layer without conditioning.
@@ -69,7 +78,7 @@ pub struct Block {
     /// Into the MLP.
     pub up: Arc<Packed>,
     /// Inside it.
-    pub activation: Activation,
+    pub mlp: Mlp,
     /// Out of it.
     pub down: Arc<Packed>,
     /// Dh, features of a head.
@@ -95,20 +104,16 @@ impl Block {
     /// Two sizes that differ.
     pub fn checked(self) -> Result<Self> {
         let width = self.qkv.inputs();
-        same("norm1", width, self.norm1.weight.len())?;
-        same("norm2", width, self.norm2.weight.len())?;
-        same("out", width, self.out.outputs())?;
-        same("up", width, self.up.inputs())?;
-        same("down", width, self.down.outputs())?;
-        let halves = if self.activation == Activation::SwiGlu {
-            2
-        } else {
-            1
-        };
-        same("mlp", halves * self.down.inputs(), self.up.outputs())?;
+        check_len("norm1", width, self.norm1.weight.len())?;
+        check_len("norm2", width, self.norm2.weight.len())?;
+        check_len("out", width, self.out.outputs())?;
+        check_len("up", width, self.up.inputs())?;
+        check_len("down", width, self.down.outputs())?;
+        let halves = if self.mlp == Mlp::SwiGlu { 2 } else { 1 };
+        check_len("mlp", halves * self.down.inputs(), self.up.outputs())?;
         if let Some((q, k)) = &self.qk_norm {
-            same("q_norm", self.head_width, q.weight.len())?;
-            same("k_norm", self.head_width, k.weight.len())?;
+            check_len("q_norm", self.head_width, q.weight.len())?;
+            check_len("k_norm", self.head_width, k.weight.len())?;
         }
         let queries = self.out.inputs();
         let others = self.qkv.outputs().saturating_sub(queries);
@@ -145,26 +150,28 @@ impl Block {
         let (queries, all) = (self.out.inputs(), self.qkv.outputs());
         let keys = (all - queries) / 2;
         let (rows, length) = (h.len() / width, cos.len() / head);
-        same("h", rows * width, h.len())?;
-        same("cos", length * head, cos.len())?;
-        same("sin", length * head, sin.len())?;
-        same("q", rows * queries, q.len())?;
+        check_len("h", rows * width, h.len())?;
+        check_len("cos", length * head, cos.len())?;
+        check_len("sin", length * head, sin.len())?;
+        check_len("q", rows * queries, q.len())?;
         if rows == 0 || length == 0 {
-            return same("rows", length, rows);
+            return check_len("rows", length, rows);
         }
-        same("h", rows / length * length, rows)?;
-        same("k", rows / length * cache.capacity * keys, cache.k.len())?;
-        same("v", cache.k.len(), cache.v.len())?;
-        if cache.first + length > cache.capacity {
-            let given = cache.first + length;
-            let allowed = format!("at most {} positions", cache.capacity);
+        check_len("h", rows / length * length, rows)?;
+        let cached = (rows / length * keys).checked_mul(cache.capacity);
+        check_len("k", cached.unwrap_or(usize::MAX), cache.k.len())?;
+        check_len("v", cache.k.len(), cache.v.len())?;
+        let end = cache.first.checked_add(length);
+        if end.is_none_or(|end| end > cache.capacity) {
+            let given = format!("{length} positions from {} on", cache.first);
+            let allowed = format!("within {} positions", cache.capacity);
             return Err(Error::config("cache", given, allowed));
         }
         scratch::with(&[h.len(), rows * all], |scratch| {
             let (normed, features) = (scratch.slice(h.len()), scratch.slice(rows * all));
             normed.copy_from_slice(h);
             self.norm1.apply(normed);
-            self.qkv.apply(normed, features, After::Write, threads)?;
+            self.qkv.apply(normed, features, Epilogue::Write, threads)?;
             for (row, features) in features.chunks_exact_mut(all).enumerate() {
                 let (own_q, rest) = features.split_at_mut(queries);
                 let (own_k, own_v) = rest.split_at_mut(keys);
@@ -194,21 +201,20 @@ impl Block {
     /// # Errors
     /// Buffers of different numbers of rows.
     pub fn finish(&self, attended: &[f32], h: &mut [f32], threads: usize) -> Result<()> {
-        self.out.apply(attended, h, After::Add, threads)?;
+        self.out.apply(attended, h, Epilogue::Add, threads)?;
         let rows = h.len() / self.out.outputs();
         let (up, down) = (self.up.outputs(), self.down.inputs());
-        let gates = self.activation == Activation::SwiGlu;
+        let gates = self.mlp == Mlp::SwiGlu;
         let inner = if gates { rows * down } else { 0 };
         scratch::with(&[h.len(), rows * up, inner], |scratch| {
             let (normed, features) = (scratch.slice(h.len()), scratch.slice(rows * up));
             normed.copy_from_slice(h);
             self.norm2.apply(normed);
-            let after = match self.activation {
-                Activation::Gelu => After::Gelu,
-                Activation::SquaredRelu => After::SquaredRelu,
-                Activation::SwiGlu => After::Write,
+            let epilogue = match self.mlp {
+                Mlp::Plain(activation) => Epilogue::Activate(activation),
+                Mlp::SwiGlu => Epilogue::Write,
             };
-            self.up.apply(normed, features, after, threads)?;
+            self.up.apply(normed, features, epilogue, threads)?;
             let inner = if gates {
                 let gated = scratch.slice(inner);
                 for (both, gated) in features.chunks_exact(up).zip(gated.chunks_exact_mut(down)) {
@@ -219,7 +225,7 @@ impl Block {
             } else {
                 features
             };
-            self.down.apply(inner, h, After::Add, threads)
+            self.down.apply(inner, h, Epilogue::Add, threads)
         })
     }
 }
@@ -242,7 +248,7 @@ mod tests {
                 out: packed(4, 4),
                 norm2: norm(4),
                 up: packed(up, 4),
-                activation: Activation::Gelu,
+                mlp: Mlp::Plain(Activation::Gelu),
                 down: packed(4, 8),
                 head_width,
             }
@@ -253,24 +259,25 @@ mod tests {
         assert!(text(block(8, 3)).contains("heads of 3"));
         let block = block(8, 2).unwrap();
         let (mut q, mut k, mut v) = (vec![0.0; 8], vec![0.0; 12], vec![0.0; 12]);
-        let mut run = |rows: usize, first: usize| {
+        let mut run = |rows: usize, first: usize, capacity: usize| {
             let cache = Cache {
                 k: &mut k,
                 v: &mut v,
-                capacity: 3,
+                capacity,
                 first,
             };
             let angles = vec![1.0; 4];
             block.project(&vec![0.0; rows * 4], (&angles, &angles), &mut q, cache, 1)
         };
-        assert!(run(2, 1).is_ok());
-        assert!(
-            run(2, 2)
-                .unwrap_err()
-                .to_string()
-                .contains("at most 3 positions")
-        );
-        assert!(run(1, 0).is_err());
+        assert!(run(2, 1, 3).is_ok());
+        for first in [2, usize::MAX - 1] {
+            let refused = run(2, first, 3).unwrap_err().to_string();
+            assert!(refused.contains("within 3 positions"), "{refused}");
+        }
+        // Times 4 features it wraps to the 12 numbers that there are.
+        let refused = run(2, 0, (1 << 62) + 3).unwrap_err().to_string();
+        assert!(refused.contains("k = 12 elements"), "{refused}");
+        assert!(run(1, 0, 3).is_err());
         assert!(block.finish(&[0.0; 4], &mut [0.0; 8], 1).is_err());
         assert!(Norm::new(&[1.0; 2], Some(&[0.0]), true, 0.0).is_err());
     }

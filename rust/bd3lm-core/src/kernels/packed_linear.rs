@@ -4,8 +4,9 @@
 //! Every output is one sum over the inputs in their order, so that a row comes out the same, bit
 //! for bit, whatever rows are beside it and however many threads there are.
 
-use crate::cpu::simd::Simd;
+use crate::cpu::buffers::{Parts, reserve};
 use crate::cpu::simd::portable::Portable;
+use crate::cpu::simd::{Simd, dispatch};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{
     avx2::Avx2,
@@ -13,20 +14,18 @@ use crate::cpu::simd::{
 };
 use crate::cpu::{Isa, scratch, threads::parallel};
 use crate::error::{Error, Result};
-use crate::kernels::activation::{gelu_in_place, squared_relu_in_place};
+use crate::kernels::activation::Activation;
 use crate::kernels::product::product;
 
-/// What becomes of a product.
+/// What a product does with its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// It is the result.
+pub enum Epilogue {
+    /// Writes it.
     Write,
-    /// It is added to what the output holds.
+    /// Adds it to the output.
     Add,
-    /// Its GELU is the result, tanh-approximated.
-    Gelu,
-    /// The square of its positive part is.
-    SquaredRelu,
+    /// Writes its activation.
+    Activate(Activation),
 }
 
 /// Vectors of columns in a panel.
@@ -80,7 +79,7 @@ impl Packed {
             return Err(Error::config(
                 "linear",
                 given,
-                "needs whole rows and a bias of as many",
+                "whole rows, and a bias of as many",
             ));
         }
         let mut packed = Self {
@@ -97,7 +96,7 @@ impl Packed {
         if let Some(bias) = bias {
             packed.bias[..outputs].copy_from_slice(bias);
         }
-        packed.panels = lines((panels * panel_units).div_ceil(MAX_LANES));
+        packed.panels = lines(panels.saturating_mul(panel_units).div_ceil(MAX_LANES))?;
         for (column, row) in weight.chunks_exact(inputs).enumerate() {
             let first = column / columns * panel_units + column % columns;
             for (depth, unit) in row.chunks(pair).enumerate() {
@@ -122,49 +121,56 @@ impl Packed {
         self.inputs
     }
 
-    /// Forms x·Wᵀ + b [M, N] for rows x [M, K], and does with it what `after` says.
+    /// Forms x·Wᵀ + b [M, N] for rows x [M, K], and hands it to the epilogue.
     ///
     /// # Errors
     /// Buffers that do not hold as many rows.
-    pub fn apply(&self, x: &[f32], out: &mut [f32], after: After, threads: usize) -> Result<()> {
+    pub fn apply(
+        &self,
+        x: &[f32],
+        out: &mut [f32],
+        epilogue: Epilogue,
+        threads: usize,
+    ) -> Result<()> {
         let rows = x.len() / self.inputs;
         if rows * self.inputs != x.len() || out.len() != rows * self.outputs {
             let given = format!("{} values", x.len());
             let allowed = format!("rows of {} and as many of {}", self.inputs, self.outputs);
             return Err(Error::config("linear", given, allowed));
         }
-        match self.isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => self.apply_bf16(x, rows, out, after, threads),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => self.run(x, rows, out, after, threads, avx512),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => self.run(x, rows, out, after, threads, avx2),
-            _ => self.run(x, rows, out, after, threads, portable),
-        }
+        dispatch!(self.isa, S => self.apply_as::<S>(x, rows, out, epilogue, threads));
         Ok(())
     }
 
-    /// Rounds the rows to pairs of bf16 first.
-    #[cfg(target_arch = "x86_64")]
-    fn apply_bf16(&self, x: &[f32], rows: usize, out: &mut [f32], after: After, threads: usize) {
-        let count = rows * self.depth();
-        scratch::with(&[count], |scratch| {
-            let units = scratch.slice(count);
-            // SAFETY: only reached where the processor has the instruction set.
-            unsafe { round_avx512(x, self.inputs, units) };
-            self.run(units, rows, out, after, threads, avx512bf16);
-        });
-    }
-
-    fn run(
+    /// With the vectors that the matrix was laid out for; rounds the rows to pairs of bf16 first
+    /// where these multiply pairs.
+    fn apply_as<S: Panel>(
         &self,
         x: &[f32],
         rows: usize,
         out: &mut [f32],
-        after: After,
+        epilogue: Epilogue,
         threads: usize,
-        kernel: Kernel,
+    ) {
+        if S::PAIR == 1 {
+            return self.run::<S>(x, rows, out, epilogue, threads);
+        }
+        let count = rows * self.depth();
+        scratch::with(&[count], |scratch| {
+            let units = scratch.slice(count);
+            // SAFETY: a matrix is laid out only for an instruction set of this processor.
+            unsafe { S::round(x, self.inputs, units) };
+            self.run::<S>(units, rows, out, epilogue, threads);
+        });
+    }
+
+    fn run<S: Panel>(
+        &self,
+        x: &[f32],
+        rows: usize,
+        out: &mut [f32],
+        epilogue: Epilogue,
+        threads: usize,
     ) {
         let columns = self.columns();
         let panels = self.outputs.div_ceil(columns);
@@ -172,7 +178,7 @@ impl Packed {
         let threads = threads.min(1 + work / WORTH);
         // A few pieces a thread even out what else the machine does.
         let pieces = (4 * threads).min(panels);
-        let to = Out(out.as_mut_ptr());
+        let to = Parts::new(out);
         parallel(threads, pieces, |piece| {
             let mine = panels * piece / pieces..panels * (piece + 1) / pieces;
             for panel in mine.clone() {
@@ -186,24 +192,20 @@ impl Packed {
                     out: to.at(panel * columns),
                     ld: self.outputs,
                     live: columns.min(self.outputs - panel * columns),
-                    add: after == After::Add,
+                    add: epilogue == Epilogue::Add,
                 };
                 // SAFETY: the panel, its bias and the rows exist; `live` columns of every row of
                 // the output are this panel's alone; the instruction set is this matrix's.
-                unsafe { kernel(&job) };
+                unsafe { S::panel(&job) };
             }
-            let activate = match after {
-                After::Write | After::Add => return,
-                After::Gelu => gelu_in_place,
-                After::SquaredRelu => squared_relu_in_place,
+            let Epilogue::Activate(activation) = epilogue else {
+                return;
             };
             let span = mine.start * columns..self.outputs.min(mine.end * columns);
             for row in 0..rows {
                 // SAFETY: these columns of every row are this piece's alone, and written above.
-                activate(unsafe {
-                    let first = to.at(row * self.outputs + span.start);
-                    std::slice::from_raw_parts_mut(first, span.len())
-                });
+                activation
+                    .in_place(unsafe { to.part(row * self.outputs + span.start, span.len()) });
             }
         });
     }
@@ -226,8 +228,9 @@ impl Packed {
 
 /// Zeros on large pages, where the system gives them: a matrix is read from end to end for every
 /// token, and with small pages half of that time goes into finding them.
-fn lines(count: usize) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::with_capacity(count);
+fn lines(count: usize) -> Result<Vec<Line>> {
+    let mut lines: Vec<Line> = Vec::new();
+    reserve("linear", &mut lines, count)?;
     #[cfg(target_os = "linux")]
     // SAFETY: advice about whole pages inside an allocation of ours, which changes no content.
     unsafe {
@@ -238,25 +241,13 @@ fn lines(count: usize) -> Vec<Line> {
         libc::madvise(first as *mut _, bytes, libc::MADV_HUGEPAGE);
     }
     lines.resize(count, Line([0.0; MAX_LANES]));
-    lines
+    Ok(lines)
 }
 
 /// Two neighbours as bf16, rounded to nearest, ties to even.
 fn unit_of(even: f32, odd: f32) -> f32 {
     let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
     f32::from_bits(bits(even) | bits(odd) << 16)
-}
-
-/// Where the threads write, each its own columns.
-struct Out(*mut f32);
-
-// SAFETY: threads write disjoint columns.
-unsafe impl Sync for Out {}
-
-impl Out {
-    fn at(&self, column: usize) -> *mut f32 {
-        self.0.wrapping_add(column)
-    }
 }
 
 /// All rows times one panel.
@@ -275,7 +266,23 @@ struct Job {
     add: bool,
 }
 
-type Kernel = unsafe fn(&Job);
+/// The inner loops of one instruction set.
+///
+/// # Safety
+/// Both methods need the instruction set.
+trait Panel: Simd {
+    /// All rows times one panel.
+    ///
+    /// # Safety
+    /// The job points to buffers of the sizes it names.
+    unsafe fn panel(job: &Job);
+
+    /// Rows of `width` values as rows of pairs; an odd one is paired with zero.
+    ///
+    /// # Safety
+    /// The instruction set.
+    unsafe fn round(x: &[f32], width: usize, units: &mut [f32]);
+}
 
 /// # Safety
 /// What the job points to exists, and the instruction set of `S` too.
@@ -344,48 +351,20 @@ unsafe fn tile<S: Simd, const ROWS: usize>(job: &Job, row: usize) {
     }
 }
 
-macro_rules! kernel {
-    ($name:ident, $simd:ty, $rows:literal $(, $features:literal)?) => {
-        /// # Safety
-        /// As [`panel`].
-        $(#[target_feature(enable = $features)])?
-        unsafe fn $name(job: &Job) {
-            // SAFETY: by the contract.
-            unsafe { panel::<$simd, $rows>(job) }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-kernel!(
-    avx512bf16,
-    Avx512Bf16,
-    12,
-    "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma"
-);
-#[cfg(target_arch = "x86_64")]
-kernel!(avx512, Avx512, 12, "avx512f,avx512dq,avx512bw,avx512vl,fma");
-#[cfg(target_arch = "x86_64")]
-kernel!(avx2, Avx2, 4, "avx2,fma");
-kernel!(portable, Portable, 4);
-
-/// Rows of `width` values as rows of pairs; an odd one is paired with zero.
-///
 /// # Safety
-/// The instruction set.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma")]
-unsafe fn round_avx512(x: &[f32], width: usize, units: &mut [f32]) {
+/// As [`Panel::round`].
+#[inline(always)]
+unsafe fn round<S: Simd>(x: &[f32], width: usize, units: &mut [f32]) {
     for (row, units) in x
         .chunks_exact(width)
         .zip(units.chunks_exact_mut(width.div_ceil(2)))
     {
-        let whole = width / MAX_LANES * MAX_LANES;
-        for at in (0..whole).step_by(MAX_LANES) {
-            // SAFETY: 16 values at `at`, and half as many units.
+        let whole = width / S::W * S::W;
+        for at in (0..whole).step_by(S::W) {
+            // SAFETY: W values at `at`, and half as many units.
             unsafe {
-                let lanes = Avx512Bf16::load(row.as_ptr().add(at));
-                Avx512Bf16::store_units(units.as_mut_ptr().add(at / 2), lanes);
+                let lanes = S::load(row.as_ptr().add(at));
+                S::store_units(units.as_mut_ptr().add(at / 2), lanes);
             }
         }
         for (unit, pair) in units[whole / 2..].iter_mut().zip(row[whole..].chunks(2)) {
@@ -394,10 +373,40 @@ unsafe fn round_avx512(x: &[f32], width: usize, units: &mut [f32]) {
     }
 }
 
+macro_rules! panel {
+    ($simd:ty, $rows:literal $(, $features:literal)?) => {
+        impl Panel for $simd {
+            $(#[target_feature(enable = $features)])?
+            unsafe fn panel(job: &Job) {
+                // SAFETY: by the contract.
+                unsafe { panel::<$simd, $rows>(job) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn round(x: &[f32], width: usize, units: &mut [f32]) {
+                // SAFETY: by the contract.
+                unsafe { round::<$simd>(x, width, units) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+panel!(
+    Avx512Bf16,
+    12,
+    "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma"
+);
+#[cfg(target_arch = "x86_64")]
+panel!(Avx512, 12, "avx512f,avx512dq,avx512bw,avx512vl,fma");
+#[cfg(target_arch = "x86_64")]
+panel!(Avx2, 4, "avx2,fma");
+panel!(Portable, 4);
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::activation::{Pointwise, activate};
+    use crate::kernels::activation::activate;
     use crate::random::{Domain, Stream};
 
     fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -445,7 +454,9 @@ mod tests {
                     let (w, x64) = (rounded(&w, isa), rounded(&x, isa));
                     for threads in [1, 3] {
                         let mut out = vec![f32::NAN; rows * outputs];
-                        packed.apply(&x, &mut out, After::Write, threads).unwrap();
+                        packed
+                            .apply(&x, &mut out, Epilogue::Write, threads)
+                            .unwrap();
                         for (i, out) in out.iter().enumerate() {
                             let (r, n) = (i / outputs, i % outputs);
                             let sum: f64 = (0..inputs)
@@ -470,11 +481,11 @@ mod tests {
             let (w, x) = (numbers(outputs * inputs, 1), numbers(rows * inputs, 2));
             let packed = Packed::for_isa(&w, None, inputs, isa).unwrap();
             let mut together = vec![0.0; rows * outputs];
-            packed.apply(&x, &mut together, After::Write, 2).unwrap();
+            packed.apply(&x, &mut together, Epilogue::Write, 2).unwrap();
             for r in 0..rows {
                 let mut alone = vec![0.0; outputs];
                 let row = &x[r * inputs..(r + 1) * inputs];
-                packed.apply(row, &mut alone, After::Write, 1).unwrap();
+                packed.apply(row, &mut alone, Epilogue::Write, 1).unwrap();
                 assert_eq!(alone, together[r * outputs..(r + 1) * outputs]);
             }
         }
@@ -493,7 +504,11 @@ mod tests {
                     let (mut x, mut out) =
                         (zeros(rows * inputs, at_end), zeros(rows * outputs, at_end));
                     x.f32s().copy_from_slice(&numbers(rows * inputs, 2));
-                    for after in [After::Write, After::Add, After::Gelu] {
+                    for after in [
+                        Epilogue::Write,
+                        Epilogue::Add,
+                        Epilogue::Activate(Activation::Gelu),
+                    ] {
                         packed.apply(x.f32s(), out.f32s(), after, 2).unwrap();
                     }
                     assert!(out.f32s().iter().any(|x| *x != 0.0));
@@ -514,15 +529,19 @@ mod tests {
                 packed.apply(&x, &mut out, after, threads).unwrap();
                 out
             };
-            let plain = run(After::Write, 1);
+            let plain = run(Epilogue::Write, 1);
             let mut gelu = vec![0.0; plain.len()];
-            activate(Pointwise::Gelu, &plain, &[0.0], &mut gelu, 1).unwrap();
+            activate(Activation::Gelu, &plain, &[0.0], &mut gelu, 1).unwrap();
             for threads in [1, 3] {
-                assert_eq!(run(After::Gelu, threads), gelu);
+                assert_eq!(run(Epilogue::Activate(Activation::Gelu), threads), gelu);
                 let added = before.iter().zip(&plain).map(|(a, b)| a + b);
-                assert!(run(After::Add, threads).into_iter().eq(added));
+                assert!(run(Epilogue::Add, threads).into_iter().eq(added));
                 let squares = plain.iter().map(|x| x.max(0.0) * x.max(0.0));
-                assert!(run(After::SquaredRelu, threads).into_iter().eq(squares));
+                assert!(
+                    run(Epilogue::Activate(Activation::SquaredRelu), threads)
+                        .into_iter()
+                        .eq(squares)
+                );
             }
         }
     }
@@ -534,7 +553,7 @@ mod tests {
         assert!(Packed::new(&[0.0; 6], Some(&[0.0; 3]), 3, false).is_err());
         let packed = Packed::new(&[0.0; 6], None, 3, false).unwrap();
         let refused = |x: usize, out: usize| {
-            packed.apply(&vec![0.0; x], &mut vec![0.0; out], After::Write, 1)
+            packed.apply(&vec![0.0; x], &mut vec![0.0; out], Epilogue::Write, 1)
         };
         assert!(
             refused(4, 2)

@@ -1,6 +1,6 @@
 //! Rotary position embedding of heads, on their way between a projection and attention.
 
-use crate::cpu::buffers::{Shared, in_groups, same, whole_rows};
+use crate::cpu::buffers::{Parts, check_len, in_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ pub fn rotate_heads<T: Stored>(
 ) -> Result<()> {
     columns.check("heads", heads.len(), count)?;
     angles.check(count, heads.len())?;
-    let (len, heads) = (heads.len(), Shared(heads.as_mut_ptr()));
+    let (len, heads) = (heads.len(), Parts::new(heads));
     in_groups(len, columns.width, threads, |_, span| {
         // SAFETY: groups are disjoint ranges of rows, and the buffer is borrowed for the whole call.
         let part = unsafe { heads.part(span.start, span.len()) };
@@ -79,11 +79,11 @@ pub fn move_heads<T: Stored>(
 ) -> Result<()> {
     source.check("from", from.len(), count)?;
     target.check("to", to.len(), count)?;
-    same("to", from.len() / source.width, to.len() / target.width)?;
+    check_len("to", from.len() / source.width, to.len() / target.width)?;
     if let Some(angles) = angles {
         angles.check(count, from.len())?;
     }
-    let to = Shared(to.as_mut_ptr());
+    let to = Parts::new(to);
     in_groups(from.len(), source.width, threads, |_, span| {
         let (first, rows) = (span.start / source.width, span.len() / source.width);
         // SAFETY: groups are disjoint ranges of rows, of which both buffers have as many, and
@@ -110,11 +110,19 @@ pub fn move_heads<T: Stored>(
 impl Columns {
     fn check(self, name: &'static str, len: usize, count: usize) -> Result<()> {
         whole_rows(name, len, self.width)?;
-        if self.first + count <= self.width {
+        if self
+            .first
+            .checked_add(count)
+            .is_some_and(|end| end <= self.width)
+        {
             return Ok(());
         }
-        let given = format!("features up to {}", self.first + count);
-        Err(Error::config(name, given, format!("has {}", self.width)))
+        let given = format!("{count} features from {} on", self.first);
+        Err(Error::config(
+            name,
+            given,
+            format!("within rows of {}", self.width),
+        ))
     }
 }
 
@@ -122,14 +130,14 @@ impl Angles<'_> {
     fn check(&self, count: usize, len: usize) -> Result<()> {
         let width = self.head_width;
         if width == 0 || !width.is_multiple_of(2) || !count.is_multiple_of(width) {
-            let allowed = format!("needs whole heads of {width}, an even width");
+            let allowed = format!("whole heads of {width}, an even width");
             return Err(Error::config("count", count, allowed));
         }
         whole_rows("cos", self.cos.len(), width)?;
-        same("sin", self.cos.len(), self.sin.len())?;
+        check_len("sin", self.cos.len(), self.sin.len())?;
         if self.cos.is_empty() && len > 0 {
-            let allowed = "needs an angle for every position";
-            return Err(Error::config("cos", "0 numbers", allowed));
+            let allowed = "an angle for every position";
+            return Err(Error::config("cos", "0 elements", allowed));
         }
         Ok(())
     }
@@ -355,9 +363,13 @@ mod tests {
             .unwrap_err()
             .to_string()
         };
-        assert!(run((17, 8), 0, 4, None).contains("from = 17 numbers: needs whole rows of 8"));
-        assert!(run((16, 8), 5, 4, None).contains("from = features up to 9: has 8"));
-        assert!(run((24, 8), 0, 4, None).contains("to = 2 numbers"));
+        assert!(run((17, 8), 0, 4, None).contains("from = 17 elements: must be whole rows of 8"));
+        assert!(
+            run((16, 8), 5, 4, None)
+                .contains("from = 4 features from 5 on: must be within rows of 8")
+        );
+        assert!(run((16, 8), usize::MAX - 3, 4, None).contains("from = 4 features"));
+        assert!(run((24, 8), 0, 4, None).contains("to = 2 elements"));
         assert!(run((16, 8), 0, 6, Some(angles)).contains("whole heads of 4"));
         let other = Angles {
             sin: &[0.0; 8],

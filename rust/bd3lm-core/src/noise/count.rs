@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use statrs::function::beta::{beta_reg, ln_beta};
 
+use super::root::root;
 use super::row::{Row, Scratch};
-use super::schedule::root;
 use super::spec::{Estimator, NoiseSpec};
 use super::tables::CountTable;
 use super::weighting::Weighting;

@@ -13,6 +13,7 @@ mod binomial;
 mod choice;
 mod count;
 mod levels;
+mod root;
 mod row;
 pub mod schedule;
 mod spec;
@@ -22,8 +23,8 @@ mod tests;
 pub mod weighting;
 
 pub use row::Scratch;
-pub use schedule::Schedule;
-pub use spec::{Estimator, NoiseKey, NoiseSpec};
+pub use schedule::{Schedule, ScheduleSettings};
+pub use spec::{Estimator, NoiseKey, NoiseSettings, NoiseSpec};
 pub use weighting::Weighting;
 
 use levels::count_live;

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::schedule::{MIN_LEVEL, Schedule};
+use serde::Deserialize;
+
+use super::schedule::{MIN_LEVEL, Schedule, ScheduleSettings};
 use super::tables::CountTables;
 use super::weighting::Weighting;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, named};
 
 /// How the masked positions of a block are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +27,65 @@ pub enum Estimator {
     },
     /// Every noisable token masked with weight 1 (t ≡ 1).
     Full,
+}
+
+/// Settings of the noise, as a config names them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoiseSettings {
+    /// p(t).
+    pub schedule: ScheduleSettings,
+    /// `bernoulli`, `count` or `full`.
+    pub estimator: String,
+    /// Interval of t.
+    pub clip: Option<(f64, f64)>,
+    /// Force each block's masked share into the clip.
+    pub resample: bool,
+    /// One of [`Weighting::NAMES`].
+    pub weighting: String,
+    /// Shift of the sigmoid weighting.
+    pub weighting_k: f64,
+    /// count: q(k).
+    pub count_probs: Option<Vec<f64>>,
+    /// count: the j-th of r equal shares of q.
+    pub stratum: Option<(u32, u32)>,
+    /// bernoulli: spread the levels over strata.
+    pub strata: bool,
+    /// See [`NoiseSpec::for_time_conditioned`].
+    pub time_conditioned: bool,
+}
+
+impl NoiseSettings {
+    /// The specification, with a factor for each token id where masking goes by frequency.
+    ///
+    /// # Errors
+    /// An unknown name, a parameter out of range, or settings that do not go together.
+    pub fn build(&self, gamma: Option<Arc<[f32]>>) -> Result<NoiseSpec> {
+        let bernoulli = Estimator::Bernoulli {
+            strata: self.strata,
+        };
+        let count = Estimator::Count {
+            probs: self.count_probs.clone(),
+            stratum: self.stratum,
+        };
+        let kinds = [
+            ("bernoulli", &bernoulli),
+            ("count", &count),
+            ("full", &Estimator::Full),
+        ];
+        let spec = NoiseSpec::new(
+            self.schedule.build()?,
+            named("estimator", &self.estimator, &kinds)?.clone(),
+            self.clip,
+            self.resample,
+            Weighting::parse(&self.weighting, self.weighting_k)?,
+            gamma,
+        )?;
+        Ok(match self.time_conditioned {
+            true => spec.for_time_conditioned(),
+            false => spec,
+        })
+    }
 }
 
 /// Where a row stands, which is all that its randomness depends on.
@@ -76,7 +137,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     shown,
-                    "needs 0 <= a <= b <= 1 and b > 0",
+                    "[a, b] with 0 <= a <= b <= 1 and b > 0",
                 ));
             }
             if a == 1.0 {
@@ -86,7 +147,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     shown,
-                    "the full estimator masks everything; a clip goes with bernoulli or count",
+                    "left out with the full estimator, which masks everything",
                 ));
             } else {
                 let a = a.max(MIN_LEVEL);
@@ -95,7 +156,7 @@ impl NoiseSpec {
                         "clip",
                         shown,
                         format!(
-                            "needs a < b, and a is at least {MIN_LEVEL}; [1, 1] masks everything"
+                            "[a, b] with a < b, where a is at least {MIN_LEVEL}; or [1, 1], which masks all"
                         ),
                     ));
                 }
@@ -107,14 +168,14 @@ impl NoiseSpec {
             return Err(Error::config(
                 "resample",
                 true,
-                "goes with the bernoulli estimator and a clip",
+                "false unless the estimator is bernoulli and has a clip",
             ));
         }
         if gamma.is_some() && (!bernoulli || resample) {
             return Err(Error::config(
                 "gamma",
                 "given",
-                "frequency-informed masking goes with the bernoulli estimator, without resample",
+                "left out unless the estimator is bernoulli, without resample",
             ));
         }
         if let Some(gamma) = &gamma
@@ -123,14 +184,14 @@ impl NoiseSpec {
             return Err(Error::config(
                 "gamma",
                 "given",
-                "every factor must be greater than 0",
+                "greater than 0 for every token",
             ));
         }
         if !schedule.is_monotone() && (clip.is_some() || !bernoulli) {
             return Err(Error::config(
                 "paper_weights",
                 true,
-                "goes with the bernoulli estimator and no clip: its p(t) has no inverse",
+                "false unless the estimator is bernoulli without a clip: its p(t) has no inverse",
             ));
         }
         if let Estimator::Count { probs, stratum } = &estimator {
@@ -140,7 +201,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "count_probs",
                     "given",
-                    "every q(k) must be greater than 0",
+                    "greater than 0 for every k",
                 ));
             }
             if let Some((j, r)) = stratum
@@ -149,7 +210,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "stratum",
                     format!("({j}, {r})"),
-                    "needs index < number",
+                    "(index, number) with index < number",
                 ));
             }
         }
@@ -191,11 +252,14 @@ impl NoiseSpec {
     /// A block size that is 0 or does not divide the rows, a clip that no k/S fits, q of another
     /// length than S, or a factor table that is shorter than the vocabulary.
     pub fn check(&self, seq_len: usize, block_size: usize) -> Result<()> {
+        if seq_len == 0 {
+            return Err(Error::config("seq_len", 0, "at least 1"));
+        }
         if block_size == 0 || !seq_len.is_multiple_of(block_size) {
             return Err(Error::config(
                 "block_size",
                 block_size,
-                format!("must divide seq_len = {seq_len}"),
+                format!("a divisor of seq_len = {seq_len}"),
             ));
         }
         if self.resample {
@@ -205,7 +269,7 @@ impl NoiseSpec {
                 return Err(Error::config(
                     "clip",
                     format!("[{a}, {b}]"),
-                    format!("holds no k/{block_size} of k >= 1, so resample leaves no loss"),
+                    format!("around a k/{block_size} of k >= 1, or resample leaves no loss"),
                 ));
             }
         }

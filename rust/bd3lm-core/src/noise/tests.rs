@@ -1,7 +1,7 @@
 use super::binomial::{CHOOSE, truncated_binomial};
 use super::*;
 use crate::noise::schedule::MIN_LEVEL;
-use crate::noise::schedule::tests::all;
+use crate::noise::schedule::tests::{all, tabulated};
 use crate::random::{Domain, Stream};
 use proptest::prelude::*;
 use statrs::function::beta::{beta_reg, ln_beta};
@@ -90,7 +90,10 @@ fn estimate(spec: &NoiseSpec, block_size: usize, steps: u64) -> (f64, f64) {
 /// masks and with counts. Unclipped is the clip [1e-3, 1].
 #[test]
 fn every_schedule_is_unbiased() {
-    for schedule in all() {
+    let mut schedules = all();
+    schedules.push(tabulated(&schedules[4]));
+    schedules.push(tabulated(&schedules[6]));
+    for schedule in schedules {
         for (a, b) in [(1e-3, 1.0), (0.3, 0.8), (0.45, 0.95)] {
             let (pa, pb) = (schedule.mask_prob(a), schedule.mask_prob(b));
             let truth = exact(4, |x, y| {
@@ -104,8 +107,11 @@ fn every_schedule_is_unbiased() {
                 },
             ] {
                 // ∫ w dt over the interval: an average over t needs its width.
-                let (mean, error) =
-                    estimate(&spec(schedule, estimator.clone(), Some((a, b))), 4, 400);
+                let (mean, error) = estimate(
+                    &spec(schedule.clone(), estimator.clone(), Some((a, b))),
+                    4,
+                    400,
+                );
                 assert!(
                     (mean - truth).abs() < 5.0 * error + 1e-3 * truth,
                     "{} {estimator:?} [{a}, {b}]: {mean} ± {error}, exact {truth}",
@@ -342,7 +348,7 @@ fn count_weights_carry_the_mean_of_the_weighting() {
             stratum: None,
         };
         let schedule = Schedule::SquareRoot;
-        let s = NoiseSpec::new(schedule, estimator, None, false, weighting, None).unwrap();
+        let s = NoiseSpec::new(schedule.clone(), estimator, None, false, weighting, None).unwrap();
         let mut stream = Stream::new(9, Domain::Level, 0, 0);
         for (k, n) in [(1usize, 4usize), (2, 4), (4, 4), (3, 16)] {
             let draws: Vec<f64> = (0..40_000)
@@ -389,7 +395,7 @@ fn time_conditioned_counts_take_the_weighting_at_their_level() {
             Weighting::Simple,
         ] {
             let spec = NoiseSpec::new(
-                schedule,
+                schedule.clone(),
                 Estimator::Count {
                     probs: None,
                     stratum: None,
@@ -465,7 +471,15 @@ fn count_weights_of_simple_are_means_over_t() {
             probs: None,
             stratum: None,
         };
-        let s = NoiseSpec::new(schedule, estimator, None, false, Weighting::Simple, None).unwrap();
+        let s = NoiseSpec::new(
+            schedule.clone(),
+            estimator,
+            None,
+            false,
+            Weighting::Simple,
+            None,
+        )
+        .unwrap();
         for (k, n) in [(1usize, 1usize), (1, 4), (3, 4), (4, 4)] {
             let nodes = 100_000;
             let mean: f64 = (0..nodes)

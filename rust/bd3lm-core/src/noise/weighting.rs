@@ -1,6 +1,7 @@
 //! Reweightings of the training loss (MATH §3). Reported likelihoods always use [`Weighting::Nelbo`].
 
 use super::schedule::Schedule;
+use crate::error::{Error, Result, named};
 
 /// A factor w̃ on top of the NELBO weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +24,36 @@ pub enum Weighting {
 }
 
 impl Weighting {
+    /// Names of all weightings, as configs and the command line spell them.
+    pub const NAMES: [&'static str; 6] = [
+        "nelbo",
+        "edm",
+        "iddpm",
+        "sigmoid",
+        "flow_matching",
+        "simple",
+    ];
+
+    /// The weighting of this name; `k` shifts the sigmoid.
+    ///
+    /// # Errors
+    /// An unknown name, or a `k` that is not finite.
+    pub fn parse(name: &str, k: f64) -> Result<Self> {
+        if !k.is_finite() {
+            return Err(Error::config("weighting_k", k, "finite"));
+        }
+        let [nelbo, edm, iddpm, sigmoid, flow_matching, simple] = Self::NAMES;
+        let table = [
+            (nelbo, Weighting::Nelbo),
+            (edm, Weighting::Edm),
+            (iddpm, Weighting::Iddpm),
+            (sigmoid, Weighting::Sigmoid { k }),
+            (flow_matching, Weighting::FlowMatching),
+            (simple, Weighting::Simple),
+        ];
+        named("weighting", name, &table)
+    }
+
     /// w̃ where tokens are masked with probability p; `schedule` matters to `Simple` alone.
     pub fn at(&self, schedule: &Schedule, t: f64, p: f64) -> f64 {
         // λ = log(α/(1−α)) clamped to ±20, in the form that keeps both tails exact.

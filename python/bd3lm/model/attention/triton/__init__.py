@@ -24,6 +24,7 @@ LIMITS = (
     "takes fp16, bf16 or fp32 tensors of one dtype on a GPU, heads of up to 256 features, "
     "and the last clean block"
 )
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Heads of other widths are copied into ones that are a multiple of this, so that rows begin where
 # wide loads may.
 WIDTH_STEP = 16
@@ -44,7 +45,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> b
     """Whether the kernels take these inputs."""
     return (
         q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and q.dtype in DTYPES
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] <= 256
         and (isinstance(mask, CachedMask) or mask.last_clean)

@@ -75,3 +75,32 @@ pub(crate) trait Simd: Copy + 'static {
     /// W rows of W units at both pointers.
     unsafe fn transpose(src: *const f32, ld_src: usize, dst: *mut f32, ld_dst: usize);
 }
+
+/// Evaluates an expression with `$simd` as the vectors of an instruction set.
+macro_rules! dispatch {
+    ($isa:expr, $simd:ident => $body:expr) => {
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512Bf16 => {
+                type $simd = $crate::cpu::simd::avx512::Avx512Bf16;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512 => {
+                type $simd = $crate::cpu::simd::avx512::Avx512;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx2 => {
+                type $simd = $crate::cpu::simd::avx2::Avx2;
+                $body
+            }
+            _ => {
+                type $simd = $crate::cpu::simd::portable::Portable;
+                $body
+            }
+        }
+    };
+}
+
+pub(crate) use dispatch;

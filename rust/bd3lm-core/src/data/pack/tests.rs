@@ -169,7 +169,7 @@ fn what_is_not_allowed_names_itself() {
             .unwrap_err()
             .to_string()
     };
-    assert!(message(8, 3, WRAP).contains("block_size = 3: must divide seq_len = 8"));
+    assert!(message(8, 3, WRAP).contains("block_size = 3: must be a divisor of seq_len = 8"));
     assert!(message(8, 0, WRAP).contains("block_size = 0"));
     assert!(message(1, 1, WRAP).contains("seq_len = 1"));
     assert!(message(64, 4, WRAP).contains("do not fill one row"));

@@ -202,7 +202,7 @@ impl TokenStore {
     /// Lengths that do not add up to the ids, or an id outside the vocabulary.
     pub fn from_arrays(ids: Vec<i32>, lengths: &[u64], vocab: Vocab) -> Result<Self> {
         if vocab.vocab_size > MAX_VOCAB {
-            let allowed = format!("must be at most {MAX_VOCAB}");
+            let allowed = format!("at most {MAX_VOCAB}");
             return Err(Error::config("vocab_size", vocab.vocab_size, allowed));
         }
         let mut offsets = Vec::with_capacity(lengths.len() + 1);
@@ -215,7 +215,7 @@ impl TokenStore {
             return Err(Error::config(
                 "lengths",
                 format!("a sum of {end}"),
-                format!("must add up to the {} ids", ids.len()),
+                format!("{}, the number of ids", ids.len()),
             ));
         }
         let mut store = TokenStore {

@@ -286,13 +286,7 @@ impl StoreWriter {
 }
 
 fn length(tokens: u64) -> Result<i32> {
-    i32::try_from(tokens).map_err(|_| {
-        Error::config(
-            "document",
-            format!("{tokens} tokens"),
-            "must hold fewer than 2^31 tokens",
-        )
-    })
+    i32::try_from(tokens).map_err(|_| Error::config("document", tokens, "fewer than 2^31 tokens"))
 }
 
 /// Writes whole documents of ids to a new data set at `target`.

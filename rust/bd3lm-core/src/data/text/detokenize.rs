@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use regex::{Captures, Regex};
 
-use crate::error::{Error, Result};
+use crate::error::{Result, named};
 
 /// Whose conventions a text follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,16 +33,17 @@ const ALL: [(&str, Detokenizer); 5] = [
 ];
 
 impl Detokenizer {
-    /// By name.
+    /// Names of all detokenizers, as the command line spells them.
+    pub fn names() -> [&'static str; ALL.len()] {
+        ALL.map(|(name, _)| name)
+    }
+
+    /// The detokenizer of this name.
     ///
     /// # Errors
     /// [`Error::Config`] that lists the names there are.
     pub fn named(name: &str) -> Result<Self> {
-        let found = ALL.iter().find(|(known, _)| *known == name);
-        found.map(|(_, value)| *value).ok_or_else(|| {
-            let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
-            Error::config("detokenizer", name, format!("one of {}", names.join(", ")))
-        })
+        named("detokenizer", name, &ALL)
     }
 
     /// Its name.

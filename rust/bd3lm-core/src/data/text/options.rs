@@ -1,7 +1,7 @@
 //! How text files are read.
 
 use super::detokenize::Detokenizer;
-use crate::error::{Error, Result};
+use crate::error::{Result, named};
 
 /// How a file holds its documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,17 +22,13 @@ impl Format {
     /// # Errors
     /// [`Error::Config`] that lists the names.
     pub fn named(name: &str) -> Result<Self> {
-        match name {
-            "txt" => Ok(Format::Text),
-            "jsonl" => Ok(Format::JsonLines),
-            "json" => Ok(Format::Json),
-            "parquet" => Ok(Format::Parquet),
-            _ => Err(Error::config(
-                "format",
-                name,
-                "must be txt, jsonl, json or parquet",
-            )),
-        }
+        let table = [
+            ("txt", Format::Text),
+            ("jsonl", Format::JsonLines),
+            ("json", Format::Json),
+            ("parquet", Format::Parquet),
+        ];
+        named("format", name, &table)
     }
 }
 

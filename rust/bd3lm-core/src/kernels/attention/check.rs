@@ -1,6 +1,7 @@
 //! What must hold of the arguments before any pointer is followed.
 
 use super::{Backward, Dtype, Forward, MAX_HEAD_WIDTH, Tensor};
+use crate::cpu::threads::MOST_THREADS;
 use crate::{Error, Result};
 
 fn bad<T>(field: &'static str, value: impl ToString, allowed: &str) -> Result<T> {
@@ -10,7 +11,7 @@ fn bad<T>(field: &'static str, value: impl ToString, allowed: &str) -> Result<T>
 fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Result<()> {
     if x.shape != shape {
         let got = format!("shape {:?}", x.shape);
-        return bad(name, got, &format!("a tensor of shape {shape:?} is needed"));
+        return bad(name, got, &format!("of shape {shape:?}"));
     }
     if x.dtype != dtype {
         return bad(
@@ -19,17 +20,19 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
             &format!("{dtype:?}, as the queries"),
         );
     }
-    let empty = x.shape.contains(&0);
-    if !empty && (x.ptr.is_null() || !(x.ptr as usize).is_multiple_of(dtype.size())) {
-        return bad(name, format!("address {:?}", x.ptr), "an aligned address");
+    if x.is_empty() {
+        return Ok(()); // no pointer or stride of it is followed
+    }
+    if x.ptr.is_null() || !(x.ptr as usize).is_multiple_of(dtype.size()) {
+        return bad(
+            name,
+            format!("address {:?}", x.ptr),
+            "aligned to its elements",
+        );
     }
     if x.strides.iter().any(|&s| s < 0) || (x.strides[3] != 1 && x.shape[3] > 1) {
         let got = format!("strides {:?}", x.strides);
-        return bad(
-            name,
-            got,
-            "strides are not negative, and 1 along the last axis",
-        );
+        return bad(name, got, "not negative, and 1 along the last axis");
     }
     let elements = x
         .shape
@@ -41,11 +44,7 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
                 .checked_add(sum)
         });
     if elements.is_none_or(|n| n > isize::MAX as usize / dtype.size()) {
-        return bad(
-            name,
-            format!("strides {:?}", x.strides),
-            "a tensor that fits in memory",
-        );
+        return bad(name, format!("strides {:?}", x.strides), "within memory");
     }
     Ok(())
 }
@@ -63,11 +62,7 @@ fn distinct(name: &'static str, x: &Tensor) -> Result<()> {
     for (stride, n) in axes {
         if stride as usize <= reach {
             let got = format!("strides {:?}", x.strides);
-            return bad(
-                name,
-                got,
-                "a result has every element in a place of its own",
-            );
+            return bad(name, got, "such that no two elements share a place");
         }
         reach += stride as usize * (n - 1);
     }
@@ -79,17 +74,13 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     let [batch, heads, queries, width] = args.q.shape;
     let dtype = args.q.dtype;
     if width == 0 || width > MAX_HEAD_WIDTH {
-        return bad(
-            "q",
-            format!("head width {width}"),
-            "head widths are 1 to 256",
-        );
+        return bad("q", format!("head width {width}"), "1 to 256");
     }
     tensor("q", &args.q, args.q.shape, dtype)?;
     let [_, kv_heads, keys, _] = args.k.shape;
     if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
         let got = format!("{kv_heads} key heads for {heads} query heads");
-        return bad("k", got, "query heads are a multiple of key heads");
+        return bad("k", got, "a divisor of the query heads");
     }
     if keys > i32::MAX as usize / 2 || args.mask.clean_offset > keys {
         return bad(
@@ -103,26 +94,26 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     tensor("v", &args.v, shape, dtype)?;
     tensor("out", &args.out, args.q.shape, dtype)?;
     distinct("out", &args.out)?;
-    if !(args.lse.0 as usize).is_multiple_of(4) || (args.lse.0.is_null() && heads * queries > 0) {
+    if !(args.lse.0 as usize).is_multiple_of(4) || (args.lse.0.is_null() && !args.q.is_empty()) {
         return bad(
             "lse",
             format!("address {:?}", args.lse.0),
-            "an aligned address",
+            "aligned to float32",
         );
     }
-    if args.options.threads == 0 || args.options.threads > 1024 {
-        return bad("threads", args.options.threads, "1 to 1024 threads");
+    if args.options.threads == 0 || args.options.threads > MOST_THREADS {
+        return bad("threads", args.options.threads, "1 to 1024");
     }
     if !args.options.scale.is_finite() || args.options.scale <= 0.0 {
         return bad("scale", args.options.scale, "a positive number");
     }
     let ranges = args.mask.ranges;
     let rows = ranges.clean_lo.len();
-    if rows != queries && rows != batch * queries {
+    if rows != queries && Some(rows) != batch.checked_mul(queries) {
         return bad(
             "mask",
             format!("{rows} rows"),
-            "one row a query, for all or for each batch row",
+            "one for each query, of one row or of every row",
         );
     }
     if [ranges.clean_hi, ranges.noised_lo, ranges.noised_hi]

@@ -6,6 +6,7 @@
 use super::backend::{MAX_W, NV, QT};
 use crate::cpu::prefetch::prefetch_line;
 use crate::cpu::simd::Simd;
+use crate::error::{Result, named};
 use std::ops::Range;
 
 /// What a tensor holds.
@@ -18,6 +19,14 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// The type of this name: `f32` or `bf16`.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn parse(name: &str) -> Result<Dtype> {
+        named("dtype", name, &[("f32", Dtype::F32), ("bf16", Dtype::Bf16)])
+    }
+
     /// Bytes of an element.
     pub fn size(self) -> usize {
         match self {

@@ -28,12 +28,7 @@ pub use layout::Dtype;
 pub use tiles::Ranges;
 
 use crate::cpu::Isa;
-use crate::cpu::simd::portable::Portable;
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::{
-    avx2::Avx2,
-    avx512::{Avx512, Avx512Bf16},
-};
+use crate::cpu::simd::dispatch;
 use crate::cpu::threads::parallel;
 use crate::{Error, Result};
 use backend::{Backend, QT};
@@ -63,6 +58,29 @@ unsafe impl Send for Tensor {}
 unsafe impl Sync for Tensor {}
 
 impl Tensor {
+    /// Whether it has no element.
+    fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Fills it with zeros.
+    ///
+    /// # Safety
+    /// Its elements, as shape and strides say, are writable.
+    unsafe fn clear(&self) {
+        let [batch, heads, rows, width] = self.shape;
+        for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+            // SAFETY: b and h are below the shape's.
+            let head = unsafe { self.head(b, h) };
+            for row in 0..rows as isize {
+                let bytes = self.dtype.size();
+                let start = head.ptr.wrapping_offset(row * head.stride * bytes as isize);
+                // SAFETY: a row of the tensor; its elements are adjacent.
+                unsafe { start.write_bytes(0, width * bytes) };
+            }
+        }
+    }
+
     /// # Safety
     /// `b` and `h` are below the shape's.
     unsafe fn head(&self, b: usize, h: usize) -> Rows {
@@ -145,7 +163,8 @@ pub struct Backward<'a> {
     pub dv: Tensor,
 }
 
-/// Softmax attention over the keys that the mask allows; zero for queries without any.
+/// Softmax attention over the keys that the mask allows; zero for queries without any. Without
+/// queries there is nothing to write.
 ///
 /// # Errors
 /// [`Error::Config`] for shapes, strides, dtypes or ranges that do not fit together, and for an
@@ -157,23 +176,16 @@ pub struct Backward<'a> {
 pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
     check::forward(args)?;
     let isa = choose(args.options.isa, args.q.dtype)?;
+    if args.q.is_empty() {
+        return Ok(());
+    }
     let plans = plans(args)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => forward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => forward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => forward_with::<Avx2>(args, &plans),
-            _ => forward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => forward_with::<B>(args, &plans)) };
     Ok(())
 }
 
-/// Gradients of [`forward`] for the gradient of its output.
+/// Gradients of [`forward`] for the gradient of its output; zero where there are no queries.
 ///
 /// # Errors
 /// As [`forward`].
@@ -183,19 +195,14 @@ pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
 pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
     check::backward(args)?;
     let isa = choose(args.forward.options.isa, args.forward.q.dtype)?;
+    if args.forward.q.is_empty() {
+        // SAFETY: by the contract; an empty tensor has no rows.
+        unsafe { [args.dk, args.dv].iter().for_each(|x| x.clear()) };
+        return Ok(());
+    }
     let plans = plans(&args.forward)?;
     // SAFETY: the processor has the instruction set; the rest is this function's contract.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => backward_with::<Avx512Bf16>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => backward_with::<Avx512>(args, &plans),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => backward_with::<Avx2>(args, &plans),
-            _ => backward_with::<Portable>(args, &plans),
-        }
-    }
+    unsafe { dispatch!(isa, B => backward_with::<B>(args, &plans)) };
     Ok(())
 }
 
@@ -331,10 +338,7 @@ fn plans(args: &Forward<'_>) -> Result<Vec<Plan>> {
         clean_offset,
     } = args.mask;
     let queries = args.q.shape[2];
-    let rows = match queries {
-        0 => 1,
-        queries => (ranges.clean_lo.len() / queries).max(1),
-    };
+    let rows = ranges.clean_lo.len() / queries;
     (0..rows)
         .map(|b| {
             let at = b * queries..(b + 1) * queries;
@@ -355,8 +359,8 @@ fn choose(forced: Option<Isa>, dtype: Dtype) -> Result<Isa> {
     if !isa.is_available() {
         return Err(Error::config(
             "isa",
-            format!("{isa:?}"),
-            format!("this processor has at most {:?}", Isa::best()),
+            isa.name(),
+            format!("at most {}, the best of this processor", Isa::best().name()),
         ));
     }
     Ok(match (isa, dtype) {

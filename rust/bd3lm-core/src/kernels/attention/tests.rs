@@ -279,6 +279,41 @@ fn training_masks_match_the_reference() {
     }
 }
 
+/// No batch row, no query, no key: empty or zero outputs, and zero gradients.
+#[test]
+fn empty_inputs_give_empty_outputs_and_zero_gradients() {
+    let case = Case::training(8, 2, 16);
+    let none = Case {
+        batch: 0,
+        ..Case::training(8, 2, 16)
+    };
+    let no_queries = Case {
+        queries: 0,
+        ranges: Default::default(),
+        ..Case::training(8, 2, 16)
+    };
+    let no_keys = Case {
+        keys: 0,
+        clean_offset: 0,
+        ranges: case.ranges.each_ref().map(|r| vec![0; r.len()]),
+        ..Case::training(8, 2, 16)
+    };
+    for case in [none, no_queries, no_keys] {
+        for isa in ISAS.into_iter().filter(|isa| isa.is_available()) {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let [out, lse, dq, dk, dv] = run(&case, isa, dtype, 2);
+                let queries = case.batch * case.heads * case.queries;
+                let keys = case.batch * case.kv_heads * case.keys;
+                assert_eq!(out, vec![0.0; queries * case.width]);
+                assert_eq!(lse, vec![f64::NEG_INFINITY; queries]);
+                assert_eq!(dq, out);
+                assert_eq!(dk, vec![0.0; keys * case.width]);
+                assert_eq!(dv, dk);
+            }
+        }
+    }
+}
+
 /// Scratch is used again: an odd width leaves half a unit of bf16 that the last call may have
 /// filled.
 #[test]

@@ -204,7 +204,7 @@ impl Plan {
                     return Err(Error::config(
                         "mask",
                         format!("{lo}..{hi}"),
-                        format!("ranges of keys lie inside 0..{limit}"),
+                        format!("inside 0..{limit}"),
                     ));
                 }
             }

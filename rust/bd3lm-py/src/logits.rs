@@ -1,10 +1,10 @@
-//! What is done with logits: cross-entropy in place, and draws.
+//! Cross-entropy of logits, in place, and draws from them.
 
 use bd3lm_core::kernels::{categorical, cross_entropy as kernel};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
-use crate::elementwise::{Out, of_one_width};
+use crate::arrays::{Out, of_one_width};
 use crate::errors::to_py;
 
 /// Adds this module's functions to `_core`.

@@ -1,14 +1,14 @@
-//! What stands between the products of a layer, over flat arrays.
+//! Fused operations between the matrix products of a layer, over flat arrays.
 
 use bd3lm_core::kernels::accumulate;
-use bd3lm_core::kernels::activation::{self, Pointwise};
+use bd3lm_core::kernels::activation::{self, Activation};
 use bd3lm_core::kernels::dropout::Dropout;
 use bd3lm_core::kernels::norm::{Inputs, Norm};
 use bd3lm_core::kernels::rotary::{self, Angles, Columns};
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
+use crate::arrays::{In, Out, of_one_width};
 use crate::errors::to_py;
 
 /// Adds this module's functions to `_core`.
@@ -24,82 +24,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(move_heads, m)?)
 }
 
-/// Numbers in either width; bf16 comes as the bits in an int16 array, for NumPy has no bf16.
-enum In<'py> {
-    F32(PyReadonlyArray1<'py, f32>),
-    Bf16(PyReadonlyArray1<'py, i16>),
-}
-
-/// As [`In`], to be written.
-pub enum Out<'py> {
-    F32(PyReadwriteArray1<'py, f32>),
-    Bf16(PyReadwriteArray1<'py, i16>),
-}
-
-fn neither() -> PyErr {
-    PyTypeError::new_err("an array must be of float32 or of bf16 bits in int16, of one dimension")
-}
-
-// By hand: what is derived words an error for float32 before it tries bf16, which takes 10 µs.
-impl<'py> FromPyObject<'_, 'py> for In<'py> {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(array) = object.cast::<PyArray1<f32>>() {
-            return Ok(In::F32(array.try_readonly()?));
-        }
-        let array = object.cast::<PyArray1<i16>>().map_err(|_| neither())?;
-        Ok(In::Bf16(array.try_readonly()?))
-    }
-}
-
-impl<'py> FromPyObject<'_, 'py> for Out<'py> {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(array) = object.cast::<PyArray1<f32>>() {
-            return Ok(Out::F32(array.try_readwrite()?));
-        }
-        let array = object.cast::<PyArray1<i16>>().map_err(|_| neither())?;
-        Ok(Out::Bf16(array.try_readwrite()?))
-    }
-}
-
-/// Calls a function without the GIL, on slices that are all of one of the two widths.
-macro_rules! of_one_width {
-    ($py:ident, [$($input:ident),*], [$($output:ident),*], $call:expr) => {
-        match ($($input,)* $($output,)*) {
-            ($(In::F32($input),)* $(Out::F32(mut $output),)*) => {
-                $(let $input = $input.as_slice()?;)*
-                $(let $output = $output.as_slice_mut()?;)*
-                $py.detach(|| $call)
-            }
-            ($(In::Bf16($input),)* $(Out::Bf16(mut $output),)*) => {
-                $(let $input = $input.as_slice()?;)*
-                $(let $output = $output.as_slice_mut()?;)*
-                $py.detach(|| $call)
-            }
-            #[allow(unreachable_patterns)] // where there is but one array
-            _ => {
-                let message = "the arrays must all be float32 or all bf16 bits";
-                return Err(pyo3::exceptions::PyTypeError::new_err(message));
-            }
-        }
-        .map_err(crate::errors::to_py)
-    };
-}
-pub(crate) use of_one_width;
-
-fn pointwise(name: &str) -> PyResult<Pointwise> {
-    match name {
-        "gelu" => Ok(Pointwise::Gelu),
-        "relu2" => Ok(Pointwise::SquaredRelu),
-        _ => Err(PyValueError::new_err(format!(
-            "activation = {name}: gelu or relu2"
-        ))),
-    }
-}
-
 /// Fills `out`.
 #[pyfunction]
 fn activate(
@@ -110,7 +34,10 @@ fn activate(
     out: Out<'_>,
     threads: usize,
 ) -> PyResult<()> {
-    let (f, bias) = (pointwise(activation)?, bias.as_slice()?);
+    let (f, bias) = (
+        Activation::parse(activation).map_err(to_py)?,
+        bias.as_slice()?,
+    );
     of_one_width!(
         py,
         [x],
@@ -132,7 +59,10 @@ fn activate_backward(
     mut d_bias: PyReadwriteArray1<'_, f32>,
     threads: usize,
 ) -> PyResult<()> {
-    let (f, bias) = (pointwise(activation)?, bias.as_slice()?);
+    let (f, bias) = (
+        Activation::parse(activation).map_err(to_py)?,
+        bias.as_slice()?,
+    );
     let d_bias = d_bias.as_slice_mut()?;
     of_one_width!(
         py,

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use bd3lm_core::kernels::packed_layer::{Activation, Block, Cache, Norm};
-use bd3lm_core::kernels::packed_linear::{After, Packed};
+use bd3lm_core::kernels::packed_layer::{Block, Cache, Mlp, Norm};
+use bd3lm_core::kernels::packed_linear::{Epilogue, Packed};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
@@ -46,7 +45,7 @@ impl PackedLinear {
         threads: usize,
     ) -> PyResult<()> {
         let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
-        py.detach(|| self.0.apply(x, out, After::Write, threads))
+        py.detach(|| self.0.apply(x, out, Epilogue::Write, threads))
             .map_err(to_py)
     }
 }
@@ -71,7 +70,7 @@ struct PackedBlock(Block);
 #[pymethods]
 impl PackedBlock {
     #[new]
-    #[pyo3(signature = (*, norm1, qkv, q_norm, k_norm, out, norm2, up, activation, down, head_width))]
+    #[pyo3(signature = (*, norm1, qkv, q_norm, k_norm, out, norm2, up, mlp, down, head_width))]
     #[expect(clippy::too_many_arguments, reason = "named in Python")]
     fn new(
         norm1: NormOf<'_>,
@@ -81,19 +80,10 @@ impl PackedBlock {
         out: &PackedLinear,
         norm2: NormOf<'_>,
         up: &PackedLinear,
-        activation: &str,
+        mlp: &str,
         down: &PackedLinear,
         head_width: usize,
     ) -> PyResult<Self> {
-        let activation = match activation {
-            "gelu" => Activation::Gelu,
-            "relu2" => Activation::SquaredRelu,
-            "swiglu" => Activation::SwiGlu,
-            other => {
-                let text = format!("activation = {other}: gelu, relu2 or swiglu");
-                return Err(PyValueError::new_err(text));
-            }
-        };
         let qk_norm = match (q_norm, k_norm) {
             (Some(q), Some(k)) => Some((norm(&q)?, norm(&k)?)),
             _ => None,
@@ -105,7 +95,7 @@ impl PackedBlock {
             out: out.0.clone(),
             norm2: norm(&norm2)?,
             up: up.0.clone(),
-            activation,
+            mlp: Mlp::parse(mlp).map_err(to_py)?,
             down: down.0.clone(),
             head_width,
         };

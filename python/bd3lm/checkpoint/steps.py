@@ -1,0 +1,177 @@
+"""Checkpoints of a run: numbered folders, and pointers to the last and the best of them.
+
+| name in ``RUN/checkpoint/`` | content |
+| --- | --- |
+| ``step-00000350/`` | a complete checkpoint, never changed once it has this name |
+| ``latest`` | the name of the folder to resume from, replaced atomically |
+| ``best`` | the name of the folder of the best validation so far, if there were any |
+
+A folder gets its name when all its files are on the disk, and the pointer is replaced after that.
+An older folder is removed after the pointer is on the disk too. So whatever moment the machine
+stops at, ``latest`` names a whole checkpoint. Readers rename and remove nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bd3lm.checkpoint.record import read_bytes
+from bd3lm.errors import CheckpointError, ExistsError, MissingFileError
+from bd3lm.files import (
+    make_directory,
+    new_directory,
+    remove_directory,
+    storage_errors,
+    write_text,
+)
+
+FOLDER = "checkpoint"
+"""Of a run's checkpoints, inside the run."""
+LATEST, BEST = "latest", "best"
+FILES = ("config.json", "model.safetensors", "training.safetensors", "tokenizer.json")
+"""Files of one checkpoint."""
+_STEP = re.compile(r"step-(\d{8,18})")
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find the folder of one checkpoint.
+
+    Args:
+        path: a run, its folder of checkpoints (the last one is taken), one checkpoint's folder, a
+            pointer, or a file of weights inside a checkpoint.
+
+    Raises:
+        MissingFileError: there is no such file or folder.
+        CheckpointError: it holds no checkpoint.
+    """
+    if path.is_file():
+        if path.name in (LATEST, BEST):
+            return _follow(path)
+        if path.name.endswith(_WEIGHTS) or path.name == "config.json":
+            return path.parent
+        raise CheckpointError(f"{path} is not a checkpoint, which is a folder")
+    if not path.is_dir():
+        raise MissingFileError(f"{path}: no such checkpoint directory")
+    inside = path / FOLDER
+    folder = inside if inside.is_dir() else path
+    if (folder / LATEST).exists():
+        return _follow(folder / LATEST)
+    if (folder / "config.json").exists():
+        return folder
+    if folder is inside or path.name == FOLDER:
+        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Find the run that a checkpoint's folder is part of; None for one that lies elsewhere."""
+    for folder in (checkpoint, checkpoint.absolute().parent):
+        if folder.name == FOLDER:
+            return folder.parent
+    return None
+
+
+class StepFolders:
+    """Writer of a run's checkpoints; one process at a time may hold it (the run's lock).
+
+    Args:
+        root: the run's folder of checkpoints.
+        keep: how many of the last ones stay, the best one not counted.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self._keep = root, keep
+
+    def latest(self) -> Path | None:
+        """Find the folder to resume from; None where nothing was saved.
+
+        Raises:
+            CheckpointError: the pointer is damaged, or its folder is gone.
+        """
+        if (self.root / LATEST).exists():
+            return _follow(self.root / LATEST)
+        return self.root if (self.root / "config.json").exists() else None
+
+    @contextmanager
+    def new(self, step: int) -> Iterator[Path]:
+        """Yield an empty folder that becomes the run's last checkpoint when the block ends.
+
+        The block syncs the files that it writes.
+
+        Raises:
+            ExistsError: this step is the last checkpoint already.
+            DiskFullError: no space left; the older checkpoints stay.
+            StorageError: any other refusal of the system.
+        """
+        name = _name(step)
+        folder = self.root / name
+        if self._pointed(LATEST) == name:
+            raise ExistsError(f"{folder} is the run's last checkpoint already")
+        with storage_errors(self.root):
+            make_directory(self.root)
+            if folder.exists():  # the machine stopped before the pointer was replaced
+                remove_directory(folder)
+        with new_directory(folder) as partial:
+            yield partial
+        self.point(LATEST, step)
+        self._prune(step)
+
+    def point(self, pointer: str, step: int) -> None:
+        """Let ``latest`` or ``best`` name the folder of a step, which is complete.
+
+        Raises:
+            DiskFullError: no space left; the pointer stays as it was.
+            StorageError: any other refusal of the system.
+        """
+        write_text(self.root / pointer, _name(step) + "\n")
+
+    def _prune(self, step: int) -> None:
+        """Remove what is neither pointed at nor among the last ones, and leftovers."""
+        pointed = {self._pointed(LATEST), self._pointed(BEST)}
+        with suppress(OSError):  # what cannot be removed now is removed by a later save
+            names = sorted(os.listdir(self.root))
+            steps = sorted(int(m[1]) for name in names if (m := _STEP.fullmatch(name)))
+            old = [s for s in steps if s <= step][: -self._keep]
+            for name in map(_name, old):
+                if name not in pointed:
+                    remove_directory(self.root / name)
+            for name in names:
+                if name.startswith(".step-"):
+                    shutil.rmtree(self.root / name, ignore_errors=True)
+                if name in FILES:  # a checkpoint of version 1
+                    os.unlink(self.root / name)
+
+    def _pointed(self, pointer: str) -> str | None:
+        file = self.root / pointer
+        return _target(file) if file.is_file() else None
+
+
+def _follow(pointer: Path) -> Path:
+    """Find the folder that a pointer names.
+
+    Raises:
+        CheckpointError: it does not name a folder of a step, or that folder is gone.
+    """
+    name = _target(pointer)
+    folder = pointer.parent / name
+    if not folder.is_dir():
+        raise CheckpointError(f"{pointer} names {name}, which is missing")
+    return folder
+
+
+def _target(pointer: Path) -> str:
+    content = read_bytes(pointer)
+    name = content.decode("ascii", "replace").removesuffix("\n")
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{pointer} must hold the name of a folder, such as {_name(350)}")
+    return name
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

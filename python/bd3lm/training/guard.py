@@ -1,0 +1,127 @@
+"""Steps whose loss or gradient is not finite: found on the device, counted, named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bd3lm.checkpoint.record import Record
+
+_LOSS, _NORM = -1, -2
+"""Causes that are no parameter's number: the loss, and a norm that overflows."""
+
+
+class Window(NamedTuple):
+    """The steps since the last look.
+
+    Attributes:
+        loss: mean loss of the finite steps; None where there was none.
+        norm: gradient norm of the last step.
+        skipped: steps that were not finite.
+        in_a_row: most of them in a row, those right before the window included.
+        step: the first of them; -1 where there was none.
+        cause: what was not finite in it.
+    """
+
+    loss: float | None
+    norm: float
+    skipped: int
+    in_a_row: int
+    step: int
+    cause: str
+
+
+class StepGuard:
+    """Tells finite steps from others without a wait of the host for the device.
+
+    Sums and counts stay on the device until :meth:`look` fetches them in one transfer.
+
+    Args:
+        device: of the loss and the gradients.
+
+    Attributes:
+        names: of the parameters that have gradients, in the order of their norms.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: Sequence[str] = ()
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._steps = 0
+        # Steps that were skipped, skipped in a row until now, most in a row; the first's step
+        # and cause.
+        self._counts = torch.tensor([0, 0, 0], device=device)
+        self._first = torch.tensor([-1, -1], device=device)
+
+    def judge(self, step: int, loss: Tensor, norms: Tensor, total: Tensor) -> Tensor:
+        """Count one step; returns whether it is finite, a boolean on the device.
+
+        Args:
+            step: its number, from 1.
+            loss: its loss.
+            norms: the norm of each gradient.
+            total: the norm of all.
+        """
+        of_loss, of_norm = loss.isfinite(), norms.isfinite()
+        finite = of_loss & total.isfinite()
+        skipped, row, most = self._counts.unbind()
+        bad = (~finite).long()
+        row = (row + 1) * bad
+        self._counts = torch.stack([skipped + bad, row, torch.maximum(most, row)])
+        cause = torch.where(of_norm.all(), _NORM, of_norm.long().argmin())
+        now = torch.stack([torch.full_like(cause, step), torch.where(of_loss, cause, _LOSS)])
+        self._first = torch.where(finite | (self._first[0] >= 0), self._first, now)
+        self._loss += torch.where(finite, loss, 0.0)
+        self._steps += 1
+        return finite
+
+    def look(self, norm: Tensor) -> Window:
+        """Fetch the window and begin the next one: one wait for the device."""
+        parts = [self._loss[None], norm.double()[None], self._counts, self._first]
+        loss, last, skipped, _, most, step, cause = torch.cat([p.double() for p in parts]).tolist()
+        good = self._steps - int(skipped)
+        window = Window(
+            loss=loss / good if good else None,
+            norm=last,
+            skipped=int(skipped),
+            in_a_row=int(most),
+            step=int(step),
+            cause=self._cause(int(cause)),
+        )
+        row = self._counts[1]
+        self._loss.zero_()
+        self._steps = 0
+        self._counts = torch.stack([torch.zeros_like(row), row, row])
+        self._first.fill_(-1)
+        return window
+
+    def state(self) -> dict[str, Any]:
+        """Everything of the window as plain JSON."""
+        return {
+            "loss": self._loss.item(),
+            "steps": self._steps,
+            "counts": self._counts.tolist(),
+            "first": self._first.tolist(),
+        }
+
+    def load_state(self, state: Record) -> None:
+        """Restore :meth:`state`, bit for bit.
+
+        Raises:
+            CheckpointError: a field is missing or of another type.
+        """
+        loss, steps = state.floating("loss"), state.integer("steps")
+        counts, first = state.integers("counts", 3), state.integers("first", 2)
+        self._loss.fill_(loss)
+        self._steps = steps
+        self._counts.copy_(torch.tensor(counts))
+        self._first.copy_(torch.tensor(first))
+
+    def _cause(self, number: int) -> str:
+        if number == _LOSS:
+            return "the loss"
+        if number == _NORM:
+            return "the norm of the gradient"
+        return f"the gradient of {self.names[number]}"

@@ -1,0 +1,266 @@
+"""The state of a run on disk: save it, resume it, or start another run from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.native import Meta, read_meta, restore_system, write_checkpoint
+from bd3lm.checkpoint.record import Record
+from bd3lm.checkpoint.steps import BEST
+from bd3lm.checkpoint.tensors import assign_weights, check_tensors, first_not_finite
+from bd3lm.config import ModelConfig
+from bd3lm.data import Dataset
+from bd3lm.errors import CheckpointError, CorruptError, DivergedError
+from bd3lm.training.settings import check_resumed
+
+if TYPE_CHECKING:
+    from bd3lm.training.trainer import Trainer
+
+MODEL, OPTIMIZER = "model/", "optimizer/"
+"""Prefixes of the tensors in ``training.safetensors``."""
+
+
+def save(trainer: Trainer, *, best: bool = False) -> None:
+    """Write a checkpoint of this step, unless it is the last one already.
+
+    Args:
+        trainer: between two steps.
+        best: let the pointer ``best`` name it.
+
+    Raises:
+        DivergedError: a weight or a moment is not finite; nothing is written.
+        DiskFullError: no space left; the older checkpoints stay.
+        StorageError: any other refusal of the system.
+    """
+    step = trainer.steps_done
+    if trainer.saved_step != step:
+        averaged, training = trainer.ema.weights, _training_tensors(trainer)
+        _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
+        trainer.metrics.sync()
+        with trainer.checkpoints.new(step) as folder:
+            write_checkpoint(
+                folder,
+                trainer.cfg,
+                trainer.tokenizer,
+                step=step,
+                averaged=averaged,
+                training=training,
+                state=_numbers(trainer),
+                data=trainer.data_digests,
+            )
+        trainer.saved_step = step
+    if best:
+        trainer.checkpoints.point(BEST, step)
+
+
+def resume(trainer: Trainer) -> None:
+    """Continue from the run's last checkpoint; on the CPU, bit for bit.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or does not fit this run or its data.
+        ConfigError: the run has other settings now.
+    """
+    folder = trainer.checkpoints.latest()
+    if folder is None:
+        raise CheckpointError(f"{trainer.checkpoint} holds no checkpoint yet")
+    meta = read_meta(folder)
+    check_resumed(trainer.cfg, meta.config, trainer.out)
+    _check_data(trainer, meta)
+    training, averaged = meta.tensors("training.safetensors"), meta.tensors("model.safetensors")
+    check_tensors(training.tensors, _training_tensors(trainer), training.file)
+    check_tensors(averaged.tensors, trainer.ema.weights, averaged.file)
+    _load_numbers(trainer, meta)
+    raw = training.load()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            parameter.copy_(raw[MODEL + name])
+        for name, tensor in averaged.load().items():
+            trainer.ema.weights[name].copy_(tensor)
+    trainer.optimizers.load(_part(raw, OPTIMIZER))
+    trainer.steps_done = trainer.saved_step = meta.step
+    # The last validation of a run is made again where the run did not end.
+    trainer.metrics.rewind(meta.step, validated=meta.step < trainer.cfg.steps)
+
+
+def start_from(trainer: Trainer, path: Path) -> None:
+    """Begin with the averaged weights of another run (and its optimizer's state, if asked).
+
+    The learning-rate schedule, the data order and the average begin anew.
+
+    Raises:
+        CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
+    """
+    loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
+    _check_same_function(trainer.cfg.model, loaded.config.model, path)
+    assign_weights(trainer.model, loaded.model.state_dict(), path)
+    if trainer.cfg.init_optimizer:
+        opened = read_meta(loaded.path).tensors("training.safetensors")
+        found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
+        if found.keys() != needed.keys():
+            raise CheckpointError(
+                f"{opened.file} holds another optimizer's state; keep optim.optimizer = "
+                f"{loaded.config.optim.optimizer}, or leave init-optimizer out"
+            )
+        check_tensors(found, needed, opened.file)
+        trainer.optimizers.load(_part(opened.load(), OPTIMIZER))
+    for name, parameter in trainer.model.named_parameters():
+        trainer.ema.weights[name].copy_(parameter.detach())
+
+
+# --- tensors and numbers ------------------------------------------------------------------------
+
+
+def _training_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Raw weights and optimizer state by the names they have on disk."""
+    raw = {MODEL + k: p.detach() for k, p in trainer.model.named_parameters()}
+    return raw | {OPTIMIZER + k: v for k, v in trainer.optimizers.state().items()}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _numbers(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "seconds": trainer.seconds,
+        "ema_updates": trainer.ema.updates,
+        "window": trainer.guard.state(),
+        "last": trainer.last,
+        "best": trainer.best,
+        "system": trainer.system.state(),
+    }
+
+
+def _load_numbers(trainer: Trainer, meta: Meta) -> None:
+    """Restore :func:`_numbers`.
+
+    Raises:
+        CheckpointError: a field is missing, of another type or out of range.
+    """
+    state = meta.state
+    trainer.seconds = state.number("seconds")
+    trainer.ema.updates = state.integer("ema_updates")
+    if isinstance(state.values.get("window"), list):  # version 1: the sum and its steps
+        loss, steps = [*state.values["window"], None, None][:2]
+        fresh = {"loss": loss, "steps": steps, "counts": [0, 0, 0], "first": [-1, -1]}
+        trainer.guard.load_state(Record(fresh, f"{state.source}: window"))
+    else:
+        trainer.guard.load_state(state.record("window"))
+    last = state.record("last")
+    trainer.last = {name: last.floating(name) for name in last.values}
+    best = state.values.get("best")
+    trainer.best = None if best is None else state.floating("best")
+    state.record("system")
+    restore_system(trainer.system, meta.learned, state.source)
+
+
+def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    name = first_not_finite(tensors.items())
+    if name is None:
+        try:
+            json.dumps(trainer.system.state(), allow_nan=False)
+        except ValueError:
+            name = "the learned noise"
+    if name is not None:
+        raise DivergedError(
+            f"after step {trainer.steps_done}, {name} holds NaN or infinity and is not saved; "
+            f"lower optim.lr or optim.matrix-lr. {trainer.last_saved()}"
+        )
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def digest_of(data: Dataset) -> str | None:
+    """SHA-256 over the digests of a data set's files; None where it is not on disk."""
+    text = getattr(data.core, "manifest", None)
+    if not text:
+        return None
+    files = json.loads(text)["files"]
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _check_data(trainer: Trainer, meta: Meta) -> None:
+    """Refuse to resume on other data.
+
+    Raises:
+        CheckpointError: names the split.
+    """
+    for split, mine in trainer.data_digests.items():
+        theirs = meta.data.get(split)
+        if theirs is not None and theirs != mine:
+            data = trainer.train if split == "train" else trainer.valid
+            raise CheckpointError(
+                f"{data.path} is not the data that this run was trained on (its digest differs); "
+                f"restore it, or begin another run with --init-from {meta.path}"
+            )
+
+
+class DataWatch:
+    """Notices when the files of a data set change while they are mapped.
+
+    Args:
+        data: the data sets.
+    """
+
+    def __init__(self, *data: Dataset) -> None:
+        folders = [Path(d.path) for d in data if hasattr(d, "path")]
+        files = [folder / name for folder in folders for name in ("tokens.bin", "tokens.idx")]
+        self._seen = {file: _signature(file) for file in files}
+
+    def check(self) -> list[Path]:
+        """Look at every file once; returns those that are no longer there.
+
+        A file that was removed or replaced by another is still mapped, and read, as it was.
+
+        Raises:
+            CorruptError: a file was written to in place: steps since may be of other text.
+        """
+        gone: list[Path] = []
+        for file, before in list(self._seen.items()):
+            now = _signature(file)
+            if now is None or before is None or now[0] != before[0]:
+                gone.append(file)
+                del self._seen[file]
+            elif now != before:
+                raise CorruptError(
+                    f"{file} was changed while the run read it ({before[1]} bytes, now {now[1]})"
+                )
+        return gone
+
+
+def _signature(file: Path) -> tuple[tuple[int, int], int, int] | None:
+    """Identity, size and time of a file; None where it is not there."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns
+
+
+def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) -> None:
+    """Refuse weights that would fit and mean something else: heads, norms, rotations.
+
+    Shapes are checked tensor by tensor where the weights are assigned. Time conditioning may be
+    added or removed, and dropout is no part of the function.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    for name in ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings"):
+        mine, theirs = getattr(wanted, name), getattr(found, name)
+        if mine != theirs:
+            raise CheckpointError(
+                f"init-from = {path}: was trained with model.{name.replace('_', '-')} = {theirs}; "
+                f"this model has {mine}"
+            )

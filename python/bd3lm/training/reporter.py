@@ -1,0 +1,23 @@
+"""The events of a run, for a terminal or another program."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bd3lm.evaluate import Likelihood
+
+
+class Reporter(Protocol):
+    """Receive the events of a run."""
+
+    def step(self, done: int, metrics: dict[str, float]) -> None:
+        """After every optimizer step; ``metrics`` holds the latest logged values."""
+
+    def validation(self, step: int, result: Likelihood) -> None:
+        """After every validation."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """While the last validation runs, in rows."""
+
+    def note(self, message: str) -> None:
+        """A sentence for the user."""

@@ -1,0 +1,45 @@
+"""Which settings of a run may change when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bd3lm.config import TrainConfig, to_dict
+from bd3lm.errors import ConfigError
+
+RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
+"""Settings that may change, besides more ``steps``: no number of the run depends on them. The data
+may have moved, but must be the same."""
+
+
+def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
+    """Refuse settings with which a run would not be the run that was begun.
+
+    Args:
+        cfg: the settings to resume with.
+        saved: those of the run.
+        source: the run, for the message.
+
+    Raises:
+        ConfigError: names the first setting that must stay.
+    """
+    old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
+    for name, value in new.items():
+        longer = name == "steps" and value >= old[name]
+        if value != old[name] and not longer and name not in RESUMABLE:
+            least = "at least " if name == "steps" else ""
+            raise ConfigError(
+                name.replace("_", "-"),
+                value,
+                f"{least}{old[name]}, as in the run that is resumed; for another run, "
+                f"choose a new --out and start from this one with --init-from {source}",
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
