@@ -224,7 +224,7 @@ def _of_config(names: Sequence[_Converted], config: str | None, split: str) -> l
     if not chosen:
         if any(name.split == f"partial-{split}" for name in mine):
             raise HubError(f"the hub has converted only a part of {config}/{split} to parquet")
-        splits = sorted({f"{name.config}@{name.split}" for name in names})
+        splits = sorted({f"{name.config}@{name.split}" for name in mine or names})
         raise HubError(f"it has no {config}@{split}, only {', '.join(splits) or 'no parquet'}")
     return chosen
 

@@ -37,10 +37,8 @@ def download(
     try:
         return Path(hub.hf_hub_download(repo, filename, repo_type=kind, revision=revision))
     except Exception as error:
-        if type(error).__name__ == "EntryNotFoundError" or "RemoteEntryNotFound" in type(
-            error
-        ).__name__:
-            return None
+        if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            return None  # the two names are those of its older and newer versions
         raise HubError(_reason(error)) from None
 
 
@@ -65,12 +63,12 @@ def check_online() -> None:
     Raises:
         HubError: it cannot, or the environment forbids to try.
     """
-    import huggingface_hub as hub
+    from huggingface_hub import constants, utils
 
-    if hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise HubError("HF_HUB_OFFLINE is set, and the file is not in the local cache")
     try:
-        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=TIMEOUT)
+        utils.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:
         raise HubError(f"no connection to the hub: {_reason(error)}") from None
 

@@ -18,7 +18,7 @@ from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Records:
-    """Counts of the records of a data set's sources, by what became of them.
+    """Counts of the records of a data set's sources, by outcome.
 
     Attributes:
         read: records in all.
@@ -91,13 +91,13 @@ class Dataset:
         verify: compare the files with their digests, and every id with the vocabulary: ``auto``
             once, until a file changes by size, times or inode; True always; False never. Sizes and
             structure are always checked. That a data set of 64 MiB or more was verified is
-            remembered in ``.verified.json`` beside its files, or in the user's cache.
+            remembered in ``.verified.json`` among its files, or in the user's cache.
 
     Raises:
         MissingFileError: no such directory.
         NotADatasetError: a directory that holds something else.
         TruncatedError: a file that is not as long as the manifest says.
-        CorruptError: a file whose content is not what was written.
+        CorruptError: a file whose content is not the one that was written.
     """
 
     def __init__(

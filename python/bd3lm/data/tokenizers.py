@@ -40,8 +40,15 @@ EOS_NAMES = (
 )
 MASK_NAMES = ("[MASK]", "<|mask|>", "<mask>", "<|MASK|>", "<|mdm_mask|>", "<MASK>", "<mask_token>")
 
-KEY = "bd3lm"
-"""Key of a definition under which the names of special tokens are kept that came from elsewhere."""
+ROLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "bos": (("bos_token", "cls_token"), BOS_NAMES),
+    "eos": (("eos_token", "sep_token"), EOS_NAMES),
+    "mask": (("mask_token",), MASK_NAMES),
+}
+"""Keys of ``tokenizer_config.json`` and usual names of each special token."""
+
+KEY = "roles"
+"""Key of an added token under which a definition keeps roles that a configuration file gave it."""
 
 TRAIN_BYTES = 1 << 30
 """Text from which a tokenizer is trained: more hardly changes its merges, and costs memory."""
@@ -97,32 +104,50 @@ class Tokenizer:
             largest = _core.vet_tokenizer(text)
         except TokenizerError as error:
             raise TokenizerError(str(error).replace("definition", name, 1)) from None
-        self.json = _without_dropout(_with_special(text, special or {}))
-        with _errors_of_library(name):
-            self._inner = hf.Tokenizer.from_str(self.json)
-            self._inner.no_padding()
-            self._inner.no_truncation()
+        self._load(_without_dropout(text))
+        ids = self._roles(special or {})
+        with errors_of_library(name):
             size = self._inner.get_vocab_size(with_added_tokens=True)
-        names = _embedded(self.json)
         size = max(size, (largest or 0) + 1)
-        eos = self._find([names.get("eos_token"), names.get("sep_token"), *EOS_NAMES])
-        bos = self._find([names.get("bos_token"), names.get("cls_token"), *BOS_NAMES])
-        if eos is None and bos is None:
+        bos, eos, mask = (ids.get(role) for role in ROLES)
+        if bos is None and eos is None:
             raise TokenizerError(
                 f"tokenizer {name}: it has no token that ends a text; one of "
                 f"{', '.join(EOS_NAMES)} is needed, or a tokenizer_config.json that names one"
             )
         self.eos_id = _either(eos, bos)
         self.bos_id = _either(bos, eos)
-        mask = self._find([names.get("mask_token"), *MASK_NAMES])
         self.mask_id = size if mask is None else mask
         self.vocab_size = max(size, self.mask_id + 1)
         if self.mask_id in (self.bos_id, self.eos_id):
             raise TokenizerError(f"tokenizer {name}: its mask token is also its BOS or EOS token")
 
-    def _find(self, names: Sequence[str | None]) -> int | None:
+    def _load(self, text: str) -> None:
+        self.json = text
+        with errors_of_library(self.name):
+            self._inner = hf.Tokenizer.from_str(text)
+            self._inner.no_padding()
+            self._inner.no_truncation()
+
+    def _roles(self, special: Mapping[str, str]) -> Mapping[str, int]:
+        """The ids of the special tokens, by role: the definition's own, named, or usual."""
+        own = _own_roles(self.json)
+        usual = {role: self._find(names) for role, (_, names) in ROLES.items()}
+        given = {
+            role: self._find([special[key] for key in keys if key in special])
+            for role, (keys, _) in ROLES.items()
+        }
+        named = {role: i for role, i in given.items() if i is not None and role not in own}
+        if any(usual[role] != i for role, i in named.items()):
+            # The definition is then complete by itself, in a data set or a checkpoint.
+            contents = {i: self._inner.id_to_token(i) or "" for i in named.values()}
+            self._load(_with_roles(self.json, named, contents))
+        found = {role: i for role, i in usual.items() if i is not None}
+        return {**found, **named, **own}
+
+    def _find(self, names: Sequence[str]) -> int | None:
         """The id of the first of these tokens that there is."""
-        ids = (self._inner.token_to_id(name) for name in names if name)
+        ids = map(self._inner.token_to_id, names)
         return next((found for found in ids if found is not None), None)
 
     @cached_property
@@ -147,7 +172,7 @@ class Tokenizer:
         """
         definition = json.loads(self.json)
         added = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
-        own = self._find([_embedded(self.json).get("mask_token"), *MASK_NAMES])
+        own = self._roles({}).get("mask")
         if own is not None:
             mine = self._inner.id_to_token(own)
             raise ConfigError("mask-token", token, f"left out: {self.name} has {mine}")
@@ -171,7 +196,7 @@ class Tokenizer:
         Raises:
             TokenizerError: a text that is not UTF-8, or that the model cannot encode.
         """
-        with _errors_of_library(self.name):
+        with errors_of_library(self.name):
             if not text.isascii():
                 try:
                     text.encode()
@@ -182,7 +207,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; special tokens are left out."""
         known = [i for i in ids if i not in (self.bos_id, self.eos_id, self.mask_id)]
-        with _errors_of_library(self.name):
+        with errors_of_library(self.name):
             return self._inner.decode(known, skip_special_tokens=True)
 
     def check_matches(self, other: SpecialIds, source: object) -> None:
@@ -206,14 +231,14 @@ def _either(one: int | None, other: int | None) -> int:
 
 
 @contextmanager
-def _errors_of_library(name: str) -> Iterator[None]:
-    """Turn exceptions and panics of the ``tokenizers`` library into one error."""
+def errors_of_library(name: str) -> Iterator[None]:
+    """Raise exceptions and panics of the ``tokenizers`` library as one kind of error."""
     try:
         yield
     except TokenizerError:
         raise
     except BaseException as error:
-        # A panic of Rust is no Exception; every other kind of those goes on.
+        # A panic of Rust is no Exception; other exceptions of that sort pass.
         panic = type(error).__name__ == "PanicException"
         if not panic and not isinstance(error, Exception):
             raise
@@ -221,19 +246,28 @@ def _errors_of_library(name: str) -> Iterator[None]:
         raise TokenizerError(f"tokenizer {name}: {reason[0]}") from None
 
 
-def _embedded(text: str) -> Mapping[str, str]:
-    """The names of special tokens inside a definition."""
+def _own_roles(text: str) -> Mapping[str, int]:
+    """The roles that a definition's added tokens have of their own."""
     if f'"{KEY}"' not in text:
         return {}
-    names = json.loads(text).get(KEY)
-    return names if isinstance(names, dict) else {}
+    added = json.loads(text).get("added_tokens") or []
+    return {role: entry["id"] for entry in added for role in entry.get(KEY, []) if role in ROLES}
 
 
-def _with_special(text: str, special: Mapping[str, str]) -> str:
-    """Put the names of special tokens into a definition, which is then complete by itself."""
-    if not special or _embedded(text):
-        return text
-    return _dump(json.loads(text) | {KEY: dict(special)})
+def _with_roles(text: str, roles: Mapping[str, int], contents: Mapping[int, str]) -> str:
+    """Put the roles of tokens into a definition."""
+    definition = json.loads(text)
+    added = definition.setdefault("added_tokens", [])
+    for role, i in roles.items():
+        entry = next((entry for entry in added if entry["id"] == i), None)
+        if entry is None:
+            rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            entry = {"id": i, "content": contents[i], **rules}
+            added.append(entry)
+        entry["special"] = True
+        entry[KEY] = sorted({*entry.get(KEY, []), role})
+    added.sort(key=lambda entry: entry["id"])
+    return _dump(definition)
 
 
 def _without_dropout(text: str) -> str:

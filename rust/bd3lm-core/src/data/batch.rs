@@ -28,7 +28,7 @@ pub struct CleanBatch<'a> {
     pub x0: &'a mut [i64],
     /// 1 where a token may be noised [B, L].
     pub noisable: &'a mut [u8],
-    /// Documents, -1 for padding [B, L]; may be empty where no document is asked for and
+    /// Documents, -1 for padding [B, L]; may be empty where `documents` is false and
     /// [`RowPlan::may_pad`] is false.
     pub doc_ids: &'a mut [i32],
 }
@@ -43,7 +43,7 @@ pub struct NoiseBatch<'a> {
     pub weight: &'a mut [f32],
 }
 
-/// Buffers of what a training step reads beside the clean rows.
+/// Noised ids of a training step, and the positions and weights of its loss.
 pub struct NoisedBatch<'a> {
     /// Ids with the mask token where tokens are masked [B, L].
     pub xt: &'a mut [i64],
@@ -55,7 +55,7 @@ pub struct NoisedBatch<'a> {
     pub masked_weight: &'a mut [f32],
 }
 
-/// What a filled batch holds.
+/// Counts of a filled batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filled {
     /// Tokens that may be noised.
@@ -171,7 +171,7 @@ pub fn gather(
 /// Noises rows that are already there: row i of the buffers has the randomness of `key.row + i`.
 ///
 /// # Errors
-/// What [`NoiseSpec::check`] refuses, or a buffer of another size.
+/// Those of [`NoiseSpec::check`], or a buffer of another size.
 pub fn noise(
     spec: &NoiseSpec,
     key: NoiseKey,

@@ -1,6 +1,6 @@
 //! From text files to noised batches: read, detokenize, tokenize, store, pack, order, gather.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`text`] | txt / jsonl / parquet readers in bounded memory, and detokenizers |
 //! | [`tokenize`] | text to ids: the library's, words cached |
@@ -12,6 +12,7 @@
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 
 pub mod batch;
+mod guard;
 pub mod order;
 pub mod pack;
 pub mod prepare;

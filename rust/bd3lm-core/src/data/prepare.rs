@@ -19,8 +19,8 @@ use crate::random::mix;
 const BATCH: usize = 512 << 10;
 /// Longest time between two reports of progress, and until a stop is noticed.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// The first document is cut finely, as it may be the only one, whose tail is held out: at every
-/// so many bytes, or at this share of what came before.
+/// The first document is cut finely, because the tail of a lone document is held out. Bytes between
+/// two cuts: at least the first number, and this share of the bytes before.
 const SEAMS: (usize, u64) = (16, 256);
 /// Most threads that tokenize.
 pub const MAX_THREADS: usize = 1024;
@@ -28,7 +28,7 @@ pub const MAX_THREADS: usize = 1024;
 /// Directories of the two sides of a split.
 pub const SIDES: [&str; 2] = ["train", "valid"];
 
-/// What [`prepare`] has done so far.
+/// Progress of [`prepare`].
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
     /// Bytes taken from the files.
@@ -77,7 +77,7 @@ struct Encoded {
 ///
 /// Files are read in order on one thread, `threads` threads tokenize, and the calling thread
 /// writes. Memory holds the part of a document that is being read, at most 64 MiB, and a few
-/// batches of 512 KiB for each thread; a tokenizer whose words cannot be told apart holds whole
+/// batches of 512 KiB for each thread; a tokenizer whose words cannot be separated holds whole
 /// parts instead.
 ///
 /// With `held_out`, that share of the documents goes to `valid/` and the rest to `train/`: by a
@@ -242,7 +242,7 @@ impl Pipeline {
         })
     }
 
-    /// Writes what the threads make; `None` where `report` returned false.
+    /// Writes the ids that the threads make; `None` where `report` returned false.
     fn run(
         self,
         writers: &mut [StoreWriter],
@@ -265,10 +265,7 @@ impl Pipeline {
         }
         match self.reader.join() {
             Ok(read) => read.map(Some),
-            Err(_) => Err(Error::Format {
-                path: "an input".into(),
-                reason: "it cannot be read: its reader panicked".into(),
-            }),
+            Err(panic) => std::panic::resume_unwind(panic),
         }
     }
 }

@@ -103,7 +103,7 @@ impl HashingFile {
             .map_err(|e| Error::io(&self.path, e))
     }
 
-    /// Takes away what lies from byte `from` on, and gives it to `each`, in parts.
+    /// Cuts the file at byte `from`, and gives the rest to `each`, in parts.
     pub(super) fn cut(
         &mut self,
         from: u64,

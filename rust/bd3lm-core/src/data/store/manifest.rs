@@ -26,7 +26,7 @@ const MAX_MANIFEST: u64 = 256 << 20;
 pub struct Vocab {
     /// Number of ids, the mask id included.
     pub vocab_size: u32,
-    /// Stands at position 0 of every row.
+    /// First token of every row.
     pub bos_id: u32,
     /// Ends every document.
     pub eos_id: u32,
@@ -67,9 +67,9 @@ pub struct Manifest {
     pub num_bytes: u64,
     /// `uint16` or `int32`.
     pub dtype: String,
-    /// The files beside the manifest.
+    /// The other files of the directory.
     pub files: BTreeMap<String, FileRecord>,
-    /// Names of what was read.
+    /// Names of the files that were read.
     pub source: Vec<String>,
     /// Rules by which the text was put back before it was tokenized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,7 +77,7 @@ pub struct Manifest {
     /// Documents do not end with EOS: they run into each other.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_eos: bool,
-    /// What became of the records that were read, those of both sides of a split together.
+    /// Counts of the records that were read, those of both sides of a split together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub records: Option<Records>,
     /// SHA-256 of this manifest with this field empty.
@@ -174,7 +174,7 @@ impl Manifest {
         self.dtype == "int32"
     }
 
-    /// Checks what can be known without the files; says what is wrong.
+    /// Checks the manifest against itself; the error is the first contradiction.
     fn check(&self) -> std::result::Result<(), String> {
         let names: Vec<&str> = self.files.keys().map(String::as_str).collect();
         if names != [TOKENIZER, BIN, IDX] {

@@ -32,7 +32,7 @@ use manifest::{check_regular, read_manifest};
 pub const BIN: &str = "tokens.bin";
 /// Lengths and positions of the documents.
 pub const IDX: &str = "tokens.idx";
-/// What the files hold.
+/// Description and digests of the files.
 pub const MANIFEST: &str = "manifest.json";
 /// The tokenizer that made them.
 pub const TOKENIZER: &str = "tokenizer.json";
@@ -290,7 +290,7 @@ impl TokenStore {
         self.vocab
     }
 
-    /// What the directory says of itself; `None` for arrays.
+    /// The manifest; `None` for arrays.
     pub fn manifest(&self) -> Option<&Manifest> {
         self.manifest.as_ref()
     }

@@ -92,7 +92,7 @@ impl Partial {
         Ok(partial)
     }
 
-    /// Removes what a killed commit left in the target, and checks that it is empty.
+    /// Removes the files of a killed commit from the target, and checks that it is empty.
     fn take_over(&self) -> Result<()> {
         let entries = |path: &Path| -> Result<Vec<PathBuf>> {
             let entries = fs::read_dir(path).map_err(|e| Error::io(path, e))?;

@@ -96,7 +96,7 @@ fn an_empty_directory_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("set");
     fs::create_dir(&target).unwrap();
-    // What a process left that was killed while it moved its files up.
+    // A process was killed while it moved its files up.
     fs::create_dir(target.join(".partial")).unwrap();
     fs::write(target.join(".partial/committing"), "").unwrap();
     fs::write(target.join(BIN), "old").unwrap();

@@ -33,7 +33,7 @@ const SMALL: u64 = 64 << 20;
 /// A file that changed so shortly before it was verified might change again unnoticed, within the
 /// resolution of its times.
 const SETTLED: Duration = Duration::from_secs(2);
-/// Beside the manifest, or in the user's cache where that cannot be written.
+/// Name of the record in the directory of the data set.
 const REMEMBERED: &str = ".verified.json";
 /// More threads wait for the disk.
 const MAX_THREADS: usize = 8;
@@ -66,7 +66,7 @@ pub(super) fn verify(dir: &Path, manifest: &Manifest, verify: Verify) -> Result<
 /// Size, modification time, status change time (nanoseconds) and inode of a file.
 type FileStamp = (u64, i128, i128, u64);
 
-/// What the files of a verified data set looked like.
+/// State of the files of a verified data set.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
     manifest: String,
@@ -128,7 +128,7 @@ impl Stamp {
     }
 }
 
-/// Where a verification is remembered: beside the files, or in the user's cache.
+/// Where a verification is remembered: with the files, or in the user's cache.
 fn places(dir: &Path) -> Vec<PathBuf> {
     let mut places = vec![dir.join(REMEMBERED)];
     let cache = std::env::var_os("XDG_CACHE_HOME")

@@ -16,7 +16,7 @@ pub const STDIN: &str = "-";
 const KINDS: &str = "must be .txt, .jsonl, .ndjson, .json or .parquet, all but the last also as \
                      .gz, .xz or .zst; name another one's format with --format";
 
-/// Bytes that are looked at to find out what a file holds.
+/// Bytes from which the format of a file is guessed.
 const HEAD: usize = 4096;
 
 /// One file to read.
@@ -93,7 +93,7 @@ fn walk(
     Ok(())
 }
 
-/// What the name of a file says of its format.
+/// The format of a file by its name.
 enum ByName {
     Known(Format),
     /// No extension: its first bytes tell.
@@ -474,7 +474,7 @@ impl<R: Read> Utf16<R> {
         }
     }
 
-    /// Decodes what the buffer of the source holds.
+    /// Decodes the buffered bytes of the source.
     fn refill(&mut self) -> io::Result<()> {
         self.ready.clear();
         self.at = 0;

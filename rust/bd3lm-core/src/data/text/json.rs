@@ -1,4 +1,4 @@
-//! JSON records: a line each, or the values of an array, with what Python writes beside JSON.
+//! JSON records: a line each, or the values of an array. Python's extensions of JSON are read, too.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::record::{Record, read_record};
 use super::sink::Sink;
 use crate::error::Result;
 
-/// Memory of a record that is kept for the next, whatever its length.
+/// Capacity of the record buffer that is never given back.
 const KEPT: usize = 1 << 20;
 
 /// Reads an object from each line.
@@ -217,8 +217,8 @@ impl<R: Read> Values<'_, R> {
     }
 }
 
-/// Rewrites what Python's `json` writes and JSON does not allow: half a surrogate pair becomes
-/// U+FFFD; NaN and infinities become null. Also says whether there was half a pair. `None` where
+/// Rewrites Python's extensions of JSON: half a surrogate pair becomes U+FFFD; NaN and infinities
+/// become null. Also says whether there was half a pair. `None` where
 /// there is nothing to rewrite.
 fn mend(json: &[u8]) -> Option<(Vec<u8>, bool)> {
     let mut out = Vec::with_capacity(json.len());

@@ -32,7 +32,8 @@ pub(crate) use sink::stopped;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use crate::error::Result;
+use crate::data::guard::guarded;
+use crate::error::{Error, Result};
 use sink::Sink;
 
 /// Largest record that is read whole, in bytes of UTF-8: memory is bounded by a few of these. A
@@ -74,6 +75,20 @@ impl Reader {
         input: &Input,
         each: &mut dyn FnMut(Piece<'_>) -> Result<()>,
     ) -> Result<()> {
+        // A decompressor or the parquet reader might panic on a damaged file.
+        guarded(|| self.read_file(input, each)).unwrap_or_else(|panic| {
+            Err(Error::Format {
+                path: input.path.clone(),
+                reason: format!("it cannot be read ({panic})"),
+            })
+        })
+    }
+
+    fn read_file(
+        &mut self,
+        input: &Input,
+        each: &mut dyn FnMut(Piece<'_>) -> Result<()>,
+    ) -> Result<()> {
         let path = input.path.as_path();
         let is_parquet = input::is_parquet(path, &self.options)?;
         let mut sink = Sink::new(
@@ -101,7 +116,7 @@ impl Reader {
         sink.finish(input.named)
     }
 
-    /// What became of the records so far.
+    /// Counts of the records so far.
     pub fn records(&self) -> &Records {
         &self.records
     }

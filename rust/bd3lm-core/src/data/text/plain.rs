@@ -16,7 +16,7 @@ pub const SEPARATOR: &str = "<|endoftext|>";
 /// Bytes that are read at a time.
 const STEP: usize = 1 << 18;
 
-/// Reads the documents of a text: its lines, or what stands between separators.
+/// Reads the documents of a text: its lines, or the texts between separators.
 pub(super) fn read_text<R: Read>(
     path: &Path,
     source: &mut BufReader<R>,
@@ -61,7 +61,7 @@ struct Text<'a> {
     searched: usize,
     /// A part of the current document was emitted.
     long: bool,
-    /// A separator stands before the current document.
+    /// A separator precedes the current document.
     separated: bool,
 }
 
@@ -111,7 +111,7 @@ impl Text<'_> {
             .unwrap_or(bytes.len())
     }
 
-    /// Gives away what lies before `end`.
+    /// Emits the bytes before `end`.
     fn emit(&mut self, end: usize, ending: Ending, sink: &mut Sink<'_>) -> Result<()> {
         let last = ending != Ending::Cut;
         let mut bytes = &self.bytes[self.start..end];

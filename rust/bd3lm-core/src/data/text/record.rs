@@ -11,7 +11,7 @@ use super::options::ReadOptions;
 const LISTED: usize = 20;
 const LISTED_CHARS: usize = 60;
 
-/// What a JSON object holds under the name of the text field.
+/// The text field of a JSON object.
 #[derive(Debug, PartialEq)]
 pub(super) enum Record<'a> {
     Text(Cow<'a, str>),
@@ -20,7 +20,7 @@ pub(super) enum Record<'a> {
     Filtered,
 }
 
-/// Reads one JSON object; an error says what is wrong with it.
+/// Reads one JSON object; the error is the reason for which it cannot be read.
 pub(super) fn read_record<'a>(json: &'a [u8], options: &ReadOptions) -> Result<Record<'a>, String> {
     let first = json.iter().find(|b| !b.is_ascii_whitespace());
     if first != Some(&b'{') {
@@ -191,7 +191,7 @@ impl<'n, 'de> Field<'n, 'de> {
 enum Place {
     /// Elsewhere.
     Aside,
-    /// It contains the field, whose name goes on at this byte.
+    /// It contains the field; the rest of the field's name begins at this byte.
     Above(usize),
     /// It is the field.
     At(Match),

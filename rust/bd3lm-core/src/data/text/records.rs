@@ -1,8 +1,8 @@
-//! Counts of the records that were read, by what became of them.
+//! Counts of the records that were read, by outcome.
 
 use serde::{Deserialize, Serialize};
 
-/// What became of the records of the files.
+/// Counts of the records of the files, by outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Records {
     /// Records in all: lines, JSON objects, rows, or plain-text documents.

@@ -1,4 +1,4 @@
-//! From records to documents: counts what becomes of each record, and skips the bad ones.
+//! From records to documents: counts the records by outcome, and skips the bad ones.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,6 +1,8 @@
 use std::io::Write;
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::error::Error;
 
@@ -318,4 +320,83 @@ fn rows_of_several_files() {
     let (documents, records) = read_with(dir.path(), &options).unwrap();
     assert_eq!(documents, ["a3", "a4", "b0", "b1"]);
     assert_eq!(records.read, 4);
+}
+
+/// Bytes that look like what the readers read, and any others.
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    let parts = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        "\\",
+        ",",
+        ":",
+        "\n",
+        "\r\n",
+        " ",
+        "null",
+        "NaN",
+        "1e999",
+        "-",
+        "\"text\"",
+        "\"text\": \"a b\"",
+        "{\"text\": \"x\"}",
+        "\\ud83d",
+        "\\udc00",
+        "\\u00",
+        "é",
+        "\u{feff}",
+        "<|endoftext|>",
+        "<|endof",
+    ];
+    let part = prop_oneof![
+        8 => proptest::sample::select(parts.map(|p| p.as_bytes().to_vec()).to_vec()),
+        1 => proptest::collection::vec(any::<u8>(), 0..6),
+    ];
+    proptest::collection::vec(part, 0..40).prop_map(|parts| parts.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn any_bytes_are_read_or_refused(bytes in bytes(), kind in 0usize..6, lines: bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let name = ["x.txt", "x.jsonl", "x.json", "x", "x.jsonl.gz", "x.parquet"][kind];
+        let path = dir.path().join(name);
+        let content = if kind == 4 { compress(".gz", &bytes) } else { bytes };
+        std::fs::write(&path, content).unwrap();
+        let options = ReadOptions { lines, ..Default::default() };
+        if let Ok((documents, records)) = read_with(&path, &options) {
+            prop_assert!(documents.iter().all(|d| !d.is_empty()));
+            let left_out = records.filtered + records.empty + records.null + records.bad;
+            prop_assert_eq!(records.read, documents.len() as u64 + left_out);
+        }
+    }
+
+    #[test]
+    fn texts_survive_json(texts in proptest::collection::vec(any::<String>(), 1..6), pretty: bool) {
+        let records: Vec<_> = texts.iter().map(|t| serde_json::json!({"n": 1, "text": t})).collect();
+        let array = if pretty {
+            serde_json::to_string_pretty(&records)
+        } else {
+            serde_json::to_string(&records)
+        };
+        let lines: Vec<_> = records.iter().map(ToString::to_string).collect();
+        let kept: Vec<_> = texts.iter().filter(|t| !t.is_empty()).cloned().collect();
+        prop_assert_eq!(content("x.json", array.unwrap().as_bytes()).0, kept.clone());
+        prop_assert_eq!(content("x.jsonl", lines.join("\n").as_bytes()).0, kept);
+    }
+
+    #[test]
+    fn stories_survive_their_separators(texts in proptest::collection::vec("[a-z \u{e9}]{1,9}", 1..6)) {
+        let joined = texts.join("\n<|endoftext|>\n");
+        let kept: Vec<_> = texts.iter().filter(|t| !t.trim_ascii().is_empty()).cloned().collect();
+        let (documents, _) = content("x.txt", joined.as_bytes());
+        if texts.len() > 1 {
+            prop_assert_eq!(documents, kept);
+        }
+    }
 }

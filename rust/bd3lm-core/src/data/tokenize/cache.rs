@@ -9,7 +9,7 @@ use crate::cpu::prefetch::prefetch;
 
 /// Ids that an entry of the table holds; words of more go to the map.
 const INLINE: usize = 3;
-/// Bytes of a word that a key holds beside its length.
+/// Bytes of a word that a key holds, in addition to its length.
 const KEY_BYTES: usize = 15;
 /// Pairs of entries: 8 MiB, which holds the words of a large corpus that are worth keeping.
 const SETS: usize = 1 << 17;
@@ -62,7 +62,7 @@ impl WordCache {
     }
 
     /// Appends the ids of words of `text` to `out`: `next` finds them one after the other, as
-    /// (start, end, kind) of what is not empty, and `make` appends the ids of one that is not known.
+    /// (start, end, kind) of non-empty words, and `make` appends the ids of one that is not known.
     #[inline]
     pub(super) fn words<K: Copy + Default, E>(
         &mut self,
@@ -183,7 +183,7 @@ impl WordCache {
     }
 
     fn keep(&mut self, word: &[u8], ids: Box<[u32]>) {
-        // What an entry of the map takes beside its content, about.
+        // Overhead of an entry of the map, about.
         let size = word.len() + 4 * ids.len() + 64;
         if size > LONG_BYTES / 64 {
             return;

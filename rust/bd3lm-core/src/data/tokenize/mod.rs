@@ -4,18 +4,17 @@ mod byte_level;
 mod cache;
 mod chars;
 mod fast;
-mod guard;
 mod vet;
 mod word_piece;
 
 use aho_corasick::AhoCorasick;
 use serde_json::Value;
 
+use crate::data::guard::guarded;
 use crate::data::store::Vocab;
 use crate::error::{Error, Result};
 use cache::WordCache;
 use fast::Fast;
-use guard::guarded;
 
 /// Text handed to the library at once: longer documents are cut where that is exact.
 const PIECE: usize = 64 << 10;
@@ -97,7 +96,7 @@ impl Tokenizer {
         let changed = drop_dropout(&mut value) | hide_mask(&mut value, vocab.mask_id);
         let rewritten = changed.then(|| value.to_string());
         let text = rewritten.as_deref().unwrap_or(json);
-        // The library and what is read here take about as long, side by side.
+        // Loading the library's tokenizer and ours takes about the same time: in parallel.
         let (inner, read) = std::thread::scope(|scope| {
             let value = &value;
             let read = scope.spawn(move || {
@@ -348,7 +347,7 @@ impl Cut {
                 bytes[i - 1].is_ascii_alphanumeric()
                     && bytes.get(i + 1).is_some_and(u8::is_ascii_alphabetic)
             }
-            // No word goes on over a line end, and white space is matched from its beginning.
+            // No word crosses a line end, and white space is matched from its beginning.
             b'\n' => text[..i].chars().next_back().is_some_and(ends_word),
             _ => false,
         })

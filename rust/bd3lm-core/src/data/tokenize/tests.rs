@@ -207,3 +207,93 @@ fn other_pipelines_are_left_to_the_library() {
         "its merges have options"
     );
 }
+
+/// The mask token is hidden from texts and keeps its id; other added tokens keep theirs.
+#[test]
+fn a_text_that_spells_out_the_mask_token_is_characters() {
+    let mut value: Value = serde_json::from_str(&definition()).unwrap();
+    let token = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": true,
+                           "rstrip": false, "normalized": false, "special": true})
+    };
+    value["added_tokens"] = vec![
+        token(256, "<eos>"),
+        token(257, "<mask>"),
+        token(264, "<more>"),
+    ]
+    .into();
+    let tokenizer = Tokenizer::from_json(&value.to_string(), VOCAB).unwrap();
+    let text = "the <mask> in<eos>a<more>";
+    let ids = tokenizer.encode(text).unwrap();
+    assert!(!ids.contains(&257) && ids.contains(&256) && ids.contains(&264));
+    assert_eq!(encoded(&tokenizer, text), ids);
+    assert_eq!(
+        tokenizer.json(),
+        value.to_string(),
+        "the definition is kept as it is"
+    );
+}
+
+#[test]
+fn dropout_is_off() {
+    let plain = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    let text = definition().replace("\"dropout\":null", "\"dropout\":0.9");
+    let dropping = Tokenizer::from_json(&text, VOCAB).unwrap();
+    assert!(text.contains("0.9"));
+    assert_eq!(
+        dropping.encode("the thing in the end").unwrap(),
+        plain.encode("the thing in the end").unwrap()
+    );
+}
+
+#[test]
+fn seams_divide_ids_and_bytes() {
+    let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    for text in [
+        "the thing in the end ".repeat(50),
+        "日本語の文章".repeat(50),
+        "x".repeat(500),
+    ] {
+        let whole = tokenizer.encode(&text).unwrap();
+        let mut ids = vec![7];
+        let seams = tokenizer
+            .encoder(1)
+            .encode_with_seams(&text, 20, &mut ids)
+            .unwrap();
+        assert_eq!(ids[1..], whole);
+        assert!(seams.len() > 4, "{text}: {seams:?}");
+        for seam in seams {
+            let tail = tokenizer.inner.decode(&whole[seam.ids..], false).unwrap();
+            assert_eq!(tail, text[seam.bytes..], "{seam:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn a_mutated_definition_is_loaded_or_refused(
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), 0usize..6), 1..4),
+    ) {
+        let mut text = definition();
+        for (at, change) in changes {
+            let at = at.index(text.len());
+            let Some(at) = (at..text.len()).find(|i| text.is_char_boundary(*i)) else { continue };
+            match change {
+                0 => { text.remove(at); }
+                1 => text.insert_str(at, "9"),
+                2 => text.insert(at, '"'),
+                3 => text.truncate(at),
+                4 => text.insert_str(at, "null"),
+                _ => text.insert(at, '{'),
+            }
+            if text.is_empty() { break }
+        }
+        if let Ok(tokenizer) = Tokenizer::from_json(&text, VOCAB) {
+            let _ = tokenizer.encode("the thing <mask> in the end é");
+            let mut ids = Vec::new();
+            let _ = tokenizer.encoder(1).encode("the thing in the end é", &mut ids);
+        }
+    }
+}

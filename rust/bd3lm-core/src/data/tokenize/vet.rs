@@ -1,5 +1,5 @@
-//! Checks of a tokenizer's definition before the library loads it: what would make it abort, run
-//! for hours or allocate without bound, where no panic can be caught.
+//! Checks of a tokenizer's definition before the library loads it. Aborts, endless loops and
+//! unbounded allocations cannot be caught, so their known causes are refused.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ const MAX_WORD_CHARS: u64 = 1000;
 /// How much longer normalizers may make a text, all of them together.
 const MAX_GROWTH: f64 = 64.0;
 
-/// Checks a definition; says what is wrong with it.
+/// Checks a definition; the error is the reason to refuse it.
 pub(super) fn vet(definition: &Value) -> Result<(), String> {
     if !definition["model"].is_object() {
         return Err("it must be the JSON of a tokenizer: it has no model".into());
