@@ -15,15 +15,14 @@ from typing import Any
 
 import bd3lm
 
-OUT = Path("runs/example")
+RUNS = Path("runs")
 
 
-def main(text: Path | None = None, out: Path = OUT, **settings: Any) -> Path:
+def main(text: Path | None = None, out: Path = RUNS / "example", **settings: Any) -> Path:
     """Train on ``text`` and return the checkpoint; ``settings`` change those of the preset."""
-    data = out.with_name(out.name + "-data")
+    text = text or write_novel(RUNS / "novel.txt")
+    data = RUNS / f"{text.stem}-data"
     if not data.exists():
-        data.parent.mkdir(parents=True, exist_ok=True)
-        text = text or write_novel(out.with_name("novel.txt"))
         tokenizer = bd3lm.load_tokenizer("default")
         bd3lm.prepare([text], tokenizer, data, lines=True, valid_fraction=0.05)
 
@@ -38,6 +37,7 @@ def main(text: Path | None = None, out: Path = OUT, **settings: Any) -> Path:
 
 def write_novel(path: Path) -> Path:
     """Write a novel from the package to ``path``, a paragraph a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     corpus = files("bd3lm") / "assets" / "default_corpus.jsonl.xz"
     with corpus.open("rb") as packed, lzma.open(packed) as lines:
         books = [json.loads(line) for line in lines]
@@ -49,7 +49,7 @@ def write_novel(path: Path) -> Path:
 
 def trained() -> Path:
     """Return the checkpoint of this example's run; train it if there is none."""
-    checkpoint = OUT / "checkpoint"
+    checkpoint = RUNS / "example" / "checkpoint"
     return checkpoint if checkpoint.exists() else main()
 
 

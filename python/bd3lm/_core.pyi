@@ -1,7 +1,8 @@
-"""The compiled part of bd3lm; `bd3lm.data` and `bd3lm.model.attention` wrap all of it."""
+"""The compiled part of bd3lm, which `bd3lm.data`, `bd3lm.model` and `bd3lm.sample` wrap."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,45 +10,23 @@ from numpy.typing import NDArray
 MIN_LEVEL: float
 
 class Schedule:
-    def __new__(
-        cls,
-        name: str,
-        *,
-        eps: float = 1e-3,
-        mu: float | None = None,
-        sigma: float | None = None,
-        mu2: float | None = None,
-        sigma2: float | None = None,
-        mixture: float | None = None,
-        paper_weights: bool = False,
-    ) -> Schedule: ...
-    @property
-    def name(self) -> str: ...
+    def __new__(cls, settings: Mapping[str, Any]) -> Schedule: ...
     def mask_prob(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def loss_weight(self, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def loss_weight_at(self, p: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def inverse(self, p: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
 class Weighting:
-    def __new__(cls, name: str = "nelbo", *, k: float = 0.0) -> Weighting: ...
+    def __new__(cls, name: str, k: float) -> Weighting: ...
     def at(self, schedule: Schedule, t: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
 class NoiseSpec:
     def __new__(
-        cls,
-        schedule: Schedule,
-        *,
-        estimator: str = "bernoulli",
-        clip: tuple[float, float] | None = None,
-        resample: bool = False,
-        weighting: Weighting | None = None,
-        gamma: NDArray[np.float32] | None = None,
-        count_probs: list[float] | None = None,
-        stratum: tuple[int, int] | None = None,
-        strata: bool = True,
-        time_conditioned: bool = False,
+        cls, settings: Mapping[str, Any], gamma: NDArray[np.float32] | None
     ) -> NoiseSpec: ...
     def check(self, seq_len: int, block_size: int) -> None: ...
+
+def names(kind: str) -> list[str]: ...
 
 _Key = tuple[int, int, int, int]
 

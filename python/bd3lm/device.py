@@ -91,11 +91,11 @@ def inference(
     """Precision of a trained model, as ``cfg`` names it.
 
     Returns:
-        The dtype of prepacked matrices on a CPU (see :func:`bd3lm.model.for_inference`), and the
-        autocast context for other devices.
+        The dtype of the matrices (see :func:`bd3lm.model.for_inference`), and the autocast context
+        for devices other than the CPU.
     """
     if device.type == "cpu":
         # A run may train in emulated bf16; inference is then float32.
         bf16 = has_bf16(device) and compute_dtype(cfg, device) == torch.bfloat16
         return torch.bfloat16 if bf16 else torch.float32, nullcontext()
-    return torch.float32, autocast(cfg, device)
+    return compute_dtype(cfg, device), autocast(cfg, device)

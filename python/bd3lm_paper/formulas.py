@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3lm.data import Schedule, Weighting
+from bd3lm.data.noise import WEIGHTINGS
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-WEIGHTINGS = ("nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple")
 
 
 def schedules() -> dict[str, Schedule]:

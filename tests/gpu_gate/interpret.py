@@ -1,10 +1,10 @@
 """Run the kernels in Triton's interpreter and write their errors as JSON to a named file.
 
-A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Reads
-named lists of jobs from standard input, each ``{"mutation": null or [file, old, new], "cases":
-[...], "decode": [...], "order": bool, "backward": bool}``, and writes under the same name a list of
-lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" run those modules and
-write their results.
+A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Standard
+input holds named lists of jobs, each ``{"mutation": null or [file, old, new], "cases": [...],
+"decode": [...], "order": bool, "backward": bool}``. Their results have the same names and are
+lists of lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" stand for the
+checks of those modules.
 """
 
 from __future__ import annotations

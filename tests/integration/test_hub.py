@@ -139,7 +139,11 @@ def put(path, texts, **options):
 
 def test_the_parquet_branch_of_the_hub(served, tmp_path):
     names = ["en/train/0000.parquet", "en/train/0001.parquet", "en/test/0000.parquet"]
-    served["some/set", "refs/convert/parquet"] = [*names[::-1], "de/train/0000.parquet", "README.md"]
+    served["some/set", "refs/convert/parquet"] = [
+        *names[::-1],
+        "de/train/0000.parquet",
+        "README.md",
+    ]
     for i, name in enumerate(names):
         texts = [f"text {i} {j}" for j in range(10)]
         put(tmp_path / "served" / name.replace("/", "-"), texts, row_group_size=3)

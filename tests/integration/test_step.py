@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.head as head
+import bd3lm.model.transformer as transformer
+import bd3lm.systems.base as base
 import bd3lm.systems.learned_noise as learned
 from bd3lm.config import NoiseConfig, preset
 from bd3lm.data import Loader, Prefetcher, Rows
@@ -192,6 +194,63 @@ def test_the_guard_sees_what_it_guards_against():
     ):
         with NoWaits(), pytest.raises(AssertionError):
             waits()
+
+
+# --- compiled blocks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["bd3lm", "mdlm"])
+def test_a_compiled_step_is_the_same_and_is_compiled_once(
+    config, splits, tmp_path, system, monkeypatch
+):
+    """Every step masks another number of tokens, and none but the first compiles."""
+    graphs = []
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(transformer, "COMPILER", count)
+    monkeypatch.setattr(base, "TILE_ROWS", 1)
+    torch._dynamo.reset()
+    config = dataclasses.replace(
+        of_system(config, system), micro_batch=None, batch_size=24, precision="fp32"
+    )
+    losses, numbers, compiled = {}, set(), []
+    for on in (True, False):
+        changed = dataclasses.replace(config, compile=on)
+        trainer = Trainer(changed, splits.train, splits.valid, tmp_path, Silent())
+        losses[on] = []
+        for step in range(4):
+            (batch,) = trainer.batches.get(step, trainer.system.noise(step))
+            numbers.add(len(batch.masked))
+            losses[on].append(trainer.step()[0].item())
+            compiled.append(len(graphs))
+        trainer.batches.close()
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
+    assert len(numbers) > 1
+    assert compiled[0] > 0
+    assert set(compiled) == {compiled[0]}
+    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and what lies between
+
+
+def test_a_compiler_that_fails_costs_a_sentence(config, splits, tmp_path, monkeypatch):
+    def broken(graph, examples):
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(transformer, "COMPILER", broken)
+    torch._dynamo.reset()
+    losses, notes = {}, []
+    for on in (True, False):
+        changed = dataclasses.replace(config, compile=on)
+        trainer = Trainer(changed, splits.train, splits.valid, tmp_path, Silent())
+        losses[on] = [trainer.step()[0].item() for _ in range(2)]
+        trainer.batches.close()
+        notes += trainer.reporter.notes
+    assert losses[True] == losses[False]
+    (note,) = notes
+    assert note.startswith("compile: off from now on, since the compiler failed (")
+    assert "no compiler on this machine" in note
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -159,8 +159,8 @@ def test_any_order_of_rows(lengths: Lengths, shape: tuple[int, int], data: st.Da
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"block_size": 3}, "block_size = 3: must divide seq_len = 8"),
-        ({"block_size": 0}, "block_size = 0: must divide"),
+        ({"block_size": 3}, "block_size = 3: must be a divisor of seq_len = 8"),
+        ({"block_size": 0}, "block_size = 0: must be a divisor"),
         ({"seq_len": 1, "block_size": 1}, "seq_len = 1: must be 2 to"),
         ({"seq_len": 2, "row_eos": True}, "seq_len = 2: must be 3 to"),
         ({"seq_len": 64}, "seq_len = 64: .* 20 tokens do not fill one row"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CODE = r'''
+CODE = r"""
 import random, sys
 import numpy as np
 from bd3lm import _core
@@ -104,11 +104,12 @@ for i in range(count):
     except Exception as error:
         pass
 print("done")
-'''
+"""
 
 
 @pytest.mark.parametrize(
-    ("seeds", "count"), [(1, 150), pytest.param(20, 500, marks=pytest.mark.slow)],
+    ("seeds", "count"),
+    [(1, 150), pytest.param(20, 500, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_bad_arguments_are_exceptions(seeds: int, count: int, tmp_path: Path) -> None:

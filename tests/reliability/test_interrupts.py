@@ -76,9 +76,7 @@ def test_standard_input_that_stops(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_a_tokenizer_in_the_middle_of_a_long_document(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_tokenizer_in_the_middle_of_a_long_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Only the library can encode it, for many seconds."""
     definition = json.loads(tokenizer.json)
     definition["pre_tokenizer"]["add_prefix_space"] = True
@@ -129,8 +127,9 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
         file.truncate(64 << 20)
     try:
         subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, capture_output=True)
-        subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["mount", "-o", "loop", str(image), str(mounted)], check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a file system needs root and a system that allows it")
     yield image, mounted

@@ -181,8 +181,9 @@ def test_standard_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ]:
         out = tmp_path / "set"
         arguments = [place, "--out", str(out), "--valid-fraction", "0.1"]
-        subprocess.run([sys.executable, "-c", code, *arguments], input=content, check=True,
-                       capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", code, *arguments], input=content, check=True, capture_output=True
+        )
         found = documents(out / "train", tokenizer) + documents(out / "valid", tokenizer)
         assert sorted(found) == sorted(STORY + str(i) for i in range(30))
         subprocess.run(["rm", "-r", str(out)], check=True)

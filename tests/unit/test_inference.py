@@ -1,12 +1,16 @@
 """A model prepared for decoding is the same function, and rows in it do not see each other."""
 
+import copy
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3lm.config import ModelConfig
 from bd3lm.device import has_bf16
 from bd3lm.errors import ConfigError
-from bd3lm.model import KVCache, for_inference
+from bd3lm.model import KVCache, Transformer, for_inference, fused, inference, layers
 from bd3lm.sample import Sampler
 from bd3lm.systems import BlockDiffusion
 from tests.conftest import MASK_ID, random_ids, tiny_model
@@ -199,3 +203,32 @@ def test_both_streams_run_too():
     expected = model.denoise(xt, ids, 4, select)
     found = for_inference(model).denoise(xt, ids, 4, select)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"cond_width": 8}, {"tied_embeddings": True}])
+def test_rounded_matrices_compute_what_autocast_does(changes, monkeypatch):
+    """Bit for bit, on the code path of a GPU."""
+    for module in (fused, layers):
+        monkeypatch.setattr(module, "on_cpu", lambda *tensors: False)
+    monkeypatch.setattr(inference, "_pack", lambda *_: None)
+    monkeypatch.setattr(inference, "PackedBlock", lambda block: block)
+    plain = for_inference(tiny_model(**changes))
+    rounded = copy.deepcopy(plain)
+    inference.round_matrices(rounded)
+    ids = random_ids(3, 16, seed=0)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = rounded.logits(rounded.encode(ids, 4))
+        wanted = plain.logits(plain.encode(ids, 4))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
+    assert rounded.blocks[0].qkv.weight.dtype == torch.bfloat16
+    assert rounded.embed.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_fake_gpu_matrices_have_the_dtype_of_the_run(dtype, monkeypatch):
+    monkeypatch.setattr(inference.copy, "deepcopy", lambda model: model)  # fakes have no copies
+    with FakeTensorMode(), torch.device("cuda"):
+        ready = for_inference(Transformer(ModelConfig(width=16, depth=1, heads=2), 16), dtype)
+    assert ready.blocks[0].mlp.up.weight.dtype == dtype
+    assert ready.head.weight.dtype == dtype

@@ -305,12 +305,12 @@ GAMMA = np.ones(4, dtype=np.float32)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"estimator": "exact"}, "estimator = exact: must be bernoulli, count or full"),
-        ({"clip": (0.8, 0.3)}, r"clip = \[0.8, 0.3\]: needs 0 <= a <= b <= 1"),
+        ({"estimator": "exact"}, "estimator = exact: must be one of bernoulli, count, full"),
+        ({"clip": (0.8, 0.3)}, r"clip = \[0.8, 0.3\]: must be \[a, b\] with 0 <= a <= b <= 1"),
         ({"clip": (-0.1, 0.3)}, r"clip = \[-0.1, 0.3\]"),
-        ({"clip": (0.0, 1e-3)}, r"clip = \[0, 0.001\]: needs a < b"),
+        ({"clip": (0.0, 1e-3)}, r"clip = \[0, 0.001\]: must be \[a, b\] with a < b"),
         ({"clip": (math.nan, 1.0)}, r"clip = \[NaN, 1\]"),
-        ({"resample": True}, "resample = true: goes with the bernoulli estimator and a clip"),
+        ({"resample": True}, "resample = true: must be false unless the estimator is bernoulli"),
         ({"resample": True, "estimator": "count", "clip": (0.3, 0.8)}, "resample = true"),
         ({"gamma": GAMMA, "estimator": "count"}, "gamma = given: .* bernoulli"),
         ({"gamma": GAMMA, "resample": True, "clip": (0.3, 0.8)}, "gamma = given"),

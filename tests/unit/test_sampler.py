@@ -314,3 +314,20 @@ def test_degenerate_text_is_told():
     assert is_degenerate([1, 2] * 128)
     assert not is_degenerate(list(range(256)))
     assert not is_degenerate([1] * 255)
+
+
+def test_rows_that_end_keep_their_places_while_forwards_are_replayed(monkeypatch):
+    """A new cache needs new graphs: 16 rows that end one by one get four, not sixteen."""
+    made, model = [], tiny_model()
+    plain = sampler(model, eos_id=1, replay=False)
+    cfg = config(length=64, top_p=1.0)
+    wanted = plain.generate(cfg, [[]] * 16)
+    assert len({len(sample.ids) // 4 for sample in wanted}) >= 5  # they end in different blocks
+    replayed = sampler(model, eos_id=1, replay=True)
+    step = replayed._step
+    monkeypatch.setattr(
+        replayed, "_step", lambda cache: made.append(len(cache.k[0])) or step(cache)
+    )
+    found = replayed.generate(cfg, [[]] * 16)
+    assert [(x.ids, x.stop, x.nfe) for x in found] == [(x.ids, x.stop, x.nfe) for x in wanted]
+    assert all(after <= before / 2 for before, after in itertools.pairwise(made))

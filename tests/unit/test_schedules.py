@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -12,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.special import ndtr, ndtri
 
-from bd3lm.data import Schedule, Weighting
+from bd3lm import _core
+from bd3lm.config import NoiseConfig, from_dict, to_dict
+from bd3lm.config.names import DetokenizerName, PackingName, ScheduleName, WeightingName
+from bd3lm.data import NoiseSpec, Schedule, Weighting, draw_noise
 from bd3lm.errors import ConfigError
+from bd3lm.systems.block_diffusion import schedule_of
 
 EPS, MU, SIGMA, MU2, SIGMA2, MIXTURE = 1e-3, 0.3, 0.2, 0.8, 0.15, 0.6
 BIMODAL = {"mu": MU, "sigma": SIGMA, "mu2": MU2, "sigma2": SIGMA2, "mixture": MIXTURE}
@@ -195,3 +201,126 @@ def test_sigmoid_of_zero_is_simple_under_loglinear() -> None:
 def test_unknown_weighting() -> None:
     with pytest.raises(ConfigError, match=r"weighting = p2: must be one of nelbo, edm, .*, simple"):
         Weighting("p2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        ("schedule", ScheduleName),
+        ("weighting", WeightingName),
+        ("packing", PackingName),
+        ("detokenizer", DetokenizerName),
+    ],
+)
+def test_settings_name_what_the_core_has(kind: str, choices: object) -> None:
+    assert list(get_args(choices)) == _core.names(kind)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_levels_and_probabilities_outside_their_range_are_refused(name: str, value: float) -> None:
+    schedule = Schedule(name, **REFERENCES[name].kwargs)
+    calls = {"t": [schedule.mask_prob, schedule.loss_weight], "p": [schedule.inverse]}
+    calls["t"].append(lambda t: Weighting().at(schedule, t))
+    calls["p"].append(schedule.loss_weight_at)
+    for field, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ConfigError, match=rf"{field} = .*: must be in [\[(]0, 1\]"):
+                function([0.5, value])
+    with pytest.raises(ConfigError, match=r"t = 0: must be in \(0, 1\]"):
+        schedule.loss_weight(0.0)
+
+
+@pytest.mark.filterwarnings("ignore:p.0. = 0.001")
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_callable_agrees_with_the_schedule_it_tabulates(name: str) -> None:
+    """The errors that the docstring of ``from_callable`` states."""
+    schedule = Schedule(name, **REFERENCES[name].kwargs)
+    table = Schedule.from_callable(lambda t: float(schedule.mask_prob(t)))
+    t = np.concatenate([np.geomspace(1e-3, 1, 5000), 1 - np.geomspace(1e-6, 0.9, 5000)])
+    p, w = schedule.mask_prob(t), schedule.loss_weight(t)
+    weight_error = 1e-7 if name in ("loglinear", "square", "square_root") else 1e-4
+    inside = t < 1
+    np.testing.assert_allclose(table.mask_prob(t), p, rtol=1e-6)
+    np.testing.assert_allclose(table.loss_weight(t)[inside], w[inside], rtol=weight_error)
+    np.testing.assert_allclose(table.inverse(p), t, rtol=1e-6)
+    np.testing.assert_allclose(table.loss_weight_at(p)[inside], w[inside], rtol=weight_error)
+
+
+def test_a_table_says_which_mass_it_misses() -> None:
+    with pytest.warns(UserWarning, match=r"p\(0\) = 0\.1: the bound misses"):
+        table = Schedule.table([0, 0.5, 1], [0.1, 0.4, 1])
+    assert table.mask_prob(0.0) == pytest.approx(0.1)
+    assert table.inverse(0.05) == 0.0
+
+
+def test_values_that_float64_cannot_tell_apart_are_left_out() -> None:
+    table = Schedule.from_callable(lambda t: 1 - (1 - t) ** 4)
+    assert table.points is not None
+    assert table.points[-2][1] < 1 - 1e-13
+    np.testing.assert_allclose(table.mask_prob(0.5), 1 - 0.5**4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("t", "p", "message"),
+    [
+        ([0, 1], [0, 1], "schedule_table = 2 points: must be three or more"),
+        ([0.1, 0.5, 1], [0, 0.5, 1], "must be t from 0 to 1"),
+        ([0, 0.5, 1], [0, 0.5, 0.9], r"p\(1\) = 0\.9: must be p\(1\) = 1: a mass of 0\.0\d+"),
+        ([0, 0.5, 0.6, 1], [0, 0.5, 0.4, 1], r"\(0\.6, 0\.4\) after \(0\.5, 0\.5\): must be"),
+        ([0, 0.5, 1], [-0.5, 0.5, 1], r"p\(0\) = -0\.5: must be 0"),
+        ([0, 0.5, 1], [0, math.nan, 1], "strictly increasing"),
+        ([0, 0.5, 1], [0, 1], "p = 2 numbers: must be as many as the 3 levels"),
+    ],
+)
+def test_points_that_are_no_table_name_themselves(
+    t: list[float], p: list[float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Schedule.table(t, p)
+
+
+def test_callables_that_are_no_schedule_name_themselves() -> None:
+    with pytest.raises(ConfigError, match=r"p\(1\) = 0\.5: .* a mass of 0\.5 is missing"):
+        Schedule.from_callable(lambda t: t / 2)
+    with pytest.raises(ConfigError, match="strictly increasing"):
+        Schedule.from_callable(lambda t: math.sin(2.5 * t) / math.sin(2.5))
+    with pytest.raises(ConfigError, match="schedule_table = 2 points"):
+        Schedule.from_callable(lambda t: float(t == 1))
+
+
+def test_settings_take_a_table_or_a_file_of_one(tmp_path: Path) -> None:
+    points = Schedule.from_callable(lambda t: t**1.5).points
+    assert points is not None
+    (tmp_path / "p.json").write_text(json.dumps(points))
+    np.save(tmp_path / "p.npy", np.array(points))
+    cfg = NoiseConfig(schedule="table", schedule_table=points)
+    for name in ("p.json", "p.npy"):
+        assert NoiseConfig(schedule="table", schedule_table=str(tmp_path / name)) == cfg
+    assert from_dict(NoiseConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+    np.testing.assert_allclose(schedule_of(cfg).loss_weight(0.01), 150, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"schedule-table .not given.: must be the points"):
+        NoiseConfig(schedule="table")
+    (tmp_path / "wrong.json").write_text("[1, 2]")
+    for name in ("wrong.json", "nowhere.npy"):
+        with pytest.raises(ConfigError, match=r"must be a \.json or \.npy file of pairs"):
+            NoiseConfig(schedule="table", schedule_table=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("clip", [None, (0.3, 0.8)])
+@pytest.mark.parametrize("estimator", ["bernoulli", "count"])
+@pytest.mark.parametrize("name", ["loglinear", "gaussian"])
+def test_a_tabulated_schedule_draws_the_same_noise(
+    name: str, estimator: str, clip: tuple[float, float] | None
+) -> None:
+    schedule = Schedule(name, **REFERENCES[name].kwargs)
+    table = Schedule.from_callable(lambda t: float(schedule.mask_prob(t)))
+    x0 = torch.randint(0, 100, (64, 32), generator=torch.Generator().manual_seed(0))
+    drawn = []
+    for made in (schedule, table):
+        spec = NoiseSpec(made, estimator=estimator, clip=clip, weighting=Weighting("iddpm"))
+        drawn.append(draw_noise(spec, x0, torch.ones_like(x0) > 0, 4, seed=1, step=2))
+    (mask, mask_prob, weight), (mask2, mask_prob2, weight2) = drawn
+    assert (mask != mask2).float().mean() < 1e-3
+    torch.testing.assert_close(mask_prob, mask_prob2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight, weight2, rtol=1e-3, atol=1e-6)

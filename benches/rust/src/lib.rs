@@ -1,4 +1,4 @@
-//! What the benches share: lengths of documents, noise specifications, how long to measure.
+//! Shared parts of the benches: document lengths, noise specifications, measuring times.
 
 use std::time::Duration;
 

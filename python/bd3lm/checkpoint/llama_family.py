@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.checkpoint.record import read_json
-from bd3lm.checkpoint.tensors import check_tensors
+from bd3lm.checkpoint.rope import read_rope
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton
 from bd3lm.checkpoint.weights import read_weights
-from bd3lm.config import ModelConfig, RopeScaling, TrainConfig
+from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.model import Transformer
 
 FAMILY = ("llama", "qwen2", "qwen3", "smollm3", "sdar")
 """``model_type`` of the checkpoints that are read."""
@@ -112,8 +112,8 @@ def assemble(
         raise CheckpointError(f"{source} has no tensor {embedding}, which this model needs")
     rows = len(tensors[embedding])
     _check_mask(path, meta, tokenizer, rows)
-    with torch.device("meta"):
-        needed = to_family(Transformer(config.model, rows).state_dict(), config.model)
+    empty = skeleton(config.model, rows, tensors, embedding, source)
+    needed = to_family(empty.state_dict(), config.model)
     check_tensors(tensors, needed, source, any_float=True)
     state = from_family(tensors, config.model)
     for name in {"embed.weight", "head.weight"} & state.keys():
@@ -123,9 +123,8 @@ def assemble(
     rows = len(state["embed.weight"])
     padded = None if rows == tokenizer.vocab_size else rows
     config = replace(config, model=replace(config.model, vocab_size=padded))
-    model = Transformer(config.model, tokenizer.vocab_size)
-    model.load_state_dict(state)
-    return Checkpoint(config, model.to(device).eval(), tokenizer, 0, path)
+    empty = skeleton(config.model, tokenizer.vocab_size, state, "embed.weight", source)
+    return Checkpoint(config, fill(empty, state, device).eval(), tokenizer, 0, path)
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ def settings(path: Path, meta: Mapping[str, Any], *, tied: bool = True) -> Train
 def _shape(meta: Mapping[str, Any], *, tied: bool) -> ModelConfig:
     kind, depth = meta["model_type"], int(meta["num_hidden_layers"])
     _check_supported(meta)
-    theta, scaling = _rope(meta)
+    theta, scaling = read_rope(meta, THETA.get(kind, 10_000.0))
     bias = bool(meta.get("attention_bias", False))
     heads = int(meta["num_attention_heads"])
     head_dim = meta.get("head_dim") or HEAD_DIM.get(kind)
@@ -200,42 +199,6 @@ def _check_supported(meta: Mapping[str, Any]) -> None:
     if windows or others:
         value = ", ".join(sorted(others)) or "True"
         raise ConfigError("use_sliding_window", value, "False: attention here has no window")
-
-
-def _rope(meta: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """Base and scaling, as transformers 5 writes them (``rope_parameters``) or as 4 did."""
-    given = {"rope_theta": meta.get("rope_theta"), **(meta.get("rope_scaling") or {})}
-    given |= meta.get("rope_parameters") or {}
-    theta = float(given["rope_theta"] or THETA.get(meta["model_type"], 10_000.0))
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        share = given["partial_rotary_factor"]
-        raise ConfigError("partial_rotary_factor", share, "1: whole heads are rotated")
-    if kind == "default":
-        return theta, RopeScaling()
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError("rope_type", kind, "default, linear, llama3 or yarn")
-    length = None
-    if kind != "linear":
-        length = given.get("original_max_position_embeddings")
-        length = int(length or meta["max_position_embeddings"])
-    factor = given.get("factor") or int(meta["max_position_embeddings"]) / (length or 1)
-    scaling = RopeScaling(kind=kind, factor=float(factor), original_length=length)
-    if kind == "llama3":
-        low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
-        scaling = replace(scaling, low_freq_factor=low, high_freq_factor=high)
-    if kind == "yarn":
-        if given.get("mscale") and given.get("mscale_all_dim"):
-            raise ConfigError("mscale_all_dim", given["mscale_all_dim"], "left out")
-        attention = given.get("attention_factor")
-        scaling = replace(
-            scaling,
-            beta_fast=float(given.get("beta_fast") or 32),
-            beta_slow=float(given.get("beta_slow") or 1),
-            attention_factor=None if attention is None else float(attention),
-            truncate=bool(given.get("truncate", True)),
-        )
-    return theta, scaling
 
 
 def _nope_layers(meta: Mapping[str, Any], depth: int) -> tuple[int, ...]:
@@ -312,7 +275,9 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def _same_ids(path: Path, own: Tokenizer, given: Tokenizer) -> Tokenizer:
     """The given tokenizer, after a check that its ids are the checkpoint's but for the mask."""
-    if given.ids_without_mask() != own.ids_without_mask():
+    masks = {given.mask_id, own.mask_id}
+    ids = [{token: i for token, i in t.ids().items() if i not in masks} for t in (given, own)]
+    if ids[0] != ids[1]:
         raise CheckpointError(
             f"{path} was trained with another tokenizer ({own.name}) than {given.name}"
         )

@@ -314,7 +314,7 @@ def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     shape, source = meta.config.model, opened.file
     model = skeleton(shape, tokenizer.vocab_size, opened.tensors, "embed.weight", source)
     check_tensors(opened.tensors, dict(model.named_parameters()), source)
-    model = fill(model, untied(opened.load(), meta.config), device)
+    model = fill(model, opened.load(), device)
     loaded = Checkpoint(meta.config, model.eval(), tokenizer, meta.step, path, meta.learned)
     loaded.system()  # refuses what was learned where it does not fit
     return loaded
@@ -337,10 +337,3 @@ def read_tokenizer(meta: Meta) -> Tokenizer:
             f"config.json says {meta.special}"
         )
     return tokenizer
-
-
-def untied(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
-    """Add the tied head, which is stored once, under the embedding's name."""
-    if config.model.tied_embeddings and "embed.weight" in weights:
-        weights.setdefault("head.weight", weights["embed.weight"])
-    return weights

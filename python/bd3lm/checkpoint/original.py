@@ -18,12 +18,14 @@ from torch import Tensor
 
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.rope import read_rope
 from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton, write_tensors
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, NoiseConfig, SystemName, TrainConfig, check
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
 from bd3lm.files import replaced_directory, write_json, write_text
+from bd3lm.model.rotary import frequencies
 
 TOKENIZER = "gpt2"
 """The published models' tokenizer, by its name on the hub; the mask is id 50257, so V = 50258."""
@@ -43,6 +45,8 @@ BLOCK_PARTS = {
     "mlp.up": "mlp.0",
     "mlp.down": "mlp.2",
     "ada": "adaLN_modulation",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
 }
 FREQUENCIES = "backbone.rotary_emb.inv_freq"
 CLIP = ("sampling_eps_min", "sampling_eps_max")
@@ -88,20 +92,32 @@ def load_original(
     source, tensors = read_weights(path)
     config, vocab_size = _settings(path, meta, tensors)
     text = _tokenizer(path, tokenizer)
-    if text.vocab_size != vocab_size:
+    padded = "mask_token_id" in meta and vocab_size > text.vocab_size
+    if padded:
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    elif text.vocab_size != vocab_size:
         raise CheckpointError(
             f"{path} has {vocab_size} ids and the tokenizer {text.name} {text.vocab_size}, its "
             "mask token included; name the one that this model was trained with"
         )
+    if meta.get("mask_token_id", text.mask_id) != text.mask_id:
+        raise CheckpointError(
+            f"{path}: its config.json says mask_token_id = {meta['mask_token_id']}, the tokenizer "
+            f"{text.name} has the mask at {text.mask_id}"
+        )
+    if config.model.tied_embeddings and not _shares_head(tensors):  # trained apart since
+        config = replace(config, model=replace(config.model, tied_embeddings=False))
     model = skeleton(config.model, vocab_size, tensors, their_name("embed.weight"), source)
     own = model.state_dict()
-    frequencies = _frequencies(config.model)
+    stored = stored_frequencies(config.model)
     needed = {their_name(name): tensor for name, tensor in own.items()}
-    needed[FREQUENCIES] = frequencies
-    found = {FREQUENCIES: frequencies} | {k: v for k, v in tensors.items() if k not in CLIP}
+    needed[FREQUENCIES] = stored
+    found = {FREQUENCIES: stored} | {k: v for k, v in tensors.items() if k not in CLIP}
     check_tensors(found, needed, source, any_float=True)
-    if not torch.allclose(found[FREQUENCIES].float(), frequencies, rtol=1e-2):  # bf16 will do
-        raise CheckpointError(f"{source} holds {FREQUENCIES} of another base than 10000")
+    if not torch.allclose(found[FREQUENCIES].float(), stored, rtol=1e-2):  # bf16 will do
+        raise CheckpointError(
+            f"{source} holds {FREQUENCIES} of another base than {config.model.rope_theta:.0f}"
+        )
     model = fill(model, {name: tensors[their_name(name)] for name in own}, device)
     return Checkpoint(config, model.eval(), text, 0, path)
 
@@ -120,14 +136,14 @@ def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
     config, model = checkpoint.config, checkpoint.model
     _check_representable(config)
     tensors = {their_name(name): tensor for name, tensor in model.state_dict().items()}
-    tensors[FREQUENCIES] = _frequencies(config.model)
+    tensors[FREQUENCIES] = stored_frequencies(config.model)
     clip = config.noise.clip
     if clip is not None:
         tensors |= {name: torch.tensor(bound) for name, bound in zip(CLIP, clip, strict=True)}
     with replaced_directory(Path(path)) as folder:
         plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
-        write_json(folder / "config.json", _their_config(config, model.vocab_size))
+        write_json(folder / "config.json", original_config(config, model.vocab_size))
         write_text(folder / "tokenizer.json", checkpoint.tokenizer.json)
 
 
@@ -149,6 +165,7 @@ def _settings(
             cond_width=int(meta["cond_dim"]) if conditioned else 0,
             time_conditioning=told,
             dropout=float(meta.get("dropout", 0.0)),
+            **_extension(meta),
         )
         noise = NoiseConfig()
         if system != "ar":
@@ -166,6 +183,21 @@ def _settings(
         raise CheckpointError(f"{path / 'config.json'} does not say {error.args[0]}") from error
     except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def _extension(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the keys that :mod:`bd3lm.checkpoint.bd3lm_hf` adds; defaults without them."""
+    theta, scaling = read_rope(meta)
+    names = ("head_dim", "mlp", "norm", "norm_eps", "qk_norm", "tied_embeddings")
+    biases = ("mlp_bias", "head_bias", "qkv_bias", "out_bias")
+    found = {name: meta[name] for name in (*names, *biases) if name in meta}
+    if found.get("head_dim") == int(meta["hidden_dim"]) / int(meta["n_heads"]):
+        del found["head_dim"]  # the default
+    for ours, theirs in (("kv_heads", "n_kv_heads"), ("mlp_width", "mlp_dim")):
+        if theirs in meta:
+            found[ours] = meta[theirs]
+    layers = tuple(meta.get("nope_layers") or ())
+    return found | {"rope_theta": theta, "rope_scaling": scaling, "nope_layers": layers}
 
 
 def _system(path: Path, meta: Mapping[str, Any], *, conditioned: bool, told: bool) -> SystemName:
@@ -195,7 +227,7 @@ def _clip(tensors: Mapping[str, Tensor]) -> tuple[float, float] | None:
     return low, high
 
 
-def _their_config(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
+def original_config(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
     """``config.json`` of the original for one of our models."""
     shape, clip = config.model, config.noise.clip
     return {
@@ -248,9 +280,17 @@ def _check_representable(config: TrainConfig) -> None:
     )
 
 
-def _frequencies(shape: ModelConfig) -> Tensor:
-    """The rotary frequencies that the original stores, float32 [Dh/2]."""
-    return 1.0 / (10_000 ** (torch.arange(0, shape.head_width, 2).float() / shape.head_width))
+def stored_frequencies(shape: ModelConfig) -> Tensor:
+    """The rotary frequencies that the layout stores, float32 [Dh/2]."""
+    if shape.rope_scaling.kind == "none":  # to the bit as the original computes them
+        even = torch.arange(0, shape.head_width, 2).float()
+        return 1.0 / (shape.rope_theta ** (even / shape.head_width))
+    return frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)[0].float()
+
+
+def _shares_head(tensors: Mapping[str, Tensor]) -> bool:
+    embed, head = (tensors.get(their_name(name)) for name in ("embed.weight", "head.weight"))
+    return embed is not None and head is not None and torch.equal(embed, head)
 
 
 def _tokenizer(path: Path, given: Tokenizer | str | None) -> Tokenizer:

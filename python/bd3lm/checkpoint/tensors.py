@@ -6,19 +6,21 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bd3lm.checkpoint.record import check_regular
 from bd3lm.config import ModelConfig
-from bd3lm.errors import CheckpointError, DiskFullError, StorageError
+from bd3lm.errors import CheckpointError, ConfigError, DiskFullError, StorageError
 from bd3lm.files import sync_file
 from bd3lm.model import Transformer
 
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -183,7 +185,7 @@ def skeleton(
 
     Args:
         shape: of the model, from a file that may lie.
-        vocab_size: V.
+        vocab_size: ids in use; V where ``shape.vocab_size`` is None.
         found: tensors of the file.
         embed: the embedding's name there.
         source: the file, for messages.
@@ -198,27 +200,45 @@ def skeleton(
         )
     if embed not in found:
         raise CheckpointError(f"{source} has no tensor {embed}, which this model needs")
-    if list(found[embed].shape) != [vocab_size, shape.width]:
+    rows = shape.vocab_size or vocab_size
+    if list(found[embed].shape) != [rows, shape.width]:
         raise CheckpointError(
             f"{source} holds {embed} of shape {list(found[embed].shape)}; "
-            f"this model needs [{vocab_size}, {shape.width}]"
+            f"this model needs [{rows}, {shape.width}]"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoNormal():
             return Transformer(shape, vocab_size)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{source}: no model has such a shape ({error})") from error
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{source}: no model has the shape of its config.json ({reason})"
+        ) from error
+
+
+class _NoNormal(TorchFunctionMode):
+    """Leave out ``normal_``: on the meta device it imports the compiler, 900 modules."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(
     model: Transformer, weights: Mapping[str, Tensor], device: torch.device | str
 ) -> Transformer:
-    """Give a model on the meta device memory on ``device`` and these weights."""
+    """Give a model on the meta device these weights, copied to ``device`` in its own dtypes."""
     tied = model.head.weight is model.embed.weight
-    model = model.to_empty(device=device)
+    own = {
+        name: weights[name].to(device, parameter.dtype, copy=True)
+        for name, parameter in model.named_parameters()
+    }
+    if tied:
+        own["head.weight"] = own["embed.weight"]
+    model.load_state_dict(own, assign=True)  # to_empty() would import the compiler
     if tied:
         model.head.weight = model.embed.weight
-    model.load_state_dict(dict(weights))
     return model
 
 

@@ -1,4 +1,4 @@
-"""``bd3lm-prepare``: text files to a data set that can be trained on and scored."""
+"""``bd3lm prepare``: text files to a data set for training and scoring."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bd3lm.cli.common import run
-from bd3lm.cli.summary import facts
-from bd3lm.config import DetokenizerName, check
-from bd3lm.data import Manifest, Tokenizer, load_tokenizer, prepare, train_tokenizer
-from bd3lm.data.prepare import STDIN, iter_documents
-from bd3lm.data.store import Records
+from bd3lm.cli.common import PlainConsole, parse, run
+from bd3lm.config import DetokenizerName, check, check_number, check_whole
+
+if TYPE_CHECKING:
+    from bd3lm.data import Manifest, Tokenizer
+    from bd3lm.data.store import Records
 
 
 @dataclass(frozen=True)
@@ -51,26 +49,46 @@ class PrepareArgs:
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """txt: a document a line, instead of one a file or between <|endoftext|> lines."""
     detokenizer: DetokenizerName | None = None
-    """Rules that put a tokenized benchmark text back as it was written, before it is tokenized."""
+    """Rules that restore the original spelling of a tokenized benchmark text, before tokenizing."""
     eos: bool = True
-    """End every document with EOS. --no-eos: they run into each other, as the paper's zero-shot
-    texts do."""
+    """End every document with EOS. --no-eos: documents run into each other, as in the zero-shot
+    texts of the BD3-LM paper."""
     valid_fraction: float | None = None
     """Hold out that share of the documents, at least one, or the tail of a single document: makes
     train/ and valid/."""
     threads: int | None = None
-    """Threads that tokenize, 1 to 1024. None: one a core that the process may use."""
+    """Threads that tokenize. None: one for each processor that this process may use."""
+
+    def __post_init__(self) -> None:
+        check(len(self.inputs) >= 1, "inputs", None, "at least one file")
+        if self.valid_fraction is not None:
+            check_number("valid-fraction", self.valid_fraction, 0, 1, interval="()")
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1, 1024)
+        if self.where is not None:
+            field, separator, _ = self.where.partition("=")
+            check(bool(separator and field), "where", self.where, "FIELD=VALUE")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``bd3lm-prepare``."""
-    run(lambda: prepare_command(tyro.cli(PrepareArgs, prog="bd3lm-prepare", args=argv)))
+def main(argv: list[str] | None = None, prog: str = "bd3lm-prepare") -> None:
+    """Entry point of ``bd3lm-prepare`` and ``bd3lm prepare``."""
+    run(lambda: prepare_command(parse(PrepareArgs, prog, argv)))
 
 
 def prepare_command(args: PrepareArgs) -> None:
     """Read, tokenize, write, report."""
-    console = Console()
-    check(len(args.inputs) >= 1, "inputs", None, "at least one file")
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from bd3lm.cli.summary import facts
+    from bd3lm.data import prepare
+
+    console = PlainConsole()
     reading = _reading(args)
     tokenizer = _tokenizer(args, reading, console)
     started = time.perf_counter()
@@ -81,11 +99,13 @@ def prepare_command(args: PrepareArgs) -> None:
         TextColumn("{task.fields[tokens]:,} tokens"),
         TimeRemainingColumn(),
     )
-    with stopped_by_signals(), Progress(*columns, console=console, transient=True) as progress:
+    show = console.is_terminal
+    bar = Progress(*columns, console=console, transient=True, disable=not show)
+    with stopped_by_signals(), bar as progress:
         task = progress.add_task("", total=None, tokens=0)
 
-        def show(read: int, total: int, tokens: int) -> None:
-            # A pipe has no size, and a compressed file none of its own.
+        def update(read: int, total: int, tokens: int) -> None:
+            # A pipe has no size.
             progress.update(task, total=total or None, completed=read, tokens=tokens)
 
         manifests = prepare(
@@ -97,10 +117,10 @@ def prepare_command(args: PrepareArgs) -> None:
             eos=args.eos,
             valid_fraction=args.valid_fraction,
             threads=args.threads,
-            progress=show,
+            progress=update,
         )
     seconds = time.perf_counter() - started
-    facts(console, f"Prepared {args.out}", _report(manifests, tokenizer, seconds))
+    facts(console, f"Prepared {args.out}", _report(args, manifests, tokenizer, seconds))
 
 
 class _Reading(TypedDict):
@@ -115,8 +135,7 @@ def _reading(args: PrepareArgs) -> _Reading:
     """The settings that decide which documents there are."""
     where = None
     if args.where is not None:
-        field, separator, value = args.where.partition("=")
-        check(bool(separator and field), "where", args.where, "FIELD=VALUE")
+        field, _, value = args.where.partition("=")
         where = (field, value)
     return {
         "text_field": args.text_field,
@@ -149,11 +168,16 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def _tokenizer(args: PrepareArgs, reading: _Reading, console: Console) -> Tokenizer:
+def _tokenizer(args: PrepareArgs, reading: _Reading, console: PlainConsole) -> Tokenizer:
+    """Load the tokenizer, or train one on the inputs."""
+    from bd3lm.data import load_tokenizer, train_tokenizer
+    from bd3lm.data.prepare import STDIN, iter_documents
+
     kind, _, size = args.tokenizer.partition(":")
     if kind != "train":
         return load_tokenizer(args.tokenizer)
-    check(size.isdigit(), "tokenizer", args.tokenizer, "train:SIZE with a whole number")
+    whole = size.isascii() and size.isdigit() and len(size) < 10
+    check(whole, "tokenizer", args.tokenizer, "train:SIZE with a whole number")
     for path in args.inputs:
         again = str(path) != STDIN and (path.is_file() or path.is_dir() or not path.exists())
         check(again, "tokenizer", args.tokenizer, f"a tokenizer: {path} cannot be read twice")
@@ -162,7 +186,11 @@ def _tokenizer(args: PrepareArgs, reading: _Reading, console: Console) -> Tokeni
     return train_tokenizer((text for text, _ in documents), int(size))
 
 
-def _report(manifests: list[Manifest], tokenizer: Tokenizer, seconds: float) -> dict[str, str]:
+def _report(
+    args: PrepareArgs, manifests: list[Manifest], tokenizer: Tokenizer, seconds: float
+) -> dict[str, str]:
+    from bd3lm.cli.summary import command
+
     names = ["train", "valid"] if len(manifests) == 2 else ["documents"]
     rows = {
         name: f"{m.num_documents:,} documents, {m.num_tokens:,} tokens ({m.dtype}), "
@@ -176,6 +204,8 @@ def _report(manifests: list[Manifest], tokenizer: Tokenizer, seconds: float) -> 
     )
     rows |= _records(manifests[0].records)
     rows["time"] = f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    if len(manifests) == 2:
+        rows["next"] = command("bd3lm-train", "--data", args.out)
     return rows
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 ScheduleName = Literal[
-    "loglinear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal_gaussian"
+    "loglinear",
+    "square",
+    "square_root",
+    "logarithmic",
+    "cosine",
+    "gaussian",
+    "bimodal_gaussian",
+    "table",
 ]
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
 AttentionName = Literal["auto", "triton", "flash", "flex", "rust", "dense"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bd3lm.config.check import check
@@ -82,11 +83,35 @@ def demo(system: SystemName = "bd3lm") -> TrainConfig:
     )
 
 
+def qwen(system: SystemName = "bd3lm") -> TrainConfig:
+    """A small model of Qwen3's shape, which `export --layout sdar` writes; demo's recipe."""
+    base = demo(system)
+    shape = ModelConfig(
+        width=192,
+        depth=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        mlp="swiglu",
+        mlp_width=512,
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        qk_norm=True,
+        mlp_bias=False,
+        head_bias=False,
+        tied_embeddings=True,
+        cond_width=base.model.cond_width,
+        time_conditioning=base.model.time_conditioning,
+    )
+    return replace(base, model=shape)
+
+
 PRESETS: dict[str, Callable[[SystemName], TrainConfig]] = {
     "demo": demo,
     "tiny": tiny,
     "small": small,
     "medium": medium,
+    "qwen": qwen,
 }
 
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bd3lm import _core
-from bd3lm.data.hub_files import HubError, download, list_files
+from bd3lm import _core, hub
 from bd3lm.data.prepare import prepare
 from bd3lm.data.tokenizers import Tokenizer
 from bd3lm.errors import ConfigError
@@ -115,7 +114,7 @@ def prepare_split(
     name, start, stop = _parts_of(split, source)
     try:
         files = _files(source, name)
-    except HubError as error:
+    except hub.HubError as error:
         allowed = f"a data set that can be loaded here ({error})"
         raise ConfigError("data", source.name(split), allowed) from None
     rows = None
@@ -167,30 +166,30 @@ def _files(source: HubData, split: str) -> list[Path]:
     """The files of a split, in order, on this machine.
 
     Raises:
-        HubError: there are none, or the hub does not give them.
+        hub.HubError: there are none, or the hub does not give them.
     """
     folder = Path(source.path)
     if folder.is_dir():
         inside = folder / source.config if source.config else folder
         if not inside.is_dir():
-            raise HubError(f"the folder has no {source.config}/")
+            raise hub.HubError(f"the folder has no {source.config}/")
         found = [path for path in inside.rglob("*") if path.is_file()]
         names = sorted(path.relative_to(inside).as_posix() for path in found)
         return [inside / name for name in _of_split(names, split)]
     try:
         revision: str | None = PARQUET
-        names = [_Converted.of(name) for name in list_files(source.path, revision=PARQUET)]
+        names = [_Converted.of(name) for name in hub.list_files(source.path, revision=PARQUET)]
         chosen = _of_config([name for name in names if name], source.config, split)
-    except HubError as error:
+    except hub.HubError as error:
         if "404" not in str(error) and "not found" not in str(error).lower():
             raise
         revision = None
-        chosen = _of_split(sorted(list_files(source.path)), split)
+        chosen = _of_split(sorted(hub.list_files(source.path)), split)
     paths = []
     for name in chosen:
-        path = download(source.path, name, kind="dataset", revision=revision)
+        path = hub.download(source.path, name, kind="dataset", revision=revision)
         if path is None:
-            raise HubError(f"{name} is gone")
+            raise hub.HubError(f"{name} is gone")
         paths.append(path)
     return paths
 
@@ -217,15 +216,15 @@ def _of_config(names: Sequence[_Converted], config: str | None, split: str) -> l
     if config is None:
         usual = [name for name in ("default", "plain_text") if name in configs]
         if len(configs) != 1 and not usual:
-            raise HubError(f"one of its configurations must be named: {', '.join(configs)}")
+            raise hub.HubError(f"one of its configurations must be named: {', '.join(configs)}")
         config = configs[0] if len(configs) == 1 else usual[0]
     mine = sorted(name for name in names if name.config == config)
     chosen = [name.name for name in mine if name.split == split]
     if not chosen:
         if any(name.split == f"partial-{split}" for name in mine):
-            raise HubError(f"the hub has converted only a part of {config}/{split} to parquet")
+            raise hub.HubError(f"the hub has converted only a part of {config}/{split} to parquet")
         splits = sorted({f"{name.config}@{name.split}" for name in mine or names})
-        raise HubError(f"it has no {config}@{split}, only {', '.join(splits) or 'no parquet'}")
+        raise hub.HubError(f"it has no {config}@{split}, only {', '.join(splits) or 'no parquet'}")
     return chosen
 
 
@@ -236,5 +235,5 @@ def _of_split(names: Sequence[str], split: str) -> list[str]:
     chosen = [name for name in texts if is_split.search(name)]
     if not chosen:
         listed = ", ".join(texts[:10]) or "no text file"
-        raise HubError(f"no file of it is named after the split {split}; it holds {listed}")
+        raise hub.HubError(f"no file of it is named after the split {split}; it holds {listed}")
     return chosen

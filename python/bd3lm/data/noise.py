@@ -1,8 +1,9 @@
-"""Noise schedules, weightings and masks (MATH §2–4), as computed in Rust."""
+"""Noise schedules, weightings and masks (docs/math.md §2–4), as computed in Rust."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,38 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bd3lm import _core
+from bd3lm.errors import ConfigError
 
 MIN_LEVEL: float = _core.MIN_LEVEL
 """Lowest noise level t that is drawn (docs/math.md §2)."""
+SCHEDULES: tuple[str, ...] = tuple(_core.names("schedule"))
+"""Names of all schedules."""
+WEIGHTINGS: tuple[str, ...] = tuple(_core.names("weighting"))
+"""Names of all weightings."""
+
+_TABLE_SIZE = 513
+"""Levels at which a callable is tabulated, even in log(t / (1 - t))."""
+_FIRST_LEVEL, _LAST_GAP = 1e-4, 1e-8
+"""The first of these levels, and one minus the last."""
+_RESOLUTION = 1e-13
+"""Values nearer than this are taken as equal: float64 keeps no slope between them."""
 
 
 class Schedule:
-    """A noise schedule on t in (0, 1] (MATH §2).
+    """A noise schedule on t in (0, 1] (docs/math.md §2).
 
     Args:
-        name: loglinear, square, square_root, logarithmic, cosine, gaussian or bimodal_gaussian.
+        name: loglinear, square, square_root, logarithmic, cosine, gaussian, bimodal_gaussian or
+            table.
         eps: cosine: p(0), in [0, 1).
         mu: gaussian, bimodal_gaussian: mean of the (first) component.
-        sigma: its deviation, greater than 0.
+        sigma: its standard deviation, greater than 0.
         mu2: bimodal_gaussian: mean of the second component.
-        sigma2: its deviation, greater than 0.
+        sigma2: its standard deviation, greater than 0.
         mixture: bimodal_gaussian: weight of the first component, in (0, 1).
-        paper_weights: bimodal_gaussian: the paper's Eq. 5–7 literally, which counts the NELBO
-            twice and has no inverse; training only.
+        paper_weights: bimodal_gaussian: Eq. 5–7 of the reproduction as printed, which count the
+            NELBO twice and have no inverse; training only.
+        points: table: pairs (t, p), see :meth:`table`.
 
     Raises:
         ConfigError: an unknown name, or a parameter that is missing or out of range.
@@ -48,18 +63,83 @@ class Schedule:
         sigma2: float | None = None,
         mixture: float | None = None,
         paper_weights: bool = False,
+        points: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         self.name = name
-        self._core = _core.Schedule(
-            name,
-            eps=eps,
-            mu=mu,
-            sigma=sigma,
-            mu2=mu2,
-            sigma2=sigma2,
-            mixture=mixture,
-            paper_weights=paper_weights,
-        )
+        self.points = None if points is None else tuple((float(t), float(p)) for t, p in points)
+        """Pairs (t, p) of a table, as ``noise.schedule_table`` of the settings takes them."""
+        self.settings = {
+            "name": name,
+            "eps": eps,
+            "mu": mu,
+            "sigma": sigma,
+            "mu2": mu2,
+            "sigma2": sigma2,
+            "mixture": mixture,
+            "paper_weights": paper_weights,
+            "points": self.points,
+        }
+        """The settings as the core reads them."""
+        self._core = _core.Schedule(self.settings)
+
+    @classmethod
+    def table(cls, t: ArrayLike, p: ArrayLike) -> Schedule:
+        """Interpolate points of p(t).
+
+        A monotone cubic interpolates log(p - p(0)) over log t; w is the exact slope of that p, so
+        the bound holds between the points too. Put points where p bends.
+
+        Args:
+            t: levels, strictly increasing from 0 to 1.
+            p: mask probabilities, strictly increasing, p(1) = 1. With p(0) > 0 the bound misses
+                the mass below p(0), as it does under cosine; a warning says so.
+
+        Raises:
+            ConfigError: points that are no such table.
+
+        >>> round(float(Schedule.table([0, 0.5, 1], [0, 0.25, 1]).loss_weight(0.1)), 9)
+        20.0
+        """
+        levels = np.asarray(t, dtype=np.float64).reshape(-1).tolist()
+        values = np.asarray(p, dtype=np.float64).reshape(-1).tolist()
+        if len(levels) != len(values):
+            raise ConfigError(
+                "p", f"{len(values)} numbers", f"as many as the {len(levels)} levels t"
+            )
+        schedule = cls("table", points=list(zip(levels, values, strict=True)))
+        if values[0] > _RESOLUTION:
+            warnings.warn(
+                f"p(0) = {values[0]:g}: the bound misses the probability mass below it",
+                stacklevel=2,
+            )
+        return schedule
+
+    @classmethod
+    def from_callable(cls, p: Callable[[float], float]) -> Schedule:
+        """Tabulate p(t) at 513 levels, dense near both ends.
+
+        For p as smooth as the built-in schedules, p agrees to 1e-6 and w to 1e-4, relative, on
+        [1e-3, 1); a power of t agrees to 1e-7.
+
+        Args:
+            p: a function of t in [0, 1], strictly increasing, p(1) = 1; see :meth:`table`.
+
+        Raises:
+            ConfigError: a function that is no such schedule.
+
+        >>> round(float(Schedule.from_callable(lambda t: t**3).loss_weight(0.1)), 6)
+        30.0
+        """
+        odds = np.linspace(np.log(_FIRST_LEVEL), -np.log(_LAST_GAP), _TABLE_SIZE)
+        points = [(0.0, float(p(0.0)))]
+        for t in (1.0 / (1.0 + np.exp(-odds))).tolist():
+            value = float(p(t))
+            if abs(value - points[-1][1]) > _RESOLUTION * abs(value):
+                points.append((t, value))
+        last = float(p(1.0))
+        while len(points) > 1 and abs(last - points[-1][1]) <= _RESOLUTION:
+            points.pop()
+        return cls.table(*zip(*points, (1.0, last), strict=True))
 
     def mask_prob(self, t: ArrayLike) -> NDArray[np.float64]:
         """p(t): probability that a token is masked at level t; same shape as ``t``."""
@@ -79,7 +159,7 @@ class Schedule:
 
 
 class Weighting:
-    """A reweighting of the training loss (MATH §3); reported likelihoods always use nelbo.
+    """A reweighting of the training loss (docs/math.md §3); reported likelihoods always use nelbo.
 
     Args:
         name: nelbo, edm, iddpm, sigmoid, flow_matching or simple.
@@ -90,15 +170,15 @@ class Weighting:
     """
 
     def __init__(self, name: str = "nelbo", *, k: float = 0.0) -> None:
-        self.name = name
-        self._core = _core.Weighting(name, k=k)
+        self.name, self.k = name, k
+        self._core = _core.Weighting(name, k)
 
     def at(self, schedule: Schedule, t: ArrayLike) -> NDArray[np.float64]:
         """The factor on top of w(t), at level t of a schedule; same shape as ``t``."""
         return _each(lambda x: self._core.at(schedule._core, x), t)
 
     def keeps_bound(self, schedule: Schedule) -> bool:
-        """Whether the factor does not fall with t, on a fine grid of levels (MATH §3).
+        """Whether the factor does not fall with t, on a fine grid of levels (docs/math.md §3).
 
         Only then is the weighted loss still a bound of its kind.
         """
@@ -108,7 +188,7 @@ class Weighting:
 
 
 class NoiseSpec:
-    """What to draw for a batch: immutable, and checked when it is made (MATH §2–4).
+    """The noise of a batch: immutable, and checked when it is made (docs/math.md §2–4).
 
     Args:
         schedule: p(t) and w(t).
@@ -117,7 +197,8 @@ class NoiseSpec:
         clip: restrict t to U[a, b]; a = 0 means 1e-3, [1, 1] means ``full``.
         resample: bernoulli with a clip: also force each block's masked share into [a, b].
         weighting: of the training loss; None is the NELBO itself.
-        gamma: float32 [V]: exponent of each token's mask probability (MATH §6), bernoulli only.
+        gamma: float32 [V]: exponent of each token's mask probability (docs/math.md §6), for
+            bernoulli only.
         count_probs: q(k) for k = 1..S of ``count``; None is uniform.
         stratum: ``(j, r)``: draw k of ``count`` from the j-th of r equal shares.
         strata: bernoulli: spread the levels over equal strata of the global batch.
@@ -142,18 +223,20 @@ class NoiseSpec:
         strata: bool = True,
         time_conditioned: bool = False,
     ) -> None:
-        self._core = _core.NoiseSpec(
-            schedule._core,
-            estimator=estimator,
-            clip=clip,
-            resample=resample,
-            weighting=None if weighting is None else weighting._core,
-            gamma=gamma,
-            count_probs=count_probs,
-            stratum=stratum,
-            strata=strata,
-            time_conditioned=time_conditioned,
-        )
+        weighting = weighting or Weighting()
+        settings = {
+            "schedule": schedule.settings,
+            "estimator": estimator,
+            "clip": clip,
+            "resample": resample,
+            "weighting": weighting.name,
+            "weighting_k": weighting.k,
+            "count_probs": count_probs,
+            "stratum": stratum,
+            "strata": strata,
+            "time_conditioned": time_conditioned,
+        }
+        self._core = _core.NoiseSpec(settings, gamma)
 
     def check(self, seq_len: int, block_size: int) -> None:
         """Check what depends on the rows.

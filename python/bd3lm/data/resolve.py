@@ -6,19 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from bd3lm.data.hub import PREFIX, named, prepare_split
 from bd3lm.data.prepare import STDIN, prepare
 from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
-from bd3lm.errors import ConfigError, FormatError, MissingFileError
+from bd3lm.errors import ConfigError, MissingFileError
 
 HELD_OUT = 0.05
 MANIFEST = "manifest.json"
 
 Verify = bool | Literal["auto"]
 """When a data set is verified; see :class:`bd3lm.data.Dataset`."""
+
+
+class _Options(TypedDict):
+    text_field: str
+    verify: Verify
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ def open_splits(
     work: Path,
     note: Callable[[str], None],
     *,
+    text_field: str = "text",
     verify: Verify = "auto",
 ) -> Splits:
     """Open the data that is named, tokenizing text into ``work`` where that has not been done.
@@ -49,7 +55,8 @@ def open_splits(
         valid: validation data, or None.
         tokenizer: name or path, for text.
         work: directory for text that has to be tokenized.
-        note: called with a line for the user.
+        note: called with a line on each step.
+        text_field: field of JSON and parquet records that holds the text.
         verify: when the data sets are verified.
 
     Raises:
@@ -70,10 +77,13 @@ def open_splits(
         _check_tokenizer(splits.train, tokenizer)
         return splits
     if valid is not None:
-        opened = open_data(train, tokenizer, work / "train", note, verify=verify)
-        # Text beside prepared data gets the tokenizer of that data.
-        used = opened.tokenizer if _is_prepared(train) else tokenizer
-        return Splits(opened, open_data(Path(valid), used, work / "valid", note, verify=verify))
+        has_splits = _is_prepared(train / "train") and _is_prepared(train / "valid")
+        train = train / "train" if has_splits else train
+        options: _Options = {"text_field": text_field, "verify": verify}
+        opened = open_data(train, tokenizer, work / "train", note, **options)
+        # Text that goes with a prepared data set is tokenized as that was.
+        own = opened.tokenizer
+        return Splits(opened, open_data(Path(valid), own, work / "valid", note, **options))
     if _is_prepared(train):
         Dataset(train, verify=False)  # its own error first, if it is no data set at all
         raise ConfigError(
@@ -82,8 +92,8 @@ def open_splits(
     _check_exists(train)
     if not (work / "train").is_dir():
         note(f"tokenizing {_named(train)}, {HELD_OUT:.0%} of it held out for validation")
-        with _hint_at_prepare():
-            made = prepare([train], load_tokenizer(tokenizer), work, valid_fraction=HELD_OUT)
+        loaded = load_tokenizer(tokenizer)
+        made = prepare([train], loaded, work, text_field=text_field, valid_fraction=HELD_OUT)
         _note_skipped(made[0], note)
     return Splits(Dataset(work / "train", verify=verify), Dataset(work / "valid", verify=verify))
 
@@ -109,19 +119,6 @@ def _check_tokenizer(data: Dataset, tokenizer: str | Tokenizer) -> None:
     if loaded.sha256 != data.manifest.tokenizer_sha256:
         allowed = f"left out or the tokenizer that {data.path} was prepared with"
         raise ConfigError("tokenizer", loaded.name, allowed)
-
-
-class _hint_at_prepare:  # noqa: N801 (a context manager)
-    """Says where the settings of a reader are, in the error of a file without the field."""
-
-    def __enter__(self) -> None:
-        """Nothing to set up."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Name the command that has the setting."""
-        if isinstance(error, FormatError) and "it has no " in str(error):
-            hint = "; name another with bd3lm-prepare --text-field, and train on what it makes"
-            raise FormatError(f"{error}{hint}") from None
 
 
 def _note_skipped(manifest: Manifest, note: Callable[[str], None]) -> None:
@@ -162,6 +159,7 @@ def open_data(
     work: Path,
     note: Callable[[str], None],
     *,
+    text_field: str = "text",
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
@@ -169,8 +167,9 @@ def open_data(
 ) -> Dataset:
     """Open a prepared directory, or tokenize text or a hub data set into ``work``.
 
-    ``lines``, ``detokenizer`` and ``eos`` are those of :func:`bd3lm.data.prepare`, for text; a
-    data set of the hub has a detokenizer of its own where none is named.
+    ``text_field``, ``lines``, ``detokenizer`` and ``eos`` are those of
+    :func:`bd3lm.data.prepare`, for text. A data set of the hub has its own detokenizer unless one
+    is named.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -192,8 +191,15 @@ def open_data(
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if source is None:
         note(f"tokenizing {_named(path)}")
-        with _hint_at_prepare():
-            made = prepare([path], loaded, work, lines=lines, detokenizer=detokenizer, eos=eos)
+        made = prepare(
+            [path],
+            loaded,
+            work,
+            text_field=text_field,
+            lines=lines,
+            detokenizer=detokenizer,
+            eos=eos,
+        )
         _note_skipped(made[0], note)
     else:
         split = source.valid or source.train
@@ -203,9 +209,7 @@ def open_data(
     return Dataset(work, verify=verify)
 
 
-def _default(
-    tokenizer: str, work: Path, note: Callable[[str], None], verify: Verify
-) -> Splits:
+def _default(tokenizer: str, work: Path, note: Callable[[str], None], verify: Verify) -> Splits:
     missing = [split for split in ("train", "valid") if not (work / split).is_dir()]
     if missing:
         note("tokenizing the English text shipped with the package")

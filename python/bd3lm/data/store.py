@@ -100,9 +100,7 @@ class Dataset:
         CorruptError: a file whose content is not the one that was written.
     """
 
-    def __init__(
-        self, path: Path | str, *, verify: bool | Literal["auto"] = "auto"
-    ) -> None:
+    def __init__(self, path: Path | str, *, verify: bool | Literal["auto"] = "auto") -> None:
         self.path = Path(path)
         self.core = _core.TokenStore.open(str(path), None if verify == "auto" else verify)
         self.manifest = Manifest.from_json(self.core.manifest or "{}")

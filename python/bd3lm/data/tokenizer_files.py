@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from bd3lm.data.hub_files import HubError, download
+from bd3lm import hub
 from bd3lm.errors import TokenizerError
 
 INSIDE = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.bpe")
@@ -19,7 +19,7 @@ CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 SPECIAL = ("bos_token", "eos_token", "cls_token", "sep_token", "mask_token")
 
 CONVERT = (
-    "convert it once: python -c \"from transformers import AutoTokenizer; "
+    'convert it once: python -c "from transformers import AutoTokenizer; '
     "AutoTokenizer.from_pretrained('FOLDER').save_pretrained('NEW')\", and give NEW"
 )
 
@@ -140,13 +140,13 @@ def _on_hub(name: str) -> Definition:
     if name.startswith((".", "/", "~")) or name.endswith((".json", ".txt", ".bpe", ".model")):
         raise TokenizerError(f"tokenizer {name}: no such file or directory")
     try:
-        definition = download(name, "tokenizer.json")
+        definition = hub.download(name, "tokenizer.json")
         if definition is None:
-            if download(name, "tokenizer.model") is not None:
+            if hub.download(name, "tokenizer.model") is not None:
                 raise TokenizerError(_sentencepiece(Path(name) / "tokenizer.model"))
             raise TokenizerError(f"tokenizer {name}: its repository holds no tokenizer.json")
-        found = {config: download(name, config) for config in CONFIGS}
-    except HubError as error:
+        found = {config: hub.download(name, config) for config in CONFIGS}
+    except hub.HubError as error:
         raise TokenizerError(
             f"tokenizer {name}: no such file, and the Hugging Face hub does not give it ({error})"
         ) from None

@@ -155,10 +155,9 @@ class Tokenizer:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def ids_without_mask(self) -> dict[str, int]:
-        """Ids by token, the mask left out."""
-        ids = self._inner.get_vocab(with_added_tokens=True)
-        return {token: i for token, i in ids.items() if i != self.mask_id}
+    def ids(self) -> dict[str, int]:
+        """Ids by token."""
+        return self._inner.get_vocab(with_added_tokens=True)
 
     def with_mask(self, token: str) -> Tokenizer:
         """A copy in which an added token that no text uses is the mask, under the name <|mask|>.

@@ -39,6 +39,8 @@ class DecodeStep:
     ) -> None:
         self.model, self.cache, self.block_size, self.logits = model, cache, block_size, logits
         self._forwards: dict[tuple[int, ...], StaticForward] = {}
+        # Graphs of one pool share the memory of intermediate values: only one replays at a time.
+        self.pool = torch.cuda.graph_pool_handle() if cache.k[0].is_cuda else None
 
     def __call__(
         self, ids: Tensor, select: Tensor, *, commit: int = 0, sigma: Tensor | None = None
@@ -117,6 +119,6 @@ class StaticForward:
                 self.forward()
             main.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.step.pool):
                 self.scores = self.forward()
         return graph

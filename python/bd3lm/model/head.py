@@ -17,12 +17,13 @@ CHUNK_BYTES = 64 << 20
 CHUNK_ROWS = 512
 """Most positions in a chunk on the CPU: more are not faster. 320 are slower by a tenth than 256."""
 CUDA_CHUNK_BYTES = 512 << 20
-"""The same on a GPU, whose products want more rows at once…"""
+"""Most memory for the logits of one chunk on a GPU."""
 CUDA_CHUNK_ROWS = 4096
-"""…and whose gradient of the head is read and written in HBM once a chunk."""
+"""Most positions in a chunk on a GPU: larger products are faster there, and each chunk reads and
+writes the gradient of the whole head."""
 ALIGNED = 64
-"""Rows of logits begin at multiples of so many numbers on a GPU: its products and wide loads ask
-for 16 bytes, and vocabularies are seldom a multiple of 8."""
+"""Stride of the logits' rows on a GPU is a multiple of this. Matrix products and wide loads need
+rows that are aligned to 16 bytes; few vocabularies are a multiple of 8."""
 TILE_ROWS = 64
 """Products of ragged numbers of rows are slower, by a fifth for some."""
 SLICE = 8192
@@ -134,13 +135,13 @@ def _room(matrix: Tensor, rows: int) -> Tensor:
 
 
 def _product_room(matrix: Tensor, rows: int) -> Tensor:
-    """Uninitialised product [rows, D]: float32 on CUDA, which sums into it, else as the factors."""
+    """Uninitialised product [rows, D], float32 on a GPU."""
     dtype = torch.float32 if matrix.is_cuda else matrix.dtype
     return torch.empty_like(matrix[:rows], dtype=dtype)
 
 
 def _add_product(total: Tensor, d: Tensor, x: Tensor, product: Tensor, *, first: bool) -> None:
-    """``total`` (+)= dᵀ x; on a GPU the sum over rows is never rounded to bf16."""
+    """Add dᵀ x to ``total``, or store it if it is the first; float32 sums over rows on a GPU."""
     if not d.is_cuda:
         add_to(total, torch.mm(d.T, x, out=product), first=first)
     elif d.dtype == torch.float32 or total.dtype != torch.float32:

@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -34,9 +35,9 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
 
     Args:
         model: is not changed.
-        dtype: of the matrices of linear layers on the CPU, float32 or bfloat16. With bfloat16
-            their inputs are rounded too; sums, everything else and the logits stay float32. Other
-            devices keep their weights and use autocast.
+        dtype: of the matrices of linear layers, float32 or bfloat16. With bfloat16 their inputs
+            are rounded too. On the CPU sums, everything else and the logits stay float32;
+            elsewhere products and logits are bfloat16, as under autocast.
 
     Raises:
         ConfigError: bfloat16 on a CPU without bf16 products, or another dtype.
@@ -52,7 +53,38 @@ def for_inference(model: Transformer, dtype: torch.dtype = torch.float32) -> Tra
             for index, block in enumerate(model.blocks):
                 assert isinstance(block, Block)
                 model.blocks[index] = PackedBlock(block)
+    elif dtype == torch.bfloat16:
+        round_matrices(model)
     return model.requires_grad_(False)
+
+
+class RoundedLinear(nn.Module):
+    """Linear layer that keeps its matrix in bfloat16: half the bytes to read in every forward.
+
+    Autocast rounds a float32 matrix anew each time, and keeps none that needs no gradient.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
+        bias = None if linear.bias is None else linear.bias.bfloat16()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., K] to bfloat16 [..., N]."""
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+def round_matrices(model: Transformer) -> None:
+    """Replace the linear layers of the blocks and the head; embeddings stay as they are.
+
+    So do those of adaLN, whose constants are computed in float32.
+    """
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for owner, name in ((block, "qkv"), (block, "out"), (block.mlp, "up"), (block.mlp, "down")):
+            setattr(owner, name, RoundedLinear(getattr(owner, name)))
+    setattr(model, "head", RoundedLinear(model.head))  # noqa: B010 (declared as nn.Linear)
 
 
 class PackedLinear(nn.Module):

@@ -7,6 +7,8 @@ Dh head width, M selected positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +29,14 @@ from bd3lm.model.layers import (
 )
 from bd3lm.model.rotary import Rotary, unrotated
 
+COMPILER = "inductor"
+"""Backend of ``torch.compile`` for the blocks of a training step."""
+
 
 class Block(nn.Module):
     """Pre-norm attention and MLP; adaLN modulates both if there is a conditioning."""
+
+    attend: Callable[..., Tensor] = staticmethod(attend)
 
     def __init__(self, cfg: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -143,7 +150,7 @@ class Block(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             keys, values = torch.cat([keys, past[0]], dim=2), torch.cat([values, past[1]], dim=2)
-        attended = attend(q.transpose(1, 2), keys, values, mask, self.attention)
+        attended = self.attend(q.transpose(1, 2), keys, values, mask, self.attention)
         attended = attended.transpose(1, 2).flatten(2)
         h = h[:, :queries]
         if select is not None:
@@ -162,6 +169,10 @@ class Block(nn.Module):
         if cond is None:
             return (None,) * 6
         return one_modulation(self.ada, cond).chunk(6, dim=-1)
+
+
+def _call(block: nn.Module, *args: Any, **options: Any) -> Tensor:
+    return block(*args, **options)
 
 
 def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
@@ -227,6 +238,7 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
+        self._compiled: Callable[..., Tensor] | None = None
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
@@ -378,7 +390,7 @@ class Transformer(nn.Module):
                 queries=0 if fill and last else None,
                 select=select if last and not fill else None,
                 cache=cache,
-                layer=layer,
+                layer=0 if cache is None else layer,  # a number is a constant of compiled code
             )
         if cache is not None:
             cache.length += commit
@@ -459,11 +471,40 @@ class Transformer(nn.Module):
             h = block(h, mask, rope, cond, select=select if last else None, past=past)
         return self._finish(h, cond, None, select)
 
+    def compile_blocks(self, on: bool = True) -> None:
+        """Run the blocks of training steps through ``torch.compile``, or stop doing so.
+
+        All blocks share one compiled function, and each shape is compiled once; the number of
+        selected positions is symbolic, since it changes with every batch. Attention is left out:
+        FlexAttention compiles itself, and the other backends are single operators.
+        """
+        self._compiled = None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.__dict__.pop("attend", None)
+            if on:
+                outside: Any = torch.compiler.disable(attend)
+                block.attend = outside
+        if on:
+            self._compiled = torch.compile(_call, dynamic=False, backend=COMPILER)
+
+    @property
+    def compiles_blocks(self) -> bool:
+        """Whether training steps run compiled blocks."""
+        return self._compiled is not None
+
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """Run one block, with activation checkpointing if ``recompute`` is set."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, **options)
-        return block(*args, **options)
+        """Run one block; in training compiled and checkpointed, if these are on."""
+        if not (self.training and torch.is_grad_enabled()):
+            return block(*args, **options)
+        call: Callable[..., Tensor] = block
+        if self._compiled is not None:
+            call = partial(self._compiled, block)
+            if options.get("select") is not None:
+                torch._dynamo.maybe_mark_dynamic(options["select"], 0)
+        if self.recompute:
+            return checkpoint(call, *args, use_reentrant=False, **options)
+        return call(*args, **options)
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores [..., V] of features [..., D]."""

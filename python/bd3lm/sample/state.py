@@ -23,10 +23,12 @@ class RowState:
         nfe: forwards that scored one of its positions or filled its cache.
         fills: those of them that only filled the cache.
         drawn: tokens drawn so far.
+        finished: whether it has ended, and only keeps its place in the batch.
     """
 
     number: int
     start: int
+    finished: bool = False
     nfe: int = 0
     fills: int = 0
     drawn: int = 0
@@ -75,15 +77,32 @@ class SampleState:
         """Tokens of a row after BOS, up to position ``end``."""
         return self.tokens[row, 1:end].tolist()
 
-    def remove(self, finished: Container[int]) -> bool:
-        """Remove finished rows; True if there were any: the cache then has new tensors."""
-        keep = [row for row in range(len(self.rows)) if row not in finished]
-        if len(keep) == len(self.rows):
+    @property
+    def running(self) -> bool:
+        """Whether any row has not ended."""
+        return not all(row.finished for row in self.rows)
+
+    def end(self, finished: Container[int]) -> bool:
+        """Mark rows as finished and remove them; True if the cache then has new tensors.
+
+        Where forwards are replayed, new tensors need new graphs, which take as long as many
+        forwards. So there the rows keep their places until half of the batch has ended.
+        """
+        for index, row in enumerate(self.rows):
+            if index in finished:
+                row.finished = True
+                self.masked[index] = False
+        left = sum(not row.finished for row in self.rows)
+        if left == len(self.rows) or (self.step is not None and 2 * left > len(self.rows)):
             return False
+        self._remove_finished()
+        return True
+
+    def _remove_finished(self) -> None:
+        keep = [index for index, row in enumerate(self.rows) if not row.finished]
         self.rows = [self.rows[row] for row in keep]
         self.masked, self.given = self.masked[keep], self.given[keep]
         alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
         self.tokens = self.tokens.index_select(0, alive)
         self.log_prob = self.log_prob.index_select(0, alive)
         self.cache.keep(alive)
-        return True

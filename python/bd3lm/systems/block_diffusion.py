@@ -29,19 +29,17 @@ def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:
     Raises:
         ConfigError: a parameter out of range.
     """
-    params: dict[str, Any] = {}
-    if cfg.schedule == "gaussian":
-        params = {"mu": cfg.mu, "sigma": cfg.sigma}
-    elif cfg.schedule == "bimodal_gaussian":
-        params = {
-            "mu": cfg.mu,
-            "sigma": cfg.sigma,
-            "mu2": cfg.mu2,
-            "sigma2": cfg.sigma2,
-            "mixture": cfg.mixture,
-            "paper_weights": cfg.paper_weights and training,
-        }
-    return Schedule(cfg.schedule, **params)
+    assert not isinstance(cfg.schedule_table, str), "NoiseConfig reads the file"
+    return Schedule(
+        cfg.schedule,
+        mu=cfg.mu,
+        sigma=cfg.sigma,
+        mu2=cfg.mu2,
+        sigma2=cfg.sigma2,
+        mixture=cfg.mixture,
+        paper_weights=cfg.paper_weights and training,
+        points=cfg.schedule_table,
+    )
 
 
 def noise_spec(

@@ -211,6 +211,10 @@ class Optimizers:
                 group["lr"] = peak * factor
             if applied:
                 optimizer.step(finite)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Clear all gradients."""
         for p in self._named.values():
             p.grad = None
 

@@ -151,7 +151,7 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.ema.updates = state.integer("ema_updates")
     if isinstance(state.values.get("window"), list):  # version 1: the sum and its steps
         loss, steps = [*state.values["window"], None, None][:2]
-        fresh = {"loss": loss, "steps": steps, "counts": [0, 0, 0], "first": [-1, -1]}
+        fresh = {"loss": loss, "steps": steps, "counts": [0] * 3, "starts": [-1] * 4}
         trainer.guard.load_state(Record(fresh, f"{state.source}: window"))
     else:
         trainer.guard.load_state(state.record("window"))
@@ -257,7 +257,8 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) ->
     Raises:
         CheckpointError: names the setting.
     """
-    for name in ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings"):
+    names = ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings")
+    for name in (*names, "rope_scaling", "nope_layers"):
         mine, theirs = getattr(wanted, name), getattr(found, name)
         if mine != theirs:
             raise CheckpointError(

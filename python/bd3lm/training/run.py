@@ -23,6 +23,7 @@ from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
 from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
 from bd3lm.training.failures import explained
+from bd3lm.training.initial import adopt_shape
 from bd3lm.training.interrupt import immediate
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.reporter import Reporter
@@ -83,6 +84,7 @@ def run_training(
         started = resume and holds_run(out)
         with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
             if started:
+                cfg = adopt_shape(cfg, out)
                 ended = _ended(cfg, out)
                 if ended is not None:
                     reporter.note(f"{out} has ended already, after step {cfg.steps}")
@@ -94,8 +96,18 @@ def _run(
     cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, profile: bool
 ) -> dict[str, Any]:
     with nullcontext() if started else removed_on_failure(out):
+        if not started:
+            cfg = adopt_shape(cfg, out)
+            _check_early(cfg)
         write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
-        splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
+        splits = open_splits(
+            cfg.data,
+            cfg.valid,
+            cfg.tokenizer,
+            out / "data",
+            reporter.note,
+            text_field=cfg.text_field,
+        )
         trainer = _trainer(cfg, splits, out, reporter, resume=started)
     reporter.note(_headline(trainer, splits))
     if profile:
@@ -195,6 +207,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             window=cfg.seq_len,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
+            tokenizer=tokenizer,
         )
         with arithmetic:
             samples = sampler.generate(cfg.sample)

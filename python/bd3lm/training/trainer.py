@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from bd3lm.checkpoint.steps import FOLDER, StepFolders
 from bd3lm.config import TrainConfig
-from bd3lm.data import Dataset, Loader, Prefetcher, Rows
+from bd3lm.data import Batch, Dataset, Loader, Prefetcher, Rows
 from bd3lm.device import autocast, compute_dtype, keep_freed_memory, resolve_device
 from bd3lm.errors import (
     Bd3lmError,
@@ -89,6 +89,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute
+        if self.device.type == "cuda" if cfg.compile is None else cfg.compile:
+            model.compile_blocks()
         self.model = model.to(self.device)
         self.optimizers = Optimizers(self.model, cfg.optim)
         self.ema = Ema(self.model, cfg.optim.ema_decay)
@@ -190,18 +192,19 @@ class Trainer:
         """
         cfg, step = self.cfg, self.steps_done
         self.model.train()
-        if cfg.model.dropout:
-            torch.manual_seed(dropout_seed(cfg.seed, step))
         with record_function(DATA):
             batches = self.batches.get(step, self.system.noise(step))
-        noisable = sum(batch.num_noisable for batch in batches)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
-            with autocast(cfg, self.device):
-                loss = self.system.loss(self.model, batch) / noisable
-            loss.backward()
-            total += loss.detach()
+        try:
+            total = self._accumulate(batches)
+        except Exception as error:
+            if not self.model.compiles_blocks or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # If the compiler was not the cause, the same error comes again without it.
+            self.model.compile_blocks(False)
+            self.optimizers.zero_grad()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self.reporter.note(f"compile: off from now on, since the compiler failed ({reason})")
+            total = self._accumulate(batches)
         if not self.guard.names:
             named = self.model.named_parameters()
             self.guard.names = [name for name, p in named if p.grad is not None]
@@ -213,6 +216,21 @@ class Trainer:
         self.steps_done += 1
         self.system.update_noise_after_step(self.steps_done)
         return total, norm
+
+    def _accumulate(self, batches: list[Batch]) -> Tensor:
+        """Add the gradient of a step's loss to the parameters'; returns the loss on the device."""
+        cfg = self.cfg
+        if cfg.model.dropout:
+            torch.manual_seed(dropout_seed(cfg.seed, self.steps_done))
+        noisable = sum(batch.num_noisable for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with autocast(cfg, self.device):
+                loss = self.system.loss(self.model, batch) / noisable
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def validate(self, *, quick: bool) -> Likelihood:
         """Score the validation split with the averaged weights.
@@ -230,7 +248,7 @@ class Trainer:
                 estimator=self.cfg.estimator,
                 repeats=cfg.repeats,
                 batch_size=cfg.batch_size,
-                max_rows=cfg.rows if quick else None,
+                max_rows=cfg.rows if quick else cfg.final_rows,
                 num_bytes=self.valid.manifest.num_bytes,
                 progress=None if quick else self.reporter.scoring,
             )

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// Result of everything fallible in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong, by cause. Each variant has one Python class in `bd3lm.errors`.
+/// A failure, one variant a cause. Each has a class in `bd3lm.errors`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A parameter outside its range: `field = value: must be allowed`.
@@ -30,12 +30,12 @@ pub enum Error {
         /// The path in the way.
         path: PathBuf,
     },
-    /// A text file of a kind that is not read, or that does not hold what its name says.
+    /// A text file of an unknown kind, or whose content is not of the kind its name says.
     #[error("{path}: {reason}")]
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, and what is allowed.
+        /// The fault, and the kinds that are read.
         reason: String,
     },
     /// A record of a text file that cannot be parsed.
@@ -45,7 +45,7 @@ pub enum Error {
         path: PathBuf,
         /// Number of the line or row, from 1.
         record: u64,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// Input that holds no token at all.
@@ -77,7 +77,7 @@ pub enum Error {
     Tokenizer {
         /// Name or path.
         name: String,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A directory that is not a prepared data set.
@@ -85,7 +85,7 @@ pub enum Error {
     NotADataset {
         /// The directory.
         path: PathBuf,
-        /// What is missing.
+        /// The missing part.
         reason: String,
     },
     /// A file of a data set that is shorter or longer than its manifest says.

@@ -1,7 +1,7 @@
 //! The parts of bd3lm that need neither Python nor PyTorch: the data path from text to noised
 //! batches, and the CPU kernels of the model, with their gradients.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`data`] | text → tokens → packed rows → noised batches |
 //! | [`noise`] | schedules, weightings, masks and loss weights |

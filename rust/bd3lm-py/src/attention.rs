@@ -1,7 +1,7 @@
 //! CPU attention over raw pointers: NumPy has no bf16, so tensors arrive as addresses.
 //!
-//! The caller keeps the tensors alive during the call; everything that can be told from shapes,
-//! strides and dtypes is checked by the core before a pointer is followed.
+//! The caller keeps the tensors alive during the call. The core checks shapes, strides and dtypes
+//! before it follows a pointer.
 
 use bd3lm_core::cpu::{Isa, threads};
 use bd3lm_core::kernels::attention::{self, Backward, Dtype, Forward, LogSumExp, Mask, Options};
@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_py;
 
-/// Has all kernels use the threads of the OpenMP runtime whose `GOMP_parallel` is at the address.
+/// Runs all kernels on the threads of the OpenMP runtime whose `GOMP_parallel` is at the address.
 #[pyfunction]
 fn use_openmp(address: usize) {
     // SAFETY: the caller looked the address up by that name, in a library that stays.

@@ -90,7 +90,7 @@ fn dropout_add(
     of_one_width!(py, [x], [], dropout.add(h, x, bias, out, threads))
 }
 
-/// Fills `d_x` and `d_bias` with the gradients that reach what was dropped from.
+/// Fills `d_x` and `d_bias` with the gradients of the dropout's input and bias.
 #[pyfunction]
 fn dropout_add_backward(
     py: Python<'_>,
@@ -106,7 +106,7 @@ fn dropout_add_backward(
     of_one_width!(py, [], [d_x], dropout.backward(d_out, d_x, d_bias, threads))
 }
 
-/// Adds `x` to `total`, or puts it there if it is the first.
+/// Adds `x` to `total`, or copies it there if it is the first.
 #[pyfunction]
 fn add_to(
     py: Python<'_>,
@@ -143,7 +143,8 @@ fn normalise(
     of_one_width!(py, [], [out], norm.forward(x, out, moments, threads))
 }
 
-/// Fills `d_x`, `d_weight` and `d_bias`; `beside` is added to the first.
+/// Fills `d_x`, `d_weight` and `d_bias`; `beside`, the gradient of the residual connection, is
+/// added to the first.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn normalise_backward(
@@ -200,7 +201,7 @@ fn columns((width, first): (usize, usize)) -> Columns {
     Columns { width, first }
 }
 
-/// Rotates `count` features of every row where they are.
+/// Rotates `count` features of every row in place.
 ///
 /// * `place`: features of a row, and the first of those rotated.
 #[pyfunction]

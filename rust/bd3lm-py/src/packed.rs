@@ -1,4 +1,4 @@
-//! Linear layers laid out once for many products, and a layer of the Transformer made of them.
+//! Prepacked linear layers, and a decoder layer made of them.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PackedBlock>()
 }
 
-/// A weight matrix and its bias, ready to be multiplied with.
+/// A prepacked weight matrix and its bias.
 #[pyclass(frozen, module = "bd3lm._core")]
 struct PackedLinear(Arc<Packed>);
 
@@ -132,7 +132,8 @@ impl PackedBlock {
         .map_err(to_py)
     }
 
-    /// Adds what follows attention, [M, H·Dh], to the residual stream `h` [M, D]; both flat.
+    /// Adds projection and MLP of attention's output [M, H·Dh] to the residual stream `h` [M, D];
+    /// both flat.
     fn finish(
         &self,
         py: Python<'_>,

@@ -24,7 +24,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 type Array<'py, T> = Bound<'py, PyArray2<T>>;
-/// Ids, what may be noised, documents.
+/// Ids, noisable flags, document ids.
 type Gathered<'py> = (Array<'py, i64>, Array<'py, bool>, Option<Array<'py, i32>>);
 
 /// Rows of a data set.
@@ -98,8 +98,8 @@ impl PyRowPlan {
         self.plan.num_stream_tokens()
     }
 
-    /// Clean rows: ids [B, L], what may be noised [B, L], and documents [B, L] unless every row is
-    /// full and counts as one. The arrays are made here, in half the time that Python takes.
+    /// Clean rows: ids [B, L], noisable flags [B, L], and document ids [B, L] unless every row is
+    /// full and counts as one document. Allocating here takes half the time that Python takes.
     fn gather<'py>(
         &self,
         py: Python<'py>,
@@ -113,7 +113,7 @@ impl PyRowPlan {
             reserve("rows", &mut Vec::<[i64; 2]>::new(), tokens).map_err(to_py)?;
         }
         let with_documents = self.documents || self.plan.may_pad();
-        // SAFETY: `gather` writes all of each, or fails, and then no one sees them.
+        // SAFETY: `gather` writes all of each; where it fails, they are dropped.
         let (x0, noisable, doc_ids) = unsafe {
             (
                 PyArray2::<i64>::new(py, shape, false),
@@ -121,8 +121,8 @@ impl PyRowPlan {
                 with_documents.then(|| PyArray2::<i32>::new(py, shape, false)),
             )
         };
-        // SAFETY: these arrays are new: contiguous, of so many elements, and no one else's. A bool
-        // is a byte, and what is written is 0 or 1.
+        // SAFETY: these arrays are new: contiguous, of so many elements, without other references.
+        // A bool is a byte, and `gather` writes 0 or 1.
         let out = unsafe {
             CleanBatch {
                 x0: x0.as_slice_mut()?,

@@ -14,17 +14,40 @@ from bd3lm.sample.block import BlockDraw
 
 
 def parallel(block: BlockDraw) -> Iterator[None]:
-    """Reveal the position that first hitting would, and all others that are sure.
+    """Reveal the next position in the order of the settings, and all others that are sure.
 
-    How many are left has to be read from the device after each forward.
+    The order is that of first hitting, or begins with the most probable token. How many are left
+    has to be read from the device after each forward.
     """
+    cfg = block.cfg
     while block.masked.any():
         rows, pos = block.masked.nonzero()
         level = np.where(block.masked, block.level, -1.0)
         scored = block.score(rows, pos, level.max(axis=1).astype(np.float32))
-        next_one = pos == level.argmax(axis=1)[rows]
-        block.reveal(scored, next_one | sure(block.cfg, scored.logits, rows, next_one))
+        if cfg.order == "confidence":
+            next_ones = surest(scored.logits, rows, cfg.tokens_per_forward)
+        else:
+            next_ones = pos == level.argmax(axis=1)[rows]
+        block.reveal(scored, next_ones | sure(cfg, scored.logits, rows, next_ones))
         yield
+
+
+def surest(logits: Tensor, rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    """The ``count`` positions of every row whose top probability is largest, bool [M].
+
+    Of equal ones the first is taken.
+
+    Args:
+        logits: [M, V].
+        rows: row of each position, ascending [M].
+        count: at least 1.
+    """
+    top = logits.double().log_softmax(-1).amax(-1).cpu().numpy()
+    order = np.lexsort((-top, rows))
+    first = np.searchsorted(rows, rows)  # index of each row's first position
+    found = np.zeros(len(rows), dtype=bool)
+    found[order] = np.arange(len(rows)) - first < count
+    return found
 
 
 def sure(
@@ -38,6 +61,8 @@ def sure(
         rows: row of each position [M].
         next_one: positions that are revealed in any case [M].
     """
+    if cfg.threshold is None and cfg.entropy_bound is None:
+        return np.zeros(len(rows), dtype=bool)
     log_p = logits.double().log_softmax(-1)
     if cfg.threshold is not None:
         return (log_p.amax(-1).exp() >= cfg.threshold).cpu().numpy()

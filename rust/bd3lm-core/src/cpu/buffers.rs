@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Numbers, about, that one thread takes at a time.
+/// Elements that a thread takes at a time, about.
 pub(crate) const CHUNK: usize = 1 << 14;
 
 /// Checks the length of a buffer.
@@ -41,7 +41,7 @@ pub fn reserve<T>(field: &'static str, buffer: &mut Vec<T>, len: usize) -> Resul
     reserved.map_err(|_| Error::config(field, len, "few enough to fit in memory"))
 }
 
-/// `f(group, span)` for groups of whole rows, which one thread takes at a time.
+/// Runs `f(group, span)` for groups of whole rows, each on one thread.
 pub(crate) fn in_groups(
     len: usize,
     width: usize,
@@ -54,8 +54,8 @@ pub(crate) fn in_groups(
     });
 }
 
-/// As [`in_groups`], with room that each group adds a row to; `total` is their sum, in an order
-/// that does not depend on the number of threads.
+/// Runs `f(group, span, sum)` as [`in_groups`] does; groups add to rows of their own, whose sum
+/// becomes `total`. The order of the additions does not depend on the number of threads.
 pub(crate) fn sum_of_groups(
     len: usize,
     width: usize,
@@ -63,7 +63,7 @@ pub(crate) fn sum_of_groups(
     threads: usize,
     f: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
 ) {
-    /// More would cost more than they even out.
+    /// Rows to add to: more cost more additions than they even out in load.
     const PARTS: usize = 32;
     let size = (CHUNK / width).max(1) * width;
     let groups = len.div_ceil(size);
@@ -87,7 +87,7 @@ pub(crate) fn sum_of_groups(
     });
 }
 
-/// A borrowed buffer of which threads write disjoint parts.
+/// A borrowed buffer; each thread writes a part of its own.
 pub(crate) struct Parts<'a, T> {
     start: *mut T,
     len: usize,

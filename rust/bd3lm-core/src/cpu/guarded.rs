@@ -1,8 +1,8 @@
-//! Memory between two pages that no one may touch.
+//! Test buffers between inaccessible pages.
 
 use std::ffi::c_void;
 
-/// Bytes that end right before, or begin right after, a page without access.
+/// Bytes that end right before, or begin right after, an inaccessible page.
 pub(crate) struct Guarded {
     map: *mut c_void,
     map_len: usize,

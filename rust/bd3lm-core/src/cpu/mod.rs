@@ -1,6 +1,6 @@
 //! Instruction sets, threads and memory that the kernels share.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`isa`] | instruction sets, and which of them this processor has |
 //! | `multiversion` | one body compiled for each instruction set |

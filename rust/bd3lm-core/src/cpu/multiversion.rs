@@ -1,8 +1,8 @@
-//! One body, compiled for the widest vectors that the machine has.
+//! Function multiversioning: one body compiled for several instruction sets.
 
-/// Defines a function whose body is compiled for AVX-512, AVX2 and the baseline, and chosen when it
-/// is called. The body is plain Rust written so that it vectorises; its results are the same bits
-/// in each form, since Rust never contracts or reorders floating-point operations.
+/// Defines a function that is compiled for AVX-512, AVX2 and the baseline; each call runs the best
+/// of them. The body is plain Rust that the compiler can vectorise. All versions give the same
+/// bits: Rust never contracts or reorders floating-point operations.
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
@@ -50,7 +50,7 @@ pub(crate) use multiversion;
 
 use super::Isa;
 
-/// The instruction set itself; in tests, at most the one that [`tests::at_each`] is at.
+/// The instruction set itself; in tests, at most the one that [`tests::at_each`] has reached.
 #[inline(always)]
 pub(crate) fn limited(isa: Isa) -> Isa {
     #[cfg(test)]
@@ -71,8 +71,8 @@ pub(crate) mod tests {
         LIMIT.get()
     }
 
-    /// What `f` gives on plain Rust, AVX2 and AVX-512, as far as the processor goes; for what the
-    /// calling thread does.
+    /// Results of `f` on plain Rust, AVX2 and AVX-512, as far as the processor has them. The limit
+    /// holds for the calling thread alone.
     pub fn at_each<R>(f: impl Fn() -> R) -> Vec<R> {
         let results = [Isa::Portable, Isa::Avx2, Isa::Avx512].map(|isa| {
             LIMIT.set(isa);

@@ -4,7 +4,7 @@
 pub trait Stored: Copy + Send + Sync {
     /// Its value.
     fn get(self) -> f32;
-    /// The nearest that can be stored.
+    /// The nearest representable number.
     fn of(x: f32) -> Self;
 }
 

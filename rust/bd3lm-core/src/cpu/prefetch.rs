@@ -1,6 +1,6 @@
-//! Cache-line hints.
+//! Prefetch hints.
 
-/// Has the first 4 KiB of a slice on their way from memory; what follows, the machine foresees.
+/// Prefetches the first 4 KiB of a slice; the hardware prefetcher does the rest.
 #[inline]
 pub(crate) fn prefetch<T>(slice: &[T]) {
     #[cfg(target_arch = "x86_64")]
@@ -11,8 +11,7 @@ pub(crate) fn prefetch<T>(slice: &[T]) {
         for offset in (0..bytes).step_by(64) {
             // SAFETY: the address is inside the slice, and a prefetch changes nothing.
             unsafe {
-                // The first cache has fewer lines under way than long slices need; short ones come
-                // all the way.
+                // The L1 cache has too few miss buffers for long slices; short ones go there.
                 if bytes > 1024 {
                     _mm_prefetch::<_MM_HINT_T1>(start.add(offset));
                 } else {
@@ -25,8 +24,8 @@ pub(crate) fn prefetch<T>(slice: &[T]) {
     let _ = slice;
 }
 
-/// Asks for the cache line at any address; never faults. It comes to the second-level cache: rows
-/// a power of two apart share few places of the first, and would evict what is worked on.
+/// Prefetches the cache line at any address into L2; never faults. In L1, rows a power of two
+/// apart share few sets and would evict the operands in use.
 #[inline(always)]
 #[allow(unused_unsafe)] // newer compilers call the hint safe
 pub(crate) fn prefetch_line(p: *const u8) {

@@ -1,18 +1,18 @@
-//! Each thread's working memory, kept from call to call.
+//! Working memory of each thread, reused from call to call.
 
 use std::cell::RefCell;
 
 /// Vectors start on cache lines.
 const LINE: usize = 16;
-/// Longer scratch is given back after the call that needed it.
+/// Longer buffers are freed after the call that needed them.
 const KEEP: usize = 1 << 24;
 
 thread_local! {
-    /// Those not in use: a call inside another takes the next.
+    /// Buffers not in use; a nested call takes the next.
     static BUFFERS: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Hands out pieces of one allocation.
+/// Pieces of one allocation.
 pub(crate) struct Scratch<'a> {
     rest: &'a mut [f32],
 }
@@ -21,13 +21,10 @@ impl<'a> Scratch<'a> {
     /// A piece of `len` values, at the start of a cache line; its content is arbitrary.
     ///
     /// # Panics
-    /// If more is taken than was asked for.
+    /// If more is taken than [`with`] was given.
     pub fn slice(&mut self, len: usize) -> &'a mut [f32] {
         let room = len.next_multiple_of(LINE);
-        assert!(
-            room <= self.rest.len(),
-            "scratch of the attention kernel is too short"
-        );
+        assert!(room <= self.rest.len(), "scratch memory is too short");
         let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(room);
         self.rest = rest;
         &mut piece[..len]

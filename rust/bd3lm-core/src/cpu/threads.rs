@@ -1,11 +1,11 @@
 //! Threads that share the items of a job.
 //!
-//! Where the process has an OpenMP runtime, it is that one's threads, see [`use_openmp`]: they are
-//! awake after a product of PyTorch's, and threads of our own beside them would get half a core.
-//! Otherwise it is helpers of our own, which sleep between calls; the caller always works too, and
-//! waits only for helpers that took part: a helper that wakes late finds the job closed.
+//! Jobs run on the process's OpenMP team where there is one, see [`use_openmp`]: its threads are
+//! awake after a matrix product of PyTorch, and a second set of threads would share their cores.
+//! Otherwise they run on helpers of this module, which sleep between calls. The caller always
+//! works too, and waits only for helpers that joined: a helper that wakes late finds the job closed.
 //!
-//! A forked child has no threads, and locks that one of them may have held when it was forked: it
+//! A forked child has no helpers, and its locks may be held by threads that no longer exist, so it
 //! works alone.
 
 use std::ffi::{c_uint, c_void};
@@ -49,16 +49,16 @@ static POOL: Pool = Pool {
     caller: Mutex::new(()),
 };
 
-/// The process that first asked for threads; 0: none has.
+/// The process that owns the helpers; 0 before the first job.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
 /// `GOMP_parallel(function, data, threads, flags)`: every thread of a team calls the function.
 type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
 
-/// Where that is; 0: there is none.
+/// Address of `GOMP_parallel`; 0 where there is none.
 static OPENMP: AtomicUsize = AtomicUsize::new(0);
 
-/// Has all kernels use the threads of an OpenMP runtime from now on.
+/// Runs all later jobs on the threads of an OpenMP runtime.
 ///
 /// # Safety
 /// `parallel` is the address of its `GOMP_parallel`, and the runtime is never unloaded.
@@ -66,7 +66,7 @@ pub unsafe fn use_openmp(parallel: usize) {
     OPENMP.store(parallel, Ordering::Release);
 }
 
-/// How often a thread takes items.
+/// How often a thread takes items, about.
 const TURNS: usize = 16;
 /// Most threads of a job.
 pub const MOST_THREADS: usize = 1024;
@@ -76,8 +76,8 @@ pub const MOST_THREADS: usize = 1024;
 /// A call while another thread uses our own helpers runs on its own thread alone.
 pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
     let threads = threads.min(items).min(MOST_THREADS);
-    // Neighbours go to one thread, as their memory is side by side; the last are few enough to
-    // keep all threads busy to the end.
+    // Neighbouring items lie in neighbouring memory, so a thread takes several at a time, but few
+    // enough that all threads finish together.
     let together = (items / (TURNS * threads.max(1))).max(1);
     let next = AtomicUsize::new(0);
     let work = || {
@@ -94,7 +94,7 @@ pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
     }
     match OPENMP.load(Ordering::Acquire) {
         0 => POOL.run(threads - 1, &work),
-        // SAFETY: as whoever gave the address promised.
+        // SAFETY: by the contract of `use_openmp`.
         address => in_team(
             unsafe { std::mem::transmute::<usize, Parallel>(address) },
             threads,
@@ -118,7 +118,7 @@ pub(crate) fn is_owner() -> bool {
     }
 }
 
-/// What a team is to do.
+/// A job for a team.
 struct Call<'a> {
     work: &'a (dyn Fn() + Sync),
     panicked: AtomicBool,
@@ -128,7 +128,7 @@ fn in_team(parallel: Parallel, threads: usize, work: &(dyn Fn() + Sync)) {
     extern "C" fn enter(call: *mut c_void) {
         // SAFETY: `in_team` waits for the whole team before its call ends.
         let call = unsafe { &*call.cast::<Call<'_>>() };
-        // A panic may not leave for the runtime.
+        // A panic must not unwind into the runtime.
         if catch_unwind(AssertUnwindSafe(call.work)).is_err() {
             call.panicked.store(true, Ordering::Relaxed);
         }
@@ -182,7 +182,7 @@ impl Pool {
         }
         let mut spins = 0u32;
         while self.inside.load(Ordering::Acquire) > 0 {
-            // The rest is at most one item long: not worth sleeping, but let others run.
+            // At most the rest of one piece: not worth sleeping, but yield to others.
             spins += 1;
             if spins.is_multiple_of(64) {
                 std::thread::yield_now();

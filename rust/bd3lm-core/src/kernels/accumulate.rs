@@ -56,7 +56,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

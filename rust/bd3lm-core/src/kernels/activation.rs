@@ -1,11 +1,11 @@
-//! Bias and activation of the MLP in one pass over memory, and their gradients.
+//! Fused bias and activation of the MLP, forward and backward.
 
 use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::{Stored, exp_inside};
 use crate::error::{Result, named};
 
-/// Slope of the logistic that stands in for GELU's tanh: 2·√(2/π).
+/// Slope of the logistic function that replaces GELU's tanh: 2·√(2/π).
 const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
@@ -22,7 +22,7 @@ fn gelu_of(x: f32) -> f32 {
 }
 
 multiversion! {
-    /// [`gelu`] of a few numbers where they are, by the calling thread.
+    /// GELU in place, on the calling thread.
     fn gelu_in_place(x: &mut [f32]) {
         for x in x {
             *x = gelu_of(*x);
@@ -31,7 +31,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// max(x, 0)² of a few numbers where they are, by the calling thread.
+    /// max(x, 0)² in place, on the calling thread.
     fn squared_relu_in_place(x: &mut [f32]) {
         for x in x {
             *x = squared_relu_with_slope(*x).0;
@@ -40,7 +40,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// x·logistic(x)·`by` of a few numbers where they are, by the calling thread.
+    /// x·logistic(x)·`by` in place, on the calling thread.
     pub(crate) fn silu_times(x: &mut [f32], by: &[f32]) {
         for (x, by) in x.iter_mut().zip(by) {
             *x = *x * logistic(*x) * by;
@@ -72,7 +72,7 @@ impl Activation {
         named("activation", name, &Activation::ALL)
     }
 
-    /// Applies it in place, by the calling thread.
+    /// Applies it in place, on the calling thread.
     pub(crate) fn in_place(self, x: &mut [f32]) {
         match self {
             Activation::Gelu => gelu_in_place(x),
@@ -106,7 +106,7 @@ pub fn activate<T: Stored>(
     Ok(())
 }
 
-/// The activation again, and the gradients of what went into it.
+/// Recomputes the activation, and the gradients of its inputs.
 ///
 /// * `x` [R, W]; `bias` [W].
 /// * `d` [R, W]: the gradient of f(`x` + `bias`), which becomes that of `x`.
@@ -291,7 +291,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

@@ -1,6 +1,6 @@
 //! Tokens from rows of logits: temperature, the k most probable, the nucleus, one uniform number
-//! each (MATH §8). A nucleus may hold most of a vocabulary, so nothing is sorted: where it ends is
-//! found by counting.
+//! each (docs/math.md §8). A nucleus may hold most of a vocabulary, so nothing is sorted: where it ends is
+//! found by a radix selection.
 
 use crate::cpu::buffers::Parts;
 use crate::cpu::multiversion::multiversion;
@@ -8,7 +8,7 @@ use crate::cpu::number::exp;
 use crate::cpu::threads::parallel;
 use crate::error::{Error, Result};
 
-/// From which distribution tokens are drawn.
+/// Transformation of the logits into the distribution of the draw.
 #[derive(Clone, Copy, Debug)]
 pub struct Shaping<'a> {
     /// Divides the logits; 0 takes the most probable token.
@@ -37,17 +37,17 @@ impl Shaping<'_> {
     }
 }
 
-/// Lanes that are added side by side, so that the compiler may use vectors.
+/// Partial sums, so that the compiler can vectorise.
 const LANES: usize = 16;
-/// Tokens whose mass is summed together, so that a draw looks at few of them one by one.
+/// Tokens of a partial sum; a draw scans the sums, then one chunk.
 const CHUNK: usize = 256;
-/// Draws a token for every row of `shaped`, and says how probable `logits` find it.
+/// Draws a token for every row of `shaped`, and its log-probability under `logits`.
 ///
 /// Tokens of equal probability count in the order of their ids. The draw inverts the cumulative
 /// distribution over ids.
 ///
 /// * `logits` [R, V]: of the model itself; −∞ where a token is impossible.
-/// * `shaped` [R, V]: what is drawn from; None: the logits.
+/// * `shaped` [R, V]: logits of the draw; None: `logits`.
 /// * `uniform` [R], in [0, 1).
 /// * `token`, `log_p` [R] receive the ids and their log-probabilities under `logits`, in nats.
 ///
@@ -186,7 +186,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Sums of CHUNK masses each, in float64: the smallest beside the largest counts.
+    /// Sums of CHUNK masses each, in float64, which keeps the smallest next to the largest.
     fn sum_chunks(mass: &[f32], chunks: &mut [f64]) {
         for (sum, chunk) in chunks.iter_mut().zip(mass.chunks(CHUNK)) {
             let mut lanes = [0f64; LANES];
@@ -202,18 +202,18 @@ multiversion! {
     }
 }
 
-/// Where a run of tokens in falling order of mass ends.
+/// End of a run of tokens in falling order of mass.
 struct Cut {
-    /// Bits of the least mass that is kept…
+    /// Bits of the least mass that is kept.
     bits: u32,
-    /// …and how many tokens of exactly that mass are.
+    /// Number of kept tokens of exactly that mass.
     equal: usize,
     /// Mass of all that is kept.
     kept: f64,
 }
 
-/// Sets every mass outside the `top_k` most probable tokens, and of those outside the nucleus, to
-/// zero. The token with which the nucleus reaches `top_p` is kept.
+/// Zeroes every mass outside the `top_k` most probable tokens and outside their nucleus. The token
+/// with which the nucleus reaches `top_p` is kept.
 fn keep_most_probable(mass: &mut [f32], top_k: Option<usize>, top_p: f64) {
     let most = top_k.unwrap_or(usize::MAX);
     let goal = match top_k {
@@ -235,7 +235,7 @@ fn keep_most_probable(mass: &mut [f32], top_k: Option<usize>, top_p: f64) {
 }
 
 multiversion! {
-    /// Sets masses of smaller bits to zero, and counts those that have exactly these.
+    /// Zeroes masses of smaller bits, and counts those of exactly these bits.
     fn clear_below(mass: &mut [f32], bits: u32, equal: &mut usize) {
         let mut count = 0u32;
         for m in mass.iter_mut() {
@@ -247,18 +247,19 @@ multiversion! {
     }
 }
 
-/// How many tokens have the same ten bits of their mass, and the sum of their masses.
+/// Tokens that share ten bits of their mass: their number and total mass.
 #[derive(Clone, Copy, Default)]
 struct Bin {
     mass: f64,
     count: usize,
 }
 
-/// Bins of ten bits; the bits of masses up to 1 are ordered as they are, and fill three levels.
+/// Bins of ten bits. The bits of a positive float32 order like its value; those of masses up to 1
+/// fill three levels.
 const BINS: usize = 1 << 10;
 
-/// Tokens in falling order of mass, up to `most` of them and while the mass of those before is
-/// below `goal`: bin by bin, then within the one in which they end, and again.
+/// Finds the end of the most probable tokens, up to `most` of them and until their mass reaches
+/// `goal`: a radix selection, bin by bin, then inside the bin where they end.
 fn cut(mass: &[f32], most: usize, goal: f64) -> Cut {
     let mut cut = Cut {
         bits: 0,
@@ -283,7 +284,7 @@ fn cut(mass: &[f32], most: usize, goal: f64) -> Cut {
                 break;
             }
         }
-        // Or the last that has any, should rounding have it that none ends.
+        // If rounding lets no bin reach the goal, stop at the last non-empty bin.
         (cut.kept, taken) = before;
         cut.bits |= (last as u32) << shift;
         if shift > 0 {
@@ -307,7 +308,7 @@ fn bin_of(m: f32, shift: u32) -> usize {
 
 /// Mass and count of every bin.
 fn histogram(values: &[f32], shift: u32) -> Vec<Bin> {
-    /// Neighbours often fall into one bin, and would wait for each other.
+    /// Neighbours often fall into one bin; separate copies break the dependency.
     const COPIES: usize = 4;
     let mut bins = vec![Bin::default(); COPIES * BINS];
     for part in values.chunks(COPIES) {
@@ -328,7 +329,7 @@ fn histogram(values: &[f32], shift: u32) -> Vec<Bin> {
     bins
 }
 
-/// The values of one bin, without a branch that no one could foresee.
+/// The values of one bin, without an unpredictable branch.
 fn filter(values: &[f32], shift: u32, bin: usize) -> Vec<f32> {
     let mut members = vec![0f32; values.len()];
     let mut count = 0;
@@ -492,7 +493,7 @@ mod tests {
             ..PLAIN
         };
         assert_eq!(run(&[1.0, 9.0, 3.0, 3.0], &[0.9], greedy, 1), [2]);
-        // A forbidden token so probable that the others vanish beside it.
+        // A forbidden token so probable that the others underflow.
         let without = Shaping {
             forbidden: &[0],
             ..PLAIN

@@ -1,5 +1,4 @@
-//! Cross-entropy of rows of logits and its gradient, in place: all passes over a row stay in the
-//! cache, where separate operations would each go through memory.
+//! Fused cross-entropy of logits and its gradient, in place: all passes over a row stay in cache.
 
 use crate::cpu::buffers::{Parts, check_len, sum_of_groups};
 use crate::cpu::multiversion::multiversion;
@@ -7,7 +6,7 @@ use crate::cpu::number::{Stored, exp};
 use crate::cpu::scratch;
 use crate::error::{Error, Result};
 
-/// Lanes that are summed side by side, so that the compiler may use vectors.
+/// Partial sums, so that the compiler can vectorise.
 const LANES: usize = 16;
 
 #[inline(always)]
@@ -16,7 +15,7 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 /// −log softmax(row + bias)[target] in nats; with a weight the row becomes weight·(softmax −
-/// one-hot), and `d_bias` grows by it. `room` [V] is where e^x is kept meanwhile.
+/// one-hot), and is added to `d_bias`. `room` [V] holds e^x meanwhile.
 #[inline(always)]
 fn one_row<T: Stored>(
     row: &mut [T],
@@ -67,7 +66,7 @@ fn one_row<T: Stored>(
     top + z.ln() - goal
 }
 
-/// Rows that one thread takes, and where their results go.
+/// Rows of one thread, and their results.
 struct Rows<'a, T> {
     logits: &'a mut [T],
     bias: &'a [f32],
@@ -75,7 +74,7 @@ struct Rows<'a, T> {
     weight: Option<&'a [f32]>,
     mask_id: usize,
     nll: &'a mut [f32],
-    /// Of one row.
+    /// Scratch of one row.
     room: &'a mut [f32],
     d_bias: &'a mut [f32],
 }
@@ -96,18 +95,18 @@ multiversion! {
     }
 }
 
-/// What [`cross_entropy`] is asked about.
+/// Targets of [`cross_entropy`].
 #[derive(Clone, Copy)]
 pub struct Targets<'a> {
     /// True ids [R], never `mask_id`.
     pub ids: &'a [i64],
-    /// Of each row [R], where gradients are wanted.
+    /// Weight of each row [R]; None: no gradients.
     pub weight: Option<&'a [f32]>,
     /// The id whose probability is zero.
     pub mask_id: usize,
 }
 
-/// Cross-entropy of logits [R, V], the mask token excluded (MATH §5).
+/// Cross-entropy of logits [R, V], the mask token excluded (docs/math.md §5).
 ///
 /// * `logits` keep their values, but with a weight they become the gradient
 ///   weight·(softmax − one-hot), zero at the mask token.
@@ -202,7 +201,7 @@ mod tests {
             .collect()
     }
 
-    /// By one thread, without a bias.
+    /// On one thread, without a bias.
     fn plain<T: Stored>(
         x: &mut [T],
         ids: &[i64],
@@ -305,7 +304,7 @@ mod tests {
         crate::cpu::multiversion::tests::at_each(bf16_rows_here);
     }
 
-    /// Logits lie between pages that no one may touch.
+    /// Logits lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_logits_is_touched() {
         use crate::cpu::guarded::Guarded;

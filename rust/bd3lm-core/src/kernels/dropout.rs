@@ -1,4 +1,4 @@
-//! Bias, dropout and residual sum in one pass over memory, and their gradients.
+//! Fused bias, dropout and residual addition, forward and backward.
 
 use crate::cpu::buffers::{Parts, check_len, in_groups, sum_of_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
@@ -6,24 +6,24 @@ use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
 use crate::random::{Domain, Stream};
 
-/// Numbers whose random bits lie together: two in a word, from either half of the tile.
+/// Elements of a tile of random bits: a word serves one element of either half.
 const TILE: usize = 256;
-/// Tiles whose bits are made together: short calls are mostly preparation.
+/// Tiles generated per RNG call, to amortise its set-up.
 const TILES: usize = 8;
 
-/// Which numbers dropout keeps: a function of (seed, position), so that the backward pass draws
-/// them again instead of remembering them.
+/// A dropout mask, a function of (seed, position): the backward pass draws it again instead of
+/// storing it.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     seed: u64,
-    /// Dropped where 16 random bits are below this.
+    /// An element is dropped where its 16 random bits are below this.
     threshold: u16,
     /// One over the probability of being kept.
     scale: f32,
 }
 
 impl Dropout {
-    /// Drops with probability `p`, to the nearest 2⁻¹⁶; none are drawn for p = 0.
+    /// Drops with probability `p`, rounded to a multiple of 2⁻¹⁶. p = 0 draws nothing.
     ///
     /// # Errors
     /// `p` outside [0, 1).
@@ -40,8 +40,8 @@ impl Dropout {
         })
     }
 
-    /// Calls `f(position, column, factors)` for pieces of the rows of a group, from its start on:
-    /// the factors are 0 or 1/(1−p).
+    /// Calls `f(position, column, factors)` for consecutive pieces of the rows of a group; factors
+    /// are 0 or 1/(1−p).
     #[inline]
     fn pieces(
         &self,
@@ -104,7 +104,7 @@ impl Dropout {
         Ok(())
     }
 
-    /// Gradients of the sum with respect to `x` and `bias`, given its own.
+    /// Gradients of the sum with respect to `x` and `bias`.
     ///
     /// * `d_out` [R, W]; `d_x` [R, W] and `d_bias` [W] are filled.
     ///
@@ -213,7 +213,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

@@ -1,6 +1,6 @@
 //! CPU kernels of the Transformer, forward and backward.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`attention`] | block-diffusion attention |
 //! | [`activation`] | bias and activation of the MLP, fused |

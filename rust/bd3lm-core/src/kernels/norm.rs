@@ -5,7 +5,7 @@ use crate::cpu::multiversion::multiversion;
 use crate::cpu::number::Stored;
 use crate::error::Result;
 
-/// Sums that are kept side by side, so that the compiler may use vectors.
+/// Partial sums, so that the compiler can vectorise.
 const LANES: usize = 16;
 
 /// Sum over a row, in an order that depends on its width alone.
@@ -21,7 +21,7 @@ fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().map(|&x| f(x)).sum::<f32>()
 }
 
-/// Σ (`x` − `mean`)·`by` over a row, in such an order.
+/// Σ (`x` − `mean`)·`by` over a row, in an order that depends on its width alone.
 #[inline(always)]
 fn sum_along(x: &[f32], mean: f32, by: &[f32]) -> f32 {
     let ((lanes, rest), (by, by_rest)) = (x.as_chunks::<LANES>(), by.as_chunks::<LANES>());
@@ -35,7 +35,7 @@ fn sum_along(x: &[f32], mean: f32, by: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest.sum::<f32>()
 }
 
-/// Mean (zero unless `centred`) and one over the deviation of a row.
+/// Mean (zero unless `centred`) and reciprocal standard deviation of a row.
 #[inline(always)]
 fn moments(row: &[f32], centred: bool, eps: f32) -> (f32, f32) {
     let count = row.len() as f32;
@@ -49,7 +49,7 @@ fn moments(row: &[f32], centred: bool, eps: f32) -> (f32, f32) {
 }
 
 multiversion! {
-    /// Normalises rows where they are, by the calling thread.
+    /// Normalises rows in place, on the calling thread.
     pub(crate) fn normalise(rows: &mut [f32], weight: &[f32], bias: &[f32], centred: bool, eps: f32) {
         for row in rows.chunks_exact_mut(weight.len()) {
             let (mean, scale) = moments(row, centred, eps);
@@ -60,33 +60,33 @@ multiversion! {
     }
 }
 
-/// How rows as wide as the weight are normalised.
+/// Parameters of a norm of rows [W].
 #[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// What the normalised numbers are multiplied by.
+    /// Scale [W].
     pub weight: &'a [f32],
-    /// What is added to them then.
+    /// Shift [W].
     pub bias: &'a [f32],
-    /// LayerNorm; otherwise RMSNorm, which takes the mean for zero.
+    /// LayerNorm; otherwise RMSNorm, whose mean is zero.
     pub centred: bool,
     /// Added to the variance.
     pub eps: f32,
 }
 
-/// What the backward pass reads.
+/// Inputs of the backward pass.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a, T> {
     /// Gradient of the result [R, W].
     pub d_out: &'a [T],
-    /// What was normalised [R, W].
+    /// Input of the forward pass [R, W].
     pub x: &'a [f32],
     /// As in [`Norm`] [W].
     pub weight: &'a [f32],
     /// As in [`Norm`].
     pub centred: bool,
-    /// Mean and one over the deviation of each row [R, 2], from the forward pass.
+    /// Mean and reciprocal deviation of each row [R, 2], from the forward pass.
     pub moments: &'a [f32],
-    /// Gradient that reaches `x` on another way [R, W], added to the result; or nothing.
+    /// Gradient of `x` through the residual connection [R, W], added to the result; or empty.
     pub beside: &'a [f32],
 }
 
@@ -94,7 +94,7 @@ impl Norm<'_> {
     /// Normalises rows.
     ///
     /// * `x` [R, W]; `out` [R, W] receives the result.
-    /// * `moments` [R, 2] receives mean and one over the deviation of each row.
+    /// * `moments` [R, 2] receives mean and reciprocal deviation of each row.
     ///
     /// # Errors
     /// Buffers that do not fit together.
@@ -203,7 +203,7 @@ multiversion! {
             let (mean, scale) = (found[0], found[1]);
             let (x, d_out) = (&inputs.x[span.clone()], &inputs.d_out[span.clone()]);
             let d_x = &mut d_x[span.clone()];
-            // What reaches the normalised numbers, for now.
+            // First the gradient of the normalised numbers.
             for i in 0..width {
                 let (normed, d) = ((x[i] - mean) * scale, d_out[i].get());
                 d_weight[i] += d * normed;
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn norms_by_hand() {
+    fn known_norms() {
         let weight = [2.0, 1.0, 1.0];
         let mut rows = vec![1.0, 2.0, 3.0, -4.0, 0.0, 4.0];
         normalise(&mut rows, &weight, &[0.5, 0.0, 0.0], true, 0.0);
@@ -374,7 +374,7 @@ mod tests {
         assert!(run(3) == results[0]);
     }
 
-    /// Numbers and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

@@ -1,8 +1,8 @@
-//! A layer of the Transformer as decoding runs it on a CPU: all that stands before attention in
-//! one call, and all that stands after it in another. For a few rows the passes over memory and
-//! the calls between the products would cost as much as the products.
+//! A decoder layer for cached decoding on a CPU, in two calls: norm, projection and rotation before
+//! attention, then projection, norm and MLP after it. For a few rows, separate operations would
+//! cost as much as the matrix products.
 //!
-//! Rows do not see each other here, so a row comes out the same, bit for bit, in any batch.
+//! Rows are independent here, so a row gives the same bits in any batch.
 
 use crate::cpu::buffers::check_len;
 use crate::cpu::scratch;
@@ -43,7 +43,7 @@ impl Norm {
     }
 }
 
-/// Between the two matrices of the MLP.
+/// Operation between the two matrices of the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mlp {
     /// An activation of each feature.
@@ -65,35 +65,35 @@ impl Mlp {
 
 /// Weights of a layer without conditioning.
 pub struct Block {
-    /// Before attention.
+    /// Norm before attention.
     pub norm1: Norm,
-    /// To queries, keys and values, one behind the other.
+    /// Projection to queries, keys and values, concatenated.
     pub qkv: Arc<Packed>,
-    /// Of each head's queries and keys.
+    /// Norms of the queries and keys of each head.
     pub qk_norm: Option<(Norm, Norm)>,
-    /// After attention.
+    /// Projection after attention.
     pub out: Arc<Packed>,
-    /// Before the MLP.
+    /// Norm before the MLP.
     pub norm2: Norm,
-    /// Into the MLP.
+    /// First matrix of the MLP.
     pub up: Arc<Packed>,
-    /// Inside it.
+    /// Between its matrices.
     pub mlp: Mlp,
-    /// Out of it.
+    /// Second matrix of the MLP.
     pub down: Arc<Packed>,
     /// Dh, features of a head.
     pub head_width: usize,
 }
 
-/// Keys and values of B rows, each [B, Hkv, capacity, Dh], and where the next ones go.
+/// The KV cache of B rows, each buffer [B, Hkv, capacity, Dh].
 pub struct Cache<'a> {
     /// Rotated keys.
     pub k: &'a mut [f32],
     /// Values.
     pub v: &'a mut [f32],
-    /// Positions a row has room for.
+    /// Positions of a row.
     pub capacity: usize,
-    /// Position of the first token.
+    /// Position of the first new token.
     pub first: usize,
 }
 
@@ -133,7 +133,7 @@ impl Block {
     /// Norm, projection and rotation: queries out, keys and values into the cache.
     ///
     /// * `h` [B·T, D]: the residual stream.
-    /// * `cos`, `sin` [T, Dh]: of every position; the first half of a sine has its sign turned.
+    /// * `cos`, `sin` [T, Dh]: of every position; the first half of a sine is negated.
     /// * `q` [B·T, H·Dh] receives the queries.
     ///
     /// # Errors
@@ -194,12 +194,12 @@ impl Block {
         })
     }
 
-    /// What follows attention: its projection, the norm and the MLP, each added to `h`.
+    /// Output projection of attention, norm and MLP, added to `h`.
     ///
     /// * `attended` [M, H·Dh], `h` [M, D].
     ///
     /// # Errors
-    /// Buffers of different numbers of rows.
+    /// Buffers with different numbers of rows.
     pub fn finish(&self, attended: &[f32], h: &mut [f32], threads: usize) -> Result<()> {
         self.out.apply(attended, h, Epilogue::Add, threads)?;
         let rows = h.len() / self.out.outputs();

@@ -1,8 +1,7 @@
-//! Products with a matrix that does not change, whose columns were laid out beforehand as the
-//! kernels read them: what decoding does for every layer of every forward.
+//! Linear layers with prepacked weights, for decoding.
 //!
-//! Every output is one sum over the inputs in their order, so that a row comes out the same, bit
-//! for bit, whatever rows are beside it and however many threads there are.
+//! Every output is one sum over the inputs in their order, so that a row gives the same bits in any
+//! batch and with any number of threads.
 
 use crate::cpu::buffers::{Parts, reserve};
 use crate::cpu::simd::portable::Portable;
@@ -17,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
 use crate::kernels::product::product;
 
-/// What a product does with its result.
+/// Operation on the result of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Epilogue {
     /// Writes it.
@@ -32,27 +31,27 @@ pub enum Epilogue {
 const VECTORS: usize = 2;
 /// Lanes of the widest vectors.
 const MAX_LANES: usize = 16;
-/// Multiplications that are worth another thread: some tens of microseconds.
+/// Multiplications that pay for another thread: some tens of microseconds.
 const WORTH: usize = 1 << 20;
 
-/// A 64-byte line of units, so that no load crosses two of the cache's.
+/// A 64-byte line of units, so that no load crosses a cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; MAX_LANES]);
 
-/// The matrix and bias of a linear layer, ready to be multiplied with.
+/// The prepacked matrix and bias of a linear layer.
 pub struct Packed {
     isa: Isa,
     inputs: usize,
     outputs: usize,
-    /// Panel by panel of `VECTORS · W` columns, a row of units after the other.
+    /// Panels of `VECTORS · W` columns, each row by row.
     panels: Vec<Line>,
-    /// Of every column of every panel.
+    /// Bias of every column of every panel.
     bias: Vec<f32>,
 }
 
 impl Packed {
-    /// Lays out `weight` [N, K], row by row, and the bias [N]; with `bf16`, rounded to bf16.
+    /// Packs `weight` [N, K], row-major, and the bias [N]; with `bf16`, rounds to bf16.
     ///
     /// # Errors
     /// Sizes that do not fit together, or bf16 on a processor without bf16 products.
@@ -142,8 +141,8 @@ impl Packed {
         Ok(())
     }
 
-    /// With the vectors that the matrix was laid out for; rounds the rows to pairs of bf16 first
-    /// where these multiply pairs.
+    /// Runs with the vectors that the matrix was packed for; where these multiply pairs of bf16,
+    /// rounds the rows to pairs first.
     fn apply_as<S: Panel>(
         &self,
         x: &[f32],
@@ -158,7 +157,7 @@ impl Packed {
         let count = rows * self.depth();
         scratch::with(&[count], |scratch| {
             let units = scratch.slice(count);
-            // SAFETY: a matrix is laid out only for an instruction set of this processor.
+            // SAFETY: a matrix is packed only for an instruction set of this processor.
             unsafe { S::round(x, self.inputs, units) };
             self.run::<S>(units, rows, out, epilogue, threads);
         });
@@ -176,7 +175,7 @@ impl Packed {
         let panels = self.outputs.div_ceil(columns);
         let work = rows * self.inputs * self.outputs;
         let threads = threads.min(1 + work / WORTH);
-        // A few pieces a thread even out what else the machine does.
+        // A few pieces a thread balance the load.
         let pieces = (4 * threads).min(panels);
         let to = Parts::new(out);
         parallel(threads, pieces, |piece| {
@@ -226,8 +225,8 @@ impl Packed {
     }
 }
 
-/// Zeros on large pages, where the system gives them: a matrix is read from end to end for every
-/// token, and with small pages half of that time goes into finding them.
+/// Zeros on huge pages, where the system has them: every token reads the whole matrix, and with
+/// small pages half of the time goes into TLB misses.
 fn lines(count: usize) -> Result<Vec<Line>> {
     let mut lines: Vec<Line> = Vec::new();
     reserve("linear", &mut lines, count)?;
@@ -285,13 +284,13 @@ trait Panel: Simd {
 }
 
 /// # Safety
-/// What the job points to exists, and the instruction set of `S` too.
+/// The job points to buffers of the sizes it names, and the processor has the instructions of `S`.
 #[inline(always)]
 unsafe fn panel<S: Simd, const MOST: usize>(job: &Job) {
     let mut row = 0;
     // SAFETY: rows `row..` exist by the loop's bound.
     unsafe {
-        // Not 12 of 16 rows and then 4: small tiles wait for their own sums.
+        // 16 rows are two tiles of 8: a tile of 4 would wait for the latency of its own sums.
         while row + MOST <= job.rows && !(MOST > 8 && job.rows - row == 16) {
             tile::<S, MOST>(job, row);
             row += MOST;
@@ -491,7 +490,7 @@ mod tests {
         }
     }
 
-    /// Rows and results lie between pages that no one may touch.
+    /// All buffers lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

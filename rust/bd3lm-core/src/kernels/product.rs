@@ -1,6 +1,6 @@
-//! The register tile that every matrix product is made of.
+//! The register tile of all matrix products.
 
-// One index walks several arrays of vectors side by side.
+// One index runs over several arrays of vectors.
 #![allow(clippy::needless_range_loop)]
 
 use crate::cpu::simd::Simd;
@@ -8,7 +8,7 @@ use crate::cpu::simd::Simd;
 /// `acc[i][j] += sum_t a[i * rs + t * cs] . b[t * ldb + j * W ..]`.
 ///
 /// # Safety
-/// The pointers cover what the strides reach.
+/// The pointers cover all elements that the strides reach.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Simd, const MR: usize, const N: usize>(
     a: *const f32,

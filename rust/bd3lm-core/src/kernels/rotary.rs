@@ -1,4 +1,4 @@
-//! Rotary position embedding of heads, on their way between a projection and attention.
+//! Rotary position embedding of the heads of queries and keys.
 
 use crate::cpu::buffers::{Parts, check_len, in_groups, whole_rows};
 use crate::cpu::multiversion::multiversion;
@@ -6,7 +6,7 @@ use crate::cpu::number::Stored;
 use crate::error::{Error, Result};
 
 multiversion! {
-    /// Rotates the heads of one row where they are: the two halves of each against each other.
+    /// Rotates the heads of one row in place, the first half of each against the second.
     pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
         let half = cos.len() / 2;
         let (cos_low, cos_high) = cos.split_at(half);
@@ -22,12 +22,12 @@ multiversion! {
     }
 }
 
-/// Angles of T positions, which the rows of a buffer go through again and again.
+/// Angles of T positions; the rows of a buffer repeat them.
 #[derive(Clone, Copy)]
 pub struct Angles<'a> {
     /// Cosines [T, Dh].
     pub cos: &'a [f32],
-    /// Sines [T, Dh], the first half of each with its sign turned.
+    /// Sines [T, Dh], the first half of each negated.
     pub sin: &'a [f32],
     /// Dh, features of a head.
     pub head_width: usize,
@@ -35,16 +35,16 @@ pub struct Angles<'a> {
     pub inverse: bool,
 }
 
-/// Which features of rows are moved.
+/// A range of features of every row.
 #[derive(Clone, Copy)]
 pub struct Columns {
     /// Features of a row.
     pub width: usize,
-    /// The first of those moved.
+    /// The first feature of the range.
     pub first: usize,
 }
 
-/// Rotates `count` features of every row where they are.
+/// Rotates `count` features of every row in place.
 ///
 /// # Errors
 /// Columns outside the rows, or features that are no whole heads.
@@ -145,7 +145,12 @@ impl Angles<'_> {
 
 /// Heads of one row; `HALF` is known to the compiler for the usual widths.
 #[inline(always)]
-fn turn<T: Stored, const HALF: usize>(heads: &mut [T], cos: &[f32], sin: &[f32], sign: f32) {
+fn rotate_heads_of_row<T: Stored, const HALF: usize>(
+    heads: &mut [T],
+    cos: &[f32],
+    sin: &[f32],
+    sign: f32,
+) {
     let half = if HALF == 0 { cos.len() / 2 } else { HALF };
     let (cos_low, cos_high) = (&cos[..half], &cos[half..][..half]);
     let (sin_low, sin_high) = (&sin[..half], &sin[half..][..half]);
@@ -161,7 +166,7 @@ fn turn<T: Stored, const HALF: usize>(heads: &mut [T], cos: &[f32], sin: &[f32],
 }
 
 multiversion! {
-    /// Rotates `count` features of rows; `first_row` is the number of the first.
+    /// Rotates `count` features of rows; `first_row` is the index of the first row.
     fn rotate_rows<T: Stored>(
         rows: &mut [T],
         columns: Columns,
@@ -176,10 +181,10 @@ multiversion! {
             let at = (first_row + row) % (angles.cos.len() / width) * width;
             let (cos, sin) = (&angles.cos[at..at + width], &angles.sin[at..at + width]);
             match width {
-                32 => turn::<T, 16>(heads, cos, sin, sign),
-                64 => turn::<T, 32>(heads, cos, sin, sign),
-                128 => turn::<T, 64>(heads, cos, sin, sign),
-                _ => turn::<T, 0>(heads, cos, sin, sign),
+                32 => rotate_heads_of_row::<T, 16>(heads, cos, sin, sign),
+                64 => rotate_heads_of_row::<T, 32>(heads, cos, sin, sign),
+                128 => rotate_heads_of_row::<T, 64>(heads, cos, sin, sign),
+                _ => rotate_heads_of_row::<T, 0>(heads, cos, sin, sign),
             }
         }
     }
@@ -276,7 +281,7 @@ mod tests {
                 if (4..4 + count).contains(&(i % whole.width)) {
                     assert!((got - want).abs() < 1e-4, "{got} {want}");
                 } else {
-                    assert_eq!(*got, 7.0); // what lies beside is not touched
+                    assert_eq!(*got, 7.0); // other features are untouched
                 }
             }
         }
@@ -313,7 +318,7 @@ mod tests {
         }
     }
 
-    /// Heads lie between pages that no one may touch.
+    /// Heads lie between inaccessible pages.
     #[test]
     fn nothing_beside_the_buffers_is_touched() {
         use crate::cpu::guarded::Guarded;

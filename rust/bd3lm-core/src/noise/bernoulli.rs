@@ -1,4 +1,5 @@
-//! Independent masks at a level a block; `resample` draws their number from a truncated binomial.
+//! The `bernoulli` estimator: a level a block, and independent masks at that level. `resample`
+//! draws their number from a truncated binomial.
 
 use super::binomial::truncated_binomial;
 use super::levels::{compare, limit, limits, limits_by_frequency, narrow, place_levels};

@@ -1,4 +1,4 @@
-//! Binomial numbers that are kept within bounds.
+//! Draws from a binomial distribution truncated to an interval.
 
 /// Largest n whose binomial coefficients are tabulated.
 const MAX_TABLE: usize = 32;
@@ -26,7 +26,7 @@ pub(super) fn truncated_binomial(n: usize, p: f64, lo: usize, hi: usize, u: f64)
     if n > MAX_TABLE {
         return truncated_binomial_of_many(n, p, lo, hi, u);
     }
-    // Small blocks, which are most, do not pay for the room of large ones.
+    // Most blocks are small, and need no array of the largest size.
     if hi - lo < 8 {
         invert::<8>(n, p, lo, hi, u)
     } else {
@@ -34,7 +34,7 @@ pub(super) fn truncated_binomial(n: usize, p: f64, lo: usize, hi: usize, u: f64)
     }
 }
 
-/// The same by the table, for at most `ROOM` counts.
+/// The same from tabulated coefficients, for at most `ROOM` counts.
 #[inline(always)]
 fn invert<const ROOM: usize>(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
     // Unnormalised, with the powers counted from the end where they are 1: nothing overflows, and
@@ -62,7 +62,7 @@ fn invert<const ROOM: usize>(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> 
 }
 
 fn truncated_binomial_of_many(n: usize, p: f64, lo: usize, hi: usize, u: f64) -> usize {
-    // From the most probable count outwards, so that nothing underflows to nothing.
+    // Outwards from the most probable count, so that no sum underflows to zero.
     let ratio = p / (1.0 - p);
     let mode = (((n + 1) as f64 * p) as usize).clamp(lo, hi);
     let up = |k: usize| (n - k) as f64 / (k + 1) as f64 * ratio; // P(k+1)/P(k)
@@ -80,7 +80,7 @@ fn truncated_binomial_of_many(n: usize, p: f64, lo: usize, hi: usize, u: f64) ->
 
 /// The first place at which the running sum of `mass` passes `goal`, or the last.
 fn quantile(mass: &[f64], goal: f64) -> usize {
-    // Counted to the end: where it would stop is a coin toss that no branch can foresee.
+    // Counts to the end: a branch at the crossing would be mispredicted.
     let (mut sum, mut below) = (0.0, 0);
     for m in mass {
         sum += m;

@@ -47,7 +47,7 @@ impl Choice {
                 mask.fill(0);
                 continue;
             }
-            // The position behind the word makes every key another.
+            // The position below the word makes keys distinct.
             self.keys.clear();
             let words = random.iter().zip(noisable).enumerate();
             let live = words.filter(|(_, (_, n))| **n == 1);
@@ -64,7 +64,7 @@ impl Choice {
     }
 }
 
-/// Largest block whose tokens are ranked by comparing each with each: S² comparisons, side by side.
+/// Largest block whose tokens are ranked by comparing all pairs, S² vectorised comparisons.
 const MAX_RANKED: usize = 32;
 
 multiversion! {
@@ -121,8 +121,7 @@ fn choose_block<const S: usize>(
     noisable: &[u8; S],
     mask: &mut [u8; S],
 ) -> f32 {
-    // 26 random bits over the position, which makes every key another; what may not be noised
-    // comes last.
+    // 26 random bits above the position, so that keys are distinct; clean tokens come last.
     let mut keys = [0u32; S];
     for i in 0..S {
         let dead = u32::from(noisable[i] ^ 1) << 31;
@@ -134,8 +133,8 @@ fn choose_block<const S: usize>(
             ranks[i] += u32::from(key < keys[i]);
         }
     }
-    // Arithmetic alone: of a comparison that chooses, or of a maximum, the compiler makes a branch
-    // a token, which no processor can foresee.
+    // Arithmetic instead of a comparison or a maximum, which the compiler turns into an
+    // unpredictable branch a token.
     let mut largest = 0;
     for i in 0..S {
         mask[i] = (ranks[i].wrapping_sub(count) >> 31) as u8;

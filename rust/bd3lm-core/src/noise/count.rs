@@ -1,4 +1,4 @@
-//! A masked count a block, and a uniform subset of that size.
+//! The `count` estimator: a masked count a block, and a uniform subset of that size.
 
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ impl NoiseSpec {
         }
         choice.run(&scratch.random, row.noisable, s, row.mask);
         match self.clip {
-            // The k-th smallest of n uniform numbers is Beta(k, n−k+1), whichever they are.
+            // The k-th smallest of n uniform numbers is Beta(k, n−k+1), independent of which it is.
             None => row.mask_prob.copy_from_slice(&choice.largest),
             Some(clip) => {
                 for (b, n) in scratch.live.iter().enumerate() {
@@ -117,7 +117,7 @@ impl NoiseSpec {
         CountTable { cumulative, weight }
     }
 
-    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (MATH §3, §4); without w̃
+    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (docs/math.md §3, §4); without w̃
     /// where it is taken at the level.
     pub(super) fn count_factor(&self, k: usize, n: usize) -> f64 {
         let (x, y) = (k as f64, (n - k + 1) as f64);

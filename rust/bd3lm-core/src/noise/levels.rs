@@ -1,4 +1,4 @@
-//! Levels of blocks, and the masks that tokens get independently of each other.
+//! Levels of blocks, and independent masks of tokens.
 
 use crate::cpu::multiversion::multiversion;
 use crate::random::unit;
@@ -6,14 +6,13 @@ use crate::random::unit;
 /// Words up to this one occur with probability p, to within 2⁻³².
 #[inline(always)]
 pub(super) fn limit(p: f64) -> u32 {
-    // Rounded by adding 2⁵², behind which a double holds no fraction: unlike the conversion to an
-    // integer, that is done in vectors.
+    // Adding 2⁵² rounds to an integer; unlike a conversion, it vectorises.
     let word = (p * 4_294_967_296.0 - 1.0).clamp(0.0, 4_294_967_295.0);
     (word + 4_503_599_627_370_496.0).to_bits() as u32
 }
 
 multiversion! {
-    /// How many tokens of each block may be noised.
+    /// Number of noisable tokens of each block.
     pub(super) fn count_live(noisable: &[u8], block_size: usize, out: &mut [u32]) {
         #[inline(always)]
         fn add<const S: usize>(noisable: &[u8], out: &mut [u32]) {
@@ -24,7 +23,7 @@ multiversion! {
         match block_size {
             4 => {
                 for (block, n) in noisable.as_chunks::<4>().0.iter().zip(out) {
-                    // The sum of the four bytes ends up in the highest.
+                    // The highest byte receives the sum of all four.
                     *n = u32::from_le_bytes(*block).wrapping_mul(0x0101_0101) >> 24;
                 }
             }
@@ -92,7 +91,7 @@ multiversion! {
 }
 
 /// Limits for masks of probability p^{c·γ}, with c such that their mean over the block's noisable
-/// tokens is p (MATH §6).
+/// tokens is p (docs/math.md §6).
 pub(super) fn limits_by_frequency(
     p: f64,
     gamma: &[f32],

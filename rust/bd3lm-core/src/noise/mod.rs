@@ -1,10 +1,10 @@
-//! Noise levels, masks and loss weights of a batch (MATH §2 clip, §3, §4, §6), row by row.
+//! Noise levels, masks and loss weights of a batch (docs/math.md §2 clip, §3, §4, §6).
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | [`schedule`] | mask probability, NELBO weight and inverse of every noise schedule |
 //! | [`weighting`] | training-only reweightings of the NELBO |
-//! | `spec` | what to draw, and its checks |
+//! | `spec` | noise settings, and their checks |
 //! | `bernoulli`, `count` | the estimators |
 //! | `levels`, `choice`, `binomial` | levels and masks, subsets, truncated counts |
 

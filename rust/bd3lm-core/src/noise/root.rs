@@ -1,7 +1,7 @@
 //! Roots of increasing functions.
 
-/// Where an increasing function of p in [lo, hi] is zero: Newton steps, halving the bracket where
-/// one would leave it, so that it always ends.
+/// Zero of an increasing function on [lo, hi]: Newton steps, or a bisection where one would leave
+/// the bracket, so that the search always ends.
 ///
 /// `f` gives the value and the slope, `start` the first guess.
 pub(super) fn root(f: impl Fn(f64) -> (f64, f64), (lo, hi): (f64, f64), start: f64) -> f64 {

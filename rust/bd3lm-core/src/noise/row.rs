@@ -1,4 +1,4 @@
-//! One row on its way through an estimator, and the memory that rows reuse.
+//! One row of an estimator, and the buffers that rows reuse.
 
 use super::choice::Choice;
 use super::spec::NoiseKey;
@@ -7,13 +7,13 @@ use crate::random::{Domain, Permutation, Stream};
 /// Buffers that [`super::NoiseSpec::noise_row`] reuses from row to row.
 #[derive(Default, Debug)]
 pub struct Scratch {
-    /// A word a token, of the row's mask stream.
+    /// Words of the row's mask stream, one a token.
     pub(super) random: Vec<u32>,
-    /// A word a block, of the row's level stream; then a second one for each where that is needed.
+    /// Words of the row's level stream, one a block; some estimators use a second one a block.
     pub(super) levels: Vec<u32>,
     /// Noisable tokens of each block.
     pub(super) live: Vec<u32>,
-    /// The latest step's order of strata, with its size and key.
+    /// Order of strata of the latest step, with its size and key.
     pub(super) permutation: Option<((u64, u64), Permutation)>,
     /// Number of each block's stratum.
     pub(super) strata: Vec<u64>,
@@ -36,7 +36,7 @@ impl Scratch {
     }
 }
 
-/// One row: what is noised, and where the noise goes.
+/// Inputs and outputs of one row.
 pub(super) struct Row<'a> {
     pub(super) block_size: usize,
     pub(super) ids: &'a [i64],

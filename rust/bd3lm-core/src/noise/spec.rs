@@ -1,4 +1,4 @@
-//! What to draw, and its checks.
+//! The specification of a noise distribution, and its checks.
 
 use std::sync::Arc;
 
@@ -9,10 +9,11 @@ use super::tables::CountTables;
 use super::weighting::Weighting;
 use crate::error::{Error, Result, named};
 
-/// How the masked positions of a block are chosen.
+/// Distribution of the masked positions of a block.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Estimator {
-    /// A level t a block, independent masks of probability p(t), weight w(t): the paper's.
+    /// A level t a block, independent masks of probability p(t), weight w(t), as in the BD3-LM
+    /// paper.
     Bernoulli {
         /// Spread the levels over equal strata of the global batch.
         strata: bool,
@@ -88,7 +89,7 @@ impl NoiseSettings {
     }
 }
 
-/// Where a row stands, which is all that its randomness depends on.
+/// Position of a row in a run; its random numbers depend on nothing else.
 #[derive(Clone, Copy, Debug)]
 pub struct NoiseKey {
     /// Seed of the run.
@@ -101,7 +102,7 @@ pub struct NoiseKey {
     pub rows: u64,
 }
 
-/// What to draw: immutable, checked when it is made, safe to share between threads.
+/// Specification of the noise: checked when it is made, immutable, shared between threads.
 #[derive(Clone, Debug)]
 pub struct NoiseSpec {
     pub(super) schedule: Schedule,
@@ -115,14 +116,14 @@ pub struct NoiseSpec {
 }
 
 impl NoiseSpec {
-    /// Checks that the parts go together.
+    /// Builds a specification from parts that go together.
     ///
     /// `clip` restricts t to U[a, b], with a = 0 meaning 1e-3 and U[1, 1] meaning
     /// [`Estimator::Full`]. `resample` also forces each block's masked share into [a, b].
     /// `gamma` is a factor for each token id (frequency-informed masking).
     ///
     /// # Errors
-    /// [`Error::Config`] naming the field and what is allowed.
+    /// [`Error::Config`] that names the field.
     pub fn new(
         schedule: Schedule,
         mut estimator: Estimator,
@@ -141,7 +142,7 @@ impl NoiseSpec {
                 ));
             }
             if a == 1.0 {
-                // Every share is 1, which is what resampling would ask for.
+                // Every share is 1, so resampling has no effect.
                 (estimator, clip, resample) = (Estimator::Full, None, false);
             } else if estimator == Estimator::Full {
                 return Err(Error::config(
@@ -246,7 +247,7 @@ impl NoiseSpec {
         &self.estimator
     }
 
-    /// Checks what depends on the rows, once a batch.
+    /// Checks the specification against the shape of the rows, once a batch.
     ///
     /// # Errors
     /// A block size that is 0 or does not divide the rows, a clip that no k/S fits, q of another
@@ -293,7 +294,7 @@ impl NoiseSpec {
     /// Counts k with a ≤ k/n ≤ b; a bound at 1e-3 or 1 does not bind. Empty when lo > hi.
     pub(super) fn count_bounds(&self, n: usize) -> (usize, usize) {
         let (a, b) = self.interval();
-        let slack = 1e-9; // 0.3·10 is 3, whatever the floating-point product says
+        let slack = 1e-9; // 0.3·10 must count as 3 despite rounding
         let lo = if a <= MIN_LEVEL {
             0
         } else {

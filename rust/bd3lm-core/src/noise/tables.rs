@@ -1,4 +1,4 @@
-//! Count weights, made on demand.
+//! Tables of the `count` estimator, computed on demand.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 #[derive(Clone, Debug, Default)]
 pub(super) struct CountTables(Arc<Mutex<HashMap<usize, Arc<CountTable>>>>);
 
-/// Of one n: entry k−1 belongs to a count k.
+/// Table of one n; entry k−1 belongs to a count k.
 #[derive(Debug)]
 pub(super) struct CountTable {
-    /// Of q(k); `None` where it is uniform.
+    /// Cumulative q(k); `None` where q is uniform.
     pub(super) cumulative: Option<Vec<f64>>,
     /// Loss weight.
     pub(super) weight: Vec<f32>,

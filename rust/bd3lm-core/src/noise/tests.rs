@@ -56,7 +56,7 @@ fn nats(mask: &[u8]) -> f64 {
         .sum()
 }
 
-/// MATH §4's sum over all subsets, each weighted by an integral over p.
+/// The sum of docs/math.md §4 over all subsets, each weighted by an integral over p.
 fn exact(n: usize, weight: impl Fn(f64, f64) -> f64) -> f64 {
     (1u32..1 << n)
         .map(|bits| {
@@ -86,7 +86,7 @@ fn estimate(spec: &NoiseSpec, block_size: usize, steps: u64) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
-/// Every schedule's clipped estimator has the incomplete-Beta expectation of MATH §4 — with
+/// Every schedule's clipped estimator has the incomplete-Beta expectation of docs/math.md §4, with
 /// masks and with counts. Unclipped is the clip [1e-3, 1].
 #[test]
 fn every_schedule_is_unbiased() {
@@ -381,8 +381,6 @@ fn count_weights_carry_the_mean_of_the_weighting() {
     assert!((s.count_factor(3, 4) - 0.6).abs() < 1e-12);
 }
 
-/// The level of a clipped count has the Beta law inside the clip; for the large blocks of MDLM
-/// too, where the library's own inverse never comes to an end.
 /// A loss c(p) of a model that reads the level: the mean of weight·c is ∫ w̃·w·E[k]·c dt / (b − a).
 #[test]
 fn time_conditioned_counts_take_the_weighting_at_their_level() {
@@ -434,6 +432,8 @@ fn time_conditioned_counts_take_the_weighting_at_their_level() {
     }
 }
 
+/// The level of a clipped count has the Beta distribution inside the clip; also for the large blocks
+/// of MDLM, where the inverse of `statrs` does not terminate.
 #[test]
 fn levels_of_clipped_counts_are_quantiles() {
     for (a, b) in [(0.0, 0.1), (0.3, 0.8), (0.95, 1.0)] {

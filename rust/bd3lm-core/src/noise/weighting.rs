@@ -1,4 +1,5 @@
-//! Reweightings of the training loss (MATH §3). Reported likelihoods always use [`Weighting::Nelbo`].
+//! Reweightings of the training loss (docs/math.md §3). Reported likelihoods always use
+//! [`Weighting::Nelbo`].
 
 use super::schedule::Schedule;
 use crate::error::{Error, Result, named};
@@ -80,7 +81,7 @@ mod tests {
     use super::*;
     use crate::noise::schedule::tests::all;
 
-    /// The closed forms of MATH §3 in α, away from the clamp.
+    /// The closed forms of docs/math.md §3 in α, away from the clamp.
     #[test]
     fn equals_the_closed_forms() {
         let schedule = Schedule::LogLinear;

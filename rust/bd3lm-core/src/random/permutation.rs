@@ -14,9 +14,9 @@ pub struct Permutation {
     keys: [u32; MAX_ROUNDS],
 }
 
-/// Rounds of a large domain, and of one so small that its halves hold few bits each: with 8 rounds,
-/// the places of an index are visibly uneven at 3 bits. Even, so that halves of unequal width end where they
-/// began.
+/// Rounds over a large domain, and over one whose halves hold few bits: with 8 rounds the places of
+/// an index are visibly uneven at 3 bits. Both are even, so that halves of unequal width end where
+/// they began.
 const ROUNDS: usize = 8;
 const MAX_ROUNDS: usize = 20;
 const SMALL_BITS: u32 = 8;
@@ -47,17 +47,17 @@ impl Permutation {
         }
     }
 
-    /// How many indices are permuted.
+    /// Number of indices.
     pub fn len(&self) -> u64 {
         self.n
     }
 
-    /// Whether there is nothing to permute.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.n == 0
     }
 
-    /// Where index `i < n` goes.
+    /// The place of index `i < n`.
     #[inline]
     pub fn at(&self, i: u64) -> u64 {
         debug_assert!(i < self.n);
@@ -70,7 +70,7 @@ impl Permutation {
         }
     }
 
-    /// The index that goes to `j < n`.
+    /// The index at place `j < n`.
     pub fn inverse(&self, j: u64) -> u64 {
         debug_assert!(j < self.n);
         let mut x = j;
@@ -82,7 +82,7 @@ impl Permutation {
         }
     }
 
-    /// Where the indices from `first` on go.
+    /// The places of the indices from `first` on.
     pub fn fill(&self, first: u64, out: &mut [u64]) {
         debug_assert!(first + out.len() as u64 <= self.n);
         if self.n <= 1 << 32 {

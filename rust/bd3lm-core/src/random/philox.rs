@@ -1,5 +1,7 @@
-//! Counter-based randomness: what a row draws is a function of (seed, step, row) alone, never of
-//! worker, rank, thread or micro-batch (Philox4x32-10, Salmon et al. 2011).
+//! Counter-based random streams (Philox4x32-10, Salmon et al. 2011).
+//!
+//! The numbers of a row are a function of (seed, step, row) alone, never of worker, rank, thread or
+//! micro-batch. Only strata also read the number of rows of the global batch.
 
 use crate::cpu::multiversion::multiversion;
 
@@ -8,7 +10,7 @@ const M1: u64 = 0xCD9E_8D57;
 const W0: u32 = 0x9E37_79B9;
 const W1: u32 = 0xBB67_AE85;
 
-/// What a stream is used for; streams of different domains never share a number.
+/// Use of a stream; streams of different domains never share a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Domain {
@@ -20,7 +22,7 @@ pub enum Domain {
     Strata = 3,
     /// Order of the rows of an epoch.
     Order = 4,
-    /// What dropout drops: 16 bits a number.
+    /// Dropout masks: 16 bits an element.
     Dropout = 5,
 }
 
@@ -124,9 +126,8 @@ multiversion! {
         const LOW: u64 = 0xFFFF_FFFF;
         let mut block = first;
         let mut chunks = out.chunks_exact_mut(4 * LANES);
-        // Lanes side by side are what the compiler vectorises. A lane is twice as wide as its
-        // word, since that is what the multiplication reads and writes; what it leaves in the
-        // upper halves is cut off where it would count.
+        // The compiler vectorises over lanes. A lane is 64 bits wide because the multiplication
+        // reads and writes 64 bits; the upper half is masked off where it would count.
         #[allow(clippy::needless_range_loop)]
         for chunk in &mut chunks {
             let mut c = [[0u64; LANES]; 4];
@@ -169,7 +170,7 @@ multiversion! {
 mod tests {
     use super::*;
 
-    /// Known answers of the Random123 distribution.
+    /// Known-answer tests of the Random123 distribution.
     #[test]
     fn philox_known_answers() {
         assert_eq!(

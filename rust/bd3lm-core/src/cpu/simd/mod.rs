@@ -24,7 +24,7 @@ pub(super) const ROUND: f32 = 12_582_912.0;
 /// Below this 2^x is taken as zero.
 pub(super) const EXP2_MIN: f32 = -126.0;
 
-/// `W` float32 lanes and what the kernels do with them.
+/// Vectors of `W` float32 lanes, and the operations that kernels need.
 ///
 /// # Safety
 /// Every method needs the instruction set of the implementation; those that take pointers need

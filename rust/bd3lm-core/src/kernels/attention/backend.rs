@@ -1,4 +1,4 @@
-//! What forward, backward and decoding ask of an instruction set, and who gives it.
+//! The kernels of one instruction set, which forward, backward and decoding are made of.
 
 use super::decode::{DecodeStep, decode_step};
 use super::inner::{accumulate, gradients, scores, softmax};
@@ -11,7 +11,7 @@ use crate::cpu::simd::{
     avx512::{Avx512, Avx512Bf16},
 };
 
-/// Vectors of queries that are worked on together: a *group* is `NV * W` queries.
+/// Vectors of queries of a *group*, which is `NV * W` queries.
 pub(super) const NV: usize = 2;
 /// Queries in a tile.
 pub(super) const QT: usize = 128;
@@ -31,7 +31,7 @@ pub(super) const MAX_W: usize = 16;
 /// Rows that [`Backend::accumulate`] works on.
 pub(super) const ROWS: usize = 8;
 
-/// What the scores of one group against a run of keys need.
+/// A run of keys, for the scores of one group.
 #[derive(Clone, Copy)]
 pub(super) struct Run {
     /// Keys, a multiple of the rows of a score tile.
@@ -84,7 +84,7 @@ pub(super) struct Gradients {
 pub(super) trait Backend: Simd {
     /// Largest exponent floor: keeps `-inf - max` defined for lanes that saw no key yet.
     const FLOOR: f32 = -1e30;
-    /// The backend for kernels that work in float32 whatever the operands are.
+    /// The backend for kernels that always work in float32.
     type Wide: Backend;
 
     /// S^T `s[j][lane] = k[j] . q[lane]`, masked with -inf; its maxima go to `max[lane]`.

@@ -1,7 +1,7 @@
 //! Backward: gradients of one head of keys, summed over the heads of queries that read it.
 //!
-//! A head of keys is one thread's work from beginning to end, tile after tile, so that sums are
-//! formed in the same order whatever the number of threads.
+//! One thread computes all tiles of a head of keys, so that the order of sums does not depend on
+//! the number of threads.
 
 use super::backend::{
     BACKWARD_STEP, Backend, Gradients, NV, Operand, QT, ROWS, Run, ZIP_ROW, tile_row,
@@ -17,7 +17,7 @@ use std::ops::Range;
 const KEYS: usize = 48;
 const GRAINS: usize = QT / GRAIN;
 
-/// One head of queries, its gradients and what the forward pass left.
+/// One head of queries, its gradients and its results of the forward pass.
 pub(super) struct Queries {
     pub q: Rows,
     pub out: Rows,

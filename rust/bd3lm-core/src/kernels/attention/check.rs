@@ -1,4 +1,4 @@
-//! What must hold of the arguments before any pointer is followed.
+//! Checks of the arguments, before any pointer is followed.
 
 use super::{Backward, Dtype, Forward, MAX_HEAD_WIDTH, Tensor};
 use crate::cpu::threads::MOST_THREADS;
@@ -49,7 +49,7 @@ fn tensor(name: &'static str, x: &Tensor, shape: [usize; 4], dtype: Dtype) -> Re
     Ok(())
 }
 
-/// No two indices of a tensor to write name the same element.
+/// Checks that no two indices of an output share an element.
 fn distinct(name: &'static str, x: &Tensor) -> Result<()> {
     let mut axes: Vec<_> = x
         .strides
@@ -69,7 +69,7 @@ fn distinct(name: &'static str, x: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Shapes, dtypes, strides and sizes of the forward pass.
+/// Checks shapes, dtypes, strides and sizes of the forward pass.
 pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     let [batch, heads, queries, width] = args.q.shape;
     let dtype = args.q.dtype;
@@ -129,7 +129,7 @@ pub(super) fn forward(args: &Forward<'_>) -> Result<()> {
     Ok(())
 }
 
-/// As [`forward`], and the gradients.
+/// Checks the same of the backward pass.
 pub(super) fn backward(args: &Backward<'_>) -> Result<()> {
     forward(&args.forward)?;
     let Forward { q, k, .. } = &args.forward;

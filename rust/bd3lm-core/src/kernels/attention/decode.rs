@@ -1,5 +1,5 @@
-//! The decoding form: few queries over a long cache, where K and V are read once and that is
-//! the cost. Lanes are keys, because there are not enough queries to fill a vector.
+//! Decoding: few queries over a long cache, bound by one read of K and V. Lanes are keys, because
+//! there are too few queries to fill a vector.
 
 use super::backend::{Backend, MAX_W};
 use super::forward::{Head, Queries};
@@ -12,7 +12,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 
 /// Queries of all heads on one head of keys, at most.
 pub(super) const MAX_ROWS: usize = 16;
-/// Keys that are turned into columns at once.
+/// Keys that are transposed at once.
 pub(super) const KEYS: usize = 64;
 
 /// # Safety
@@ -60,7 +60,7 @@ pub(super) unsafe fn decode<B: Backend>(head: &Head, queries: &[Queries], tiles:
                 let mut key = span.lo as usize;
                 while key < span.hi as usize {
                     let left = span.hi as usize - key;
-                    // Whole vectors of keys are read where they are, what is left is padded.
+                    // Whole vectors of keys are read in place; the rest is padded.
                     let whole = left / (2 * MAX_W) * (2 * MAX_W);
                     let direct = in_place && whole > 0;
                     let n = KEYS.min(if direct { whole } else { left });

@@ -1,10 +1,10 @@
 //! The inner loops, written once over [`Simd`] and compiled for each instruction set.
 //!
-//! Scores are held transposed: a row is a key, the lanes are queries. Then K and V enter as
-//! broadcast units in their own layout, the softmax runs down the lanes without horizontal
-//! sums, and a mask is one comparison of the key's index with each lane's interval.
+//! Scores are transposed: a row is a key, the lanes are queries. K and V are then broadcast in their
+//! own layout, the softmax needs no horizontal sums, and a mask is one comparison of the key's
+//! index with the interval of each lane.
 
-// One index walks several arrays of vectors side by side.
+// One index runs over several arrays of vectors.
 #![allow(clippy::needless_range_loop)]
 
 use super::backend::{Backend, Gradients, NV, Operand, Run, Softmax, ZIP_ROW, tile_row};

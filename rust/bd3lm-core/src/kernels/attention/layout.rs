@@ -1,7 +1,7 @@
-//! Between the caller's strided rows and the kernels' dense scratch.
+//! Copies between the caller's strided rows and dense scratch.
 //!
-//! Everything is copied once per head: rows that lie a power of two apart would evict each
-//! other from the first-level cache, and a copy is small beside the products it serves.
+//! Every operand is copied once a head: rows a power of two apart would evict each other from the
+//! L1 cache, and a copy costs little against the products that read it.
 
 use super::backend::{MAX_W, NV, QT};
 use crate::cpu::prefetch::prefetch_line;
@@ -9,7 +9,7 @@ use crate::cpu::simd::Simd;
 use crate::error::{Result, named};
 use std::ops::Range;
 
-/// What a tensor holds.
+/// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
     /// IEEE single precision.
@@ -48,7 +48,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Asks for a row, which need not exist.
+    /// Prefetches a row, which need not exist.
     #[inline(always)]
     pub fn prefetch(&self, row: usize) {
         let size = self.dtype.size();
@@ -93,12 +93,12 @@ impl Rows {
     }
 }
 
-/// Rows that are needed soon, the first at the end: asked for a few at a time, between pieces of
-/// the work that goes on meanwhile.
+/// Rows that are needed soon, the first of them last: prefetched a few at a time, between pieces of
+/// other work.
 pub(super) struct Ahead(pub Vec<(Rows, Range<usize>)>);
 
 impl Ahead {
-    /// Asks for the next few.
+    /// Prefetches the next few.
     pub fn step(&mut self) {
         const FEW: usize = 32;
         for _ in 0..FEW {
@@ -116,7 +116,7 @@ impl Ahead {
 /// Rows are far apart, often a page: no hardware prefetcher finds the next one.
 const AHEAD: usize = 16;
 
-/// Units from a packed row to the next: few values, so that kernels know theirs at compile time.
+/// Units from a packed row to the next: one of few values, each a constant of its kernels.
 pub(super) fn row_units(width: usize, pair: usize) -> usize {
     width.div_ceil(pair).next_power_of_two().max(16)
 }

@@ -1,15 +1,15 @@
-//! CPU kernels of the block-diffusion attention (MATH §7), forward and backward.
+//! CPU kernels of the block-diffusion attention (docs/math.md §7), forward and backward.
 //!
-//! The mask arrives as two ranges of keys a query, clean and noised, which covers training,
-//! scoring, decoding, documents and padding alike. Tiles of queries meet only the keys that
-//! some query of theirs sees, and only at the edges is anything masked. Memory is linear in the
-//! number of keys, and results do not depend on the number of threads.
+//! The mask is two ranges of keys a query, clean and noised, which covers training, scoring,
+//! decoding, documents and padding. A tile of queries is multiplied only with keys that one of its
+//! queries sees, and scores are masked only at the edges. Memory is linear in the number of keys.
+//! Results do not depend on the number of threads.
 //!
-//! | module | what it owns |
+//! | module | contents |
 //! | --- | --- |
 //! | `tiles` | the mask as tiles of queries and runs of keys |
 //! | `inner`, `backend` | the inner loops, and their compilation for each instruction set |
-//! | `layout` | between strided tensors and dense scratch |
+//! | `layout` | copies between strided tensors and dense scratch |
 //! | `forward`, `backward`, `decode` | the order of the work on one head |
 //! | `check` | shapes, strides and dtypes, before a pointer is followed |
 
@@ -43,7 +43,7 @@ pub const MAX_HEAD_WIDTH: usize = 256;
 pub struct Tensor {
     /// Its first element.
     pub ptr: *mut u8,
-    /// What an element is.
+    /// Type of an element.
     pub dtype: Dtype,
     /// B, H, T, Dh.
     pub shape: [usize; 4],
@@ -120,7 +120,7 @@ pub struct Mask<'a> {
     pub clean_offset: usize,
 }
 
-/// How to compute, not what.
+/// Threads, instruction set and scale.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Threads to use at most, the calling one among them.
@@ -143,15 +143,15 @@ pub struct Forward<'a> {
     pub mask: Mask<'a>,
     /// Result [B, H, Tq, Dh].
     pub out: Tensor,
-    /// Written beside the result, for the backward pass.
+    /// Log-sum-exp, which the backward pass reads.
     pub lse: LogSumExp,
-    /// How to compute.
+    /// Threads, instruction set and scale.
     pub options: Options,
 }
 
-/// Arguments of [`backward`], beside those that the forward pass had.
+/// Arguments of [`backward`].
 pub struct Backward<'a> {
-    /// What went into and came out of the forward pass.
+    /// Inputs and outputs of the forward pass.
     pub forward: Forward<'a>,
     /// Gradient of the output [B, H, Tq, Dh].
     pub d_out: Tensor,
@@ -171,8 +171,8 @@ pub struct Backward<'a> {
 /// instruction set that this processor lacks.
 ///
 /// # Safety
-/// Every tensor's elements, as its shape and strides say, are readable, those of `out` and `lse`
-/// writable and touched by no one else during the call.
+/// The elements of every tensor, as its shape and strides say, are readable; those of `out` and
+/// `lse` are writable, and nothing else accesses them during the call.
 pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
     check::forward(args)?;
     let isa = choose(args.options.isa, args.q.dtype)?;
@@ -191,7 +191,7 @@ pub unsafe fn forward(args: &Forward<'_>) -> Result<()> {
 /// As [`forward`].
 ///
 /// # Safety
-/// As [`forward`]; `dq`, `dk` and `dv` are writable and touched by no one else.
+/// As [`forward`]; `dq`, `dk` and `dv` are writable, and nothing else accesses them.
 pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
     check::backward(args)?;
     let isa = choose(args.forward.options.isa, args.forward.q.dtype)?;
@@ -209,7 +209,7 @@ pub unsafe fn backward(args: &Backward<'_>) -> Result<()> {
 /// # Safety
 /// As [`forward`], with the backend's instructions and checked arguments.
 unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
-    /// Fewer heads than this are cut into runs of tiles, so that threads find enough to do.
+    /// Fewer heads than this are cut into runs of tiles, so that all threads have work.
     const ITEMS: usize = 16;
     let [batch, heads, num_queries, _] = args.q.shape;
     let kv_heads = args.k.shape[1];
@@ -259,7 +259,7 @@ unsafe fn forward_with<B: Backend>(args: &Forward<'_>, plans: &[Plan]) {
     });
 }
 
-/// Threads that save more time than waking them costs; `products` of every query and key.
+/// Number of threads that save more time than waking them costs; `products` of every query and key.
 fn useful_threads(args: &Forward<'_>, products: usize) -> usize {
     const WORTH: usize = 1_500_000; // multiplications, some tens of microseconds
     let [batch, heads, queries, width] = args.q.shape;

@@ -1,5 +1,5 @@
-//! Every instruction set against attention written out in float64, with a page that cannot be
-//! touched on either side of every buffer.
+//! Every instruction set against attention in float64, with an inaccessible page on either side of
+//! every buffer.
 
 mod reference;
 
@@ -29,7 +29,7 @@ pub(super) struct Case {
 }
 
 impl Case {
-    /// The training mask of MATH §7: xt then x0.
+    /// The training mask of docs/math.md §7: xt then x0.
     fn training(seq_len: usize, block: usize, width: usize) -> Case {
         let mut ranges: [Vec<i32>; 4] = Default::default();
         for clean in [false, true] {
@@ -394,7 +394,7 @@ fn arguments_that_do_not_fit_are_named() {
             },
         };
         change(&mut args);
-        // SAFETY: the buffers have the sizes of the tensors; what `change` breaks is found.
+        // SAFETY: the buffers have the sizes of the tensors; faults that `change` makes are refused.
         unsafe { super::forward(&args) }.map_err(|e| e.to_string())
     };
     assert!(call(&|_| ()).is_ok());

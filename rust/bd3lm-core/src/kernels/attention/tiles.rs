@@ -1,4 +1,4 @@
-//! The mask as work: tiles of queries and the runs of keys that each group of them sees.
+//! Tiles of queries, and the runs of keys that each group of them sees.
 
 use super::backend::QT;
 use crate::{Error, Result};
@@ -213,7 +213,7 @@ impl Plan {
         let mut first = 0;
         while first < queries {
             let limit = (first + QT).min(queries);
-            // Within a stream ranges end later and later; where one falls back, a new one begins.
+            // Inside a stream the ends of ranges rise; where one falls, a new stream begins.
             let falls = |i: &usize| {
                 let (here, before) = (*i, *i - 1);
                 ranges.clean_lo[here] < ranges.clean_hi[here]

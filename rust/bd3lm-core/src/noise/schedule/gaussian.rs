@@ -6,13 +6,13 @@ use statrs::distribution::{Continuous, ContinuousCDF, Normal};
 
 use crate::error::{Error, Result};
 
-/// A Gaussian restricted to (0, 1), the law of p under the paper's Eq. 3.
+/// A Gaussian restricted to (0, 1), the distribution of p under Eq. 3 of the reproduction.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Truncated {
     mu: f64,
     sigma: f64,
-    /// −1 where (0, 1) lies in the upper tail: areas are then measured from above, for 1 − tiny
-    /// keeps no digits of the tiny.
+    /// −1 where (0, 1) lies in the upper tail: areas are then measured from above, because 1 − x
+    /// loses the digits of a small x.
     sign: f64,
     /// Area of the tail before p = 0, in that direction.
     before: f64,
@@ -20,7 +20,7 @@ pub struct Truncated {
 }
 
 impl Truncated {
-    /// `names` of the two parameters are what an error says.
+    /// An error calls the parameters by `names`.
     pub(super) fn new(names: [&'static str; 2], mu: f64, sigma: f64) -> Result<Self> {
         if !mu.is_finite() {
             return Err(Error::config(names[0], mu, "finite"));
@@ -81,7 +81,7 @@ fn standard() -> Normal {
     Normal::standard()
 }
 
-/// Φ(z), to the last digits in both tails; that of `statrs` has ten.
+/// Φ(z) to full precision in both tails; `statrs` gives ten digits.
 fn area_below(z: f64) -> f64 {
     0.5 * libm::erfc(-z * FRAC_1_SQRT_2)
 }

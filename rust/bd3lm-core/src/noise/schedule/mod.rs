@@ -1,4 +1,5 @@
-//! Noise schedules: mask probability, NELBO weight and inverse (MATH §2), and no formula elsewhere.
+//! Noise schedules: mask probability, NELBO weight and inverse (docs/math.md §2). Every formula of
+//! a schedule is here.
 
 mod gaussian;
 mod table;
@@ -47,15 +48,15 @@ pub enum Schedule {
         second: Truncated,
         /// Weight of the first, in (0, 1).
         weight: f64,
-        /// Use the paper's Eq. 5–7 literally: not monotone, and its weight counts the NELBO
-        /// twice. Training only.
+        /// Use Eq. 5–7 of the reproduction as printed: p(t) is not monotone, and its weight counts
+        /// the NELBO twice. Training only.
         paper_weights: bool,
     },
     /// p interpolates a table.
     Table(Arc<Table>),
 }
 
-/// Parameters of a schedule, by name; a schedule reads those that it has.
+/// Name and parameters of a schedule; it reads those that it has.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScheduleSettings {
@@ -79,12 +80,12 @@ pub struct ScheduleSettings {
     /// bimodal_gaussian: weight of the first component.
     #[serde(default)]
     pub mixture: Option<f64>,
-    /// bimodal_gaussian: the paper's Eq. 5–7 literally.
+    /// bimodal_gaussian: Eq. 5–7 of the reproduction as printed.
     #[serde(default)]
     pub paper_weights: bool,
     /// table: (t, p) of every point.
     #[serde(default)]
-    pub table: Option<Vec<(f64, f64)>>,
+    pub points: Option<Vec<(f64, f64)>>,
 }
 
 impl ScheduleSettings {
@@ -112,7 +113,7 @@ impl ScheduleSettings {
                 )
             }),
             ("table", |s| {
-                let points = s.table.as_deref().unwrap_or_default();
+                let points = s.points.as_deref().unwrap_or_default();
                 Ok(Schedule::Table(Arc::new(Table::new(points)?)))
             }),
         ];
@@ -320,7 +321,7 @@ impl Schedule {
 
 multiversion! {
     fn fill(schedule: &Schedule, t: &[f64], mask_prob: &mut [f64], loss_weight: &mut [f64]) {
-        // Arms of their own for the schedules that vectorise once their name is a constant.
+        // Constant arms let the compiler vectorise the simple schedules.
         match schedule {
             Schedule::LogLinear => each(&Schedule::LogLinear, t, mask_prob, loss_weight),
             Schedule::Square => each(&Schedule::Square, t, mask_prob, loss_weight),
@@ -338,7 +339,7 @@ fn each(schedule: &Schedule, t: &[f64], mask_prob: &mut [f64], loss_weight: &mut
     }
 }
 
-/// The paper's Eq. 5: which component a level belongs to, its own level there, its share.
+/// Eq. 5 of the reproduction: the component of a level, the level inside it, its share.
 fn branch(first: Truncated, second: Truncated, weight: f64, t: f64) -> (Truncated, f64, f64) {
     if t < weight {
         (first, t / weight, weight)

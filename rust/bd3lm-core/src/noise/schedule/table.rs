@@ -1,8 +1,8 @@
-//! A schedule of one's own, tabulated.
+//! Tabulated schedules.
 //!
-//! Between the points a cubic interpolates log(p − p(0)) over log t. A power law is a straight line
-//! there, so that w = p′/p, which grows as 1/t, keeps its digits down to t = 0, and w is the exact
-//! derivative of the p that is drawn: the bound holds whatever the points are.
+//! A monotone cubic interpolates log(p − p(0)) over log t. A power law is a straight line there, so
+//! that w = p′/p, which grows as 1/t, keeps its digits down to t = 0. w is the exact derivative of
+//! the interpolated p, so the bound holds for any points.
 
 use super::super::root::root;
 use crate::error::{Error, Result};

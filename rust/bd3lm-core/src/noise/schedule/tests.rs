@@ -141,7 +141,7 @@ fn names_are_those_of_the_schedules() {
             sigma2: Some(0.2),
             mixture: Some(0.6),
             paper_weights: false,
-            table: Some(vec![(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)]),
+            points: Some(vec![(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)]),
         };
         assert_eq!(settings.build().unwrap().name(), name);
     }
@@ -245,7 +245,7 @@ fn ends_at_one() {
     }
 }
 
-/// MATH §2: the literal form covers the NELBO exactly twice: ∫ w(t) g(p(t)) dt.
+/// docs/math.md §2: the printed form covers the NELBO exactly twice: ∫ w(t) g(p(t)) dt.
 #[test]
 fn paper_form_counts_twice() {
     let integral = |schedule: &Schedule| -> f64 {

@@ -1,4 +1,4 @@
-//! Masked softmax attention and its gradients, written out in float64.
+//! Masked softmax attention and its gradients in float64.
 
 use super::Case;
 
