@@ -306,4 +306,4 @@ def test_damaged_files_are_read_or_named(count: int, tmp_path: Path) -> None:
             try:
                 read_documents(tmp_path / name, where=("n", "3") if draw.random() < 0.3 else None)
             except Bd3lmError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+                assert "\n" not in str(error)
