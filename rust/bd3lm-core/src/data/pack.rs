@@ -18,7 +18,7 @@ pub enum Packing {
         /// Score only the last so many tokens of each row; rows then overlap by the rest.
         stride: Option<usize>,
     },
-    /// In order; each document starts on a block boundary with a BOS of its own, and goes on in
+    /// In order; each document starts on a block boundary with a BOS of its own, and continues in
     /// the next row where it does not fit.
     Aligned,
     /// As aligned, but a document stays whole where a row can hold it (best-fit decreasing).
@@ -230,7 +230,7 @@ impl RowPlan {
                     end += 1;
                 }
                 if row > 0 {
-                    // What the row before has scored is context here.
+                    // Tokens that the previous row scored are context.
                     let context = self.seq_len - scored;
                     out.noisable[..context.min(end)].fill(0);
                 }
