@@ -404,7 +404,7 @@ def validation_path(loaded: Checkpoint) -> Path:
         MissingFileError: there is none.
     """
     cfg = loaded.config
-    places = [loaded.path.parent / "data" / "valid"]
+    places = [(loaded.run or loaded.path.parent) / "data" / "valid"]
     if cfg.valid is not None:
         places.append(Path(cfg.valid))
     elif cfg.data is not None:
