@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bd3lm import hub
 from bd3lm.checkpoint.gguf import is_gguf, load_gguf
 from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
 from bd3lm.checkpoint.native import Checkpoint, load_native
@@ -87,6 +88,7 @@ def _locate(source: Path | str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
+    hub.connect()
     files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
@@ -94,9 +96,8 @@ def _locate(source: Path | str) -> Path:
             files = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
             folder = Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # network, name and permission errors alike
-        reason = " ".join(str(error).split())
         raise MissingFileError(
             f"{source}: no such checkpoint directory, and the Hugging Face hub does not give it "
-            f"({reason})"
+            f"({hub.reason(error)})"
         ) from error
     return folder

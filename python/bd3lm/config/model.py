@@ -7,8 +7,8 @@ from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
 
-LARGEST_WIDTH = 2**24
-"""Largest width, depth and number of heads: a damaged number allocates nothing."""
+LARGEST_WIDTH, LARGEST_DEPTH, LARGEST_VOCABULARY = 2**20, 2**14, 2**31 - 1
+"""Beyond the sizes that any machine holds, and below those whose products overflow."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,13 @@ class ModelConfig:
     """Dropout after attention and MLP, while training."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            check_whole(f"model.{name}", getattr(self, name), 1, LARGEST_WIDTH)
+        for name, high in (("width", LARGEST_WIDTH), ("depth", LARGEST_DEPTH)):
+            check_whole(f"model.{name}", getattr(self, name), 1, high)
+        check_whole("model.heads", self.heads, 1, LARGEST_WIDTH)
+        if self.mlp_width is not None:
+            check_whole("model.mlp-width", self.mlp_width, 1, LARGEST_WIDTH)
+        check_number("model.norm-eps", self.norm_eps, 0, 1, interval="()")
+        check_number("model.rope-theta", self.rope_theta, 0, interval="()")
         if self.head_dim is None:
             check(
                 self.width % self.heads == 0,
@@ -133,26 +138,16 @@ class ModelConfig:
             )
         else:
             check_whole("model.head-dim", self.head_dim, 2, LARGEST_WIDTH)
-            check(
-                self.head_dim % 2 == 0,
-                "model.head-dim",
-                self.head_dim,
-                "even and at least 2, for rotations",
-            )
+            even = self.head_dim % 2 == 0
+            check(even, "model.head-dim", self.head_dim, "even, for rotary embeddings")
         if self.kv_heads is not None:
-            check_whole("model.kv-heads", self.kv_heads, 1, LARGEST_WIDTH)
+            check_whole("model.kv-heads", self.kv_heads, 1)
             check(
                 self.heads % self.kv_heads == 0,
                 "model.kv-heads",
                 self.kv_heads,
                 f"a divisor of model.heads = {self.heads}",
             )
-        if self.mlp_width is not None:
-            check_whole("model.mlp-width", self.mlp_width, 1, LARGEST_WIDTH)
-        check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
-        check_number("model.norm-eps", self.norm_eps, 0)
-        check_number("model.rope-theta", self.rope_theta, 0, interval="()")
-        check_number("model.dropout", self.dropout, 0, 1, interval="[)")
         for layer in self.nope_layers:
             check(
                 0 <= layer < self.depth,
@@ -161,7 +156,9 @@ class ModelConfig:
                 f"blocks in [0, {self.depth})",
             )
         if self.vocab_size is not None:
-            check_whole("model.vocab-size", self.vocab_size, 1, 2**31 - 1)
+            check_whole("model.vocab-size", self.vocab_size, 1, LARGEST_VOCABULARY)
+        check_number("model.dropout", self.dropout, 0, 1, interval="[)")
+        check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
         check(
             self.cond_width > 0 or not self.time_conditioning,
             "model.time-conditioning",

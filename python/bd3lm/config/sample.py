@@ -7,10 +7,13 @@ from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
 
+LARGEST_LENGTH = 2**24
+"""Largest number of tokens of a row: positions are int32 in the kernels."""
+
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Settings of the sampler (docs/math.md §8)."""
+    """Settings of the sampler."""
 
     num: int = 1
     """Samples of each prompt."""
@@ -39,29 +42,35 @@ class SampleConfig:
     """0 is greedy."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens already in the row, multiplies negative ones; 1: off."""
-    forbidden: tuple[int, ...] = ()
-    """Token ids that are never drawn."""
+    forbidden: tuple[int | str, ...] = ()
+    """Tokens that are never drawn: ids, or words of one token."""
     seed: int = 1
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
         check_whole("num", self.num, 1)
         if self.length is not None:
-            check_whole("length", self.length, 2)
+            check_whole("length", self.length, 2, LARGEST_LENGTH)
         if self.steps is not None:
             check_whole("steps", self.steps, 1)
-        per, bound = self.tokens_per_forward, self.entropy_bound
+        per = self.tokens_per_forward
         check_whole("tokens-per-forward", per, 1)
         if self.threshold is not None:
             check_number("threshold", self.threshold, 0, 1, interval="(]")
-        if bound is not None:
-            check_number("entropy-bound", bound, 0)
-        ways = [self.steps is not None, per > 1, self.threshold is not None, bound is not None]
+        if self.entropy_bound is not None:
+            check_number("entropy-bound", self.entropy_bound, 0)
+        ways = {
+            "steps": self.steps is not None,
+            "tokens-per-forward": per > 1,
+            "threshold": self.threshold is not None,
+            "entropy-bound": self.entropy_bound is not None,
+        }
+        given = [name for name, is_set in ways.items() if is_set]
         check(
-            sum(ways) <= 1,
-            "steps, tokens-per-forward, threshold, entropy-bound",
-            "several",
-            "one at a time",
+            len(given) <= 1,
+            ", ".join(given),
+            "set",
+            "one at a time: each is a way to reveal tokens",
         )
         check(
             self.steps is None or self.order == "random",
