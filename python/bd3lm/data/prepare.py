@@ -25,7 +25,7 @@ def prepare(
     text_field: str = "text",
     where: tuple[str, str] | None = None,
     lines: bool = False,
-    format: str | None = None,  # noqa: A002
+    format: str | None = None,
     strict: bool = False,
     rows: tuple[int, int] | None = None,
     detokenizer: str | None = None,
@@ -133,7 +133,7 @@ def iter_documents(
     text_field: str = "text",
     where: tuple[str, str] | None = None,
     lines: bool = False,
-    format: str | None = None,  # noqa: A002
+    format: str | None = None,
     strict: bool = False,
     rows: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, bool]]:
@@ -178,7 +178,7 @@ def _reading(
     text_field: str,
     where: tuple[str, str] | None,
     lines: bool,
-    format: str | None,  # noqa: A002
+    format: str | None,
     strict: bool,
     rows: tuple[int, int] | None,
     detokenizer: str | None = None,
