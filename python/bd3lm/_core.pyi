@@ -206,7 +206,7 @@ def normalise_backward(
     weight: NDArray[np.float32],
     centred: bool,
     moments: NDArray[np.float32],
-    beside: NDArray[np.float32] | None,
+    residual: NDArray[np.float32] | None,
     d_x: NDArray[np.float32],
     d_weight: NDArray[np.float32],
     d_bias: NDArray[np.float32],

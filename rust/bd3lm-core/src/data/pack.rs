@@ -1,6 +1,6 @@
 //! Rows of L tokens as plans over documents: nothing is copied until a row is gathered.
 //!
-//! Every row begins with BOS, which is clean and never scored (MATH §1). A plan says which tokens
+//! Every row begins with BOS, which is clean and never scored (docs/math.md §1). A plan says which tokens
 //! follow it and where; changing L, S or the plan never touches the token files.
 
 use std::ops::Range;
@@ -86,11 +86,11 @@ enum Layout {
 
 /// Where one row is written.
 pub struct RowBuffers<'a> {
-    /// Ids [L].
+    /// Ids `[L]`.
     pub x0: &'a mut [i64],
-    /// 1 where a token may be noised and is scored [L].
+    /// 1 where a token may be noised and is scored `[L]`.
     pub noisable: &'a mut [u8],
-    /// Document of each position, -1 for padding [L]. Without `documents`, the row counts as one,
+    /// Document of each position, -1 for padding `[L]`. Without `documents`, the row counts as one,
     /// and where the plan also has no padding, this may be empty.
     pub doc_ids: &'a mut [i32],
 }
