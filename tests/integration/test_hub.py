@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_says_so_and_leaves_nothing(folder, tmp_path):
 @pytest.fixture
 def served(monkeypatch, tmp_path):
     """A hub that serves files of a folder: (branch, repository) to names."""
-    from bd3lm.data import hub
+    from bd3lm import hub
 
     branches = {}
 

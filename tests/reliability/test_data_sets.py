@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3lm.data import Dataset, Tokenizer, prepare
+from bd3lm.data import Dataset, Loader, NoiseSpec, Rows, Schedule, Tokenizer, prepare
 from bd3lm.errors import CorruptError, NotADatasetError, TruncatedError
 from tests.conftest import TEXTS
 
@@ -85,8 +85,6 @@ def child(work: object) -> int:
 def test_a_forked_child_opens_reads_and_prepares(
     made: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
-
     data = Dataset(made)  # the parent uses every path first
     rows = Rows(data, seq_len=64, block_size=4)
     size = (1 << 17) // 64 + 1  # a batch that several threads fill
@@ -179,9 +177,12 @@ def test_chunks_are_verified_by_their_digests(large: Path) -> None:
     Dataset(large, verify=True)
 
 
-def test_a_file_that_changes_while_it_is_used(made: Path, tmp_path: Path) -> None:
-    from bd3lm.data import Rows
+def read_often(rows: Rows) -> None:
+    for _ in range(65):
+        rows.batch(np.zeros(1, dtype=np.uint64))
 
+
+def test_a_file_that_changes_while_it_is_used(made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     rows = Rows(Dataset(copy), seq_len=16, block_size=4)
@@ -191,5 +192,4 @@ def test_a_file_that_changes_while_it_is_used(made: Path, tmp_path: Path) -> Non
     with (copy / "tokens.bin").open("r+b") as file:
         file.write(b"\x05\x00")
     with pytest.raises(CorruptError, match="it was written to while it was in use"):
-        for _ in range(65):
-            rows.batch(numbers)
+        read_often(rows)

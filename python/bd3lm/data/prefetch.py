@@ -23,9 +23,10 @@ class _Made(NamedTuple):
 class Prefetcher:
     """The batches of each step, those of the next ones already being made.
 
-    A batch is a function of (seed, step, noise), so a prefetched batch is the same, bit for bit. One
-    made with noise that was replaced meanwhile is thrown away. The work is done in Rust without the interpreter's lock, by one thread that starts with the first
-    batch and ends with :meth:`close`.
+    A batch is a function of (seed, step, noise), so a prefetched batch is the same, bit for bit.
+    One made with noise that was replaced meanwhile is thrown away. The work is done in Rust without
+    the interpreter's lock, by one thread that starts with the first batch and ends with
+    :meth:`close`.
 
     Args:
         loader: makes the batches.
