@@ -80,11 +80,12 @@ def round_matrices(model: Transformer) -> None:
 
     So do those of adaLN, whose constants are computed in float32.
     """
+    owners = [(model, "head")]
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.qkv, block.out = RoundedLinear(block.qkv), RoundedLinear(block.out)
-        block.mlp.up, block.mlp.down = RoundedLinear(block.mlp.up), RoundedLinear(block.mlp.down)
-    model.head = RoundedLinear(model.head)
+        owners += [(block, "qkv"), (block, "out"), (block.mlp, "up"), (block.mlp, "down")]
+    for owner, name in owners:
+        setattr(owner, name, RoundedLinear(getattr(owner, name)))
 
 
 class PackedLinear(nn.Module):
