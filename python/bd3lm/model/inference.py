@@ -80,11 +80,12 @@ def round_matrices(model: Transformer) -> None:
 
     So do those of adaLN, whose constants are computed in float32.
     """
+    owners = [(model, "head")]
     for block in model.blocks:
         assert isinstance(block, Block)
-        for owner, name in ((block, "qkv"), (block, "out"), (block.mlp, "up"), (block.mlp, "down")):
-            setattr(owner, name, RoundedLinear(getattr(owner, name)))
-    setattr(model, "head", RoundedLinear(model.head))  # noqa: B010 (declared as nn.Linear)
+        owners += [(block, "qkv"), (block, "out"), (block.mlp, "up"), (block.mlp, "down")]
+    for owner, name in owners:
+        setattr(owner, name, RoundedLinear(getattr(owner, name)))
 
 
 class PackedLinear(nn.Module):
