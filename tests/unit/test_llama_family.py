@@ -191,10 +191,9 @@ def test_a_gguf_file_needs_its_extra_or_its_package(tmp_path):
 
 def test_a_run_takes_shape_and_tokenizer_from_the_checkpoint(tmp_path):
     folder = write_folder(tmp_path / "model", "smollm2")
-    text = tmp_path / "text.txt"
-    text.write_text(
-        "\n".join(" ".join(f"w{2 + (i * j) % 18}" for j in range(60)) for i in range(9))
-    )
+    text = tmp_path / "text.jsonl"
+    documents = [" ".join(f"w{2 + (i * j) % 18}" for j in range(60)) for i in range(30)]
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     base = preset("qwen", data=str(text), steps=2, batch_size=2, seq_len=16, device="cpu")
     cfg = dataclasses.replace(
         base,
@@ -213,13 +212,11 @@ def test_a_run_takes_shape_and_tokenizer_from_the_checkpoint(tmp_path):
     assert again == summary
     cold = dataclasses.replace(cfg, init_from=None, mask_token="x")
     with pytest.raises(ConfigError, match="mask-token = x: must be None unless init-from"):
-        run_training(
-            dataclasses.replace(cfg, init_from=None, mask_token="x"), tmp_path / "b", Silent()
-        )
+        run_training(cold, tmp_path / "b", Silent())
+    nowhere = dataclasses.replace(cfg, init_from=str(tmp_path / "no"))
     with pytest.raises(MissingFileError):
-        run_training(
-            dataclasses.replace(cfg, init_from=str(tmp_path / "no")), tmp_path / "c", Silent()
-        )
+        run_training(nowhere, tmp_path / "c", Silent())
+    assert not (tmp_path / "c").exists()
     assert not (tmp_path / "b").exists()
 
 
