@@ -8,7 +8,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml C
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench check-slow check-extras wheel docs check-targets clean
+.PHONY: help setup demo test lint format bench check-slow check-versions check-extras wheel docs check-targets clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -40,6 +40,7 @@ test: setup ## all tests, Rust and Python, but the slow ones
 
 check-slow: setup ## the checks that take minutes
 	$(BIN)/pytest -m slow
+	BD3LM_EXAMPLES=200 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/integration/test_strangers.py -k any_setting
 
 EXTRAS := .venv-extras
 
@@ -52,6 +53,9 @@ $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 
 check-extras: setup $(EXTRAS)/.packages ## the adapters of other libraries, outside .venv
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python -m pytest tests/extras
+
+check-versions: setup ## the gate and a part of the tests with the oldest and newest libraries
+	$(BIN)/python tests/versions.py
 
 lint: setup ## formatting, lints, types, and the direction of imports
 	cargo fmt --all --check
@@ -66,7 +70,7 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-BENCHES := training_step cpu_attention growth sampling data_path cold_rows compression gpu_attention gpu_step
+BENCHES := training_step cpu_attention growth sampling data_path cold_rows compression
 
 bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench

@@ -14,6 +14,7 @@ from typing import Any
 from train_on_text import trained
 
 import bd3lm
+from bd3lm.evaluate import score
 
 
 def main(checkpoint: Path, block_size: int = 16, **settings: Any) -> None:
@@ -26,7 +27,7 @@ def main(checkpoint: Path, block_size: int = 16, **settings: Any) -> None:
         **{"steps": 100} | settings,
     )
     out = checkpoint.parent.with_name(f"{checkpoint.parent.name}-s{block_size}")
-    before = bd3lm.score(checkpoint, Path(config.data) / "valid", block_size=block_size)
+    before = score(checkpoint, Path(config.data) / "valid", block_size=block_size)
     summary = bd3lm.train(config, out)
     print(
         f"S = {block_size}: {before.bpb:.3f} bits per byte before, {summary['val_bpb']:.3f} after"

@@ -13,14 +13,15 @@ from pathlib import Path
 from train_on_text import trained
 
 import bd3lm
+from bd3lm.evaluate import score
 
 
 def main(checkpoint: Path, other: Path | None = None, data: Path | None = None) -> None:
     """Print both scores, the paired difference, and the least likely tokens."""
     run = bd3lm.load_checkpoint(checkpoint)
     data = data or Path(run.config.data) / "valid"
-    first = bd3lm.score(run, data, per_token=True)
-    second = bd3lm.score(other, data) if other else bd3lm.score(run, data, block_size=1)
+    first = score(run, data, per_token=True)
+    second = score(other, data) if other else score(run, data, block_size=1)
     for name, result in (("first", first), ("second", second)):
         print(
             f"{name}: {result.nll:.4f} ± {result.data_error:.4f} nats a token, "

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bd3lm import checkpoint
+from bd3lm.cli.common import PlainConsole
 from bd3lm.cli.progress import RichReporter
 from bd3lm.config import SampleConfig, TrainConfig, check
 from bd3lm.data import Tokenizer
@@ -119,7 +119,7 @@ def train(
     """
     if reporter is not None:
         return run_training(config, Path(out), reporter, resume=resume)
-    with RichReporter(Console(), config.steps) as bar:
+    with RichReporter(PlainConsole(), config.steps) as bar:
         return run_training(config, Path(out), bar, resume=resume)
 
 

@@ -96,3 +96,7 @@ class InterruptedRunError(Bd3lmError):
 
 class DivergedError(Bd3lmError):
     """Losses, gradients or weights are no longer finite; what was saved before is finite."""
+
+
+class MissingPackageError(Bd3lmError, ImportError):
+    """A feature needs an optional package; the message says how to install it."""

@@ -6,18 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bd3lm.config import check
 from bd3lm.errors import ConfigError
 from bd3lm.files import write_json, write_text
-from bd3lm.plots import plot_beside, plot_lines, plot_panels, plot_points
+from bd3lm.plots import plot_dots, plot_lines, plot_panels, plot_points, save
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.formulas import FORMULAS
-from bd3lm_paper.render import figure, to_json, to_markdown
+from bd3lm_paper.render import REPRODUCTION, figure, to_json, to_markdown
 from bd3lm_paper.runner import Events, Sweep
 from bd3lm_paper.scale import Corpora, scale_named
 from bd3lm_paper.spec import Table
 from bd3lm_paper.tables import TABLES, Recipes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def make_tables(
@@ -56,7 +60,8 @@ def make_tables(
     tables: list[Table] = []
     if any(name in TABLES for name in wanted):
         recipes = Recipes(sizes, evaluator or sizes.evaluator, sweep.open_texts())
-        tables = [TABLES[name](recipes) for name in wanted if name in TABLES]
+        made = [TABLES[name](recipes) for name in wanted if name in TABLES]
+        tables = [replace(table, scale=scale) for table in made]
         if seeds is not None:
             tables = [replace(table, seeds=tuple(range(1, seeds + 1))) for table in tables]
         sweep.make(tables, events)
@@ -111,32 +116,42 @@ def write_table(sweep: Sweep, table: Table) -> Path:
     file = folder / f"{table.name}.md"
     write_text(file, to_markdown(sweep, table))
     picture = folder / f"{table.name}.png"
-    if table.drawing == "curves":
-        _draw_curves(sweep, table, picture)
-        return file
-    if table.drawing == "scatter":
-        columns = table.columns[:3]
-        points = {
-            " ".join(row.label): [figure(sweep, table, row.cells[c]).mean for c in columns]
-            for row in table.rows
-        }
-        plot_points(points, picture, table.title, columns)
-        return file
-    column = table.columns[0]
-    rows = [row for row in table.rows if column in row.cells]
-    figures = [figure(sweep, table, row.cells[column]) for row in rows]
-    plot_beside(
-        [" · ".join(row.label) for row in rows],
-        [f.mean for f in figures],
-        [f.error for f in figures],
-        [f.paper for f in figures],
-        picture,
-        (table.title, column),
-    )
+    draw = {"curves": _draw_curves, "scatter": _draw_points, "dots": _draw_dots}[table.drawing]
+    save(draw(sweep, table), picture)
     return file
 
 
-def _draw_curves(sweep: Sweep, table: Table, picture: Path) -> None:
+def _draw_points(sweep: Sweep, table: Table) -> Figure:
+    """The second and third columns over the first."""
+    columns = table.columns[:3]
+    points = {
+        (row.label[0], " ".join(row.label[1:])): [
+            figure(sweep, table, row.cells[c]).mean for c in columns
+        ]
+        for row in table.rows
+    }
+    return plot_points(points, _titled(table), columns)
+
+
+def _draw_dots(sweep: Sweep, table: Table) -> Figure:
+    """The first column, and the figures of the reproduction on a scale of their own."""
+    column = table.columns[0]
+    rows = [row for row in table.rows if column in row.cells]
+    figures = [figure(sweep, table, row.cells[column]) for row in rows]
+    panels: dict[str, tuple[list[float | None], list[float | None]]] = {
+        f"{column}, here": ([f.mean for f in figures], [f.error for f in figures])
+    }
+    if any(f.paper is not None for f in figures):
+        panels[f"{column}, {REPRODUCTION}"] = ([f.paper for f in figures], [None] * len(rows))
+    return plot_dots([" · ".join(row.label) for row in rows], panels, _titled(table))
+
+
+def _titled(table: Table) -> str:
+    """The title with the scale that a table was made at."""
+    return f"{table.title} ({table.scale} scale)" if table.scale else table.title
+
+
+def _draw_curves(sweep: Sweep, table: Table) -> Figure:
     """Training curves of the first seed."""
     lines, steps = {}, []
     for row in table.rows:
@@ -145,7 +160,7 @@ def _draw_curves(sweep: Sweep, table: Table, picture: Path) -> None:
         if record is not None:
             steps = record["values"]["steps"]
             lines[" · ".join(row.label)] = record["values"]["loss"]
-    plot_lines(steps, lines, picture, (table.title, "step", "nats per token"))
+    return plot_lines(steps, lines, (_titled(table), "step", "nats per token"))
 
 
 def write_formula(out: Path, name: str) -> Path:
@@ -158,7 +173,7 @@ def write_formula(out: Path, name: str) -> Path:
         for axis, lines in made.panels.items()
     }
     picture = folder / f"{name}.png"
-    plot_panels(list(made.x), panels, picture, (made.title, "t"), made.band)
+    save(plot_panels(list(made.x), panels, (made.title, "t"), made.band), picture)
     file = folder / f"{name}.md"
     write_text(file, made.markdown)
     return file

@@ -1,4 +1,4 @@
-"""Tables as Markdown and JSON, the paper's figure beside ours."""
+"""Tables as Markdown and JSON, with the published figures in columns of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any
 from bd3lm_paper.runner import Sweep
 from bd3lm_paper.spec import Cell, Row, Table
 
+REPRODUCTION = "Kordas et al."
+"""Kordas et al., "Block Diffusion: … Reproduction Results and Two Practical Extensions", whose
+tables are made again here."""
+ORIGINAL = "Arriola et al."
+"""Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language
+Models", ICLR 2025, arXiv 2503.09573."""
+SIZES = f"{ORIGINAL}: 110M parameters and 65B training tokens or more."
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -19,13 +27,15 @@ class Figure:
         mean: over seeds; None where nothing was measured.
         error: standard error of that mean from the spread of the seeds; None with one seed.
         seeds: how many.
-        paper: the paper's figure.
+        paper: the figure of the reproduction.
+        original: the figure of the original paper.
     """
 
     mean: float | None
     error: float | None
     seeds: int
     paper: float | None
+    original: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,9 @@ def figure(sweep: Sweep, table: Table, cell: Cell) -> Figure:
         if value is not None:
             values.append(float(value))
     if not values:
-        return Figure(None, None, 0, cell.paper)
+        return Figure(None, None, 0, cell.paper, cell.original)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Figure(statistics.fmean(values), error, len(values), cell.paper)
+    return Figure(statistics.fmean(values), error, len(values), cell.paper, cell.original)
 
 
 def difference(sweep: Sweep, table: Table, row: Row) -> Difference | None:
@@ -116,20 +126,19 @@ def to_json(sweep: Sweep, table: Table) -> dict[str, Any]:
 
 
 def to_markdown(sweep: Sweep, table: Table) -> str:
-    """The table for people: ours (± standard error over seeds), then the paper's."""
+    """The table as Markdown: measured here (± standard error over seeds), then as published."""
     changes = [difference(sweep, table, row) for row in table.rows]
     paired = any(change is not None for change in changes)
-    has_paper = {
-        column: any(
-            row.cells[column].paper is not None for row in table.rows if column in row.cells
-        )
-        for column in table.columns
-    }
+    cells = {c: [row.cells[c] for row in table.rows if c in row.cells] for c in table.columns}
+    has_paper = {c: any(cell.paper is not None for cell in cells[c]) for c in cells}
+    has_original = {c: any(cell.original is not None for cell in cells[c]) for c in cells}
     header = list(table.labels)
     for column in table.columns:
         header.append(column)
         if has_paper[column]:
-            header.append(f"{column}, paper")
+            header.append(f"{column}, {REPRODUCTION}")
+        if has_original[column]:
+            header.append(f"{column}, {ORIGINAL}")
     if paired:
         header.append("nats less base ± paired s.e.")
     lines = [f"### {_heading(table.name)}: {table.title}", ""]
@@ -142,12 +151,16 @@ def to_markdown(sweep: Sweep, table: Table) -> str:
             texts.append(_number(shown))
             if has_paper[column]:
                 texts.append("" if shown.paper is None else f"{shown.paper:g}")
+            if has_original[column]:
+                texts.append("" if shown.original is None else f"{shown.original:g}")
         if paired:
             same = "base" if row.base == row.label else ""
             texts.append(same if change is None else f"{change.mean:+.4f} ± {change.error:.4f}")
         lines.append(_line(texts))
     seeds = len(table.seeds)
     note = f"{seeds} seeds; ± is the standard error over them." if seeds > 1 else "One seed."
+    if any(has_original.values()):
+        note += f" {SIZES}"
     lines += ["", note + (f" {table.remark}" if table.remark else ""), ""]
     return "\n".join(lines)
 

@@ -97,13 +97,15 @@ class Cell:
         run: what is measured.
         measure: how.
         field: which of the measurement's numbers.
-        paper: the paper's figure, where it has one.
+        paper: the figure of the reproduction (Kordas et al.), if it has one.
+        original: the figure of the original paper (Arriola et al.), if it is known here.
     """
 
     run: Run
     measure: Measure
     field: str
     paper: float | None = None
+    original: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,9 @@ class Table:
         rows: its lines.
         seeds: every run is made once for each.
         remark: what must be known to read the paper's own figures.
-        drawing: how the picture is drawn: bars of the first column, training curves, or the
+        drawing: how the picture is drawn: dots of the first column, training curves, or the
             second and third columns over the first.
+        scale: that it was made at: smoke, cpu or full.
     """
 
     name: str
@@ -145,7 +148,8 @@ class Table:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (1,)
     remark: str = ""
-    drawing: Literal["bars", "curves", "scatter"] = "bars"
+    drawing: Literal["dots", "curves", "scatter"] = "dots"
+    scale: str = ""
 
     def cells(self) -> Iterator[tuple[Run, Measure]]:
         """Yield every (run, measure) pair once."""

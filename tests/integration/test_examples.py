@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import bd3lm
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {
     "steps": 3,
@@ -37,7 +39,7 @@ def checkpoint(example):
 
 
 def test_train_on_text(checkpoint):
-    assert (checkpoint / "model.safetensors").is_file()
+    assert bd3lm.load_checkpoint(checkpoint).step == SMALL["steps"]
 
 
 def test_sample_and_stream(example, checkpoint, capsys):

@@ -137,8 +137,6 @@ def test_prepared_sets_say_how_their_text_was_made(tmp_path):
 def test_a_detokenizer_that_does_not_exist(tmp_path):
     source = tmp_path / "x.txt"
     source.write_text("a")
-    with pytest.raises(
-        ConfigError, match="detokenizer = moses: must be one of lm1b, wikitext, ptb"
-    ):
+    with pytest.raises(ConfigError, match="detokenizer = moses: must be one of lm1b, "):
         prepare([source], load_tokenizer("default"), tmp_path / "set", detokenizer="moses")
     assert not (tmp_path / "set").exists()

@@ -158,3 +158,14 @@ def test_code_of_the_site_fits_its_box():
         for body in re.findall(r"```(?:console|python)\n(.*?)```", text, flags=re.DOTALL):
             for line in body.splitlines():
                 assert len(line) <= 80, f"{page}: {line}"
+
+
+def test_names_of_the_reference_exist():
+    from importlib import import_module
+
+    page = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    names = re.findall(r"`bd3lm\.([\w.]+)`", page.split("## ")[0].split(":::")[0])
+    assert len(names) > 10
+    for name in names:
+        module, _, last = f"bd3lm.{name}".rpartition(".")
+        assert hasattr(import_module(module), last), name

@@ -338,9 +338,7 @@ def test_what_the_rows_do_not_allow() -> None:
     narrow = NoiseSpec(LOGLINEAR, clip=(0.3, 0.45), resample=True)
     with pytest.raises(ConfigError, match=r"clip = \[0.3, 0.45\]: must be around a k/4"):
         draw(narrow)
-    with pytest.raises(
-        ConfigError, match=r"count_probs = 2 numbers: must be one for each k = 1..=4"
-    ):
+    with pytest.raises(ConfigError, match=r"count_probs = 2 numbers: must be one for each k"):
         draw(NoiseSpec(LOGLINEAR, estimator="count", count_probs=[0.5, 0.5]))
     with pytest.raises(ConfigError, match=r"part = \(0, 3\): must be .index, number. with"):
         loader(16).batch(0, SPECS["full"], part=(0, 3))

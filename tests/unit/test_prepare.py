@@ -205,7 +205,7 @@ def test_an_occupied_output(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) 
     prepare([corpus], tokenizer, out)  # an empty directory is as good as none
     before = documents(out)
     for target in (out, corpus):
-        with pytest.raises(ExistsError, match="already exists; choose another output"):
+        with pytest.raises(ExistsError, match=r"(already exists|is a file); choose another output"):
             prepare([corpus], tokenizer, target)
     assert documents(out) == before
 
@@ -276,7 +276,7 @@ def test_the_command_is_interrupted(tmp_path: Path) -> None:
     running = subprocess.Popen(
         command(text, "--out", tmp_path / "set"), stderr=subprocess.PIPE, text=True
     )
-    written = tmp_path / ".set.partial" / "tokens.bin"
+    written = tmp_path / ".set.partial" / ".data.partial" / "tokens.bin"
     while not (written.exists() and written.stat().st_size):
         assert running.poll() is None, "it ended before it was interrupted"
         time.sleep(0.01)
@@ -296,8 +296,8 @@ def test_the_command_is_killed_and_started_again(split: float | None, tmp_path: 
     running = subprocess.Popen(again)
     partial = tmp_path / ".set.partial"
     # With a split, when one side is whole and the other is not.
-    written = partial / "tokens.bin" if split is None else partial / "valid"
-    beside = written.with_name(".valid.partial") / "tokens.bin"
+    side = partial / ".data.partial" if split is None else partial / "data" / ".valid.partial"
+    written, beside = side / "tokens.bin", partial / "data" / "valid"
     while not any(path.exists() and path.stat().st_size for path in (written, beside)):
         assert running.poll() is None, "it ended before it was killed"
         time.sleep(0.005)

@@ -8,7 +8,6 @@ from bd3lm.checkpoint.sdar import save_sdar
 
 __all__ = [
     "Checkpoint",
-    "checkpoint_settings",
     "load_checkpoint",
     "save_checkpoint",
     "save_hf",

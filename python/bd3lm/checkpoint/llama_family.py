@@ -18,12 +18,11 @@ from torch import Tensor
 from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.checkpoint.record import read_json
 from bd3lm.checkpoint.rope import read_rope
-from bd3lm.checkpoint.tensors import check_tensors, fill
+from bd3lm.checkpoint.tensors import check_tensors, fill, skeleton
 from bd3lm.checkpoint.weights import read_weights
 from bd3lm.config import ModelConfig, TrainConfig
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError
-from bd3lm.model import Transformer
 
 FAMILY = ("llama", "qwen2", "qwen3", "smollm3", "sdar")
 """``model_type`` of the checkpoints that are read."""
@@ -113,11 +112,8 @@ def assemble(
         raise CheckpointError(f"{source} has no tensor {embedding}, which this model needs")
     rows = len(tensors[embedding])
     _check_mask(path, meta, tokenizer, rows)
-    last = f"model.layers.{config.model.depth - 1}.input_layernorm.weight"
-    if last not in tensors:
-        raise CheckpointError(f"{source} has no tensor {last}, which this model needs")
-    with torch.device("meta"):
-        needed = to_family(Transformer(config.model, rows).state_dict(), config.model)
+    empty = skeleton(config.model, rows, tensors, embedding, source)
+    needed = to_family(empty.state_dict(), config.model)
     check_tensors(tensors, needed, source, any_float=True)
     state = from_family(tensors, config.model)
     for name in {"embed.weight", "head.weight"} & state.keys():
@@ -127,9 +123,8 @@ def assemble(
     rows = len(state["embed.weight"])
     padded = None if rows == tokenizer.vocab_size else rows
     config = replace(config, model=replace(config.model, vocab_size=padded))
-    with torch.device("meta"):
-        model = Transformer(config.model, tokenizer.vocab_size)
-    return Checkpoint(config, fill(model, state, device).eval(), tokenizer, 0, path)
+    empty = skeleton(config.model, tokenizer.vocab_size, state, "embed.weight", source)
+    return Checkpoint(config, fill(empty, state, device).eval(), tokenizer, 0, path)
 
 
 # --- settings -----------------------------------------------------------------------------------

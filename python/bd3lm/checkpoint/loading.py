@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from bd3lm import hub
 from bd3lm.checkpoint.gguf import is_gguf, load_gguf
 from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_family
 from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.checkpoint.record import read_json
-from bd3lm.checkpoint.steps import find_checkpoint
+from bd3lm.checkpoint.steps import read_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
 
@@ -44,16 +45,7 @@ def load_checkpoint(
     """
     if is_gguf(source):
         return load_gguf(source, device, tokenizer)
-    folder = _locate(source)
-    while True:
-        try:
-            return _load(folder, device, tokenizer)
-        except CheckpointError:
-            # A run that is being trained may have moved on and removed this folder meanwhile.
-            newer = find_checkpoint(Path(source)) if Path(source).exists() else folder
-            if newer == folder:
-                raise
-            folder = newer
+    return read_checkpoint(_locate(source), lambda folder: _load(folder, device, tokenizer))
 
 
 def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | None) -> Checkpoint:
@@ -89,13 +81,14 @@ def is_foreign(source: Path | str) -> bool:
 
 
 def _locate(source: Path | str) -> Path:
-    """The directory itself, or the hub's files in the local cache."""
+    """Find the path itself, or the hub's files in the local cache."""
     path = Path(source)
     # A folder that exists is ours, so a mistyped run is not looked for on the network.
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(source)):
-        return find_checkpoint(path)
+        return path
     from huggingface_hub import snapshot_download
 
+    hub.connect()
     files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
@@ -103,9 +96,8 @@ def _locate(source: Path | str) -> Path:
             files = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
             folder = Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # network, name and permission errors alike
-        reason = " ".join(str(error).split())
         raise MissingFileError(
             f"{source}: no such checkpoint directory, and the Hugging Face hub does not give it "
-            f"({reason})"
+            f"({hub.reason(error)})"
         ) from error
     return folder

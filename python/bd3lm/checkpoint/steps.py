@@ -16,9 +16,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from bd3lm.checkpoint.record import read_bytes
 from bd3lm.errors import CheckpointError, ExistsError, MissingFileError
@@ -29,6 +30,8 @@ from bd3lm.files import (
     storage_errors,
     write_text,
 )
+
+T = TypeVar("T")
 
 FOLDER = "checkpoint"
 """Of a run's checkpoints, inside the run."""
@@ -67,6 +70,29 @@ def find_checkpoint(path: Path) -> Path:
     if folder is inside or path.name == FOLDER:
         raise CheckpointError(f"{folder} holds no checkpoint yet")
     raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+
+
+def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint that a run may replace meanwhile.
+
+    Args:
+        path: as for :func:`find_checkpoint`.
+        read: reads the folder of one checkpoint. It is called again with the newer folder where
+            the run removed the one that was being read.
+
+    Raises:
+        MissingFileError: there is no such file or folder.
+        CheckpointError: it holds no checkpoint, or one that is damaged.
+    """
+    folder = find_checkpoint(path)
+    while True:
+        try:
+            return read(folder)
+        except CheckpointError:
+            newer = find_checkpoint(path)
+            if newer == folder:
+                raise
+            folder = newer
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from bd3lm.checkpoint.record import check_regular
 from bd3lm.config import ModelConfig
-from bd3lm.errors import CheckpointError, DiskFullError, StorageError
+from bd3lm.errors import CheckpointError, ConfigError, DiskFullError, StorageError
 from bd3lm.files import sync_file
 from bd3lm.model import Transformer
 
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -209,9 +209,10 @@ def skeleton(
     try:
         with torch.device("meta"), _NoNormal():
             return Transformer(shape, vocab_size)
-    except (RuntimeError, OverflowError, TypeError) as error:
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{source}: its config.json describes a model of no shape ({str(error).splitlines()[0]})"
+            f"{source}: no model has the shape of its config.json ({reason})"
         ) from error
 
 

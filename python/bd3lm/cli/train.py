@@ -1,29 +1,26 @@
-"""``bd3lm-train``: text in; a trained, scored and sampled model out."""
+"""``bd3lm train``: text in; a trained, scored and sampled model out."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import typing
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
-from bd3lm.cli.common import run
-from bd3lm.cli.progress import RichReporter
-from bd3lm.cli.summary import training_summary
+from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import PRESETS, TrainConfig, check, preset
-from bd3lm.plots import plot_loss
-from bd3lm.training import holds_run, read_metrics, run_training, saved_config
+from bd3lm.errors import ExistsError
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 
-usage: bd3lm-train [PRESET] [OPTIONS]
-
-PRESET is one of {", ".join(PRESETS)} (default: demo, which needs minutes on two cores and
-trains on the English text shipped with the package). Every option below overrides the preset."""
+PROG [PRESET] [OPTIONS]: PRESET is one of {", ".join(PRESETS)}, anywhere on the line. The default is
+demo, which needs minutes on two cores and trains on the English text shipped with the package.
+Every option below overrides the preset."""
 
 
 @dataclass(frozen=True)
@@ -37,48 +34,131 @@ class TrainArgs:
     """Continue the run in --out from its last checkpoint with its own settings, or begin it where
     there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also say where the time of a step went, at the end and in profile.json."""
+    """Also measure where the time of a step went, for the summary and profile.json."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``bd3lm-train``."""
-    run(lambda: train(sys.argv[1:] if argv is None else argv))
+def main(argv: list[str] | None = None, prog: str = "bd3lm-train") -> None:
+    """Entry point of ``bd3lm-train`` and ``bd3lm train``."""
+    run(lambda: train(sys.argv[1:] if argv is None else argv, prog))
 
 
-def train(argv: list[str]) -> None:
-    """Parse, build, train, report."""
-    named = bool(argv) and not argv[0].startswith("-")
-    name = argv[0] if named else "demo"
-    preset_config = preset(name, _value(argv, "--system") or "bd3lm")
-    begun = None if named or "--resume" not in argv else _begun(_value(argv, "--out"))
-    base = TrainArgs(begun or preset_config)
-    args = tyro.cli(
-        TrainArgs,
-        prog="bd3lm-train",
-        description=DESCRIPTION,
-        default=base,
-        args=argv[1:] if named else argv,
-    )
-    cfg, out = args.config, args.out or _free_directory(name)
+def train(argv: list[str], prog: str) -> None:
+    """Parse, check, train, report."""
+    name, words = _preset_of(argv)
+    base = TrainArgs(preset(name or "demo", _value(argv, "--system") or "bd3lm"))
+    if not {"--help", "-h"} & set(argv):
+        base = dataclasses.replace(base, config=_defaults(base.config, argv, name))
+    described = DESCRIPTION.replace("PROG", prog)
+    args = parse(TrainArgs, prog, words, description=described, default=base)
+    cfg, out = args.config, args.out or _free_directory(name or "demo")
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
-        if not named and cfg == base.config:  # nothing but --out and --resume: there must be a run
+        if name is None and cfg == base.config:  # only --out and --resume: there must be a run
+            from bd3lm.training import saved_config
+
             cfg = saved_config(out)
-    console = Console()
+    else:
+        _check_inputs(cfg, out)
+    _run(cfg, out, args)
+
+
+def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
+    """Import PyTorch, train, report."""
+    from bd3lm.cli.progress import RichReporter
+    from bd3lm.cli.summary import training_summary
+    from bd3lm.training import run_training
+
+    console = PlainConsole()
     with RichReporter(console, cfg.steps) as reporter:
         summary = run_training(cfg, out, reporter, resume=args.resume, profile=args.profile)
-    title = f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}"
-    plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
+    _plot(cfg, out, console)
     training_summary(console, summary, out)
 
 
-def _begun(out: str | None) -> TrainConfig | None:
-    """Settings of a run, which options then change; None where there is no run."""
-    return None if out is None or not holds_run(Path(out)) else saved_config(Path(out))
+def _plot(cfg: TrainConfig, out: Path, console: PlainConsole) -> None:
+    """Write loss.png, or say what it needs: a run does not fail for want of a picture."""
+    from bd3lm.errors import MissingPackageError
+    from bd3lm.plots import plot_loss, save
+    from bd3lm.training import read_metrics
+
+    title = f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}"
+    try:
+        save(plot_loss(read_metrics(out / "metrics.jsonl"), title), out / "loss.png")
+    except MissingPackageError as error:
+        console.print(f"no loss.png: {error}")
+
+
+def _check_inputs(cfg: TrainConfig, out: Path) -> None:
+    """Refuse data that is not there and a directory that is taken, before PyTorch is imported."""
+    for path in (cfg.data, cfg.valid):
+        if path is not None and not path.startswith("hub:"):
+            check_exists(path)
+    if out.exists() and not out.is_dir():
+        raise ExistsError(f"{out} is a file; choose another --out")
+
+
+def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfig:
+    """What options override: the preset, or a run to resume, or a checkpoint to begin with."""
+    out, source = _value(argv, "--out"), _value(argv, "--init-from")
+    if "--resume" in argv and name is None and out is not None:
+        from bd3lm.training import holds_run, saved_config
+
+        return saved_config(Path(out)) if holds_run(Path(out)) else cfg
+    if source is not None and "--resume" not in argv:
+        return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
+    return cfg
+
+
+def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> TrainConfig:
+    """Take the shape and the tokenizer from a checkpoint.
+
+    Dropout and time conditioning stay those of the preset: they are no part of the shape.
+    """
+    check_checkpoint(Path(source))
+    from bd3lm.checkpoint import load_checkpoint
+
+    found = load_checkpoint(source, tokenizer=tokenizer)
+    kept = {name: getattr(cfg.model, name) for name in ("dropout", "time_conditioning")}
+    if found.config.model.cond_width == 0:
+        kept["time_conditioning"] = False
+    file = found.path / "tokenizer.json"
+    if file.is_file():
+        cfg = dataclasses.replace(cfg, tokenizer=str(file))
+    return dataclasses.replace(cfg, model=dataclasses.replace(found.config.model, **kept))
+
+
+def _preset_of(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The preset that a command line names, wherever it is, and the words without it.
+
+    The first word is one unless it is an option. Any other is one if it has the name of a preset
+    and is not the value of an option.
+    """
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    flags = {f"--{name}" for name in _flags(TrainArgs)}
+    for index, (before, word) in enumerate(pairwise(argv), 1):
+        takes_value = before.startswith("--") and "=" not in before and before not in flags
+        if word in PRESETS and not takes_value:
+            return word, argv[:index] + argv[index + 1 :]
+    return None, argv
+
+
+def _flags(kind: type[Any], prefix: str = "") -> list[str]:
+    """Options without a value: those of truth values, as ``--name`` and ``--no-name``."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        option = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            below = "" if hint is TrainConfig else f"{option}."
+            found += _flags(typing.cast("type[Any]", hint), below)
+        elif hint is bool:
+            group, _, last = option.rpartition(".")
+            found += [option, f"{group}{'.' if group else ''}no-{last}"]
+    return found
 
 
 def _value(argv: list[str], option: str) -> str | None:
-    """What an option is given, before the parser runs: its presets depend on the system."""
+    """The value of an option, before the parser runs: the defaults of others depend on it."""
     for index, word in enumerate(argv):
         if word.startswith(option + "="):
             return word.partition("=")[2]

@@ -4,7 +4,7 @@ The command line is derived from these types, and each run writes its resolved t
 ``config.json``. One file holds one part of the tree; ``presets.py`` names whole runs.
 """
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
 from bd3lm.config.evaluate import (
     MAX_EXACT_BLOCK,
     MAX_MARGINAL_BLOCK,
@@ -52,6 +52,8 @@ __all__ = [
     "check",
     "check_estimator",
     "check_likelihood",
+    "check_number",
+    "check_whole",
     "from_dict",
     "preset",
     "to_dict",

@@ -39,7 +39,7 @@ def check_number(
     Args:
         field_name: for the message.
         value: the number.
-        low: its lower bound, 0 or more.
+        low: its lower bound; -inf: none.
         high: its upper bound.
         interval: ``[]``, ``[)``, ``(]`` or ``()``: which bounds are allowed themselves.
 
@@ -49,6 +49,8 @@ def check_number(
     allowed = f"in {interval[0]}{low:g}, {high:g}{interval[1]}"
     if high == math.inf:
         allowed = f"at least {low:g}" if interval[0] == "[" else f"greater than {low:g}"
+    if low == -math.inf:
+        allowed = "of either sign"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
         raise ConfigError(field_name, value, f"a finite float32, {allowed}")

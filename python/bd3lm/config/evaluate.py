@@ -22,6 +22,8 @@ class EvalConfig:
     """Steps between quick validations; 0: only at the end."""
     rows: int = 64
     """Rows of a quick validation."""
+    final_rows: int | None = None
+    """Rows of the validation after the last step, spread evenly over the text. None: all."""
     estimator: Literal["auto"] | EstimatorName = "auto"
     """auto: exact up to S = 4, stratified above."""
     repeats: int = 8
@@ -35,6 +37,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_whole("eval.every", self.every, 0)
         check_whole("eval.rows", self.rows, 1)
+        if self.final_rows is not None:
+            check_whole("eval.final-rows", self.final_rows, 1)
         check_whole("eval.repeats", self.repeats, 1)
         check_whole("eval.batch-size", self.batch_size, 1)
         if self.stride is not None:

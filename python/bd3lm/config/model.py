@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
+
+LARGEST_WIDTH, LARGEST_DEPTH, LARGEST_VOCABULARY = 2**20, 2**14, 2**31 - 1
+"""Beyond the sizes that any machine holds, and below those whose products overflow."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,14 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         name = "model.rope-scaling."
-        check(self.factor >= 1.0, name + "factor", self.factor, "at least 1")
+        check_number(name + "factor", self.factor, 1)
+        for field_name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, field_name)
+            check_number(name + field_name.replace("_", "-"), value, 0, interval="()")
+        if self.attention_factor is not None:
+            check_number(name + "attention-factor", self.attention_factor, 0, interval="()")
+        if self.original_length is not None:
+            check_whole(name + "original-length", self.original_length, 1)
         check(
             self.kind != "none" or self.factor == 1.0,
             name + "factor",
@@ -105,8 +115,13 @@ class ModelConfig:
     """Dropout after attention and MLP, while training."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        for name, high in (("width", LARGEST_WIDTH), ("depth", LARGEST_DEPTH)):
+            check_whole(f"model.{name}", getattr(self, name), 1, high)
+        check_whole("model.heads", self.heads, 1, LARGEST_WIDTH)
+        if self.mlp_width is not None:
+            check_whole("model.mlp-width", self.mlp_width, 1, LARGEST_WIDTH)
+        check_number("model.norm-eps", self.norm_eps, 0, 1, interval="()")
+        check_number("model.rope-theta", self.rope_theta, 0, interval="()")
         if self.head_dim is None:
             check(
                 self.width % self.heads == 0,
@@ -122,16 +137,17 @@ class ModelConfig:
                 f"width = {self.width}",
             )
         else:
-            even = self.head_dim >= 2 and self.head_dim % 2 == 0
-            check(even, "model.head-dim", self.head_dim, "even and at least 2, for rotations")
+            check_whole("model.head-dim", self.head_dim, 2, LARGEST_WIDTH)
+            even = self.head_dim % 2 == 0
+            check(even, "model.head-dim", self.head_dim, "even, for rotary embeddings")
         if self.kv_heads is not None:
+            check_whole("model.kv-heads", self.kv_heads, 1)
             check(
-                self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
+                self.heads % self.kv_heads == 0,
                 "model.kv-heads",
                 self.kv_heads,
                 f"a divisor of model.heads = {self.heads}",
             )
-        check(self.rope_theta > 0.0, "model.rope-theta", self.rope_theta, "greater than 0")
         for layer in self.nope_layers:
             check(
                 0 <= layer < self.depth,
@@ -139,10 +155,10 @@ class ModelConfig:
                 self.nope_layers,
                 f"blocks in [0, {self.depth})",
             )
-        rows = self.vocab_size
-        check(rows is None or rows >= 1, "model.vocab-size", rows, "at least 1, or None")
-        check(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "in [0, 1)")
-        check(self.cond_width >= 0, "model.cond-width", self.cond_width, "0 (no adaLN) or more")
+        if self.vocab_size is not None:
+            check_whole("model.vocab-size", self.vocab_size, 1, LARGEST_VOCABULARY)
+        check_number("model.dropout", self.dropout, 0, 1, interval="[)")
+        check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
         check(
             self.cond_width > 0 or not self.time_conditioning,
             "model.time-conditioning",

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number
 from bd3lm.config.names import ScheduleName, WeightingName
 from bd3lm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Noise of training batches (docs/math.md §2 schedules, §3 weightings, §4 estimators)."""
+    """Noise of training batches: schedule, estimator and weighting of the loss."""
 
     estimator: Literal["count", "bernoulli", "full"] = "count"
     """count: draw the number of masked tokens of each block, for least variance; bernoulli: draw a
@@ -55,6 +55,15 @@ class NoiseConfig:
     """Shift k of the sigmoid weighting."""
 
     def __post_init__(self) -> None:
+        for name in ("mu", "mu2"):
+            check_number(f"noise.{name}", getattr(self, name), -100, 100)
+        for name in ("sigma", "sigma2"):
+            check_number(f"noise.{name}", getattr(self, name), 0, 100, interval="(]")
+        check_number("noise.mixture", self.mixture, 0, 1, interval="()")
+        check_number("noise.weighting-k", self.weighting_k, -100, 100)
+        if self.clip is not None:
+            low, high = self.clip
+            check(0 <= low <= high <= 1, "noise.clip", self.clip, "two levels, 0 <= a <= b <= 1")
         if isinstance(self.schedule_table, str):
             object.__setattr__(self, "schedule_table", read_table(self.schedule_table))
         check(
@@ -77,7 +86,7 @@ class NoiseConfig:
             "False unless noise.estimator = bernoulli",
         )
         gap = self.frequency_gap
-        check(0 <= gap < 1, "noise.frequency-gap", gap, "in [0, 1)")
+        check_number("noise.frequency-gap", gap, 0, 1, interval="[)")
         check(
             gap == 0 or (self.estimator == "bernoulli" and not self.resample),
             "noise.frequency-gap",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bd3lm.config.check import check
+from bd3lm.config.check import check, check_number, check_whole
+
+LARGEST_LENGTH = 2**24
+"""Largest number of tokens of a row: positions are int32 in the kernels."""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Settings of the sampler (docs/math.md §8)."""
+    """Settings of the sampler."""
 
     num: int = 1
     """Samples of each prompt."""
@@ -39,36 +42,35 @@ class SampleConfig:
     """0 is greedy."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens already in the row, multiplies negative ones; 1: off."""
-    forbidden: tuple[int, ...] = ()
-    """Token ids that are never drawn."""
+    forbidden: tuple[int | str, ...] = ()
+    """Tokens that are never drawn: ids, or words of one token."""
     seed: int = 1
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        check(self.num >= 1, "num", self.num, "at least 1")
-        check(
-            self.length is None or self.length >= 2,
-            "length",
-            self.length,
-            "at least 2 (BOS and one token)",
-        )
-        check(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        check_whole("num", self.num, 1)
+        if self.length is not None:
+            check_whole("length", self.length, 2, LARGEST_LENGTH)
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1)
         per = self.tokens_per_forward
-        check(per >= 1, "tokens-per-forward", per, "at least 1")
+        check_whole("tokens-per-forward", per, 1)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, 0, 1, interval="(]")
+        if self.entropy_bound is not None:
+            check_number("entropy-bound", self.entropy_bound, 0)
+        ways = {
+            "steps": self.steps is not None,
+            "tokens-per-forward": per > 1,
+            "threshold": self.threshold is not None,
+            "entropy-bound": self.entropy_bound is not None,
+        }
+        given = [name for name, is_set in ways.items() if is_set]
         check(
-            self.threshold is None or 0 < self.threshold <= 1,
-            "threshold",
-            self.threshold,
-            "in (0, 1]",
-        )
-        bound = self.entropy_bound
-        check(bound is None or bound >= 0, "entropy-bound", bound, "0 or more")
-        ways = [self.steps is not None, per > 1, self.threshold is not None, bound is not None]
-        check(
-            sum(ways) <= 1,
-            "steps, tokens-per-forward, threshold, entropy-bound",
-            "several",
-            "one at a time",
+            len(given) <= 1,
+            ", ".join(given),
+            "set",
+            "one at a time: each is a way to reveal tokens",
         )
         check(
             self.steps is None or self.order == "random",
@@ -76,11 +78,12 @@ class SampleConfig:
             self.steps,
             "None with order = confidence, which has no levels",
         )
-        check(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
-        check(self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "at least 1")
-        check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        penalty = self.repetition_penalty
-        check(penalty > 0, "repetition-penalty", penalty, "greater than 0")
+        check_number("top-p", self.top_p, 0, 1, interval="(]")
+        if self.top_k is not None:
+            check_whole("top-k", self.top_k, 1)
+        check_number("temperature", self.temperature, 0)
+        check_number("repetition-penalty", self.repetition_penalty, 0, interval="()")
+        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
 
     @property
     def adaptive(self) -> bool:

@@ -30,12 +30,14 @@ class TrainConfig:
     valid: str | None = None
     """Validation data, likewise. None: `valid/` inside `data`, or a share of its documents."""
     tokenizer: str = "default"
-    """For text that has yet to be tokenized: default, a file, a folder or a hub name."""
+    """Tokenizer of text: default, a file, a folder or a hub name. Prepared data has its own."""
+    text_field: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
     packing: PackingName = "wrap"
     """wrap: concatenate and cut; aligned: documents start on block boundaries; best_fit:
     documents whole where they fit."""
     row_eos: bool = False
-    """wrap: close every row with EOS, as the paper's code does."""
+    """wrap: close every row with EOS, as the original implementation does."""
     system: SystemName = "bd3lm"
     """bd3lm: block diffusion; mdlm: masked diffusion over the whole row; sedd: score entropy over
     the whole row; ar: one token after the other."""
@@ -43,7 +45,7 @@ class TrainConfig:
     """L, tokens of a row."""
     block_size: int | None = None
     """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
-    None: 4 for bd3lm; the others have one that is theirs (seq_len for mdlm and sedd, 1 for ar)."""
+    None: 4 for bd3lm; mdlm and sedd have seq_len, ar has 1."""
     init_from: str | None = None
     """Start from the averaged weights of this checkpoint, whatever its system or block size: one
     of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
@@ -66,7 +68,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device has it."""
     attention: AttentionName = "auto"
-    """What computes attention. auto: on a CPU our kernel; on CUDA FlexAttention for training, until
+    """Attention backend. auto: on a CPU our kernel; on CUDA FlexAttention for training, until
     our kernels there have been measured, and they for decoding; else dense."""
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass

@@ -1,4 +1,4 @@
-"""Data sets by name, through the ``datasets`` package: streamed into a prepared directory.
+"""Data sets by name, through the ``datasets`` package (extra ``hub``).
 
 ``hub:NAME`` is one of :data:`KNOWN`, with its splits, text field and detokenizer;
 ``hub:PATH[:CONFIG]@SPLIT`` is any other data set of the hub (or a local folder) with a ``text``
@@ -7,19 +7,20 @@ field. A network is needed the first time.
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
-import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3lm import hub
 from bd3lm.data.prepare import prepare
 from bd3lm.data.tokenizers import Tokenizer
 from bd3lm.errors import ConfigError
+from bd3lm.extras import require
+from bd3lm.files import storage_errors
 
 PREFIX = "hub:"
 
@@ -91,9 +92,10 @@ def named(name: str) -> HubData:
 def prepare_split(
     source: HubData, split: str, tokenizer: Tokenizer, out: Path, *, eos: bool = True
 ) -> None:
-    """Stream one split into a prepared directory, in bounded memory.
+    """Tokenize one split into a prepared directory, in bounded memory.
 
-    ``datasets`` keeps what it loads in its own cache; no other copy of the text is made.
+    ``datasets`` keeps what it loads in its own cache. A compressed copy of the text lies beside
+    ``out`` while it is tokenized.
 
     Args:
         source: the data set.
@@ -103,34 +105,29 @@ def prepare_split(
         eos: end every document with EOS.
 
     Raises:
-        ConfigError: it cannot be loaded here (no network, no such name, split or field).
+        ConfigError: it cannot be loaded here (no network, no such name, split or field), or the
+            connection broke.
+        MissingPackageError: the extra ``hub`` is not installed.
     """
+    where = f"{PREFIX}{source.path}@{split}"
     documents = _load(source, split)
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = Path(folder) / f"{source.path.replace('/', '-')}-{split}.jsonl"
-        os.mkfifo(pipe)
-        failed: list[Exception] = []
-        arguments = (documents, source.field, pipe, failed)
-        writer = threading.Thread(target=_write, args=arguments, daemon=True)
-        writer.start()
-        try:
-            prepare([pipe], tokenizer, out, detokenizer=source.detokenizer, eos=eos)
-        finally:
-            _release(pipe)
-            writer.join()
-    if failed:  # what was read so far looked like all there is
-        shutil.rmtree(out, ignore_errors=True)
-        where = f"{PREFIX}{source.path}@{split}"
-        raise ConfigError("data", where, f"a data set that reads to its end ({failed[0]})")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        text = Path(folder) / "documents.jsonl.gz"
+        with storage_errors(text):
+            _write(documents, source.field, text, where)
+        prepare([text], tokenizer, out, detokenizer=source.detokenizer, eos=eos)
 
 
 def _load(source: HubData, split: str) -> Any:
-    import datasets  # seconds to import: only where it is asked for
+    if not Path(source.path).exists():  # a local folder needs no network
+        hub.connect()
+    datasets: Any = require("datasets", "hub", "a data set of the hub")
 
     try:
         data = datasets.load_dataset(source.path, source.config, split=split)
     except Exception as error:  # the library and its hub raise dozens of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = hub.reason(error)
         where = source.path + (f":{source.config}" if source.config else "")
         raise ConfigError(
             "data", f"{PREFIX}{where}@{split}", f"a data set that can be loaded here ({reason})"
@@ -145,22 +142,17 @@ def _load(source: HubData, split: str) -> Any:
     return data
 
 
-def _write(
-    documents: Iterable[Mapping[str, Any]], field: str, pipe: Path, failed: list[Exception]
-) -> None:
-    try:
-        with pipe.open("w", encoding="utf-8") as lines:
-            for document in documents:
+def _write(documents: Iterable[Mapping[str, Any]], field: str, file: Path, where: str) -> None:
+    """Write the documents as compressed JSON lines; one without a text is left out."""
+    records = iter(documents)
+    with gzip.open(file, "wt", encoding="utf-8", compresslevel=1) as lines:
+        while True:
+            try:
+                document = next(records, None)
+            except Exception as error:  # of the library and its network
+                allowed = f"a data set that reads to its end ({error})"
+                raise ConfigError("data", where, allowed) from error
+            if document is None:
+                return
+            if document[field] is not None:
                 lines.write(json.dumps({"text": document[field]}, ensure_ascii=False) + "\n")
-    except BrokenPipeError:
-        pass  # the reader has met an error of its own, which is the one to report
-    except Exception as error:
-        failed.append(error)
-
-
-def _release(pipe: Path) -> None:
-    """Let a writer go that still waits for a reader, which failed before it opened the pipe."""
-    try:
-        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
-    except OSError:
-        return

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bd3lm import _core
 from bd3lm.data.store import Manifest
 from bd3lm.data.tokenizers import Tokenizer
 from bd3lm.errors import ConfigError, ExistsError
+from bd3lm.files import storage_errors
 
+HIDDEN = ".partial"
+"""Name, or end of the name, of what is being written."""
 Progress = Callable[[int, int, int], None]
 """``(bytes read, bytes in all, tokens written)``; may raise to stop."""
 
@@ -33,9 +36,9 @@ def prepare(
 ) -> list[Manifest]:
     """Tokenize text files into a data set, in parallel and in bounded memory.
 
-    Everything is written to a hidden sibling of ``out``, both sides of a split included, and
-    renamed at the end: ``out`` is whole or not there. What a killed process left under the hidden
-    name is removed by the next one with the same ``out``, which begins anew.
+    Everything is written to a hidden folder, both sides of a split included, and renamed at the
+    end: ``out`` is whole or not there. A killed process may leave the hidden folder; the next one
+    with the same ``out`` removes it and starts again.
 
     Args:
         inputs: txt, jsonl or parquet files, the first two also as .gz, .xz or .zst.
@@ -50,7 +53,7 @@ def prepare(
             zero-shot texts do.
         valid_fraction: hold out that share of the documents, by a fixed hash of their number:
             ``out`` then holds ``train/`` and ``valid/``.
-        threads: that tokenize; None: one a core.
+        threads: that tokenize; None: one for each processor that this process may use.
         progress: told how far it is.
 
     Returns:
@@ -62,30 +65,20 @@ def prepare(
         EmptyCorpusError: no text at all, or none on one side of the split.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExistsError(f"{out} already exists; choose another output or remove it first")
-    partial = out.with_name(f".{out.name}.partial")
-    if valid_fraction is None:
-        splits: list[tuple[Path, tuple[float, bool] | None]] = [(out, None)]
-    elif 0.0 < valid_fraction < 1.0:
-        splits = [
-            (partial / "train", (valid_fraction, False)),
-            (partial / "valid", (valid_fraction, True)),
-        ]
-    else:
+    if out.exists() and (not out.is_dir() or any(child.name != HIDDEN for child in out.iterdir())):
+        held = "already exists" if out.is_dir() else "is a file"
+        raise ExistsError(f"{out} {held}; choose another output or remove it first")
+    if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
         raise ConfigError("valid-fraction", valid_fraction, "above 0 and below 1")
-    fresh = not out.exists()
-    if not fresh:
-        out.rmdir()  # the writer makes it, whole
-    new_parents = [parent for parent in out.parents if not parent.exists()]
+    sides: list[tuple[str, tuple[float, bool] | None]] = [("", None)]
+    if valid_fraction is not None:
+        sides = [("train", (valid_fraction, False)), ("valid", (valid_fraction, True))]
     manifests = []
-    try:
-        if len(splits) == 2 and partial.exists():
-            shutil.rmtree(partial)
-        for target, hold_out in splits:
+    with _staged(out) as staged:
+        for side, hold_out in sides:
             text = _core.prepare(
                 [str(path) for path in inputs],
-                str(target),
+                str(staged / side) if side else str(staged),
                 tokenizer.json,
                 tokenizer.special,
                 text_field=text_field,
@@ -94,22 +87,49 @@ def prepare(
                 detokenizer=detokenizer,
                 no_eos=not eos,
                 hold_out=hold_out,
-                threads=threads or os.cpu_count() or 1,
+                threads=threads or available_processors(),
                 progress=progress,
             )
             manifests.append(Manifest.from_json(text))
-        if len(splits) == 2:
-            partial.rename(out)
+    return manifests
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder to be made, whose content becomes that of ``out`` if the block ends without error.
+
+    It lies in a hidden sibling of a new ``out``, and is renamed. An empty folder that exists is
+    kept, for it may be a link, a mount or the current folder: then it lies in a hidden folder
+    inside, and its files are moved up, the manifest last.
+    """
+    fresh = not out.exists()
+    hidden = out.with_name(f".{out.name}{HIDDEN}") if fresh else out / HIDDEN
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    staged = hidden / "data"
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        yield staged
+        with storage_errors(out):
+            if fresh:
+                staged.rename(out)
+            else:
+                names = sorted(os.listdir(staged), key=lambda name: name == "manifest.json")
+                for name in names:
+                    (staged / name).rename(out / name)
+        shutil.rmtree(hidden, ignore_errors=True)
     except BaseException:
-        if len(splits) == 2:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not fresh:
-            out.mkdir(exist_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         for parent in new_parents:
-            with suppress(OSError):  # someone else may use it by now
+            with suppress(OSError):  # another process may use it by now
                 parent.rmdir()
         raise
-    return manifests
+
+
+def available_processors() -> int:
+    """Processors that this process may use, by its affinity."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def detokenize(name: str, text: str) -> str:

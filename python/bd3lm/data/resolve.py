@@ -25,7 +25,13 @@ class Splits:
 
 
 def open_splits(
-    data: str | None, valid: str | None, tokenizer: str, work: Path, note: Callable[[str], None]
+    data: str | None,
+    valid: str | None,
+    tokenizer: str,
+    work: Path,
+    note: Callable[[str], None],
+    *,
+    text_field: str = "text",
 ) -> Splits:
     """Open the data that is named, tokenizing text into ``work`` where that has not been done.
 
@@ -38,12 +44,14 @@ def open_splits(
         valid: validation data, or None.
         tokenizer: name or path, for text.
         work: directory for what has to be tokenized.
-        note: told what is being done.
+        note: called with a line on each step.
+        text_field: field of jsonl and parquet records that holds the text.
 
     Raises:
         MissingFileError: a path that does not exist.
         NotADatasetError: a directory that is not a prepared data set.
-        ConfigError: validation data is missing and cannot be made.
+        ConfigError: validation data is missing and cannot be made; a tokenizer that is not the
+            one of a prepared data set.
     """
     if data is None:
         return _default(tokenizer, work, note)
@@ -52,22 +60,42 @@ def open_splits(
     train = Path(data)
     if not train.exists():
         raise MissingFileError(f"{train}: no such file or directory")
+    has_splits = (train / "train").is_dir() and (train / "valid").is_dir()
     if valid is not None:
+        folder = train / "train" if has_splits else train
+        opened = open_data(folder, tokenizer, work / "train", note, text_field=text_field)
+        _check_tokenizer(tokenizer, opened, folder)
+        # Text that goes with a prepared data set is tokenized as that was.
+        own = opened.tokenizer
         return Splits(
-            open_data(train, tokenizer, work / "train", note),
-            open_data(Path(valid), tokenizer, work / "valid", note),
+            opened, open_data(Path(valid), own, work / "valid", note, text_field=text_field)
         )
     if train.is_dir():
-        if (train / "train").is_dir() and (train / "valid").is_dir():
-            return Splits(Dataset(train / "train"), Dataset(train / "valid"))
+        if has_splits:
+            opened = Dataset(train / "train")
+            _check_tokenizer(tokenizer, opened, train)
+            return Splits(opened, Dataset(train / "valid"))
         Dataset(train)  # its own error first, if it is no data set at all
         raise ConfigError(
             "valid", None, f"a path: {train} holds no train/ and valid/ to choose from"
         )
     if not (work / "train").is_dir():
         note(f"tokenizing {train}, {HELD_OUT:.0%} of its documents held out for validation")
-        prepare([train], load_tokenizer(tokenizer), work, valid_fraction=HELD_OUT)
+        loaded = load_tokenizer(tokenizer)
+        prepare([train], loaded, work, text_field=text_field, valid_fraction=HELD_OUT)
     return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+
+
+def _check_tokenizer(name: str, data: Dataset, path: Path) -> None:
+    """Refuse a tokenizer that a prepared data set was not made with.
+
+    Raises:
+        ConfigError: it is named, and another one.
+    """
+    if name != "default" and load_tokenizer(name).sha256 != data.manifest.tokenizer_sha256:
+        raise ConfigError(
+            "tokenizer", name, f"left out: {path} is tokenized already, with another tokenizer"
+        )
 
 
 def _from_hub(
@@ -97,14 +125,16 @@ def open_data(
     work: Path,
     note: Callable[[str], None],
     *,
+    text_field: str = "text",
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
 ) -> Dataset:
     """Open a prepared directory, or tokenize a text file or hub data set into ``work``.
 
-    ``lines``, ``detokenizer`` and ``eos`` are those of :func:`bd3lm.data.prepare`, for text; a
-    data set of the hub has a detokenizer of its own where none is named.
+    ``text_field``, ``lines``, ``detokenizer`` and ``eos`` are those of
+    :func:`bd3lm.data.prepare`, for text. A data set of the hub has its own detokenizer unless one
+    is named.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -122,7 +152,15 @@ def open_data(
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     note(f"tokenizing {path}")
     if source is None:
-        prepare([path], loaded, work, lines=lines, detokenizer=detokenizer, eos=eos)
+        prepare(
+            [path],
+            loaded,
+            work,
+            text_field=text_field,
+            lines=lines,
+            detokenizer=detokenizer,
+            eos=eos,
+        )
     else:
         split = source.valid or source.train
         assert split is not None, "every data set has one"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import tokenizers as hf
 
+from bd3lm import hub
 from bd3lm.errors import ConfigError, TokenizerError
 
 BOS_NAMES = ("<|endoftext|>", "[CLS]", "<|begin_of_text|>", "<|bos|>", "<bos>", "<s>")
@@ -221,11 +222,13 @@ def _byte_level(merges: Path) -> str:
 def _from_hub(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.endswith((".json", ".txt", ".bpe")):
         raise TokenizerError(f"tokenizer {name}: no such file or directory")
+    hub.connect()
     try:
         return hf.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # network, name and format errors alike
         raise TokenizerError(
-            f"tokenizer {name}: no such file, and the Hugging Face hub does not give it ({error})"
+            f"tokenizer {name}: no such file, and the Hugging Face hub does not give it "
+            f"({hub.reason(error)})"
         ) from error
 
 

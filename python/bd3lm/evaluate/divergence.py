@@ -20,6 +20,7 @@ from bd3lm.data import Dataset, read_documents
 from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.generative import CausalLM
 from bd3lm.evaluate.quality import words
+from bd3lm.extras import install_hint
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def mauve(evaluator: CausalLM, samples: Sequence[str], reference: Sequence[str])
         ConfigError: the extra ``mauve`` is not installed.
     """
     if find_spec("mauve") is None:
-        raise ConfigError("mauve", True, "off without its package: pip install 'bd3lm[mauve]'")
+        raise ConfigError("mauve", True, f"off without its package: {install_hint('mauve')}")
     from mauve import compute_mauve  # pyright: ignore[reportMissingImports]
 
     features = [

@@ -108,7 +108,7 @@ def sampled_draws(
                 seed=seed,
                 step=repeat,
                 first_row=int(keys[part.start]),
-                num_rows=num_rows,
+                num_rows=num_rows if estimator == "bernoulli" else None,
             )
             for part in _consecutive(keys)
         ]

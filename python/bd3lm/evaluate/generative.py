@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bd3lm import hub
 from bd3lm.errors import ConfigError
+from bd3lm.extras import require
 
 WINDOW = 1024
 STRIDE = 512
@@ -131,18 +133,15 @@ class CausalLM:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        if find_spec("transformers") is None:
-            raise ConfigError(
-                "evaluator",
-                name,
-                "None without the transformers package: pip install 'bd3lm[eval]'",
-            )
+        require("transformers", "eval", "an evaluator")
         from transformers import (  # pyright: ignore[reportMissingImports]
             AutoModelForCausalLM,
             AutoTokenizer,
         )
 
         folder, options = _located(name)
+        if not Path(folder).exists():
+            hub.connect()
         options |= {"trust_remote_code": False}  # else the library asks on stdin
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -150,7 +149,7 @@ class CausalLM:
                 folder, dtype=torch.float32, **options
             )
         except Exception as error:  # the library and its hub raise dozens of kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = hub.reason(error)
             raise ConfigError(
                 "evaluator",
                 name,

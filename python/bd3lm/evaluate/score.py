@@ -347,6 +347,7 @@ def open_text(
     work: Path,
     note: Callable[[str], None],
     *,
+    text_field: str = "text",
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
@@ -355,10 +356,11 @@ def open_text(
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
-        path: a prepared directory, a text file or ``hub:NAME``; None: the validation split of the
-            checkpoint's run.
+        path: a prepared directory or one with a ``valid/``, a text file or ``hub:NAME``; None: the
+            validation split of the checkpoint's run.
         work: empty directory for a tokenized text.
         note: called with a line for each slow step.
+        text_field: field of jsonl and parquet records that holds the text.
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
@@ -367,6 +369,8 @@ def open_text(
         Bd3lmError: it cannot be read, or was prepared with another tokenizer.
     """
     path = validation_path(loaded) if path is None else path
+    if not (path / "manifest.json").exists() and (path / "valid" / "manifest.json").exists():
+        path = path / "valid"
     check(
         not path.is_dir() or (detokenizer is None and eos and not lines),
         "data",
@@ -384,6 +388,7 @@ def open_text(
         loaded.tokenizer,
         work / "data",
         note,
+        text_field=text_field,
         lines=lines,
         detokenizer=detokenizer,
         eos=eos,
@@ -404,7 +409,8 @@ def validation_path(loaded: Checkpoint) -> Path:
         MissingFileError: there is none.
     """
     cfg = loaded.config
-    places = [loaded.path.parent / "data" / "valid"]
+    runs = [folder for folder in loaded.path.parents[:2] if (folder / "config.json").is_file()]
+    places = [folder / "data" / "valid" for folder in runs]
     if cfg.valid is not None:
         places.append(Path(cfg.valid))
     elif cfg.data is not None:
@@ -412,9 +418,8 @@ def validation_path(loaded: Checkpoint) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise MissingFileError(
-        f"{loaded.path}: no validation data ({' or '.join(map(str, places))}); name it with --data"
-    )
+    where = f" ({' or '.join(map(str, places))})" if places else ""
+    raise MissingFileError(f"{loaded.path}: no validation data{where}; name it with --data")
 
 
 def _loaded(checkpoint: Checkpoint | Path | str) -> Checkpoint:

@@ -9,6 +9,8 @@ model; results name the likelihood and its estimator under ``config``.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -16,6 +18,7 @@ from typing import Any, Literal, cast
 
 import lm_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
@@ -23,6 +26,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.config import MAX_EXACT_BLOCK, LikelihoodName, SampleConfig, check
 from bd3lm.device import inference, resolve_device
+from bd3lm.errors import Bd3lmError
 from bd3lm.evaluate.score import Scoring, answer_windows
 from bd3lm.evaluate.windows import Part
 from bd3lm.sample import Sampler
@@ -71,7 +75,7 @@ class BD3LM(LM):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._device = resolve_device(device or "auto")
+        self._device = _device(device)
         self.loaded = load_checkpoint(pretrained, self._device, tokenizer)
         self.system = self.loaded.system(block_size)
         self.block_size, self.repeats, self.precision = block_size, repeats, precision
@@ -216,6 +220,14 @@ class BD3LM(LM):
         return self._sampler
 
 
+def _device(name: str | None) -> torch.device:
+    """The device of that name; the harness passes cuda:0 where none was given."""
+    missing = name is not None and name.startswith("cuda") and not torch.cuda.is_available()
+    if missing:
+        logging.getLogger(__name__).warning("device = %s: no CUDA device, using the CPU", name)
+    return resolve_device("auto" if missing or name is None else name)
+
+
 def _options(args: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     return args[1]
 
@@ -246,7 +258,11 @@ def main() -> None:
     """Run the harness's own command with the model ``bd3lm`` registered."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except Bd3lmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ def round_matrices(model: Transformer) -> None:
     """
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.qkv, block.out = RoundedLinear(block.qkv), RoundedLinear(block.out)
-        block.mlp.up, block.mlp.down = RoundedLinear(block.mlp.up), RoundedLinear(block.mlp.down)
-    model.head = RoundedLinear(model.head)
+        for owner, name in ((block, "qkv"), (block, "out"), (block.mlp, "up"), (block.mlp, "down")):
+            setattr(owner, name, RoundedLinear(getattr(owner, name)))
+    setattr(model, "head", RoundedLinear(model.head))  # noqa: B010 (declared as nn.Linear)
 
 
 class PackedLinear(nn.Module):

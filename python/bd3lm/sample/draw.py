@@ -59,7 +59,7 @@ def _draw_on_cpu(
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         top_p=cfg.top_p,
-        forbidden=cfg.forbidden,
+        forbidden=tuple(map(int, cfg.forbidden)),
         threads=kernel_threads(),
     )
     return token, log_p
@@ -72,7 +72,7 @@ def composed_draw(
     source = logits if seen is None else discourage(logits, seen, cfg.repetition_penalty)
     if cfg.forbidden:
         source = source.clone()
-        source[:, list(cfg.forbidden)] = -torch.inf
+        source[:, list(map(int, cfg.forbidden))] = -torch.inf
     token = _choose(source, uniform, cfg)
     log_p = logits.gather(1, token[:, None]).squeeze(1).double()
     return token, log_p - torch.logsumexp(logits.double(), dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -60,12 +60,15 @@ class Progress:
         blocks: its tokens by row number, the mask id where one is still hidden.
         complete: whether the block is finished.
         ended: samples that ended with it, by row number.
+        log_prob: Σ log p of the tokens drawn so far by row number, nats; empty unless each
+            forward is reported.
     """
 
     start: int
     blocks: dict[int, list[int]]
     complete: bool
     ended: dict[int, Sample]
+    log_prob: dict[int, float] = field(default_factory=dict)
 
 
 class Sampler:
@@ -188,7 +191,8 @@ class Sampler:
 
         Arguments and errors as of :meth:`generate`.
         """
-        rows = [ids for ids in map(self._encode, prompts) for _ in range(cfg.num)]
+        rows = [ids for ids in map(self.encode, prompts) for _ in range(cfg.num)]
+        cfg = self.resolve(cfg)
         self._check(cfg, rows)
         fill = strategy or choose(cfg, self.system)
         state = self._start(cfg, rows, first)
@@ -196,7 +200,9 @@ class Sampler:
         while state.running:
             for _ in self._fill_block(state, cfg, fill):
                 if every_step:
-                    yield Progress(state.start, self._blocks(state), False, {})
+                    sums = zip(state.rows, state.log_prob.tolist(), strict=True)
+                    log_prob = {row.number: total for row, total in sums}
+                    yield Progress(state.start, self._blocks(state), False, {}, log_prob)
             blocks, start = self._blocks(state), state.start
             state.start += self.block_size
             ended = self._ended(state, cfg)
@@ -218,8 +224,12 @@ class Sampler:
 
     # --- rows -------------------------------------------------------------------------------
 
-    def _encode(self, prompt: Prompt) -> list[int | None]:
-        """Token ids of a prompt; None where a token is to be filled in."""
+    def encode(self, prompt: Prompt) -> list[int | None]:
+        """Token ids of a prompt; None where a token is to be filled in.
+
+        Raises:
+            ConfigError: a text, and the sampler has no tokenizer.
+        """
         ids: list[int | None] = []
         for part in [prompt] if isinstance(prompt, str) else prompt:
             if not isinstance(part, str):
@@ -228,8 +238,39 @@ class Sampler:
                 has = self.tokenizer is not None
                 check(has, "prompt", repr(part), "token ids, for this sampler has no tokenizer")
                 assert self.tokenizer is not None
-                ids += self.tokenizer.encode(part)
+                added = self.tokenizer.encode(part)
+                check(
+                    self.mask_id not in added,
+                    "prompt",
+                    repr(part),
+                    "a text without the mask token; a token to be filled in is a hole",
+                )
+                ids += added
         return ids
+
+    def resolve(self, cfg: SampleConfig) -> SampleConfig:
+        """Check settings against the model, and give ``forbidden`` as token ids.
+
+        A forbidden word is its token and its token with a space before it.
+
+        Raises:
+            ConfigError: see :meth:`generate`.
+        """
+        ids: set[int] = set()
+        for entry in cfg.forbidden:
+            if not isinstance(entry, str):
+                ids.add(entry)
+                continue
+            has = self.tokenizer is not None
+            check(has, "forbidden", repr(entry), "token ids, for this sampler has no tokenizer")
+            assert self.tokenizer is not None
+            encoded = [self.tokenizer.encode(text) for text in (entry, f" {entry}")]
+            single = {found[0] for found in encoded if len(found) == 1}
+            check(bool(single), "forbidden", repr(entry), f"one token; it has {len(encoded[0])}")
+            ids |= single
+        resolved = replace(cfg, forbidden=tuple(sorted(ids)))
+        self._check(resolved, [[]])
+        return resolved
 
     def _start(
         self, cfg: SampleConfig, prompts: Sequence[Sequence[int | None]], first: int
@@ -365,6 +406,7 @@ class Sampler:
         vocab_size = self.model.vocab_size
         ids = f"ids in [0, {vocab_size}) other than the mask token {self.mask_id}"
         for token in cfg.forbidden:
+            assert isinstance(token, int)  # resolved
             check(0 <= token < vocab_size and token != self.mask_id, "forbidden", token, ids)
         check(
             not (self.system.unnormalized_scores and (cfg.adaptive or cfg.tokens_per_forward > 1)),

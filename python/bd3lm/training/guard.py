@@ -22,8 +22,8 @@ class Window(NamedTuple):
         norm: gradient norm of the last step.
         skipped: steps that were not finite.
         in_a_row: most of them in a row, those right before the window included.
-        step: the first of them; -1 where there was none.
-        cause: what was not finite in it.
+        step: the first of that row.
+        cause: the part of it that was not finite.
     """
 
     loss: float | None
@@ -50,10 +50,10 @@ class StepGuard:
         self.names: Sequence[str] = ()
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._steps = 0
-        # Steps that were skipped, skipped in a row until now, most in a row; the first's step
-        # and cause.
+        # Steps that were skipped; in a row until now; most in a row. Step and cause that began the
+        # present row and the longest one.
         self._counts = torch.tensor([0, 0, 0], device=device)
-        self._first = torch.tensor([-1, -1], device=device)
+        self._starts = torch.tensor([[-1, -1], [-1, -1]], device=device)
 
     def judge(self, step: int, loss: Tensor, norms: Tensor, total: Tensor) -> Tensor:
         """Count one step; returns whether it is finite, a boolean on the device.
@@ -72,14 +72,17 @@ class StepGuard:
         self._counts = torch.stack([skipped + bad, row, torch.maximum(most, row)])
         cause = torch.where(of_norm.all(), _NORM, of_norm.long().argmin())
         now = torch.stack([torch.full_like(cause, step), torch.where(of_loss, cause, _LOSS)])
-        self._first = torch.where(finite | (self._first[0] >= 0), self._first, now)
+        start, longest = self._starts.unbind()
+        start = torch.where(row == 1, now, start)
+        longest = torch.where((row >= most) & ~finite, start, longest)
+        self._starts = torch.stack([start, longest])
         self._loss += torch.where(finite, loss, 0.0)
         self._steps += 1
         return finite
 
     def look(self, norm: Tensor) -> Window:
         """Fetch the window and begin the next one: one wait for the device."""
-        parts = [self._loss[None], norm.double()[None], self._counts, self._first]
+        parts = [self._loss[None], norm.double()[None], self._counts, self._starts[1]]
         loss, last, skipped, _, most, step, cause = torch.cat([p.double() for p in parts]).tolist()
         good = self._steps - int(skipped)
         window = Window(
@@ -94,7 +97,6 @@ class StepGuard:
         self._loss.zero_()
         self._steps = 0
         self._counts = torch.stack([torch.zeros_like(row), row, row])
-        self._first.fill_(-1)
         return window
 
     def state(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class StepGuard:
             "loss": self._loss.item(),
             "steps": self._steps,
             "counts": self._counts.tolist(),
-            "first": self._first.tolist(),
+            "starts": self._starts.flatten().tolist(),
         }
 
     def load_state(self, state: Record) -> None:
@@ -113,15 +115,15 @@ class StepGuard:
             CheckpointError: a field is missing or of another type.
         """
         loss, steps = state.floating("loss"), state.integer("steps")
-        counts, first = state.integers("counts", 3), state.integers("first", 2)
+        counts, starts = state.integers("counts", 3), state.integers("starts", 4)
         self._loss.fill_(loss)
         self._steps = steps
         self._counts.copy_(torch.tensor(counts))
-        self._first.copy_(torch.tensor(first))
+        self._starts.copy_(torch.tensor(starts).view(2, 2))
 
     def _cause(self, number: int) -> str:
-        if number == _LOSS:
-            return "the loss"
         if number == _NORM:
             return "the norm of the gradient"
-        return f"the gradient of {self.names[number]}"
+        if 0 <= number < len(self.names):
+            return f"the gradient of {self.names[number]}"
+        return "the loss"

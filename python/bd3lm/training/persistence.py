@@ -151,7 +151,7 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.ema.updates = state.integer("ema_updates")
     if isinstance(state.values.get("window"), list):  # version 1: the sum and its steps
         loss, steps = [*state.values["window"], None, None][:2]
-        fresh = {"loss": loss, "steps": steps, "counts": [0, 0, 0], "first": [-1, -1]}
+        fresh = {"loss": loss, "steps": steps, "counts": [0] * 3, "starts": [-1] * 4}
         trainer.guard.load_state(Record(fresh, f"{state.source}: window"))
     else:
         trainer.guard.load_state(state.record("window"))

@@ -100,7 +100,14 @@ def _run(
             cfg = adopt_shape(cfg, out)
             _check_early(cfg)
         write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
-        splits = open_splits(cfg.data, cfg.valid, cfg.tokenizer, out / "data", reporter.note)
+        splits = open_splits(
+            cfg.data,
+            cfg.valid,
+            cfg.tokenizer,
+            out / "data",
+            reporter.note,
+            text_field=cfg.text_field,
+        )
         trainer = _trainer(cfg, splits, out, reporter, resume=started)
     reporter.note(_headline(trainer, splits))
     if profile:
@@ -200,6 +207,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
             window=cfg.seq_len,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
+            tokenizer=tokenizer,
         )
         with arithmetic:
             samples = sampler.generate(cfg.sample)

@@ -248,7 +248,7 @@ class Trainer:
                 estimator=self.cfg.estimator,
                 repeats=cfg.repeats,
                 batch_size=cfg.batch_size,
-                max_rows=cfg.rows if quick else None,
+                max_rows=cfg.rows if quick else cfg.final_rows,
                 num_bytes=self.valid.manifest.num_bytes,
                 progress=None if quick else self.reporter.scoring,
             )

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from bd3lm.extras import install_hint
 from bd3lm.model.attention.dynamo import fixed_while_compiling
 from bd3lm.model.attention.mask import BlockMask, before_last
 
-NEEDS = "needs an NVIDIA GPU and the flash-attn package (pip install bd3lm[gpu])"
+NEEDS = f"needs an NVIDIA GPU and the flash-attn package: {install_hint('gpu')}"
 LIMITS = (
     "takes fp16 or bf16, heads of up to 256 features, no documents, and S = 1, S = L or decoding"
 )

@@ -1,0 +1,175 @@
+"""Trainers that are killed, stopped or started twice; readers beside a writer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
+from bd3lm.config import to_dict
+from bd3lm.training import read_metrics
+from tests.reliability.test_disk import save, saved
+from tests.reliability.zygote import Zygote
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    server = Zygote()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def long(small):
+    """Long enough to be met at any moment: a save every second step."""
+    return dataclasses.replace(small, steps=60, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, long, tmp_path_factory):
+    """The run that nothing interrupts, and how long it takes."""
+    root = tmp_path_factory.mktemp("whole")
+    begun = time.perf_counter()
+    number = zygote.start(to_dict(long), root / "run", root / "log")
+    assert zygote.wait(number) == 0, (root / "log").read_text()
+    return root / "run", time.perf_counter() - begun
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same weights, moments, state and losses, bit for bit."""
+    for name in ("model.safetensors", "training.safetensors"):
+        first, second = (load_file(find_checkpoint(run) / name) for run in (a, b))
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+    first, second = (
+        [(m["step"], m["loss"]) for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
+        for run in (a, b)
+    )
+    assert first == second
+    validations = [m for m in read_metrics(b / "metrics.jsonl") if "val_nelbo" in m]
+    assert len(validations) == 1
+    values = [json.loads((run / "summary.json").read_text())["val_nelbo"] for run in (a, b)]
+    assert values[0] == values[1]
+
+
+def interrupted_runs(zygote, long, whole, tmp_path, count, number, seed):
+    """Runs that get a signal at a random moment, and are resumed until they end."""
+    reference, seconds = whole
+    draw = random.Random(seed)
+    left_running = 0
+    for index in range(count):
+        out, log = tmp_path / f"run{index}", tmp_path / f"log{index}"
+        process = zygote.start(to_dict(long), out, log)
+        time.sleep(draw.uniform(0, seconds))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+        code = zygote.wait(process)
+        if number == signal.SIGKILL:
+            assert code in (0, -signal.SIGKILL), log.read_text()
+        else:
+            assert code in (0, -number, 128 + number), log.read_text()
+        left_running += code != 0
+        assert zygote.wait(zygote.start(to_dict(long), out, log)) == 0, log.read_text()
+        assert_same_run(reference, out)
+        names = sorted(path.name for path in (out / "checkpoint").iterdir())
+        assert names == ["latest", "step-00000058", "step-00000060"]
+    return left_running
+
+
+def test_killed_at_random_moments(zygote, long, whole, tmp_path):
+    interrupted_runs(zygote, long, whole, tmp_path, 3, signal.SIGKILL, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_at_25_random_moments(zygote, long, whole, tmp_path):
+    met = interrupted_runs(zygote, long, whole, tmp_path, 25, signal.SIGKILL, seed=2)
+    assert met >= 15  # the others had ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_signals_finish_the_step_and_save(zygote, long, whole, tmp_path, number):
+    long = dataclasses.replace(long, steps=2000, checkpoint_every=2000)
+    process = zygote.start(to_dict(long), tmp_path / "run", tmp_path / "log")
+    file = tmp_path / "run" / "metrics.jsonl"
+    while not file.exists():
+        time.sleep(0.01)
+    os.kill(process, number)
+    assert zygote.wait(process) == 128 + number
+    message = (tmp_path / "log").read_text()
+    assert "the run is saved. Continue it with: bd3lm-train --out" in message
+    last = read_metrics(file)[-1]["step"]
+    assert find_checkpoint(tmp_path / "run").name == f"step-{last:08d}"
+
+
+@pytest.mark.slow
+def test_preempted_ten_times_and_always_resumed(zygote, long, whole, tmp_path):
+    reference, seconds = whole
+    draw, codes = random.Random(3), []
+    for _ in range(10):
+        process = zygote.start(to_dict(long), tmp_path / "run", tmp_path / "log")
+        time.sleep(draw.uniform(0.2, 0.4) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+        codes.append(zygote.wait(process))
+    codes.append(zygote.wait(zygote.start(to_dict(long), tmp_path / "run", tmp_path / "log")))
+    assert set(codes) <= {0, 128 + signal.SIGTERM}, (tmp_path / "log").read_text()
+    assert codes[-1] == 0
+    assert_same_run(reference, tmp_path / "run")
+
+
+def test_two_trainers_of_one_run(zygote, long, whole, tmp_path):
+    reference, _ = whole
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    processes = [zygote.start(to_dict(long), tmp_path / "run", log) for log in logs]
+    codes = [zygote.wait(process) for process in processes]
+    assert sorted(codes) == [0, 2]
+    refused = logs[codes.index(2)].read_text()
+    assert refused.startswith(f"error: {tmp_path / 'run'} already holds a run")
+    assert refused.count("\n") == 1
+    assert_same_run(reference, tmp_path / "run")
+
+
+def reads_beside_a_writer(tmp_path, reads):
+    """Read again and again while another process saves; returns what was read."""
+    root = tmp_path / "run" / "checkpoint"
+    root.mkdir(parents=True)
+    save(root, 1)
+    writer = os.fork()
+    if writer == 0:
+        with contextlib.suppress(BaseException):
+            for step in range(2, 10**6):
+                save(root, step)
+        os._exit(1)
+    steps = []
+    try:
+        while len(steps) < reads:
+            steps.append(read_checkpoint(tmp_path / "run", saved))
+        assert os.waitpid(writer, os.WNOHANG) == (0, 0)  # no save failed
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    return steps
+
+
+def test_readers_beside_a_writer_meet_no_torn_checkpoint(tmp_path):
+    steps = reads_beside_a_writer(tmp_path, 300)
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 3
+
+
+@pytest.mark.slow
+def test_15000_reads_beside_a_writer(tmp_path):
+    steps = reads_beside_a_writer(tmp_path, 15_000)
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 100

@@ -1,0 +1,84 @@
+"""Trainers in processes of their own, forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_SERVER = """
+import json, os, sys
+import torch
+from pathlib import Path
+from bd3lm.config import TrainConfig, from_dict
+from bd3lm.errors import Bd3lmError
+from bd3lm.training import run_training
+from tests.integration.conftest import Silent
+
+torch.set_num_threads(1)
+
+def train(order):
+    log = open(order["log"], "a", buffering=1)
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    try:
+        config = from_dict(TrainConfig, order["config"])
+        run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
+    except Bd3lmError as error:
+        print(f"error: {error}")
+        os._exit(error.exit_code)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+    else:
+        answer = os.fork()
+        if answer == 0:
+            train(order)
+    print(answer, flush=True)
+"""
+
+
+class Zygote:
+    """Starts trainers; each needs a few hundred milliseconds instead of seconds of imports."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, config: dict[str, Any], out: Path, log: Path, *, resume: bool = True) -> int:
+        """Begin or resume a run; returns the process's number."""
+        order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
+        return self._ask(order)
+
+    def wait(self, number: int) -> int:
+        """Wait for a trainer; returns its exit code, negative after a signal."""
+        return self._ask({"wait": number})
+
+    def close(self) -> None:
+        """End the server; trainers that still run are left alone."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _ask(self, order: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())

@@ -1,0 +1,108 @@
+"""Run the gate for GPU kernels and a part of the tests with other versions of the libraries.
+
+Usage: ``python tests/versions.py [oldest] [device] [newest]``, or ``make check-versions``.
+
+- ``oldest``: every direct dependency at the lowest version that pyproject.toml allows.
+- ``device``: PyTorch 2.11, Triton 3.6 and the newest NumPy on Python 3.12, if that is here.
+- ``newest``: every dependency at its newest version.
+
+The environments are made in ``.versions/``, and made anew when pyproject.toml has changed. The
+extension is that of the checkout: it serves every Python from 3.11 on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".versions"
+DEVICE = ("torch==2.11.*", "triton==3.6.*", "numpy>=2.4")
+TESTS = (
+    "tests/gpu_gate",
+    "tests/unit/test_attention_backends.py",
+    "tests/unit/test_gpu_host.py",
+    "tests/unit/test_head.py",
+    "tests/unit/test_inference.py",
+    "tests/unit/test_model.py",
+    "tests/unit/test_sampler.py",
+    "tests/unit/test_decoding.py",
+    "tests/unit/test_optim.py",
+    "tests/integration/test_step.py",
+)
+
+
+def uv() -> str:
+    """The uv of the environment that runs this, or the one on the path.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    beside = Path(sys.executable).with_name("uv")
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if found is None:
+        raise SystemExit("uv is not here; `make setup` installs it")
+    return found
+
+
+def python_for(name: str) -> str | None:
+    """Interpreter of an environment; None: there is none on this machine."""
+    if name != "device":
+        return sys.executable
+    find = [uv(), "python", "find", "-q", "--no-python-downloads", "3.12"]
+    found = subprocess.run(find, capture_output=True, text=True, cwd="/", check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def environment(name: str, base: str) -> Path:
+    """The interpreter of the environment, which is made where it is missing or out of date."""
+    home = FOLDER / name
+    python, stamp = home / "bin" / "python", home / "pyproject.toml"
+    project = ROOT / "pyproject.toml"
+    if python.exists() and stamp.exists() and stamp.read_bytes() == project.read_bytes():
+        return python
+    extra = {"oldest": ["--resolution", "lowest-direct"], "device": list(DEVICE), "newest": []}
+    print(f"== {name}: installing into {home.relative_to(ROOT)}", flush=True)
+    subprocess.run([uv(), "venv", "-q", "--clear", "--python", base, home], check=True)
+    install = [uv(), "pip", "install", "-q", "--python", python, "-r", project, "--extra", "dev"]
+    subprocess.run([*install, *extra[name]], cwd=ROOT, check=True)
+    stamp.write_bytes(project.read_bytes())
+    return python
+
+
+def check(name: str) -> bool | None:
+    """Run the tests; None: skipped."""
+    base = python_for(name)
+    if base is None:
+        print(f"== {name}: skipped, since this machine has no Python 3.12", flush=True)
+        return None
+    python = environment(name, base)
+    show = (
+        "import sys, torch, triton, numpy; print('==', sys.argv[1], sys.version.split()[0], "
+        "'torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
+    )
+    paths = [str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run([python, "-c", show, name], check=True)
+    tests = [python, "-m", "pytest", "-m", "not slow", *TESTS]
+    return subprocess.run(tests, cwd=ROOT, env=variables, check=False).returncode == 0
+
+
+def main() -> None:
+    """Check the environments that are named, or all.
+
+    Raises:
+        SystemExit: a test failed in one of them.
+    """
+    results = {name: check(name) for name in sys.argv[1:] or ["oldest", "device", "newest"]}
+    said = {True: "passed", False: "FAILED", None: "skipped"}
+    print("== " + ", ".join(f"{name}: {said[result]}" for name, result in results.items()))
+    if False in results.values():
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
