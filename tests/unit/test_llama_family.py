@@ -210,6 +210,7 @@ def test_a_run_takes_shape_and_tokenizer_from_the_checkpoint(tmp_path):
     assert math.isfinite(summary["val_nelbo"])
     again = run_training(cfg, tmp_path / "run", Silent(), resume=True)  # it has ended
     assert again == summary
+    cold = dataclasses.replace(cfg, init_from=None, mask_token="x")
     with pytest.raises(ConfigError, match="mask-token = x: must be None unless init-from"):
         run_training(cold, tmp_path / "b", Silent())
     nowhere = dataclasses.replace(cfg, init_from=str(tmp_path / "no"))
