@@ -88,5 +88,5 @@ def _write(args: ExportArgs, loaded: Checkpoint) -> None:
             step=loaded.step,
             averaged={name: p.detach() for name, p in loaded.model.named_parameters()},
             training={},
-            state={"system": loaded.learned},
+            state={"system": loaded.learned} if loaded.learned else {},
         )
