@@ -32,7 +32,7 @@ _Key = tuple[int, int, int, int]
 
 class TokenStore:
     @staticmethod
-    def open(path: str | PathLike[str], verify: bool) -> TokenStore: ...
+    def open(path: str | PathLike[str], verify: bool | None) -> TokenStore: ...
     @staticmethod
     def from_arrays(
         ids: NDArray[np.int32],
@@ -49,6 +49,11 @@ class TokenStore:
     def manifest(self) -> str | None: ...
     def token_counts(self) -> NDArray[np.uint64]: ...
     def document(self, index: int) -> NDArray[np.int64]: ...
+
+class Documents:
+    def __new__(cls, inputs: list[str], *, reading: Mapping[str, object]) -> Documents: ...
+    def __iter__(self) -> Documents: ...
+    def __next__(self) -> tuple[str, bool]: ...
 
 class RowPlan:
     def __new__(
@@ -103,24 +108,16 @@ def prepare(
     tokenizer: str,
     special: tuple[int, int, int, int],
     *,
-    text_field: str,
-    filter: tuple[str, str] | None,
-    lines: bool,
-    detokenizer: str | None,
-    no_eos: bool,
-    hold_out: tuple[float, bool] | None,
+    reading: Mapping[str, object],
+    held_out: float | None,
     threads: int,
     progress: Callable[[int, int, int], None] | None,
-) -> str: ...
+) -> list[str]: ...
 def detokenize(name: str, text: str) -> str: ...
-def for_each_document(
-    path: str,
-    each: Callable[[str], None],
-    *,
-    text_field: str,
-    filter: tuple[str, str] | None,
-    lines: bool,
-) -> None: ...
+def vet_tokenizer(json: str) -> int | None: ...
+def parquet_rows(path: str) -> int: ...
+def count_records(inputs: list[str], *, reading: Mapping[str, object]) -> int: ...
+def available_threads() -> int: ...
 
 _Tensor = tuple[int, Sequence[int], Sequence[int], str]
 _Mask = tuple[Sequence[int], int, int]
@@ -209,7 +206,7 @@ def normalise_backward(
     weight: NDArray[np.float32],
     centred: bool,
     moments: NDArray[np.float32],
-    beside: NDArray[np.float32] | None,
+    residual: NDArray[np.float32] | None,
     d_x: NDArray[np.float32],
     d_weight: NDArray[np.float32],
     d_bias: NDArray[np.float32],

@@ -4,11 +4,59 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 SECONDS = 5.0
 """Longest wait for a connection."""
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+class HubError(Exception):
+    """The hub does not give a file; the message says why."""
+
+
+def download(
+    repo: str, filename: str, *, kind: str = "model", revision: str | None = None
+) -> Path | None:
+    """Get a file of the hub, from the local cache if the hub cannot be reached.
+
+    Args:
+        repo: name of the repository.
+        filename: path of the file in it.
+        kind: ``model`` or ``dataset``.
+        revision: branch or commit; None: main.
+
+    Returns:
+        The local path, or None if the repository has no such file.
+
+    Raises:
+        HubError: no network, no such repository, or no access to it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    connect()
+    try:
+        return Path(hf_hub_download(repo, filename, repo_type=kind, revision=revision))
+    except Exception as error:
+        if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            return None  # the names in its older and newer versions
+        raise HubError(reason(error)) from None
+
+
+def list_files(repo: str, *, kind: str = "dataset", revision: str | None = None) -> list[str]:
+    """List the files of a repository.
+
+    Raises:
+        HubError: no network, no such repository or revision, or no access to it.
+    """
+    from huggingface_hub import HfApi
+
+    connect()
+    try:
+        return list(HfApi().list_repo_files(repo, repo_type=kind, revision=revision))
+    except Exception as error:
+        raise HubError(reason(error)) from None
 
 
 def connect() -> None:

@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import math
+import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bd3lm.cli import evaluate
-from bd3lm.data import load_tokenizer
+from bd3lm.data import Dataset, load_tokenizer
 from bd3lm.data.hub import KNOWN, named, prepare_split
 from bd3lm.data.resolve import open_data, open_splits
-from bd3lm.errors import ConfigError
+from bd3lm.errors import ConfigError, FormatError
 from bd3lm.training import run_training
 from tests.integration.conftest import Silent, story
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What `datasets` reads as a data set with two splits."""
+    """A data set with two splits."""
     root = tmp_path_factory.mktemp("hub") / "stories"
     root.mkdir()
     for split, seeds in (("train", range(40)), ("test", range(40, 45))):
@@ -27,9 +30,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def documents(data):
@@ -90,10 +92,12 @@ def test_what_cannot_be_loaded_says_so_and_leaves_nothing(folder, tmp_path):
         prepare_split(named("lm1b"), "train", tokenizer, tmp_path / "set")
     with pytest.raises(ConfigError, match=r"can be loaded here"):
         prepare_split(named(f"{folder}@moon"), "moon", tokenizer, tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"SPLIT or SPLIT\[FIRST:END\] after the @"):
+        prepare_split(named(f"{folder}@train[a:b]"), "train[a:b]", tokenizer, tmp_path / "set")
     other = tmp_path / "other"
     other.mkdir()
     (other / "train.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ConfigError, match=r"with a field text; it has \['body'\]"):
+    with pytest.raises(FormatError, match="it has no field text, only body"):
         prepare_split(named(f"{other}@train"), "train", tokenizer, tmp_path / "set")
     with pytest.raises(ConfigError, match="a data set with a training split"):
         open_splits("hub:lambada", None, "default", tmp_path, print)
@@ -106,14 +110,74 @@ def test_what_cannot_be_loaded_says_so_and_leaves_nothing(folder, tmp_path):
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_stream_that_breaks_off_leaves_no_half_set(monkeypatch, tmp_path):
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """A hub that serves files of a folder: (branch, repository) to names."""
     from bd3lm.data import hub
 
-    def broken(source, split):
-        yield {"text": "one document"}
-        raise RuntimeError("the connection is gone")
+    branches = {}
 
-    monkeypatch.setattr(hub, "_load", broken)
-    with pytest.raises(ConfigError, match=r"reads to its end .the connection is gone."):
-        prepare_split(named("lm1b"), "train", load_tokenizer("default"), tmp_path / "set")
-    assert not (tmp_path / "set").exists()
+    def list_files(repo, *, kind="dataset", revision=None):
+        if (repo, revision) not in branches:
+            raise hub.HubError("404 Client Error: revision not found")
+        return branches[repo, revision]
+
+    def download(repo, filename, *, kind="model", revision=None):
+        assert kind == "dataset"
+        assert filename in branches[repo, revision]
+        return tmp_path / "served" / filename.replace("/", "-")
+
+    monkeypatch.setattr(hub, "list_files", list_files)
+    monkeypatch.setattr(hub, "download", download)
+    (tmp_path / "served").mkdir()
+    return branches
+
+
+def put(path, texts, **options):
+    pq.write_table(pa.table({"text": texts}), path, **options)
+
+
+def test_the_parquet_branch_of_the_hub(served, tmp_path):
+    names = ["en/train/0000.parquet", "en/train/0001.parquet", "en/test/0000.parquet"]
+    served["some/set", "refs/convert/parquet"] = [
+        *names[::-1],
+        "de/train/0000.parquet",
+        "README.md",
+    ]
+    for i, name in enumerate(names):
+        texts = [f"text {i} {j}" for j in range(10)]
+        put(tmp_path / "served" / name.replace("/", "-"), texts, row_group_size=3)
+    tokenizer = load_tokenizer("default")
+
+    def read(name):
+        source = named(name)
+        prepare_split(source, source.train, tokenizer, tmp_path / "set")
+        found = documents(Dataset(tmp_path / "set"))
+        shutil.rmtree(tmp_path / "set")
+        return found
+
+    both = [f"text {i} {j}" for i in (0, 1) for j in range(10)]
+    assert read("some/set:en@train") == both
+    for part, expected in {
+        "[:-4]": both[:-4],
+        "[-4:]": both[-4:],
+        "[7:12]": both[7:12],
+        "[:10%]": both[:2],
+        "[50%:]": both[10:],
+    }.items():
+        assert read(f"some/set:en@train{part}") == expected
+    assert read("some/set:en@test") == [f"text 2 {j}" for j in range(10)]
+    for name, reason in {
+        "some/set@train": "one of its configurations must be named: de, en",
+        "some/set:en@moon": "it has no en@moon, only en@test, en@train",
+        "other/set@train": "404",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            read(name)
+
+
+def test_the_files_of_a_repository_without_that_branch(served, tmp_path):
+    served["a/b", None] = ["data/train-00000-of-00001.parquet", "data/test.txt", "README.md"]
+    put(tmp_path / "served" / "data-train-00000-of-00001.parquet", ["one", "two"])
+    prepare_split(named("a/b@train"), "train", load_tokenizer("default"), tmp_path / "set")
+    assert documents(Dataset(tmp_path / "set")) == ["one", "two"]

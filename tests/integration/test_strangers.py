@@ -443,7 +443,7 @@ def test_a_forbidden_word_is_not_drawn(checkpoint, capsys, tokenizer):
         (["--prompt", "x", "--prompts", "p"], "prompts = p: must be given without --prompt"),
         (["--save-live", "x.mp4"], "save-live = x.mp4: must be a .html or .gif file"),
         (["--fps", "-1"], "fps = -1.0: must be"),
-        (["--seed", "-1"], "seed = -1: must be in [0, "),
+        (["--seed", str(2**64)], f"seed = {2**64}: must be in ["),
         (["--temperature", "nan"], "temperature = nan: must be a finite float32"),
         (["--steps", "2", "--threshold", "0.5"], "steps, threshold = set: must be one at a time"),
     ],

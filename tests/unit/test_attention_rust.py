@@ -249,3 +249,21 @@ def test_wrong_arguments_are_named() -> None:
         rust.force_isa("sse1")
     assert not rust.supports(q.double(), q.double(), q.double(), mask)
     assert not rust.supports(q.to("meta"), q.to("meta"), q.to("meta"), mask)
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "mask"),
+    [(0, 16, 16, BlockMask.training(8, 4)), (2, 0, 8, BlockMask.clean(8, 4, first=8))],
+    ids=["no rows", "no queries"],
+)
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(
+    batch: int, queries: int, keys: int, mask: BlockMask
+) -> None:
+    q = torch.randn(batch, 2, queries, 16, requires_grad=True)
+    k, v = (torch.randn(batch, 2, keys, 16, requires_grad=True) for _ in range(2))
+    out = rust.rust_attention(q, k, v, mask)
+    assert out.shape == q.shape
+    out.sum().backward()
+    for leaf in (q, k, v):
+        assert leaf.grad is not None
+        assert leaf.grad.eq(0).all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bd3lm.config import NoiseConfig
 from bd3lm.data import Rows, Schedule
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
@@ -185,3 +186,21 @@ def test_what_is_not_allowed_says_so():
         score(model, rows_of(50, 16, 8), estimator="exact")
     with pytest.raises(ConfigError, match="repeats = 3: must be an even number"):
         score(model, rows_of(50, 16, 8), estimator="stratified", repeats=3)
+
+
+def test_a_tabulated_schedule_gives_the_same_bound_and_sampling_grid():
+    """`bernoulli` under t^2 and under a table of t^2 draws the same masks."""
+    model, rows = tiny_model(), rows_of(40, 16, 4)
+    square = Schedule("square")
+    table = Schedule.from_callable(lambda t: t**2)
+    options = {"estimator": "bernoulli", "repeats": 4}
+    want = score(model, rows, schedule=square, **options)
+    got = score(model, rows, schedule=table, **options)
+    assert got.nelbo == pytest.approx(want.nelbo, rel=1e-4)
+    noise = NoiseConfig(schedule="table", schedule_table=table.points)
+    system = BlockDiffusion(4, MASK_ID, noise)
+    np.testing.assert_allclose(
+        system.level_grid(20),
+        BlockDiffusion(4, MASK_ID, NoiseConfig(schedule="square")).level_grid(20),
+    )
+    assert system.noise(0) is not None

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers as hf
 
 from bd3lm.data import Dataset, Tokenizer, load_tokenizer, prepare, train_tokenizer
 from bd3lm.errors import ConfigError, TokenizerError
@@ -124,18 +125,30 @@ def test_an_added_token_with_a_space_is_never_cut(tokenizer: Tokenizer, tmp_path
     assert manifest.num_tokens == 40_001
 
 
-def test_texts_may_not_hold_the_mask_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("so <|mask|> it is")
-    assert tokenizer.mask_id in tokenizer.encode("so <|mask|> it is")
-    with pytest.raises(TokenizerError, match="document 1 spells out the mask token"):
-        prepare([tmp_path / "text.txt"], tokenizer, tmp_path / "set")
-    assert not (tmp_path / "set").exists()
+def test_a_mask_token_in_a_text_is_ordinary_characters(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text = "so <|mask|> it is, and <|endoftext|>"
+    assert tokenizer.mask_id in tokenizer.encode(text)
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    prepare([path], tokenizer, tmp_path / "set")
+    ids = Dataset(tmp_path / "set").document(0).tolist()
+    assert tokenizer.mask_id not in ids
+    # The same characters, without the special token between them.
+    definition = json.loads(tokenizer.json)
+    definition["added_tokens"] = [
+        entry for entry in definition["added_tokens"] if entry["id"] != tokenizer.mask_id
+    ]
+    plain = hf.Tokenizer.from_str(json.dumps(definition))
+    assert ids == [*plain.encode(text, add_special_tokens=False).ids, tokenizer.eos_id]
+    assert plain.decode(ids[:-2], skip_special_tokens=False) == text.removesuffix("<|endoftext|>")
 
 
 def test_folders_and_prefixes(shared_data: Path, gpt2: Tokenizer, tmp_path: Path) -> None:
     source = shared_data / "tokenizers"
     shutil.copy(source / "gpt2_vocab.bpe", tmp_path / "merges.txt")
-    with pytest.raises(TokenizerError, match=r"its vocab\.json or encoder\.json is not beside it"):
+    with pytest.raises(TokenizerError, match=r"its vocab\.json or encoder\.json must be in"):
         load_tokenizer(tmp_path)
     shutil.copy(source / "gpt2_encoder.json", tmp_path / "vocab.json")
     assert load_tokenizer(tmp_path).encode("a b") == gpt2.encode("a b")
@@ -150,7 +163,7 @@ def test_folders_and_prefixes(shared_data: Path, gpt2: Tokenizer, tmp_path: Path
         ("nowhere.json", r"tokenizer nowhere\.json: no such file"),
         ("{}", "the folder holds no tokenizer"),
         ("{}/tokenizer.json", r"tokenizer .*tokenizer\.json: "),
-        ("{}/plain.json", "no end-of-text token; one of .* is needed"),
+        ("{}/plain.json", "no token that ends a text; one of .* is needed"),
     ],
 )
 def test_bad_names(name: str, message: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -180,6 +193,151 @@ def test_training_is_deterministic_and_lossless() -> None:
         assert first.decode(first.encode(text)) == text
     words = first.encode(texts[0])
     assert len(words) < len(texts[0]) / 2, "it has learnt to join"
-    with pytest.raises(ConfigError, match="vocab-size = 257: must be at least 258"):
+    with pytest.raises(ConfigError, match="vocab-size = 257: must be 258"):
         train_tokenizer(texts, 257)
     assert train_tokenizer([], 258).encode("é") != []
+
+
+def changed(tokenizer: Tokenizer, names: dict[str, str]) -> str:
+    """The shipped definition with other names of its special tokens."""
+    definition = json.loads(tokenizer.json)
+    for entry in definition["added_tokens"]:
+        entry["content"] = names.get(entry["content"], entry["content"])
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+    return json.dumps(definition)
+
+
+@pytest.mark.parametrize("name", ["<|bos|>", "</s>", "[SEP]", "<s>"])
+def test_one_token_for_both_ends(name: str, tokenizer: Tokenizer) -> None:
+    made = Tokenizer(changed(tokenizer, {"<|endoftext|>": name}), name)
+    assert made.bos_id == made.eos_id == tokenizer.eos_id
+    assert made.special == tokenizer.special
+
+
+@pytest.mark.parametrize("name", ["<|mdm_mask|>", "<mask>", "[MASK]", "<MASK>"])
+def test_names_of_the_mask(name: str, tokenizer: Tokenizer) -> None:
+    assert Tokenizer(changed(tokenizer, {"<|mask|>": name}), name).special == tokenizer.special
+
+
+def test_names_in_the_configuration(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = changed(tokenizer, {"<|endoftext|>": "the end", "<|mask|>": "noise"})
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match=r"or a tokenizer_config\.json that names one"):
+        load_tokenizer(tmp_path)
+    config = {"eos_token": {"content": "the end"}, "bos_token": None, "mask_token": "noise"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(name)
+        assert loaded.special == tokenizer.special
+    # The names go along with the definition.
+    assert Tokenizer(loaded.json, "copy").special == tokenizer.special
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([tmp_path / "a.txt"], loaded, tmp_path / "set")
+    assert Dataset(tmp_path / "set").tokenizer.special == tokenizer.special
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: it must be JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_holes_among_the_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    definition = json.loads(changed(tokenizer, {"<|mask|>": "plain"}))
+    largest = max(definition["model"]["vocab"].values())
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {t: largest + 7 if i == largest else i for t, i in vocab.items()}
+    made = Tokenizer(json.dumps(definition), "hole")
+    assert (made.mask_id, made.vocab_size) == (largest + 8, largest + 9)
+    (tmp_path / "a.txt").write_text("some text " + " ".join(TEXTS))
+    prepare([tmp_path / "a.txt"], made, tmp_path / "set")
+    definition["model"]["vocab"] = {t: 10**9 if i == largest else i for t, i in vocab.items()}
+    with pytest.raises(TokenizerError, match="its largest id is 1000000000"):
+        Tokenizer(json.dumps(definition), "far")
+
+
+def test_dropout_is_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    definition = json.loads(tokenizer.json)
+    definition["model"]["dropout"] = 0.5
+    made = Tokenizer(json.dumps(definition), "dropout")
+    for text in TEXTS:
+        assert made.encode(text) == tokenizer.encode(text)
+    path = tmp_path / "a.txt"
+    path.write_text("the house by the river " * 50)
+    prepare([path], made, tmp_path / "set")
+    assert Dataset(tmp_path / "set").document(0).tolist()[:-1] == tokenizer.encode(path.read_text())
+    assert json.loads((tmp_path / "set" / "tokenizer.json").read_text())["model"]["dropout"] is None
+
+
+def test_sentencepiece_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    for name in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(TokenizerError, match="SentencePiece models are not read; convert it"):
+            load_tokenizer(name)
+
+
+def test_the_hub_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    class Session:
+        def head(self, url: str, **_: object) -> None:
+            attempts.append(url)
+            raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(TokenizerError, match=r"nobody/nothing: .*no connection to the hub: .*-2"):
+        load_tokenizer("nobody/nothing")
+    assert len(attempts) == 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TokenizerError, match="HF_HUB_OFFLINE is set"):
+        load_tokenizer("nobody/nothing")
+    assert len(attempts) == 1
+
+
+def hostile(tokenizer: Tokenizer) -> dict[str, str]:
+    """Definitions on which the library panics, aborts or runs for hours."""
+
+    def with_part(**parts: object) -> str:
+        return json.dumps(json.loads(tokenizer.json) | parts)
+
+    def with_model(**parts: object) -> str:
+        definition = json.loads(tokenizer.json)
+        definition["model"] |= parts
+        return json.dumps(definition)
+
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    return {
+        "charsmap": with_part(normalizer=charsmap),
+        "growth": with_part(normalizer={"type": "Sequence", "normalizers": [double] * 60}),
+        "prefix": with_model(continuing_subword_prefix="x" * 99),
+        "model": with_part(model=None),
+        "list": "[]",
+        "number": "3",
+        "nothing": "",
+        "deep": "[" * 100_000,
+    }
+
+
+def test_hostile_definitions_are_refused(tokenizer: Tokenizer) -> None:
+    for name, text in hostile(tokenizer).items():
+        with pytest.raises(TokenizerError, match=f"tokenizer {name}: ") as raised:
+            Tokenizer(text, name)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_split_that_backtracks_is_one_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    definition = json.loads(tokenizer.json)
+    definition["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": r"(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    made = Tokenizer(json.dumps(definition), "slow")
+    text = "a" * 40 + "b"
+    with pytest.raises(TokenizerError):
+        made.encode(text)
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(TokenizerError, match="it cannot encode a text"):
+        prepare([tmp_path / "a.txt"], made, tmp_path / "set")
+    assert not (tmp_path / "set").exists()

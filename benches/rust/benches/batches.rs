@@ -4,34 +4,40 @@ use bd3lm_benches::{VOCAB, config, lengths, spec};
 use bd3lm_core::data::batch::{OwnedBatch, gather_noised};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
-use bd3lm_core::data::store::{StoreWriter, TokenStore};
+use bd3lm_core::data::store::{Recipe, TokenStore, Verify, write_documents};
 use bd3lm_core::noise::NoiseKey;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 fn batches(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let target = folder.path().join("set");
-    let mut writer = StoreWriter::create(&target, VOCAB, "{}").expect("a new data set");
-    for (document, length) in lengths(32_000).into_iter().enumerate() {
-        let ids: Vec<u32> = (0..length - 1)
-            .map(|i| ((document as u64 + i) % 50_000) as u32)
-            .collect();
-        writer.push(&ids).expect("ids are in range");
-        writer.end_document(length).expect("room on the disk");
-    }
-    let total = writer.num_tokens();
-    writer.finish(vec![]).expect("room on the disk");
+    let documents: Vec<Vec<u32>> = (0u64..)
+        .zip(lengths(32_000))
+        .map(|(document, length)| {
+            let ids = (0..length - 1).map(|i| ((document + i) % 50_000) as u32);
+            ids.collect()
+        })
+        .collect();
+    let recipe = Recipe {
+        vocab: VOCAB,
+        tokenizer: "{}".into(),
+        detokenizer: None,
+        no_eos: false,
+    };
+    let documents = documents.iter().map(Vec::as_slice);
+    let manifest = write_documents(&target, recipe, documents).expect("room on the disk");
+    let total = manifest.num_tokens;
 
     let mut group = c.benchmark_group("store/open");
     group.throughput(Throughput::Elements(total));
-    for (name, verify) in [("sizes", false), ("digests", true)] {
+    for (name, verify) in [("sizes", Verify::Never), ("digests", Verify::Always)] {
         group.bench_function(name, |b| {
             b.iter(|| TokenStore::open(&target, verify).expect("it was just written"));
         });
     }
     group.finish();
 
-    let store = TokenStore::open(&target, true).expect("it was just written");
+    let store = TokenStore::open(&target, Verify::Never).expect("it was just written");
     let mut group = c.benchmark_group("batches");
     for l in [128, 1024] {
         let wrap = Packing::Wrap {

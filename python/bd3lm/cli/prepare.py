@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import tyro
 
@@ -14,36 +17,45 @@ from bd3lm.config import DetokenizerName, check, check_number, check_whole
 
 if TYPE_CHECKING:
     from bd3lm.data import Manifest, Tokenizer
+    from bd3lm.data.store import Records
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
     """Tokenize text into a data set, in parallel and in bounded memory.
 
-    Reads .txt, .jsonl and .parquet, the first two also as .gz, .xz or .zst. The result holds
-    tokens.bin and tokens.idx (Megatron's layout), manifest.json and tokenizer.json.
+    Reads .txt, .jsonl, .ndjson, .json and .parquet, all but the last also as .gz, .xz or .zst,
+    folders of them, and - for standard input. The result holds tokens.bin and tokens.idx
+    (Megatron's layout), manifest.json and tokenizer.json. Records that cannot be read are skipped
+    and counted.
     """
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Text files, read in this order."""
+    """Text files and folders, read in this order; - is standard input."""
     out: Path
     """Directory to make."""
     tokenizer: str = "default"
     """default (the shipped byte-level BPE), a file, a folder or a hub name; train:SIZE makes a
     byte-level BPE of that size from the inputs."""
     text_field: str = "text"
-    """Field of jsonl and parquet records that holds the text."""
+    """Field of JSON and parquet records that holds the text; a.b is field b of field a."""
     where: str | None = None
-    """FIELD=VALUE: only records whose field has that value."""
+    """FIELD=VALUE: only records whose field has that value; numbers, true, false and null as in
+    JSON."""
+    format: Literal["txt", "jsonl", "json", "parquet"] | None = None
+    """Format of all inputs. None: by their names, or by their first bytes."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop at the first record that cannot be read, instead of skipping and counting it."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """txt: a document a line, instead of one a file."""
+    """txt: a document a line, instead of one a file or between <|endoftext|> lines."""
     detokenizer: DetokenizerName | None = None
     """Rules that restore the original spelling of a tokenized benchmark text, before tokenizing."""
     eos: bool = True
     """End every document with EOS. --no-eos: documents run into each other, as in the zero-shot
     texts of the BD3-LM paper."""
     valid_fraction: float | None = None
-    """Hold out that share of the documents: makes train/ and valid/."""
+    """Hold out that share of the documents, at least one, or the tail of a single document: makes
+    train/ and valid/."""
     threads: int | None = None
     """Threads that tokenize. None: one for each processor that this process may use."""
 
@@ -77,11 +89,8 @@ def prepare_command(args: PrepareArgs) -> None:
     from bd3lm.data import prepare
 
     console = PlainConsole()
-    where = None
-    if args.where is not None:
-        field, _, value = args.where.partition("=")
-        where = (field, value)
-    tokenizer = _tokenizer(args, where, console)
+    reading = _reading(args)
+    tokenizer = _tokenizer(args, reading, console)
     started = time.perf_counter()
     columns = (
         TextColumn("tokenizing"),
@@ -91,26 +100,19 @@ def prepare_command(args: PrepareArgs) -> None:
         TimeRemainingColumn(),
     )
     show = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
-        passes = 1 if args.valid_fraction is None else 2
+    bar = Progress(*columns, console=console, transient=True, disable=not show)
+    with stopped_by_signals(), bar as progress:
         task = progress.add_task("", total=None, tokens=0)
-        seen = [0, 0]  # passes begun, bytes read at the last call
 
         def update(read: int, total: int, tokens: int) -> None:
-            if read < seen[1]:
-                seen[0] += 1
-            seen[1] = read
-            progress.update(
-                task, total=passes * total, completed=seen[0] * total + read, tokens=tokens
-            )
+            # A pipe has no size.
+            progress.update(task, total=total or None, completed=read, tokens=tokens)
 
         manifests = prepare(
             args.inputs,
             tokenizer,
             args.out,
-            text_field=args.text_field,
-            where=where,
-            lines=args.lines,
+            **reading,
             detokenizer=args.detokenizer,
             eos=args.eos,
             valid_fraction=args.valid_fraction,
@@ -121,24 +123,67 @@ def prepare_command(args: PrepareArgs) -> None:
     facts(console, f"Prepared {args.out}", _report(args, manifests, tokenizer, seconds))
 
 
-def _tokenizer(
-    args: PrepareArgs, where: tuple[str, str] | None, console: PlainConsole
-) -> Tokenizer:
-    """Load the tokenizer, or make one of the inputs."""
-    from bd3lm.data import load_tokenizer, read_documents, train_tokenizer
+class _Reading(TypedDict):
+    text_field: str
+    where: tuple[str, str] | None
+    lines: bool
+    format: str | None
+    strict: bool
+
+
+def _reading(args: PrepareArgs) -> _Reading:
+    """The settings that decide which documents there are."""
+    where = None
+    if args.where is not None:
+        field, _, value = args.where.partition("=")
+        where = (field, value)
+    return {
+        "text_field": args.text_field,
+        "where": where,
+        "lines": args.lines,
+        "format": args.format,
+        "strict": args.strict,
+    }
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Leave nothing behind when the process is told to end: exit code 128 + number.
+
+    A signal that is ignored, as by nohup, stays ignored.
+    """
+    before: dict[signal.Signals, Any] = {}
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        kind = getattr(signal, name, None)
+        if kind is not None and signal.getsignal(kind) is signal.SIG_DFL:
+            before[kind] = signal.signal(kind, stop)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _tokenizer(args: PrepareArgs, reading: _Reading, console: PlainConsole) -> Tokenizer:
+    """Load the tokenizer, or train one on the inputs."""
+    from bd3lm.data import load_tokenizer, train_tokenizer
+    from bd3lm.data.prepare import STDIN, iter_documents
 
     kind, _, size = args.tokenizer.partition(":")
     if kind != "train":
         return load_tokenizer(args.tokenizer)
     whole = size.isascii() and size.isdigit() and len(size) < 10
     check(whole, "tokenizer", args.tokenizer, "train:SIZE with a whole number")
-    console.print(f"learning a byte-level BPE of {int(size):,} ids from the inputs")
-    texts = (
-        text
-        for path in args.inputs
-        for text in read_documents(path, text_field=args.text_field, where=where, lines=args.lines)
-    )
-    return train_tokenizer(texts, int(size))
+    for path in args.inputs:
+        again = str(path) != STDIN and (path.is_file() or path.is_dir() or not path.exists())
+        check(again, "tokenizer", args.tokenizer, f"a tokenizer: {path} cannot be read twice")
+    console.print(f"training a byte-level BPE of {int(size):,} ids on the inputs")
+    documents = iter_documents(args.inputs, **reading)
+    return train_tokenizer((text for text, _ in documents), int(size))
 
 
 def _report(
@@ -157,7 +202,31 @@ def _report(
         f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id}, "
         f"EOS {tokenizer.eos_id}, mask {tokenizer.mask_id}"
     )
+    rows |= _records(manifests[0].records)
     rows["time"] = f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
     if len(manifests) == 2:
         rows["next"] = command("bd3lm-train", "--data", args.out)
+    return rows
+
+
+def _records(records: Records | None) -> dict[str, str]:
+    """The records that were not taken as they are."""
+    if records is None:
+        return {}
+    counts = {
+        "filtered out": records.filtered,
+        "empty": records.empty,
+        "null": records.null,
+        "not readable": records.bad,
+    }
+    left_out = [f"{count:,} {cause}" for cause, count in counts.items() if count]
+    rows = {}
+    if left_out:
+        rows["left out"] = f"{', '.join(left_out)}, of {records.read:,} records"
+    if records.first_bad:
+        rows["not readable"] = f"first: {records.first_bad}"
+    if records.repaired:
+        rows["repaired"] = f"{records.repaired:,} with half a surrogate pair, now U+FFFD"
+    if records.long:
+        rows["in parts"] = f"{records.long:,} longer than 64 MiB"
     return rows

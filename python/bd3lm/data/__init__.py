@@ -31,8 +31,8 @@ __all__ = [
     "train_tokenizer",
 ]
 
-# These hold tensors. PyTorch takes seconds and hundreds of megabytes to import, which preparing
-# text has no use for, so they are imported when they are asked for.
+# These hold tensors. PyTorch takes seconds and hundreds of megabytes to import, and preparing text
+# does not need it, so they are imported on first use.
 _WITH_TENSORS = {
     "Batch": "rows",
     "Loader": "rows",
@@ -46,7 +46,7 @@ _WITH_TENSORS = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is not imported yet."""
+    """Import a name on first use."""
     module = _WITH_TENSORS.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from bd3lm.data.noise import NoiseSpec
 from bd3lm.data.rows import Batch, Loader
 
 AHEAD = 2
-"""Steps that are made before they are asked for: one to use, one to be late with."""
+"""Steps that are made ahead of the current one."""
 
 
 class _Made(NamedTuple):
@@ -23,14 +23,13 @@ class _Made(NamedTuple):
 class Prefetcher:
     """The batches of each step, those of the next ones already being made.
 
-    A batch is a function of (seed, step, noise), so what is made ahead is what would have been
-    made later, bit for bit. One made with noise that was replaced meanwhile is thrown away. The
-    work is done in Rust without the interpreter's lock, by one thread that starts with the first
+    A batch is a function of (seed, step, noise), so a prefetched batch is the same, bit for bit. One
+    made with noise that was replaced meanwhile is thrown away. The work is done in Rust without the interpreter's lock, by one thread that starts with the first
     batch and ends with :meth:`close`.
 
     Args:
         loader: makes the batches.
-        steps: of the run; nothing is made for later ones unless it is asked for.
+        steps: of the run; later ones are made only on request.
         parts: micro-batches of a step.
         on_start: called in the thread before its first batch, or None. A thread has a current
             CUDA device of its own, and page-locked memory belongs to that device.
@@ -49,7 +48,7 @@ class Prefetcher:
         self._thread: ThreadPoolExecutor | None = None
 
     def get(self, step: int, spec: NoiseSpec) -> list[Batch]:
-        """The parts of one step's batch; then the next steps are begun with the same noise.
+        """Get the parts of one step's batch, and begin the next steps with the same noise.
 
         Raises:
             ConfigError: noise that these rows do not allow.
@@ -65,7 +64,7 @@ class Prefetcher:
         return wanted.batches.result()
 
     def close(self) -> None:
-        """Forget what was made ahead and end the thread, waiting for the batch it is at."""
+        """Drop the prefetched batches and end the thread; waits for its current batch."""
         self._made.clear()
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bd3lm import _core
 from bd3lm.data.store import Manifest
 from bd3lm.data.tokenizers import Tokenizer
-from bd3lm.errors import ConfigError, ExistsError
-from bd3lm.files import storage_errors
+from bd3lm.errors import ConfigError
 
-HIDDEN = ".partial"
-"""Name, or end of the name, of what is being written."""
 Progress = Callable[[int, int, int], None]
 """``(bytes read, bytes in all, tokens written)``; may raise to stop."""
+
+STDIN = "-"
+"""The name of standard input."""
 
 
 def prepare(
@@ -28,6 +25,9 @@ def prepare(
     text_field: str = "text",
     where: tuple[str, str] | None = None,
     lines: bool = False,
+    format: str | None = None,
+    strict: bool = False,
+    rows: tuple[int, int] | None = None,
     detokenizer: str | None = None,
     eos: bool = True,
     valid_fraction: float | None = None,
@@ -36,104 +36,83 @@ def prepare(
 ) -> list[Manifest]:
     """Tokenize text files into a data set, in parallel and in bounded memory.
 
-    Everything is written to a hidden folder, both sides of a split included, and renamed at the
-    end: ``out`` is whole or not there. A killed process may leave the hidden folder; the next one
-    with the same ``out`` removes it and starts again.
+    The files are written under a hidden name, both sides of a split included, synced to the disk
+    and renamed at the end: ``out`` is whole or not there. Another process that makes the same
+    ``out`` is refused. A killed process leaves a hidden folder, which the next one replaces.
+
+    A record that cannot be read is skipped and counted in :attr:`Manifest.records`, as are empty
+    and null texts. A plain text longer than 64 MiB is tokenized in parts, cut where that does not
+    change the ids of a byte-level BPE or WordPiece; a longer record of JSON or parquet is skipped.
 
     Args:
-        inputs: txt, jsonl or parquet files, the first two also as .gz, .xz or .zst.
-        tokenizer: what makes the ids.
+        inputs: txt, jsonl, json or parquet files, all but the last also as .gz, .xz or .zst;
+            folders of them; ``-`` is standard input. In a txt file, ``<|endoftext|>`` separates
+            documents.
+        tokenizer: makes the ids.
         out: directory to make; must not exist, or be empty.
-        text_field: field of jsonl and parquet records that holds the text.
-        where: ``(field, value)``: only records whose field has that value.
+        text_field: field of JSON and parquet records that holds the text; ``a.b`` is field ``b``
+            of field ``a``.
+        where: ``(field, value)``: only records whose field has that value. Numbers, booleans and
+            null are written as in JSON.
         lines: txt: a document a line, instead of one a file.
+        format: txt, jsonl, json or parquet for all files; None: by their names, or by their first
+            bytes where they have no extension.
+        strict: raise for the first record that cannot be read.
+        rows: ``(first, end)``: only these records of all files together.
         detokenizer: rules that put a tokenized benchmark text back as it was written: lm1b,
             wikitext, ptb, lambada or scientific_papers. Bytes are counted after them.
         eos: end every document with EOS; without it they run into each other, as the paper's
             zero-shot texts do.
-        valid_fraction: hold out that share of the documents, by a fixed hash of their number:
-            ``out`` then holds ``train/`` and ``valid/``.
-        threads: that tokenize; None: one for each processor that this process may use.
-        progress: told how far it is.
+        valid_fraction: hold out that share of the documents, by a fixed hash of their number, but
+            at least one: ``out`` then holds ``train/`` and ``valid/``. The tail of a single
+            document is held out.
+        threads: that tokenize, 1 to 1024; None: one a core that this process may use.
+        progress: called now and then.
 
     Returns:
         The manifest, or those of train and valid.
 
     Raises:
-        ExistsError: ``out`` already holds something.
-        FormatError: a file or record that cannot be read.
-        EmptyCorpusError: no text at all, or none on one side of the split.
+        ConfigError: a setting outside its range.
+        ExistsError: ``out`` already holds something, or another process is making it.
+        FormatError: a file that cannot be read, or in which no record can.
+        EmptyCorpusError: no text at all, or a single document too short to be divided.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(child.name != HIDDEN for child in out.iterdir())):
-        held = "already exists" if out.is_dir() else "is a file"
-        raise ExistsError(f"{out} {held}; choose another output or remove it first")
+    threads = available_threads() if threads is None else threads
+    if not 1 <= threads <= 1024:
+        raise ConfigError("threads", threads, "1 to 1024")
     if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
         raise ConfigError("valid-fraction", valid_fraction, "above 0 and below 1")
-    sides: list[tuple[str, tuple[float, bool] | None]] = [("", None)]
-    if valid_fraction is not None:
-        sides = [("train", (valid_fraction, False)), ("valid", (valid_fraction, True))]
-    manifests = []
-    with _staged(out) as staged:
-        for side, hold_out in sides:
-            text = _core.prepare(
-                [str(path) for path in inputs],
-                str(staged / side) if side else str(staged),
-                tokenizer.json,
-                tokenizer.special,
-                text_field=text_field,
-                filter=where,
-                lines=lines,
-                detokenizer=detokenizer,
-                no_eos=not eos,
-                hold_out=hold_out,
-                threads=threads or available_processors(),
-                progress=progress,
-            )
-            manifests.append(Manifest.from_json(text))
-    return manifests
+    manifests = _core.prepare(
+        [str(path) for path in inputs],
+        # The working directory may be given as ".", which has no name to write a sibling of.
+        str(out),
+        tokenizer.json,
+        tokenizer.special,
+        reading=_reading(
+            text_field=text_field,
+            where=where,
+            lines=lines,
+            format=format,
+            strict=strict,
+            rows=rows,
+            detokenizer=detokenizer,
+            no_eos=not eos,
+        ),
+        held_out=valid_fraction,
+        threads=threads,
+        progress=progress,
+    )
+    return [Manifest.from_json(text) for text in manifests]
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder to be made, whose content becomes that of ``out`` if the block ends without error.
-
-    It lies in a hidden sibling of a new ``out``, and is renamed. An empty folder that exists is
-    kept, for it may be a link, a mount or the current folder: then it lies in a hidden folder
-    inside, and its files are moved up, the manifest last.
-    """
-    fresh = not out.exists()
-    hidden = out.with_name(f".{out.name}{HIDDEN}") if fresh else out / HIDDEN
-    new_parents = [parent for parent in out.parents if not parent.exists()]
-    staged = hidden / "data"
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        yield staged
-        with storage_errors(out):
-            if fresh:
-                staged.rename(out)
-            else:
-                names = sorted(os.listdir(staged), key=lambda name: name == "manifest.json")
-                for name in names:
-                    (staged / name).rename(out / name)
-        shutil.rmtree(hidden, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # another process may use it by now
-                parent.rmdir()
-        raise
-
-
-def available_processors() -> int:
-    """Processors that this process may use, by its affinity."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def available_threads() -> int:
+    """Threads that this process may run at once, by its affinity and its cgroup's quota."""
+    return _core.available_threads()
 
 
 def detokenize(name: str, text: str) -> str:
-    """A tokenized benchmark text as it was written, by the rules that the paper's code applies.
+    """Put a tokenized benchmark text back as it was written, by the rules of the paper's code.
 
     Args:
         name: lm1b, wikitext, ptb, lambada or scientific_papers.
@@ -148,6 +127,30 @@ def detokenize(name: str, text: str) -> str:
     return _core.detokenize(name, text)
 
 
+def iter_documents(
+    inputs: Sequence[Path | str],
+    *,
+    text_field: str = "text",
+    where: tuple[str, str] | None = None,
+    lines: bool = False,
+    format: str | None = None,
+    strict: bool = False,
+    rows: tuple[int, int] | None = None,
+) -> Iterator[tuple[str, bool]]:
+    """Read documents in bounded memory; see :func:`prepare` for the arguments.
+
+    Yields:
+        Text and whether its document ends there: one longer than 64 MiB comes in parts.
+
+    Raises:
+        FormatError: a file that cannot be read, or in which no record can.
+    """
+    reading = _reading(
+        text_field=text_field, where=where, lines=lines, format=format, strict=strict, rows=rows
+    )
+    return iter(_core.Documents([str(path) for path in inputs], reading=reading))
+
+
 def read_documents(
     path: Path | str,
     *,
@@ -155,13 +158,40 @@ def read_documents(
     where: tuple[str, str] | None = None,
     lines: bool = False,
 ) -> list[str]:
-    """Documents of one text file, all in memory; see :func:`prepare` for the arguments.
+    """Read all documents of a file or folder into memory; see :func:`prepare` for the arguments.
 
     Raises:
-        FormatError: a file or record that cannot be read.
+        FormatError: a file that cannot be read, or in which no record can.
     """
     documents: list[str] = []
-    _core.for_each_document(
-        str(path), documents.append, text_field=text_field, filter=where, lines=lines
-    )
+    begun: list[str] = []
+    for text, last in iter_documents([path], text_field=text_field, where=where, lines=lines):
+        begun.append(text)
+        if last:
+            documents.append("".join(begun))
+            begun.clear()
     return documents
+
+
+def _reading(
+    *,
+    text_field: str,
+    where: tuple[str, str] | None,
+    lines: bool,
+    format: str | None,
+    strict: bool,
+    rows: tuple[int, int] | None,
+    detokenizer: str | None = None,
+    no_eos: bool = False,
+) -> Mapping[str, object]:
+    """The settings of a reader, as Rust takes them."""
+    return {
+        "text_field": text_field,
+        "filter": where,
+        "lines": lines,
+        "format": format,
+        "strict": strict,
+        "rows": rows,
+        "detokenizer": detokenizer,
+        "no_eos": no_eos,
+    }

@@ -1,4 +1,4 @@
-"""From what a user names (nothing, a prepared directory, text files) to opened data sets."""
+"""From the data that a user names (nothing, a prepared directory, text) to opened data sets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from bd3lm.data.hub import PREFIX, named, prepare_split
-from bd3lm.data.prepare import prepare
-from bd3lm.data.store import Dataset
+from bd3lm.data.prepare import STDIN, prepare
+from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm.errors import ConfigError, MissingFileError
 
 HELD_OUT = 0.05
+MANIFEST = "manifest.json"
+
+Verify = bool | Literal["auto"]
+"""When a data set is verified; see :class:`bd3lm.data.Dataset`."""
+
+
+class _Options(TypedDict):
+    text_field: str
+    verify: Verify
 
 
 @dataclass(frozen=True)
@@ -32,74 +42,98 @@ def open_splits(
     note: Callable[[str], None],
     *,
     text_field: str = "text",
+    verify: Verify = "auto",
 ) -> Splits:
     """Open the data that is named, tokenizing text into ``work`` where that has not been done.
 
     Nothing named: the corpus shipped with the package. A directory with ``train/`` and
-    ``valid/``: those. A prepared data set needs ``valid``; a text file without it has a share of
-    its documents held out.
+    ``valid/``: those. A prepared data set needs ``valid``, which may be text; a text file or a
+    folder of them has a share held out.
 
     Args:
         data: training data, or None.
         valid: validation data, or None.
         tokenizer: name or path, for text.
-        work: directory for what has to be tokenized.
+        work: directory for text that has to be tokenized.
         note: called with a line on each step.
-        text_field: field of jsonl and parquet records that holds the text.
+        text_field: field of JSON and parquet records that holds the text.
+        verify: when the data sets are verified.
 
     Raises:
         MissingFileError: a path that does not exist.
         NotADatasetError: a directory that is not a prepared data set.
-        ConfigError: validation data is missing and cannot be made; a tokenizer that is not the
-            one of a prepared data set.
+        ConfigError: validation data is missing and cannot be made, or the tokenizer that is named
+            is not that of the prepared data.
     """
     if data is None:
-        return _default(tokenizer, work, note)
+        return _default(tokenizer, work, note, verify)
     if data.startswith(PREFIX):
-        return _from_hub(data.removeprefix(PREFIX), valid, tokenizer, work, note)
+        return _from_hub(data.removeprefix(PREFIX), valid, tokenizer, work, note, verify)
     train = Path(data)
-    if not train.exists():
-        raise MissingFileError(f"{train}: no such file or directory")
-    has_splits = (train / "train").is_dir() and (train / "valid").is_dir()
+    if valid is None and _is_prepared(train / "train") and _is_prepared(train / "valid"):
+        splits = Splits(
+            Dataset(train / "train", verify=verify), Dataset(train / "valid", verify=verify)
+        )
+        _check_tokenizer(splits.train, tokenizer)
+        return splits
     if valid is not None:
-        folder = train / "train" if has_splits else train
-        opened = open_data(folder, tokenizer, work / "train", note, text_field=text_field)
-        _check_tokenizer(tokenizer, opened, folder)
+        has_splits = _is_prepared(train / "train") and _is_prepared(train / "valid")
+        train = train / "train" if has_splits else train
+        options: _Options = {"text_field": text_field, "verify": verify}
+        opened = open_data(train, tokenizer, work / "train", note, **options)
         # Text that goes with a prepared data set is tokenized as that was.
         own = opened.tokenizer
-        return Splits(
-            opened, open_data(Path(valid), own, work / "valid", note, text_field=text_field)
-        )
-    if train.is_dir():
-        if has_splits:
-            opened = Dataset(train / "train")
-            _check_tokenizer(tokenizer, opened, train)
-            return Splits(opened, Dataset(train / "valid"))
-        Dataset(train)  # its own error first, if it is no data set at all
+        return Splits(opened, open_data(Path(valid), own, work / "valid", note, **options))
+    if _is_prepared(train):
+        Dataset(train, verify=False)  # its own error first, if it is no data set at all
         raise ConfigError(
             "valid", None, f"a path: {train} holds no train/ and valid/ to choose from"
         )
+    _check_exists(train)
     if not (work / "train").is_dir():
-        note(f"tokenizing {train}, {HELD_OUT:.0%} of its documents held out for validation")
+        note(f"tokenizing {_named(train)}, {HELD_OUT:.0%} of it held out for validation")
         loaded = load_tokenizer(tokenizer)
-        prepare([train], loaded, work, text_field=text_field, valid_fraction=HELD_OUT)
-    return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+        made = prepare([train], loaded, work, text_field=text_field, valid_fraction=HELD_OUT)
+        _note_skipped(made[0], note)
+    return Splits(Dataset(work / "train", verify=verify), Dataset(work / "valid", verify=verify))
 
 
-def _check_tokenizer(name: str, data: Dataset, path: Path) -> None:
-    """Refuse a tokenizer that a prepared data set was not made with.
+def _is_prepared(path: Path) -> bool:
+    return (path / MANIFEST).exists()
 
-    Raises:
-        ConfigError: it is named, and another one.
-    """
-    if name != "default" and load_tokenizer(name).sha256 != data.manifest.tokenizer_sha256:
-        raise ConfigError(
-            "tokenizer", name, f"left out: {path} is tokenized already, with another tokenizer"
-        )
+
+def _named(path: Path) -> str:
+    return "standard input" if str(path) == STDIN else str(path)
+
+
+def _check_exists(path: Path) -> None:
+    if str(path) != STDIN and not path.exists():
+        raise MissingFileError(f"{path}: no such file or directory")
+
+
+def _check_tokenizer(data: Dataset, tokenizer: str | Tokenizer) -> None:
+    """Refuse a tokenizer that is named and is not the one that made the data."""
+    if tokenizer == "default":
+        return
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if loaded.sha256 != data.manifest.tokenizer_sha256:
+        allowed = f"left out or the tokenizer that {data.path} was prepared with"
+        raise ConfigError("tokenizer", loaded.name, allowed)
+
+
+def _note_skipped(manifest: Manifest, note: Callable[[str], None]) -> None:
+    records = manifest.records
+    if records is not None and records.bad:
+        note(f"skipped {records.bad:,} of {records.read:,} records ({records.first_bad})")
 
 
 def _from_hub(
-    name: str, valid: str | None, tokenizer: str, work: Path, note: Callable[[str], None]
+    name: str,
+    valid: str | None,
+    tokenizer: str,
+    work: Path,
+    note: Callable[[str], None],
+    verify: Verify,
 ) -> Splits:
     """A data set of the hub; its own validation split, or the one that is named."""
     source = named(name)
@@ -114,9 +148,9 @@ def _from_hub(
     loaded = load_tokenizer(tokenizer)
     for target, kind, part in (("train", source, source.train), ("valid", held_out, split)):
         if not (work / target).is_dir():
-            note(f"preparing {PREFIX}{kind.path}, split {part}")
+            note(f"preparing {kind.name(part)}")
             prepare_split(kind, part, loaded, work / target)
-    return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+    return Splits(Dataset(work / "train", verify=verify), Dataset(work / "valid", verify=verify))
 
 
 def open_data(
@@ -129,8 +163,9 @@ def open_data(
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
+    verify: Verify = "auto",
 ) -> Dataset:
-    """Open a prepared directory, or tokenize a text file or hub data set into ``work``.
+    """Open a prepared directory, or tokenize text or a hub data set into ``work``.
 
     ``text_field``, ``lines``, ``detokenizer`` and ``eos`` are those of
     :func:`bd3lm.data.prepare`, for text. A data set of the hub has its own detokenizer unless one
@@ -139,20 +174,24 @@ def open_data(
     Raises:
         MissingFileError: the path does not exist.
         NotADatasetError: a directory that is not a prepared data set.
+        ConfigError: the tokenizer that is named is not that of the prepared data.
     """
     source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
     if source is not None and detokenizer is not None:
         source = replace(source, detokenizer=detokenizer)
-    if source is None and not path.exists():
-        raise MissingFileError(f"{path}: no such file or directory")
-    if source is None and path.is_dir():
-        return Dataset(path)
-    if work.is_dir():
-        return Dataset(work)
-    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    note(f"tokenizing {path}")
     if source is None:
-        prepare(
+        _check_exists(path)
+        if _is_prepared(path) or _is_prepared(path / "train") or _is_prepared(path / "valid"):
+            opened = Dataset(path, verify=verify)
+            if isinstance(tokenizer, str):
+                _check_tokenizer(opened, tokenizer)
+            return opened
+    if work.is_dir():
+        return Dataset(work, verify=verify)
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if source is None:
+        note(f"tokenizing {_named(path)}")
+        made = prepare(
             [path],
             loaded,
             work,
@@ -161,14 +200,16 @@ def open_data(
             detokenizer=detokenizer,
             eos=eos,
         )
+        _note_skipped(made[0], note)
     else:
         split = source.valid or source.train
         assert split is not None, "every data set has one"
+        note(f"preparing {source.name(split)}")
         prepare_split(source, split, loaded, work, eos=eos)
-    return Dataset(work)
+    return Dataset(work, verify=verify)
 
 
-def _default(tokenizer: str, work: Path, note: Callable[[str], None]) -> Splits:
+def _default(tokenizer: str, work: Path, note: Callable[[str], None], verify: Verify) -> Splits:
     missing = [split for split in ("train", "valid") if not (work / split).is_dir()]
     if missing:
         note("tokenizing the English text shipped with the package")
@@ -176,4 +217,4 @@ def _default(tokenizer: str, work: Path, note: Callable[[str], None]) -> Splits:
         with as_file(files("bd3lm") / "assets" / "default_corpus.jsonl.xz") as corpus:
             for split in missing:
                 prepare([corpus], loaded, work / split, where=("split", split))
-    return Splits(Dataset(work / "train"), Dataset(work / "valid"))
+    return Splits(Dataset(work / "train", verify=verify), Dataset(work / "valid", verify=verify))

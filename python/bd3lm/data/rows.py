@@ -141,7 +141,7 @@ class Loader:
     is cut into parts, nor of threads. There is no state to save; a step number is all it takes.
 
     Args:
-        rows: what to draw from.
+        rows: to draw from.
         batch_size: rows of the global batch.
         seed: of order and noise.
         pinned: put batches into page-locked memory, from which a GPU copies while it computes.
@@ -155,7 +155,7 @@ class Loader:
 
         Args:
             step: from 0.
-            spec: what noise to draw.
+            spec: the noise to draw.
             part: ``(index, number)``: a micro-batch or a rank's share; the number divides
                 ``batch_size``.
 

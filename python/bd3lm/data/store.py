@@ -1,4 +1,4 @@
-"""Prepared data sets: token files in the Megatron layout, with a manifest beside them."""
+"""Prepared data sets: token files in the Megatron layout, and their manifest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,22 +17,51 @@ from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a prepared directory says of itself.
+class Records:
+    """Counts of the records of a data set's sources, by outcome.
 
     Attributes:
+        read: records in all.
+        filtered: left out by ``where``.
+        empty: left out: an empty text.
+        null: left out: a null text.
+        bad: left out: could not be read.
+        first_bad: the first of these, and why.
+        repaired: kept, with U+FFFD in place of half a surrogate pair.
+        long: kept, but tokenized in parts of up to 64 MiB.
+    """
+
+    read: int = 0
+    filtered: int = 0
+    empty: int = 0
+    null: int = 0
+    bad: int = 0
+    first_bad: str | None = None
+    repaired: int = 0
+    long: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a prepared directory.
+
+    Attributes:
+        sha256: digest of the manifest, which holds the digests of all files: it names the data.
         tokenizer_sha256: digest of the tokenizer's JSON.
         vocab_size: number of ids, the mask id included.
-        bos_id: stands at position 0 of every row.
+        bos_id: first token of every row.
         eos_id: ends every document.
         mask_id: the noise; never in a text.
         num_documents: documents, empty ones left out.
         num_tokens: tokens, the EOS of every document included.
-        num_bytes: UTF-8 bytes of the text.
+        num_bytes: UTF-8 bytes of the text; nothing in the set can contradict it.
         dtype: ``uint16`` or ``int32``.
-        source: names of what was read.
+        source: names of the files that were read.
+        records: counts of their records, those of both sides of a split together; None in data
+            sets made before they were counted.
     """
 
+    sha256: str
     tokenizer_sha256: str
     vocab_size: int
     bos_id: int
@@ -42,12 +72,15 @@ class Manifest:
     num_bytes: int
     dtype: str
     source: list[str]
+    records: Records | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """From the content of ``manifest.json``, which Rust has checked."""
+        """Read the content of a ``manifest.json``, which Rust has checked."""
         values = json.loads(text)
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        if values.get("records") is not None:
+            values["records"] = Records(**values["records"])
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 class Dataset:
@@ -55,23 +88,26 @@ class Dataset:
 
     Args:
         path: a directory made by :func:`bd3lm.data.prepare`.
-        verify: also check digests and the range of every id; sizes are always checked.
+        verify: compare the files with their digests, and every id with the vocabulary: ``auto``
+            once, until a file changes by size, times or inode; True always; False never. Sizes and
+            structure are always checked. That a data set of 64 MiB or more was verified is
+            remembered in ``.verified.json`` among its files, or in the user's cache.
 
     Raises:
         MissingFileError: no such directory.
         NotADatasetError: a directory that holds something else.
         TruncatedError: a file that is not as long as the manifest says.
-        CorruptError: a file whose content is not what was written.
+        CorruptError: a file whose content is not the one that was written.
     """
 
-    def __init__(self, path: Path | str, *, verify: bool = True) -> None:
+    def __init__(self, path: Path | str, *, verify: bool | Literal["auto"] = "auto") -> None:
         self.path = Path(path)
-        self.core = _core.TokenStore.open(str(path), verify)
+        self.core = _core.TokenStore.open(str(path), None if verify == "auto" else verify)
         self.manifest = Manifest.from_json(self.core.manifest or "{}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made it."""
+        """The tokenizer that made the ids."""
         tokenizer = load_tokenizer(self.path / "tokenizer.json")
         tokenizer.check_matches(self.manifest, self.path)
         return tokenizer
@@ -87,11 +123,11 @@ class Dataset:
         return self.core.num_tokens
 
     def token_counts(self) -> NDArray[np.uint64]:
-        """How often each id occurs, [V]."""
+        """Count the occurrences of each id, [V]."""
         return self.core.token_counts()
 
     def document(self, index: int) -> NDArray[np.int64]:
-        """Ids of one document, its EOS included.
+        """Get the ids of one document, its EOS included.
 
         Raises:
             ConfigError: there is no such document.
@@ -100,12 +136,12 @@ class Dataset:
 
 
 class TokenArrays:
-    """Documents of token ids in memory, where a :class:`Dataset` would be used.
+    """Documents of token ids in memory; takes the place of a :class:`Dataset`.
 
     Args:
         documents: ids of each document; an EOS is not added.
         vocab_size: number of ids, the mask id included.
-        bos_id: stands at position 0 of every row.
+        bos_id: first token of every row.
         eos_id: ends documents.
         mask_id: the noise.
 
@@ -129,5 +165,5 @@ class TokenArrays:
         )
 
     def token_counts(self) -> NDArray[np.uint64]:
-        """How often each id occurs, [V]."""
+        """Count the occurrences of each id, [V]."""
         return self.core.token_counts()

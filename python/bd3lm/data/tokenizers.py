@@ -4,20 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers as hf
 
-from bd3lm import hub
+from bd3lm import _core
+from bd3lm.data.tokenizer_files import find_definition
 from bd3lm.errors import ConfigError, TokenizerError
 
-BOS_NAMES = ("<|endoftext|>", "[CLS]", "<|begin_of_text|>", "<|bos|>", "<bos>", "<s>")
-EOS_NAMES = ("<|endoftext|>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>")
-MASK_NAMES = ("[MASK]", "<|mask|>", "<mask>", "<|MASK|>")
+# The first of these that a tokenizer has, where its configuration names none.
+BOS_NAMES = (
+    "<|startoftext|>",
+    "<|begin_of_text|>",
+    "<|bos|>",
+    "<bos>",
+    "[BOS]",
+    "<s>",
+    "[CLS]",
+    "<｜begin▁of▁sentence｜>",
+    "<|endoftext|>",
+)
+EOS_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eos|>",
+    "<eos>",
+    "[EOS]",
+    "</s>",
+    "[SEP]",
+    "<｜end▁of▁sentence｜>",
+)
+MASK_NAMES = ("[MASK]", "<|mask|>", "<mask>", "<|MASK|>", "<|mdm_mask|>", "<MASK>", "<mask_token>")
+
+ROLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "bos": (("bos_token", "cls_token"), BOS_NAMES),
+    "eos": (("eos_token", "sep_token"), EOS_NAMES),
+    "mask": (("mask_token",), MASK_NAMES),
+}
+"""Keys of ``tokenizer_config.json`` and usual names of each special token."""
+
+KEY = "roles"
+"""Key of an added token under which a definition keeps roles that a configuration file gave it."""
+
+TRAIN_BYTES = 1 << 30
+"""Text from which a tokenizer is trained: more hardly changes its merges, and costs memory."""
 
 
 class SpecialIds(Protocol):
@@ -30,7 +64,7 @@ class SpecialIds(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Stands at position 0."""
+        """First token of every row."""
         ...
 
     @property
@@ -47,40 +81,74 @@ class SpecialIds(Protocol):
 class Tokenizer:
     """A Hugging Face tokenizer and the ids a diffusion model needs.
 
-    BOS and EOS are looked up under the usual names. The mask token is the tokenizer's own where
-    it has one, else an id of its own after the last (GPT-2: 50257, so that V = 50258).
+    BOS, EOS and the mask are the tokens that the tokenizer's configuration names, else those under
+    the usual names. One token serves as both BOS and EOS where there is no other. Without a mask
+    token, the mask is an id of its own after the largest (GPT-2: 50257, so that V = 50258). Ids
+    below V that the tokenizer does not use are allowed.
+
+    Padding, truncation and BPE-dropout are off.
 
     Args:
         text: content of a ``tokenizer.json``.
         name: for messages.
+        special: names of special tokens by their key in ``tokenizer_config.json`` (``bos_token``,
+            ``eos_token``, ``cls_token``, ``sep_token``, ``mask_token``).
 
     Raises:
-        TokenizerError: a definition that does not load, or that has no end-of-text token.
+        TokenizerError: a definition that does not load, or without any token to end a text.
     """
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, special: Mapping[str, str] | None = None) -> None:
+        self.name = name
         try:
-            self._inner = hf.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"tokenizer {name}: {error}") from error
-        self._inner.no_padding()
-        self._inner.no_truncation()
-        self.name, self.json = name, text
-        size = 1 + max(self.ids().values(), default=-1)
-        self.eos_id = self._find(EOS_NAMES, "end-of-text")
-        self.bos_id = self._find(BOS_NAMES, "beginning-of-text")
-        named = [i for i in map(self._inner.token_to_id, MASK_NAMES) if i is not None]
-        self.mask_id = named[0] if named else size
+            largest = _core.vet_tokenizer(text)
+        except TokenizerError as error:
+            raise TokenizerError(str(error).replace("definition", name, 1)) from None
+        self._load(_without_dropout(text))
+        ids = self._roles(special or {})
+        with errors_of_library(name):
+            size = self._inner.get_vocab_size(with_added_tokens=True)
+        size = max(size, (largest or 0) + 1)
+        bos, eos, mask = (ids.get(role) for role in ROLES)
+        if bos is None and eos is None:
+            raise TokenizerError(
+                f"tokenizer {name}: it has no token that ends a text; one of "
+                f"{', '.join(EOS_NAMES)} is needed, or a tokenizer_config.json that names one"
+            )
+        self.eos_id = _either(eos, bos)
+        self.bos_id = _either(bos, eos)
+        self.mask_id = size if mask is None else mask
         self.vocab_size = max(size, self.mask_id + 1)
+        if self.mask_id in (self.bos_id, self.eos_id):
+            raise TokenizerError(f"tokenizer {name}: its mask token is also its BOS or EOS token")
 
-    def _find(self, names: Sequence[str], what: str) -> int:
-        for name in names:
-            found = self._inner.token_to_id(name)
-            if found is not None:
-                return found
-        raise TokenizerError(
-            f"tokenizer {self.name}: no {what} token; one of {', '.join(names)} is needed"
-        )
+    def _load(self, text: str) -> None:
+        self.json = text
+        with errors_of_library(self.name):
+            self._inner = hf.Tokenizer.from_str(text)
+            self._inner.no_padding()
+            self._inner.no_truncation()
+
+    def _roles(self, special: Mapping[str, str]) -> Mapping[str, int]:
+        """The ids of the special tokens, by role: the definition's own, named, or usual."""
+        own = _own_roles(self.json)
+        usual = {role: self._find(names) for role, (_, names) in ROLES.items()}
+        given = {
+            role: self._find([special[key] for key in keys if key in special])
+            for role, (keys, _) in ROLES.items()
+        }
+        named = {role: i for role, i in given.items() if i is not None and role not in own}
+        if any(usual[role] != i for role, i in named.items()):
+            # The definition is then complete by itself, in a data set or a checkpoint.
+            contents = {i: self._inner.id_to_token(i) or "" for i in named.values()}
+            self._load(_with_roles(self.json, named, contents))
+        found = {role: i for role, i in usual.items() if i is not None}
+        return {**found, **named, **own}
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        """The id of the first of these tokens that there is."""
+        ids = map(self._inner.token_to_id, names)
+        return next((found for found in ids if found is not None), None)
 
     @cached_property
     def sha256(self) -> str:
@@ -103,9 +171,10 @@ class Tokenizer:
         """
         definition = json.loads(self.json)
         added = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
-        own = [name for name in MASK_NAMES if self._inner.token_to_id(name) is not None]
-        if own:
-            raise ConfigError("mask-token", token, f"left out: {self.name} has {own[0]}")
+        own = self._roles({}).get("mask")
+        if own is not None:
+            mine = self._inner.id_to_token(own)
+            raise ConfigError("mask-token", token, f"left out: {self.name} has {mine}")
         if token not in added:
             raise ConfigError("mask-token", token, f"an added token of {self.name}")
         if added[token]["id"] in (self.bos_id, self.eos_id):
@@ -118,13 +187,27 @@ class Tokenizer:
         return self.vocab_size, self.bos_id, self.eos_id, self.mask_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens around it."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """Encode a text, without special tokens around it.
+
+        A text that spells out the mask token has the mask id there, which lets a prompt hold
+        places to fill; :func:`bd3lm.data.prepare` encodes it as ordinary characters.
+
+        Raises:
+            TokenizerError: a text that is not UTF-8, or that the model cannot encode.
+        """
+        with errors_of_library(self.name):
+            if not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise TokenizerError("the text must be UTF-8: it holds other bytes") from None
+            return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out."""
+        """Decode ids; special tokens are left out."""
         known = [i for i in ids if i not in (self.bos_id, self.eos_id, self.mask_id)]
-        return self._inner.decode(known, skip_special_tokens=True)
+        with errors_of_library(self.name):
+            return self._inner.decode(known, skip_special_tokens=True)
 
     def check_matches(self, other: SpecialIds, source: object) -> None:
         """Check that a vocabulary has the same special ids.
@@ -138,6 +221,67 @@ class Tokenizer:
                 raise TokenizerError(
                     f"tokenizer {self.name}: its {field} is {mine}, that of {source} is {theirs}"
                 )
+
+
+def _either(one: int | None, other: int | None) -> int:
+    found = one if one is not None else other
+    assert found is not None
+    return found
+
+
+@contextmanager
+def errors_of_library(name: str) -> Iterator[None]:
+    """Raise exceptions and panics of the ``tokenizers`` library as one kind of error."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        # A panic of Rust is no Exception; other exceptions of that sort pass.
+        panic = type(error).__name__ == "PanicException"
+        if not panic and not isinstance(error, Exception):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TokenizerError(f"tokenizer {name}: {reason[0]}") from None
+
+
+def _own_roles(text: str) -> Mapping[str, int]:
+    """The roles that a definition's added tokens have of their own."""
+    if f'"{KEY}"' not in text:
+        return {}
+    added = json.loads(text).get("added_tokens") or []
+    return {role: entry["id"] for entry in added for role in entry.get(KEY, []) if role in ROLES}
+
+
+def _with_roles(text: str, roles: Mapping[str, int], contents: Mapping[int, str]) -> str:
+    """Put the roles of tokens into a definition."""
+    definition = json.loads(text)
+    added = definition.setdefault("added_tokens", [])
+    for role, i in roles.items():
+        entry = next((entry for entry in added if entry["id"] == i), None)
+        if entry is None:
+            rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            entry = {"id": i, "content": contents[i], **rules}
+            added.append(entry)
+        entry["special"] = True
+        entry[KEY] = sorted({*entry.get(KEY, []), role})
+    added.sort(key=lambda entry: entry["id"])
+    return _dump(definition)
+
+
+def _without_dropout(text: str) -> str:
+    if '"dropout"' not in text:
+        return text
+    definition = json.loads(text)
+    model: dict[str, Any] = definition["model"]
+    if model.get("dropout") is None:
+        return text
+    model["dropout"] = None
+    return _dump(definition)
+
+
+def _dump(definition: object) -> str:
+    return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
 
 
 def _renamed(definition: dict[str, Any], old: str, new: str) -> str:
@@ -158,9 +302,10 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
 
     Args:
         name: ``default`` (byte-level BPE made for the shipped corpus); a ``tokenizer.json``; a
-            BERT ``vocab.txt``; a GPT-2 ``merges.txt`` or ``vocab.bpe`` with its ``vocab.json``
-            or ``encoder.json`` beside it; a folder that holds one of these; or a name on the
-            Hugging Face hub.
+            BERT ``vocab.txt``; a GPT-2 ``merges.txt`` or ``vocab.bpe`` and its ``vocab.json`` or
+            ``encoder.json`` in the same folder; a folder that holds one of these; or a name on
+            the Hugging Face hub. A ``tokenizer_config.json`` or ``special_tokens_map.json`` in
+            the same place names its special tokens.
         mask_token: an added token that serves as the mask (:meth:`Tokenizer.with_mask`). None:
             the tokenizer's own mask, else a new id after the last.
 
@@ -168,82 +313,27 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
         TokenizerError: nothing of that name, or it does not load.
         ConfigError: ``mask_token`` cannot be the mask.
     """
-    if mask_token is not None:
-        return load_tokenizer(name).with_mask(mask_token)
-    if name == "default":
-        asset = files("bd3lm") / "assets" / "tokenizer.json"
-        return Tokenizer(asset.read_text(encoding="utf-8"), "default")
-    path = Path(name)
-    if path.is_dir():
-        for inside in ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.bpe"):
-            if (path / inside).is_file():
-                return load_tokenizer(path / inside)
-        raise TokenizerError(f"tokenizer {name}: the folder holds no tokenizer.json or vocab.txt")
-    if path.is_file():
-        return Tokenizer(_definition(path), str(name))
-    return Tokenizer(_from_hub(str(name)), str(name))
+    found = find_definition(str(name))
+    tokenizer = Tokenizer(found.text, found.name, found.special)
+    return tokenizer if mask_token is None else tokenizer.with_mask(mask_token)
 
 
-def _definition(path: Path) -> str:
-    """A ``tokenizer.json``, made from an older kind of file where necessary."""
-    try:
-        if path.suffix == ".txt" and not path.name.endswith("merges.txt"):
-            bert = hf.BertWordPieceTokenizer(str(path), lowercase=True)
-            return bert.to_str()
-        if path.name.endswith(("merges.txt", "vocab.bpe")):
-            return _byte_level(path)
-        return path.read_text(encoding="utf-8")
-    except TokenizerError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"tokenizer {path}: {error}") from error
-
-
-def _byte_level(merges: Path) -> str:
-    """GPT-2's pair of files, whatever prefix their names share."""
-    for old, new in (("merges.txt", "vocab.json"), ("vocab.bpe", "encoder.json")):
-        vocab = merges.with_name(merges.name.removesuffix(old) + new)
-        if merges.name.endswith(old) and vocab.is_file():
-            pairs = [
-                (left, right)
-                for line in merges.read_text(encoding="utf-8").splitlines()
-                if line and not line.startswith("#version")
-                for left, right in [line.split(" ")]
-            ]
-            ids = json.loads(vocab.read_text(encoding="utf-8"))
-            made = hf.ByteLevelBPETokenizer(ids, pairs)
-            end = "<|endoftext|>"
-            if end in ids:
-                made.add_special_tokens([end])
-            return made.to_str()
-    raise TokenizerError(f"tokenizer {merges}: its vocab.json or encoder.json is not beside it")
-
-
-def _from_hub(name: str) -> str:
-    if name.startswith((".", "/", "~")) or name.endswith((".json", ".txt", ".bpe")):
-        raise TokenizerError(f"tokenizer {name}: no such file or directory")
-    hub.connect()
-    try:
-        return hf.Tokenizer.from_pretrained(name).to_str()
-    except Exception as error:  # network, name and format errors alike
-        raise TokenizerError(
-            f"tokenizer {name}: no such file, and the Hugging Face hub does not give it "
-            f"({hub.reason(error)})"
-        ) from error
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Make a byte-level BPE: lossless on any text, with ``<|endoftext|>`` and ``<|mask|>``.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, max_bytes: int = TRAIN_BYTES
+) -> Tokenizer:
+    """Train a byte-level BPE: lossless on any text, with ``<|endoftext|>`` and ``<|mask|>``.
 
     Args:
-        texts: what to learn the merges from.
+        texts: to learn the merges from.
         vocab_size: V, special tokens included; at least 258.
+        max_bytes: of the texts, from the first on; the rest is not read.
 
     Raises:
         ConfigError: a vocabulary that cannot hold all bytes.
     """
-    if vocab_size < 258:
-        raise ConfigError("vocab-size", vocab_size, "at least 258: all bytes and two special ids")
+    if not 258 <= vocab_size <= 1 << 24:
+        allowed = "258 (all bytes and two special ids) to 16,777,216"
+        raise ConfigError("vocab-size", vocab_size, allowed)
     inner = hf.Tokenizer(hf.models.BPE())
     inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = hf.decoders.ByteLevel()
@@ -253,15 +343,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(_batched(texts), trainer)
+    inner.train_from_iterator(_batched(texts, max_bytes), trainer)
     return Tokenizer(inner.to_str(), "trained")
 
 
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batched(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:
     batch: list[str] = []
+    batch_bytes = total = 0
     for text in texts:
         batch.append(text)
-        if len(batch) == 256:
+        batch_bytes += len(text)
+        total += len(text)
+        if len(batch) == 256 or batch_bytes > 1 << 20:
             yield batch
-            batch = []
+            batch, batch_bytes = [], 0
+        if total >= max_bytes:
+            break
     yield batch

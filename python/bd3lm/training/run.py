@@ -12,12 +12,13 @@ from bd3lm.checkpoint.record import read_json
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, open_splits
-from bd3lm.device import check_attention, inference, resolve_device
+from bd3lm.device import check_attention, compute_dtype, inference, resolve_device
 from bd3lm.errors import CheckpointError, ConfigError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
 from bd3lm.model import for_inference
+from bd3lm.model.memory import training_memory
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
@@ -189,10 +190,13 @@ def _check_data(cfg: TrainConfig, splits: Splits) -> None:
 def _headline(trainer: Trainer, splits: Splits) -> str:
     cfg = trainer.cfg
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    item = compute_dtype(cfg, trainer.device).itemsize
+    memory = training_memory(cfg, trainer.model, item).total
     return (
         f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
-        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}"
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}, "
+        f"about {memory / 1e9:.1f} GB of memory"
     )
 
 

@@ -49,10 +49,28 @@ pub enum Error {
         reason: String,
     },
     /// Input that holds no token at all.
-    #[error("no text was found in {inputs}: an empty corpus cannot be used")]
+    #[error("no text was found in {inputs}: {reason}")]
     EmptyCorpus {
         /// The inputs, joined by commas.
         inputs: String,
+        /// What became of the records that were read.
+        reason: String,
+    },
+    /// A split of a corpus of which one side would be empty.
+    #[error("validation would hold 0 of {documents} documents of {inputs}: {reason}")]
+    EmptySplit {
+        /// The inputs, joined by commas.
+        inputs: String,
+        /// Documents in all.
+        documents: usize,
+        /// Why none can be held out, and the way out.
+        reason: String,
+    },
+    /// An output that another process is making.
+    #[error("{path} is being made by another process; wait for it or choose another output")]
+    Busy {
+        /// The output.
+        path: PathBuf,
     },
     /// A tokenizer definition that cannot be loaded or applied.
     #[error("tokenizer {name}: {reason}")]
@@ -127,6 +145,14 @@ impl Error {
         }
     }
 
+    /// Inputs without any text.
+    pub fn empty(inputs: &[String], reason: impl Into<String>) -> Self {
+        Error::EmptyCorpus {
+            inputs: first_of(inputs),
+            reason: reason.into(),
+        }
+    }
+
     /// A parameter outside its range; `allowed` ends a sentence that begins with "must be".
     pub fn config(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Self {
         Error::Config {
@@ -156,4 +182,14 @@ pub fn named<T: Copy>(field: &'static str, name: &str, table: &[(&'static str, T
         let names: Vec<_> = table.iter().map(|(name, _)| *name).collect();
         Error::config(field, name, format!("one of {}", names.join(", ")))
     })
+}
+
+/// The first inputs, and the number of the others.
+pub(crate) fn first_of(inputs: &[String]) -> String {
+    const LISTED: usize = 5;
+    let first = inputs[..inputs.len().min(LISTED)].join(", ");
+    match inputs.len().saturating_sub(LISTED) {
+        0 => first,
+        more => format!("{first} and {more} more"),
+    }
 }

@@ -29,9 +29,11 @@ pub fn to_py(error: Error) -> PyErr {
             allowed,
         } => classes::ConfigError::new_err((field, value, allowed)),
         Error::Missing { .. } => classes::MissingFileError::new_err(message),
-        Error::Exists { .. } => classes::ExistsError::new_err(message),
+        Error::Exists { .. } | Error::Busy { .. } => classes::ExistsError::new_err(message),
         Error::Format { .. } | Error::Record { .. } => classes::FormatError::new_err(message),
-        Error::EmptyCorpus { .. } => classes::EmptyCorpusError::new_err(message),
+        Error::EmptyCorpus { .. } | Error::EmptySplit { .. } => {
+            classes::EmptyCorpusError::new_err(message)
+        }
         Error::Tokenizer { .. } => classes::TokenizerError::new_err(message),
         Error::NotADataset { .. } => classes::NotADatasetError::new_err(message),
         Error::Truncated { .. } => classes::TruncatedError::new_err(message),

@@ -143,7 +143,7 @@ fn normalise(
     of_one_width!(py, [], [out], norm.forward(x, out, moments, threads))
 }
 
-/// Fills `d_x`, `d_weight` and `d_bias`; `beside`, the gradient of the residual connection, is
+/// Fills `d_x`, `d_weight` and `d_bias`; `residual`, the gradient of the residual connection, is
 /// added to the first.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -154,14 +154,14 @@ fn normalise_backward(
     weight: PyReadonlyArray1<'_, f32>,
     centred: bool,
     moments: PyReadonlyArray1<'_, f32>,
-    beside: Option<PyReadonlyArray1<'_, f32>>,
+    residual: Option<PyReadonlyArray1<'_, f32>>,
     mut d_x: PyReadwriteArray1<'_, f32>,
     mut d_weight: PyReadwriteArray1<'_, f32>,
     mut d_bias: PyReadwriteArray1<'_, f32>,
     threads: usize,
 ) -> PyResult<()> {
     let (x, weight, moments) = (x.as_slice()?, weight.as_slice()?, moments.as_slice()?);
-    let beside = beside.as_ref().map(|x| x.as_slice()).transpose()?;
+    let residual = residual.as_ref().map(|x| x.as_slice()).transpose()?;
     let d_x = d_x.as_slice_mut()?;
     let (d_weight, d_bias) = (d_weight.as_slice_mut()?, d_bias.as_slice_mut()?);
     of_one_width!(py, [d_out], [], {
@@ -171,7 +171,7 @@ fn normalise_backward(
             weight,
             centred,
             moments,
-            beside: beside.unwrap_or_default(),
+            residual: residual.unwrap_or_default(),
         };
         inputs.gradients(d_x, d_weight, d_bias, threads)
     })

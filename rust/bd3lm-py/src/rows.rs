@@ -1,6 +1,7 @@
 //! Packing plans and batches.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bd3lm_core::cpu::buffers::reserve;
 use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
@@ -32,8 +33,24 @@ pub struct PyRowPlan {
     store: Arc<TokenStore>,
     plan: RowPlan,
     ahead: ReadAhead,
+    /// Batches that were gathered.
+    batches: AtomicU64,
     block_size: usize,
     documents: bool,
+}
+
+/// The token file is looked at once in so many batches.
+const BATCHES_BETWEEN_LOOKS: u64 = 64;
+
+impl PyRowPlan {
+    /// Now and then, checks that nobody wrote to the token file.
+    fn check_unchanged(&self) -> PyResult<()> {
+        let batch = self.batches.fetch_add(1, Ordering::Relaxed);
+        if !batch.is_multiple_of(BATCHES_BETWEEN_LOOKS) {
+            return Ok(());
+        }
+        self.store.check_unchanged().map_err(to_py)
+    }
 }
 
 #[pymethods]
@@ -61,6 +78,7 @@ impl PyRowPlan {
             store,
             plan,
             ahead: ReadAhead::default(),
+            batches: AtomicU64::new(0),
             block_size,
             documents,
         })
@@ -116,6 +134,7 @@ impl PyRowPlan {
             }
         };
         let (store, plan) = (&self.store, &self.plan);
+        self.check_unchanged()?;
         let padded = py
             .detach(|| {
                 let read = || batch::gather(store, plan, rows, self.documents, out);
@@ -147,6 +166,7 @@ impl PyRowPlan {
         let (x0, doc_ids) = (x0.as_slice_mut()?, doc_ids.as_slice_mut()?);
         let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
         let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
+        self.check_unchanged()?;
         let filled = py
             .detach(|| {
                 // These stay here.

@@ -1,14 +1,17 @@
 //! Tokenization into token stores, and opening them.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bd3lm_core::Error;
+use bd3lm_core::cpu::threads;
 use bd3lm_core::data::prepare::prepare as run;
-use bd3lm_core::data::store::{TokenStore, Vocab};
-use bd3lm_core::data::text::Detokenizer;
-use bd3lm_core::data::text::{ReadOptions, read_documents};
-use bd3lm_core::data::tokenize::Tokenizer;
+use bd3lm_core::data::store::{TokenStore, Verify, Vocab};
+use bd3lm_core::data::text::{self, Detokenizer, Format, ReadOptions, Reader};
+use bd3lm_core::data::tokenize::{self, Tokenizer};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
@@ -18,9 +21,13 @@ use crate::errors::to_py;
 /// Adds this module's classes and functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyTokenStore>()?;
+    m.add_class::<Documents>()?;
     m.add_function(wrap_pyfunction!(prepare, m)?)?;
     m.add_function(wrap_pyfunction!(detokenize, m)?)?;
-    m.add_function(wrap_pyfunction!(for_each_document, m)?)
+    m.add_function(wrap_pyfunction!(vet_tokenizer, m)?)?;
+    m.add_function(wrap_pyfunction!(parquet_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(count_records, m)?)?;
+    m.add_function(wrap_pyfunction!(available_threads, m)?)
 }
 
 /// (vocab_size, bos_id, eos_id, mask_id)
@@ -41,8 +48,14 @@ pub struct PyTokenStore(pub Arc<TokenStore>);
 
 #[pymethods]
 impl PyTokenStore {
+    /// `verify`: None verifies once and remembers it.
     #[staticmethod]
-    fn open(py: Python<'_>, path: PathBuf, verify: bool) -> PyResult<Self> {
+    fn open(py: Python<'_>, path: PathBuf, verify: Option<bool>) -> PyResult<Self> {
+        let verify = match verify {
+            None => Verify::Once,
+            Some(true) => Verify::Always,
+            Some(false) => Verify::Never,
+        };
         py.detach(|| TokenStore::open(&path, verify))
             .map(|store| PyTokenStore(Arc::new(store)))
             .map_err(to_py)
@@ -85,9 +98,9 @@ impl PyTokenStore {
     }
 
     /// How often each id occurs.
-    fn token_counts<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
-        let counts = py.detach(|| self.0.token_counts());
-        PyArray1::from_vec(py, counts)
+    fn token_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
+        let counts = py.detach(|| self.0.token_counts()).map_err(to_py)?;
+        Ok(PyArray1::from_vec(py, counts))
     }
 
     fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
@@ -103,21 +116,34 @@ impl PyTokenStore {
     }
 }
 
-fn options(
+/// How text files are read, as keyword arguments in Python.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Reading {
     text_field: String,
     filter: Option<(String, String)>,
     lines: bool,
-    detokenizer: Option<&str>,
+    detokenizer: Option<String>,
     no_eos: bool,
-) -> PyResult<ReadOptions> {
-    let detokenizer = detokenizer.map(Detokenizer::named).transpose();
-    Ok(ReadOptions {
-        text_field,
-        filter,
-        lines,
-        detokenizer: detokenizer.map_err(to_py)?,
-        no_eos,
-    })
+    format: Option<String>,
+    strict: bool,
+    rows: Option<(u64, u64)>,
+}
+
+impl Reading {
+    fn options(self) -> bd3lm_core::Result<ReadOptions> {
+        let detokenizer = self.detokenizer.as_deref().map(Detokenizer::named);
+        Ok(ReadOptions {
+            text_field: self.text_field,
+            filter: self.filter,
+            lines: self.lines,
+            detokenizer: detokenizer.transpose()?,
+            no_eos: self.no_eos,
+            format: self.format.as_deref().map(Format::named).transpose()?,
+            strict: self.strict,
+            rows: self.rows,
+        })
+    }
 }
 
 /// A benchmark text as it was written.
@@ -126,10 +152,43 @@ fn detokenize(name: &str, text: &str) -> PyResult<String> {
     Ok(Detokenizer::named(name).map_err(to_py)?.apply(text))
 }
 
-/// Reads, tokenizes and writes a data set; `progress(read, total, tokens)` is called now and then
-/// and may raise. Returns the manifest as JSON.
+/// Checks the definition of a tokenizer before the library loads it; returns its largest id.
 #[pyfunction]
-#[pyo3(signature = (inputs, target, tokenizer, special, *, text_field, filter, lines, detokenizer, no_eos, hold_out, threads, progress))]
+fn vet_tokenizer(py: Python<'_>, json: &str) -> PyResult<Option<u64>> {
+    py.detach(|| tokenize::vet(json)).map_err(to_py)
+}
+
+/// Number of rows of a parquet file.
+#[pyfunction]
+fn parquet_rows(path: PathBuf) -> PyResult<u64> {
+    text::parquet_rows(&path).map_err(to_py)
+}
+
+/// Number of records of files.
+#[pyfunction]
+#[pyo3(signature = (inputs, *, reading))]
+fn count_records(py: Python<'_>, inputs: Vec<PathBuf>, reading: Reading) -> PyResult<u64> {
+    let count = || {
+        let options = reading.options()?;
+        let mut reader = Reader::new(&options);
+        for input in text::expand(&inputs, &options)? {
+            reader.read(&input, &mut |_| Ok(()))?;
+        }
+        Ok(reader.records().read)
+    };
+    py.detach(count).map_err(to_py)
+}
+
+/// Threads that this process may run at once.
+#[pyfunction]
+fn available_threads() -> usize {
+    threads::available_threads()
+}
+
+/// Reads, tokenizes and writes a data set; `progress(read, total, tokens)` is called now and then
+/// and may raise. Returns the manifests as JSON.
+#[pyfunction]
+#[pyo3(signature = (inputs, target, tokenizer, special, *, reading, held_out, threads, progress))]
 #[allow(clippy::too_many_arguments)]
 fn prepare(
     py: Python<'_>,
@@ -137,67 +196,104 @@ fn prepare(
     target: PathBuf,
     tokenizer: String,
     special: VocabTuple,
-    text_field: String,
-    filter: Option<(String, String)>,
-    lines: bool,
-    detokenizer: Option<&str>,
-    no_eos: bool,
-    hold_out: Option<(f64, bool)>,
+    reading: Reading,
+    held_out: Option<f64>,
     threads: usize,
     progress: Option<Py<PyAny>>,
-) -> PyResult<String> {
-    let tokenizer = Tokenizer::from_json(&tokenizer, vocab(special)).map_err(to_py)?;
-    let options = options(text_field, filter, lines, detokenizer, no_eos)?;
+) -> PyResult<Vec<String>> {
+    let options = reading.options().map_err(to_py)?;
     let mut raised = None;
     let outcome = py.detach(|| {
+        let tokenizer = Arc::new(Tokenizer::from_json(&tokenizer, vocab(special))?);
         run(
             &inputs,
             &options,
-            hold_out,
+            held_out,
             &tokenizer,
             &target,
             threads,
             &mut |now| {
                 Python::attach(|py| {
-                    let told = py.check_signals().and_then(|()| match &progress {
+                    let called = py.check_signals().and_then(|()| match &progress {
                         Some(f) => f.call1(py, (now.read, now.total, now.tokens)).map(drop),
                         None => Ok(()),
                     });
-                    raised = told.err();
+                    raised = called.err();
                     raised.is_none()
                 })
             },
         )
     });
-    match outcome.map_err(to_py)? {
-        Some(manifest) => Ok(serde_json::to_string(&manifest).expect("a manifest is plain JSON")),
-        None => Err(raised.unwrap_or_else(|| PyKeyboardInterrupt::new_err(""))),
+    let Some(manifests) = outcome.map_err(to_py)? else {
+        return Err(raised.unwrap_or_else(|| PyKeyboardInterrupt::new_err("")));
+    };
+    let json = |manifest| serde_json::to_string(manifest).expect("a manifest is plain JSON");
+    Ok(manifests.iter().map(json).collect())
+}
+
+/// Text of a document, or of a part of a very long one, and whether the document ends there.
+type Part = (String, bool);
+
+/// Documents of files, read by a thread a few ahead of the caller.
+#[pyclass(frozen, module = "bd3lm._core")]
+struct Documents {
+    parts: Mutex<Receiver<Result<Part, Error>>>,
+    stop: Arc<AtomicBool>,
+}
+
+#[pymethods]
+impl Documents {
+    #[new]
+    #[pyo3(signature = (inputs, *, reading))]
+    fn new(inputs: Vec<PathBuf>, reading: Reading) -> PyResult<Self> {
+        let options = reading.options().map_err(to_py)?;
+        let inputs = text::expand(&inputs, &options).map_err(to_py)?;
+        let mut reader = Reader::new(&options);
+        let stop = reader.stop.clone();
+        let (send, parts) = sync_channel(4);
+        let stopped = || Error::config("reader", "", "stopped");
+        let read = move || {
+            for input in &inputs {
+                let outcome = reader.read(input, &mut |piece| {
+                    let part = (piece.text.to_owned(), piece.last);
+                    send.send(Ok(part)).map_err(|_| stopped())
+                });
+                if let Err(e) = outcome {
+                    let _ = send.send(Err(e)); // nobody listens any more, or it is the last word
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("bd3lm-read".into())
+            .spawn(read)?;
+        Ok(Documents {
+            parts: Mutex::new(parts),
+            stop,
+        })
+    }
+
+    fn __iter__(this: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        this
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Part>> {
+        loop {
+            let next = py.detach(|| {
+                let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+                parts.recv_timeout(Duration::from_millis(100))
+            });
+            match next {
+                Ok(part) => return part.map(Some).map_err(to_py),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            }
+        }
     }
 }
 
-/// Calls `each(text)` with every document of a file, in order.
-#[pyfunction]
-#[pyo3(signature = (path, each, *, text_field, filter, lines))]
-fn for_each_document(
-    py: Python<'_>,
-    path: PathBuf,
-    each: Py<PyAny>,
-    text_field: String,
-    filter: Option<(String, String)>,
-    lines: bool,
-) -> PyResult<()> {
-    let options = options(text_field, filter, lines, None, false)?;
-    let mut raised = None;
-    let read = py.detach(|| {
-        read_documents(&path, &options, &Arc::default(), &mut |text| {
-            Python::attach(|py| each.call1(py, (text,)).map(drop)).map_err(|e| {
-                raised = Some(e);
-                Error::config("each", "", "stopped")
-            })
-        })
-    });
-    match raised {
-        Some(error) => Err(error),
-        None => read.map_err(to_py),
+impl Drop for Documents {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }

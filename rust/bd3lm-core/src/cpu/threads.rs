@@ -103,7 +103,14 @@ pub(crate) fn parallel(threads: usize, items: usize, f: impl Fn(usize) + Sync) {
     }
 }
 
-fn is_owner() -> bool {
+/// Threads that this process may run at once, by its affinity and the quota of its control group.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Whether this process may use the threads of its pools. A forked child may not: it has copies of
+/// their locks, and no threads.
+pub(crate) fn is_owner() -> bool {
     let me = std::process::id();
     match OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed) {
         Ok(_) => true,

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use crate::cpu::buffers::{check_len, whole_rows};
 use crate::cpu::multiversion::multiversion;
+use crate::cpu::threads::is_owner;
 use crate::data::pack::{RowBuffers, RowPlan};
 use crate::data::store::TokenStore;
 use crate::error::{Error, Result};
@@ -11,6 +12,12 @@ use crate::noise::{NoiseKey, NoiseSpec, Scratch};
 
 /// Batches below so many tokens are filled by the calling thread: starting others costs more.
 const PARALLEL_TOKENS: usize = 1 << 17;
+
+/// Whether other threads take part in a batch. In a forked child they never do: rayon's threads do
+/// not survive a fork.
+fn is_parallel(tokens: usize) -> bool {
+    tokens >= PARALLEL_TOKENS && is_owner()
+}
 
 /// Shuffled rows lie anywhere in memory: while one is copied, the next so many are fetched.
 const ROWS_AHEAD: usize = 4;
@@ -21,7 +28,7 @@ pub struct CleanBatch<'a> {
     pub x0: &'a mut [i64],
     /// 1 where a token may be noised [B, L].
     pub noisable: &'a mut [u8],
-    /// Documents, -1 for padding [B, L]; may be empty where no document is asked for and
+    /// Documents, -1 for padding [B, L]; may be empty where `documents` is false and
     /// [`RowPlan::may_pad`] is false.
     pub doc_ids: &'a mut [i32],
 }
@@ -36,7 +43,7 @@ pub struct NoiseBatch<'a> {
     pub weight: &'a mut [f32],
 }
 
-/// Buffers of what a training step reads beside the clean rows.
+/// Noised ids of a training step, and the positions and weights of its loss.
 pub struct NoisedBatch<'a> {
     /// Ids with the mask token where tokens are masked [B, L].
     pub xt: &'a mut [i64],
@@ -48,7 +55,7 @@ pub struct NoisedBatch<'a> {
     pub masked_weight: &'a mut [f32],
 }
 
-/// What a filled batch holds.
+/// Counts of a filled batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filled {
     /// Tokens that may be noised.
@@ -151,7 +158,7 @@ pub fn gather(
         plan.gather(store, rows[index] as usize, documents, &mut buffers)
     };
     let parts = out.split(l).enumerate();
-    if rows.len() * l < PARALLEL_TOKENS {
+    if !is_parallel(rows.len() * l) {
         return Ok(parts.map(one).fold(false, |any, padded| any | padded));
     }
     let parts: Vec<_> = parts.collect();
@@ -164,7 +171,7 @@ pub fn gather(
 /// Noises rows that are already there: row i of the buffers has the randomness of `key.row + i`.
 ///
 /// # Errors
-/// What [`NoiseSpec::check`] refuses, or a buffer of another size.
+/// Those of [`NoiseSpec::check`], or a buffer of another size.
 pub fn noise(
     spec: &NoiseSpec,
     key: NoiseKey,
@@ -191,7 +198,7 @@ pub fn noise(
         };
         spec.noise_row(&key, ids, noisable, block_size, mask, prob, weight, scratch);
     };
-    if x0.len() < PARALLEL_TOKENS {
+    if !is_parallel(x0.len()) {
         let mut scratch = Scratch::default();
         let parts = x0
             .chunks(seq_len)
@@ -327,7 +334,7 @@ pub fn gather_noised(
         }
     };
     let outs = RowOut::split(clean, noise, out.xt, out.masked, out.masked_weight, l, k);
-    let filled: Vec<Filled> = if tokens < PARALLEL_TOKENS {
+    let filled: Vec<Filled> = if !is_parallel(tokens) {
         let mut scratch = Scratch::default();
         let parts = outs.into_iter().zip(rows).enumerate();
         parts

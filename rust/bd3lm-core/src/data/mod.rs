@@ -12,6 +12,7 @@
 //! | [`batch`] | gather and noise rows into the caller's buffers |
 
 pub mod batch;
+mod guard;
 pub mod order;
 pub mod pack;
 pub mod prepare;

@@ -1,6 +1,6 @@
 //! Rows of L tokens as plans over documents: nothing is copied until a row is gathered.
 //!
-//! Every row begins with BOS, which is clean and never scored (MATH §1). A plan says which tokens
+//! Every row begins with BOS, which is clean and never scored (docs/math.md §1). A plan says which tokens
 //! follow it and where; changing L, S or the plan never touches the token files.
 
 use std::ops::Range;
@@ -18,7 +18,7 @@ pub enum Packing {
         /// Score only the last so many tokens of each row; rows then overlap by the rest.
         stride: Option<usize>,
     },
-    /// In order; each document starts on a block boundary with a BOS of its own, and goes on in
+    /// In order; each document starts on a block boundary with a BOS of its own, and continues in
     /// the next row where it does not fit.
     Aligned,
     /// As aligned, but a document stays whole where a row can hold it (best-fit decreasing).
@@ -86,11 +86,11 @@ enum Layout {
 
 /// Where one row is written.
 pub struct RowBuffers<'a> {
-    /// Ids [L].
+    /// Ids `[L]`.
     pub x0: &'a mut [i64],
-    /// 1 where a token may be noised and is scored [L].
+    /// 1 where a token may be noised and is scored `[L]`.
     pub noisable: &'a mut [u8],
-    /// Document of each position, -1 for padding [L]. Without `documents`, the row counts as one,
+    /// Document of each position, -1 for padding `[L]`. Without `documents`, the row counts as one,
     /// and where the plan also has no padding, this may be empty.
     pub doc_ids: &'a mut [i32],
 }
@@ -230,7 +230,7 @@ impl RowPlan {
                     end += 1;
                 }
                 if row > 0 {
-                    // What the row before has scored is context here.
+                    // Tokens that the previous row scored are context.
                     let context = self.seq_len - scored;
                     out.noisable[..context.min(end)].fill(0);
                 }

@@ -1,9 +1,9 @@
 //! Rows of a data set that is larger than memory.
 //!
-//! A token file is mapped, and a page of it that is not in memory is read when it is touched. For
-//! shuffled rows that means one after the other, each with a hundred kilobytes around it that no
-//! one asked for. So where rows come slowly, the system is told of all rows of a batch before the
-//! first is read. Where they come fast that would cost more than the rows themselves.
+//! A token file is memory-mapped: a page that is not in memory is read when it is touched. Shuffled
+//! rows would be read one after the other, each with a hundred kilobytes around it that are not
+//! needed. Where rows come slowly, all rows of a batch are announced to the system (`madvise`)
+//! before the first is read. Where they come fast, that would cost more than the rows themselves.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use crate::data::pack::RowPlan;
 use crate::data::store::TokenStore;
 
-/// A row that takes longer, and this much more for every token, was not in memory: a disk needs more
-/// than that, and a copy, with its noise, less.
+/// Time of a row, and of each of its tokens, above which the row was not in memory: a disk needs
+/// more, a copy with its noise less.
 const SLOW: (Duration, Duration) = (Duration::from_micros(20), Duration::from_nanos(50));
 /// Batches that are announced after a slow one.
 const ANNOUNCED: u32 = 16;
 
-/// What is known of how fast rows come.
+/// Announces rows after batches that came slowly.
 #[derive(Debug, Default)]
 pub struct ReadAhead(AtomicU32);
 

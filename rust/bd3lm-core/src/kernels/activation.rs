@@ -83,7 +83,7 @@ impl Activation {
 
 /// `out` = f(`x` + `bias`).
 ///
-/// * `x`, `out` [R, W]; `bias` [W].
+/// * `x`, `out` [R, W]; `bias` `[W]`.
 ///
 /// # Errors
 /// Buffers that do not fit together.
@@ -108,9 +108,9 @@ pub fn activate<T: Stored>(
 
 /// Recomputes the activation, and the gradients of its inputs.
 ///
-/// * `x` [R, W]; `bias` [W].
+/// * `x` [R, W]; `bias` `[W]`.
 /// * `d` [R, W]: the gradient of f(`x` + `bias`), which becomes that of `x`.
-/// * `out` [R, W] receives f(`x` + `bias`), and `d_bias` [W] the sum of the gradient over rows.
+/// * `out` [R, W] receives f(`x` + `bias`), and `d_bias` `[W]` the sum of the gradient over rows.
 ///
 /// # Errors
 /// Buffers that do not fit together.

@@ -48,8 +48,8 @@ const CHUNK: usize = 256;
 ///
 /// * `logits` [R, V]: of the model itself; −∞ where a token is impossible.
 /// * `shaped` [R, V]: logits of the draw; None: `logits`.
-/// * `uniform` [R], in [0, 1).
-/// * `token`, `log_p` [R] receive the ids and their log-probabilities under `logits`, in nats.
+/// * `uniform` `[R]`, in [0, 1).
+/// * `token`, `log_p` `[R]` receive the ids and their log-probabilities under `logits`, in nats.
 ///
 /// # Errors
 /// A buffer of another size, a forbidden id outside the vocabulary, or a row with a NaN or in which

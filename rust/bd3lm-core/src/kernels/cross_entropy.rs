@@ -15,7 +15,7 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 /// −log softmax(row + bias)[target] in nats; with a weight the row becomes weight·(softmax −
-/// one-hot), and is added to `d_bias`. `room` [V] holds e^x meanwhile.
+/// one-hot), and is added to `d_bias`. `room` `[V]` holds e^x meanwhile.
 #[inline(always)]
 fn one_row<T: Stored>(
     row: &mut [T],
@@ -98,9 +98,9 @@ multiversion! {
 /// Targets of [`cross_entropy`].
 #[derive(Clone, Copy)]
 pub struct Targets<'a> {
-    /// True ids [R], never `mask_id`.
+    /// True ids `[R]`, never `mask_id`.
     pub ids: &'a [i64],
-    /// Weight of each row [R]; None: no gradients.
+    /// Weight of each row `[R]`; None: no gradients.
     pub weight: Option<&'a [f32]>,
     /// The id whose probability is zero.
     pub mask_id: usize,
@@ -110,9 +110,9 @@ pub struct Targets<'a> {
 ///
 /// * `logits` keep their values, but with a weight they become the gradient
 ///   weight·(softmax − one-hot), zero at the mask token.
-/// * `bias` [V] is added to them first.
-/// * `nll` [R] receives −log p of the targets, in nats.
-/// * `d_bias` [V] receives the sum of the gradients, zero without a weight.
+/// * `bias` `[V]` is added to them first.
+/// * `nll` `[R]` receives −log p of the targets, in nats.
+/// * `d_bias` `[V]` receives the sum of the gradients, zero without a weight.
 ///
 /// # Errors
 /// A buffer of another size, or an id outside the vocabulary.

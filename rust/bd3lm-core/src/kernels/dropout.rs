@@ -71,7 +71,7 @@ impl Dropout {
 
     /// `out` = `h` + dropout(`x` + `bias`).
     ///
-    /// * `h`, `x`, `out` [R, W]; `bias` [W].
+    /// * `h`, `x`, `out` [R, W]; `bias` `[W]`.
     ///
     /// # Errors
     /// Buffers that do not fit together.
@@ -106,7 +106,7 @@ impl Dropout {
 
     /// Gradients of the sum with respect to `x` and `bias`.
     ///
-    /// * `d_out` [R, W]; `d_x` [R, W] and `d_bias` [W] are filled.
+    /// * `d_out` [R, W]; `d_x` [R, W] and `d_bias` `[W]` are filled.
     ///
     /// # Errors
     /// Buffers that do not fit together.

@@ -60,12 +60,12 @@ multiversion! {
     }
 }
 
-/// Parameters of a norm of rows [W].
+/// Parameters of a norm of rows `[W]`.
 #[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// Scale [W].
+    /// Scale `[W]`.
     pub weight: &'a [f32],
-    /// Shift [W].
+    /// Shift `[W]`.
     pub bias: &'a [f32],
     /// LayerNorm; otherwise RMSNorm, whose mean is zero.
     pub centred: bool,
@@ -80,14 +80,14 @@ pub struct Inputs<'a, T> {
     pub d_out: &'a [T],
     /// Input of the forward pass [R, W].
     pub x: &'a [f32],
-    /// As in [`Norm`] [W].
+    /// As in [`Norm`] `[W]`.
     pub weight: &'a [f32],
     /// As in [`Norm`].
     pub centred: bool,
     /// Mean and reciprocal deviation of each row [R, 2], from the forward pass.
     pub moments: &'a [f32],
     /// Gradient of `x` through the residual connection [R, W], added to the result; or empty.
-    pub beside: &'a [f32],
+    pub residual: &'a [f32],
 }
 
 impl Norm<'_> {
@@ -129,7 +129,7 @@ impl Norm<'_> {
 impl<T: Stored> Inputs<'_, T> {
     /// Gradients of [`Norm::forward`].
     ///
-    /// * `d_x` [R, W] receives that of `x`, `d_weight` and `d_bias` [W] those of weight and bias.
+    /// * `d_x` [R, W] receives that of `x`, `d_weight` and `d_bias` `[W]` those of weight and bias.
     ///
     /// # Errors
     /// Buffers that do not fit together.
@@ -146,8 +146,8 @@ impl<T: Stored> Inputs<'_, T> {
         check_len("d_x", size, d_x.len())?;
         check_len("d_weight", width, d_weight.len())?;
         check_len("d_bias", width, d_bias.len())?;
-        if !self.beside.is_empty() {
-            check_len("beside", size, self.beside.len())?;
+        if !self.residual.is_empty() {
+            check_len("residual", size, self.residual.len())?;
         }
         let d_x = Parts::new(d_x);
         let mut sums = vec![0.0; 2 * width];
@@ -159,7 +159,7 @@ impl<T: Stored> Inputs<'_, T> {
                 d_out: &self.d_out[span.clone()],
                 x: &self.x[span.clone()],
                 moments: &self.moments[2 * rows.start..2 * rows.end],
-                beside: self.beside.get(span).unwrap_or_default(),
+                residual: self.residual.get(span).unwrap_or_default(),
                 ..*self
             };
             normalise_rows_backward(&part, d_x, sums);
@@ -213,16 +213,16 @@ multiversion! {
             let count = width as f32;
             let along = sum_along(x, mean, d_x) * scale / count;
             let level = if inputs.centred { sum(d_x, |d| d) / count } else { 0.0 };
-            if inputs.beside.is_empty() {
+            if inputs.residual.is_empty() {
                 for i in 0..width {
                     let normed = (x[i] - mean) * scale;
                     d_x[i] = scale * (d_x[i] - level - normed * along);
                 }
             } else {
-                let beside = &inputs.beside[span];
+                let residual = &inputs.residual[span];
                 for i in 0..width {
                     let normed = (x[i] - mean) * scale;
-                    d_x[i] = beside[i] + scale * (d_x[i] - level - normed * along);
+                    d_x[i] = residual[i] + scale * (d_x[i] - level - normed * along);
                 }
             }
         }
@@ -282,7 +282,7 @@ mod tests {
         for (width, rows, centred) in [(1, 3, false), (5, 4, true), (19, 3, false), (70, 5, true)] {
             let x = numbers(width * rows, 1);
             let (weight, bias) = (numbers(width, 2), numbers(width, 3));
-            let (d_out, beside) = (numbers(width * rows, 4), numbers(width * rows, 5));
+            let (d_out, residual) = (numbers(width * rows, 4), numbers(width * rows, 5));
             let norm = Norm {
                 weight: &weight,
                 bias: &bias,
@@ -302,7 +302,7 @@ mod tests {
                 weight: norm.weight,
                 centred: norm.centred,
                 moments: &moments,
-                beside: &beside,
+                residual: &residual,
             };
             inputs.gradients(&mut d_x, &mut d_w, &mut d_b, 2).unwrap();
             let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
@@ -316,7 +316,7 @@ mod tests {
                     };
                     let mut want = (at(1e-5) - at(-1e-5)) / 2e-5;
                     if which == 0 {
-                        want += f64::from(beside[i]);
+                        want += f64::from(residual[i]);
                     }
                     let got = f64::from(got[i]);
                     assert!(
@@ -326,13 +326,13 @@ mod tests {
                 }
             }
             let alone = Inputs {
-                beside: &[],
+                residual: &[],
                 ..inputs
             };
             let mut again = vec![0f32; x.len()];
             alone.gradients(&mut again, &mut d_w, &mut d_b, 1).unwrap();
             for i in 0..x.len() {
-                assert!((d_x[i] - again[i] - beside[i]).abs() < 1e-5);
+                assert!((d_x[i] - again[i] - residual[i]).abs() < 1e-5);
             }
         }
     }
@@ -362,7 +362,7 @@ mod tests {
                 weight: norm.weight,
                 centred: norm.centred,
                 moments: &moments,
-                beside: &x,
+                residual: &x,
             };
             inputs
                 .gradients(&mut d_x, &mut d_w, &mut d_b, threads)
@@ -398,7 +398,7 @@ mod tests {
                 weight,
                 centred: true,
                 moments: &*moments.f32s(),
-                beside: x,
+                residual: x,
             };
             inputs
                 .gradients(d_x.f32s(), d_w.f32s(), d_b.f32s(), 2)

@@ -51,7 +51,7 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs `weight` [N, K], row-major, and the bias [N]; with `bf16`, rounds to bf16.
+    /// Packs `weight` [N, K], row-major, and the bias `[N]`; with `bf16`, rounds to bf16.
     ///
     /// # Errors
     /// Sizes that do not fit together, or bf16 on a processor without bf16 products.

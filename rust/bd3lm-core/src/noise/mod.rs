@@ -35,7 +35,7 @@ impl NoiseSpec {
     ///
     /// * `ids`: the clean ids, read for frequency-informed masking alone.
     /// * `noisable`: 1 where a token may be noised.
-    /// * `mask` [L] receives 1 where a token is masked.
+    /// * `mask` `[L]` receives 1 where a token is masked.
     /// * `mask_prob` [L/S] receives the level p of each block.
     /// * `weight` [L/S] receives the loss weight of each block's masked tokens: w(t), or
     ///   1/(k·q(k)), times the reweighting. A block with nothing to noise gets 0.

@@ -1,6 +1,7 @@
 //! The `.idx` file: lengths and positions of the documents.
 
-use std::fs;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use super::manifest::Manifest;
@@ -11,35 +12,65 @@ pub(super) const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 pub(super) const DTYPE_I32: u8 = 4;
 pub(super) const DTYPE_U16: u8 = 8;
 
-/// Document offsets in tokens, from an `.idx` whose every number is checked.
-pub(super) fn read_index(path: &Path, wide: bool, manifest: &Manifest) -> Result<Vec<u64>> {
-    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+/// Bytes of the header.
+const HEADER: u64 = 34;
+
+/// Document offsets in tokens, from an `.idx` whose every number is checked. Its length is the one
+/// in the manifest, which agrees with the number of documents.
+pub(super) fn read_index(path: &Path, manifest: &Manifest) -> Result<Vec<u64>> {
     let corrupt = |reason: &str| Error::Corrupt {
         path: path.into(),
         reason: reason.into(),
     };
-    if bytes.len() < 34 || &bytes[..9] != MAGIC {
+    let fail = |e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::UnexpectedEof => corrupt("it ends early"),
+        _ => Error::io(path, e),
+    };
+    let open = |at: u64| {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(at))?;
+        Ok(BufReader::with_capacity(1 << 18, file))
+    };
+    let n = manifest.num_documents;
+    let mut lengths = open(0).map_err(fail)?;
+    let mut header = [0; HEADER as usize];
+    lengths.read_exact(&mut header).map_err(fail)?;
+    let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("8 bytes"));
+    if &header[..9] != MAGIC {
         return Err(corrupt("it does not begin as a Megatron index does"));
     }
-    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-    let n = manifest.num_documents as usize;
-    if word(9) != 1 || bytes[17] != if wide { DTYPE_I32 } else { DTYPE_U16 } {
+    let dtype = if manifest.is_wide() {
+        DTYPE_I32
+    } else {
+        DTYPE_U16
+    };
+    if word(9) != 1 || header[17] != dtype {
         return Err(corrupt("its version or token width is not the manifest's"));
     }
-    if word(18) != n as u64 || word(26) != n as u64 + 1 || bytes.len() != 34 + 12 * n + 8 * (n + 1)
-    {
+    if word(18) != n || word(26) != n + 1 {
         return Err(corrupt("its number of documents is not the manifest's"));
     }
-    let width: u64 = if wide { 4 } else { 2 };
-    let mut offsets = Vec::with_capacity(n + 1);
+    let mut positions = open(HEADER + 4 * n).map_err(fail)?;
+    let mut offsets = Vec::new();
+    let count = usize::try_from(n + 1).map_err(|_| corrupt("it has too many documents"))?;
+    offsets
+        .try_reserve_exact(count)
+        .map_err(|_| corrupt("its documents do not fit the memory"))?;
     let mut at = 0u64;
-    for i in 0..n {
-        let length = i32::from_le_bytes(bytes[34 + 4 * i..38 + 4 * i].try_into().expect("4 bytes"));
-        if length < 0 || word(34 + 4 * n + 8 * i) != at * width {
+    let (mut length, mut position) = ([0; 4], [0; 8]);
+    for _ in 0..n {
+        lengths.read_exact(&mut length).map_err(fail)?;
+        positions.read_exact(&mut position).map_err(fail)?;
+        let length = i32::from_le_bytes(length);
+        // No overflow: `at` is at most the number of tokens, whose bytes are the length of a file.
+        if length < 0 || u64::from_le_bytes(position) != at * manifest.width() {
             return Err(corrupt("its lengths and positions disagree"));
         }
         offsets.push(at);
         at += length as u64;
+        if at > manifest.num_tokens {
+            break;
+        }
     }
     offsets.push(at);
     if at != manifest.num_tokens {

@@ -1,25 +1,32 @@
 //! The manifest of a data set, and the digests in it.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::{BIN, IDX, MANIFEST};
+use super::digest::{CHUNK, sha256};
+use super::{BIN, IDX, MANIFEST, TOKENIZER};
+use crate::data::text::Records;
 use crate::error::{Error, Result};
 
 pub(super) const FORMAT: &str = "bd3lm-tokens";
-pub(super) const VERSION: u32 = 1;
+/// Version 2 hashes files of more than one chunk by their chunks; version 1 is read as well.
+pub(super) const VERSION: u32 = 2;
+
+/// Largest vocabulary.
+pub const MAX_VOCAB: u32 = 1 << 24;
+
+/// Longest manifest that is read; the names of a million sources fit.
+const MAX_MANIFEST: u64 = 256 << 20;
 
 /// Special ids and size of a vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vocab {
     /// Number of ids, the mask id included.
     pub vocab_size: u32,
-    /// Stands at position 0 of every row.
+    /// First token of every row.
     pub bos_id: u32,
     /// Ends every document.
     pub eos_id: u32,
@@ -32,8 +39,11 @@ pub struct Vocab {
 pub struct FileRecord {
     /// Length in bytes.
     pub bytes: u64,
-    /// SHA-256, in hexadecimal.
+    /// SHA-256 in hexadecimal: of the file, or of the digests of its chunks one after the other.
     pub sha256: String,
+    /// Bytes of such a chunk; `None`: the digest is that of the whole file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk_bytes: Option<u64>,
 }
 
 /// Content of `manifest.json`.
@@ -52,13 +62,14 @@ pub struct Manifest {
     pub num_documents: u64,
     /// Tokens, the EOS of every document included.
     pub num_tokens: u64,
-    /// UTF-8 bytes of the documents' text.
+    /// UTF-8 bytes of the documents' text. Nothing else in the set depends on it, so it cannot be
+    /// checked against the tokens.
     pub num_bytes: u64,
     /// `uint16` or `int32`.
     pub dtype: String,
-    /// The files beside the manifest.
+    /// The other files of the directory.
     pub files: BTreeMap<String, FileRecord>,
-    /// Names of what was read.
+    /// Names of the files that were read.
     pub source: Vec<String>,
     /// Rules by which the text was put back before it was tokenized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,7 +77,10 @@ pub struct Manifest {
     /// Documents do not end with EOS: they run into each other.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_eos: bool,
-    /// SHA-256 of this file as it is with nothing here.
+    /// Counts of the records that were read, those of both sides of a split together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub records: Option<Records>,
+    /// SHA-256 of this manifest with this field empty.
     pub sha256: String,
 }
 
@@ -79,13 +93,19 @@ pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
         return Err(Error::Missing { path: dir.into() });
     }
     let path = dir.join(MANIFEST);
+    let meta = match fs::metadata(&path) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound || !dir.is_dir() => {
+            return Err(not(missing(dir)));
+        }
+        Err(e) => return Err(Error::io(path, e)),
+    };
+    check_regular(dir, MANIFEST, &meta)?;
+    if meta.len() > MAX_MANIFEST {
+        return Err(not(format!("its {MANIFEST} has {} bytes", meta.len())));
+    }
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound || !dir.is_dir() => {
-            return Err(not(format!(
-                "it holds no {MANIFEST}; make one with bd3lm-prepare"
-            )));
-        }
         Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
             let reason = "it is not UTF-8".into();
             return Err(Error::Corrupt { path, reason });
@@ -103,9 +123,9 @@ pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
             }
         }
     })?;
-    if manifest.format != FORMAT || manifest.version != VERSION {
+    if manifest.format != FORMAT || !(1..=VERSION).contains(&manifest.version) {
         return Err(not(format!(
-            "its format is {} version {}; this release reads {FORMAT} version {VERSION}",
+            "its format is {} version {}; this release reads {FORMAT} versions 1 to {VERSION}",
             manifest.format, manifest.version
         )));
     }
@@ -115,30 +135,101 @@ pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
             reason: "its SHA-256 is not the one it holds".into(),
         });
     }
-    if !(manifest.files.contains_key(BIN) && manifest.files.contains_key(IDX)) {
-        return Err(not(format!("its {MANIFEST} does not name {BIN} and {IDX}")));
-    }
+    manifest.check().map_err(|reason| Error::Corrupt {
+        path: dir.join(MANIFEST),
+        reason,
+    })?;
     Ok(manifest)
 }
 
-pub(super) fn digest_file(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 18];
-    loop {
-        let n = file.read(&mut buffer).map_err(|e| Error::io(path, e))?;
-        if n == 0 {
-            return Ok(hex(&hasher.finalize()));
-        }
-        hasher.update(&buffer[..n]);
+/// Why a directory without a manifest is no data set, with the way out.
+fn missing(dir: &Path) -> String {
+    let has = |name: &str| dir.join(name).join(MANIFEST).is_file();
+    match (has("train"), has("valid")) {
+        (true, true) => "it holds the data sets train and valid; name one of them".into(),
+        (true, false) => "it holds the data set train; name that".into(),
+        (false, true) => "it holds the data set valid; name that".into(),
+        _ => format!("it holds no {MANIFEST}; make one with bd3lm-prepare"),
     }
 }
 
-/// SHA-256 of bytes, in hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+/// Refuses pipes, devices and directories in place of a file.
+pub(super) fn check_regular(dir: &Path, name: &str, meta: &fs::Metadata) -> Result<()> {
+    if meta.is_file() {
+        return Ok(());
+    }
+    Err(Error::NotADataset {
+        path: dir.into(),
+        reason: format!("its {name} is not a regular file"),
+    })
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+impl Manifest {
+    /// Bytes of a token.
+    pub(super) fn width(&self) -> u64 {
+        if self.is_wide() { 4 } else { 2 }
+    }
+
+    pub(super) fn is_wide(&self) -> bool {
+        self.dtype == "int32"
+    }
+
+    /// Checks the manifest against itself; the error is the first contradiction.
+    fn check(&self) -> std::result::Result<(), String> {
+        let names: Vec<&str> = self.files.keys().map(String::as_str).collect();
+        if names != [TOKENIZER, BIN, IDX] {
+            return Err(format!("its files must be {TOKENIZER}, {BIN} and {IDX}"));
+        }
+        if !matches!(self.dtype.as_str(), "uint16" | "int32") {
+            return Err("its dtype must be uint16 or int32".into());
+        }
+        let vocab = self.vocab;
+        if !(1..=MAX_VOCAB).contains(&vocab.vocab_size) {
+            let size = vocab.vocab_size;
+            return Err(format!("its vocab_size = {size} must be 1 to {MAX_VOCAB}"));
+        }
+        if !self.is_wide() && vocab.vocab_size > 1 << 16 {
+            return Err("its vocab_size does not fit its dtype".into());
+        }
+        for (name, id) in [
+            ("bos_id", vocab.bos_id),
+            ("eos_id", vocab.eos_id),
+            ("mask_id", vocab.mask_id),
+        ] {
+            if id >= vocab.vocab_size {
+                let size = vocab.vocab_size;
+                return Err(format!(
+                    "its {name} = {id} must be below its vocab_size = {size}"
+                ));
+            }
+        }
+        if self.num_tokens.checked_mul(self.width()) != Some(self.files[BIN].bytes) {
+            return Err(format!(
+                "its num_tokens = {} of {} bytes each are not the {} bytes of {BIN}",
+                self.num_tokens,
+                self.width(),
+                self.files[BIN].bytes
+            ));
+        }
+        let index = self
+            .num_documents
+            .checked_mul(20)
+            .and_then(|n| n.checked_add(42));
+        if index != Some(self.files[IDX].bytes) {
+            return Err(format!(
+                "its num_documents = {} do not fit the {} bytes of {IDX}",
+                self.num_documents, self.files[IDX].bytes
+            ));
+        }
+        let chunked = |record: &FileRecord| match record.chunk_bytes {
+            None => self.version == 1 || record.bytes <= CHUNK,
+            Some(size) => size == CHUNK && record.bytes > CHUNK,
+        };
+        if !self.files.values().all(chunked) {
+            return Err(format!(
+                "its chunk_bytes must be {CHUNK} for files longer than that"
+            ));
+        }
+        Ok(())
+    }
 }

@@ -1,33 +1,38 @@
-//! Token files: `tokens.bin`/`tokens.idx` in the Megatron IndexedDataset v1 layout, one sequence a
-//! document, and a `manifest.json` that says what they hold and how to tell whether they still do.
+//! Token files: `tokens.bin` and `tokens.idx` in the Megatron IndexedDataset v1 layout, one sequence
+//! per document, and a `manifest.json` with the digests of the files.
 
+mod digest;
 mod index;
 mod manifest;
+mod partial;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
-pub use manifest::{FileRecord, Manifest, Vocab, sha256};
-pub use writer::StoreWriter;
+pub use digest::sha256;
+pub use manifest::{FileRecord, MAX_VOCAB, Manifest, Vocab};
+pub use partial::Partial;
+pub use verify::Verify;
+pub use writer::{Recipe, StoreWriter, write_documents};
 
 use std::fs::{self, File};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use rayon::prelude::*;
 
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::prefetch::prefetch;
 use crate::error::{Error, Result};
 use index::read_index;
-use manifest::{digest_file, read_manifest};
+use manifest::{check_regular, read_manifest};
 
 /// Token ids in file order.
 pub const BIN: &str = "tokens.bin";
 /// Lengths and positions of the documents.
 pub const IDX: &str = "tokens.idx";
-/// What the files hold.
+/// Description and digests of the files.
 pub const MANIFEST: &str = "manifest.json";
 /// The tokenizer that made them.
 pub const TOKENIZER: &str = "tokenizer.json";
@@ -55,7 +60,7 @@ impl Tokens<'_> {
         self.len() == 0
     }
 
-    /// Has ids `start..start + len`, which are soon read, on their way from memory.
+    /// Prefetches ids `start..start + len`.
     pub fn prefetch(&self, start: usize, len: usize) {
         match self {
             Tokens::U16(x) => prefetch(&x[start..start + len]),
@@ -96,6 +101,15 @@ pub struct TokenStore {
     offsets: Vec<u64>,
     vocab: Vocab,
     manifest: Option<Manifest>,
+    opened: Option<Opened>,
+}
+
+/// The token file of a directory, as it was when it was opened.
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    path: PathBuf,
+    stamp: (u64, i128, i128, u64),
 }
 
 #[derive(Debug)]
@@ -106,40 +120,30 @@ enum Data {
 }
 
 impl TokenStore {
-    /// Opens a prepared directory.
-    ///
-    /// Sizes and structure are always checked; `verify` also checks the digests of the files and
-    /// that every id lies in the vocabulary.
+    /// Opens a prepared directory. Sizes and structure are always checked.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::NotADataset`], [`Error::Truncated`], [`Error::Corrupt`] or
     /// [`Error::TokenOutOfRange`].
-    pub fn open(dir: &Path, verify: bool) -> Result<Self> {
+    pub fn open(dir: &Path, verify: Verify) -> Result<Self> {
         let manifest = read_manifest(dir)?;
         for (name, record) in &manifest.files {
             let path = dir.join(name);
-            let actual = fs::metadata(&path).map_err(|e| Error::io(&path, e))?.len();
-            if actual != record.bytes {
+            let meta = fs::metadata(&path).map_err(|e| Error::io(&path, e))?;
+            check_regular(dir, name, &meta)?;
+            if meta.len() != record.bytes {
                 return Err(Error::Truncated {
                     path,
                     expected: record.bytes,
-                    actual,
+                    actual: meta.len(),
                 });
             }
-            if verify {
-                let digest = digest_file(&path)?;
-                if digest != record.sha256 {
-                    return Err(Error::Corrupt {
-                        path,
-                        reason: "its SHA-256 is not the one in manifest.json".into(),
-                    });
-                }
-            }
         }
-        let wide = manifest.dtype == "int32";
-        let offsets = read_index(&dir.join(IDX), wide, &manifest)?;
+        verify::verify(dir, &manifest, verify)?;
+        let offsets = read_index(&dir.join(IDX), &manifest)?;
         let path = dir.join(BIN);
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
+        let meta = file.metadata().map_err(|e| Error::io(&path, e))?;
         let map = if manifest.num_tokens == 0 {
             None
         } else {
@@ -147,16 +151,49 @@ impl TokenStore {
             // fault, as with any memory map; `replaced as a whole` is this layout's contract.
             Some(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?)
         };
-        let store = TokenStore {
-            data: Data::Mapped { map, wide },
+        let actual = map.as_ref().map_or(0, |map| map.len() as u64);
+        if actual != manifest.files[BIN].bytes {
+            return Err(Error::Truncated {
+                path,
+                expected: manifest.files[BIN].bytes,
+                actual,
+            });
+        }
+        Ok(TokenStore {
+            data: Data::Mapped {
+                map,
+                wide: manifest.is_wide(),
+            },
             offsets,
             vocab: manifest.vocab,
             manifest: Some(manifest),
+            opened: Some(Opened {
+                stamp: verify::file_stamp(&meta),
+                file,
+                path,
+            }),
+        })
+    }
+
+    /// Checks that the token file is still the one that was opened.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] where another process wrote to it.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let Some(opened) = &self.opened else {
+            return Ok(());
         };
-        if verify {
-            store.check_range(&path)?;
+        let path = &opened.path;
+        let meta = opened.file.metadata().map_err(|e| Error::io(path, e))?;
+        // Links to the file, or its removal, change its status and not its content.
+        let (now, then) = (verify::file_stamp(&meta), opened.stamp);
+        if (now.0, now.1) == (then.0, then.1) {
+            return Ok(());
         }
-        Ok(store)
+        Err(Error::Corrupt {
+            path: path.clone(),
+            reason: "it was written to while it was in use".into(),
+        })
     }
 
     /// A data set from ids in memory: `lengths` cut `ids` into documents.
@@ -164,6 +201,10 @@ impl TokenStore {
     /// # Errors
     /// Lengths that do not add up to the ids, or an id outside the vocabulary.
     pub fn from_arrays(ids: Vec<i32>, lengths: &[u64], vocab: Vocab) -> Result<Self> {
+        if vocab.vocab_size > MAX_VOCAB {
+            let allowed = format!("at most {MAX_VOCAB}");
+            return Err(Error::config("vocab_size", vocab.vocab_size, allowed));
+        }
         let mut offsets = Vec::with_capacity(lengths.len() + 1);
         offsets.push(0u64);
         for length in lengths {
@@ -182,12 +223,17 @@ impl TokenStore {
             offsets,
             vocab,
             manifest: None,
+            opened: None,
         };
-        store.check_range(Path::new("ids"))?;
-        if let Data::Wide(ids) = &store.data
-            && vocab.vocab_size <= 1 << 16
-        {
-            store.data = Data::Narrow(ids.iter().map(|id| *id as u16).collect());
+        if let Data::Wide(ids) = &store.data {
+            let size = i64::from(vocab.vocab_size);
+            let outside = ids.iter().find(|id| !(0..size).contains(&i64::from(**id)));
+            if let Some(id) = outside {
+                return Err(store.out_of_range(i64::from(*id)));
+            }
+            if vocab.vocab_size <= 1 << 16 {
+                store.data = Data::Narrow(ids.iter().map(|id| *id as u16).collect());
+            }
         }
         Ok(store)
     }
@@ -244,41 +290,39 @@ impl TokenStore {
         self.vocab
     }
 
-    /// What the directory says of itself; `None` for arrays.
+    /// The manifest; `None` for arrays.
     pub fn manifest(&self) -> Option<&Manifest> {
         self.manifest.as_ref()
     }
 
     /// How often each id occurs; as long as the vocabulary.
-    pub fn token_counts(&self) -> Vec<u64> {
-        let mut counts = vec![0; self.vocab.vocab_size as usize];
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] in a data set that was opened without verification.
+    pub fn token_counts(&self) -> Result<Vec<u64>> {
+        let mut counts = vec![0u64; self.vocab.vocab_size as usize];
+        let mut outside = None;
+        let mut count = |id: i64| match usize::try_from(id).ok().and_then(|id| counts.get_mut(id)) {
+            Some(count) => *count += 1,
+            None => outside = Some(id),
+        };
         match self.tokens() {
-            Tokens::U16(x) => x.iter().for_each(|t| counts[usize::from(*t)] += 1),
-            Tokens::I32(x) => x.iter().for_each(|t| counts[*t as usize] += 1),
+            Tokens::U16(x) => x.iter().for_each(|t| count(i64::from(*t))),
+            Tokens::I32(x) => x.iter().for_each(|t| count(i64::from(*t))),
         }
-        counts
+        match outside {
+            None => Ok(counts),
+            Some(id) => Err(self.out_of_range(id)),
+        }
     }
 
-    fn check_range(&self, path: &Path) -> Result<()> {
-        let vocab_size = i64::from(self.vocab.vocab_size);
-        let outside = |id: i64| !(0..vocab_size).contains(&id);
-        let bad = match self.tokens() {
-            Tokens::U16(x) => x
-                .par_iter()
-                .map(|t| i64::from(*t))
-                .find_any(|t| outside(*t)),
-            Tokens::I32(x) => x
-                .par_iter()
-                .map(|t| i64::from(*t))
-                .find_any(|t| outside(*t)),
-        };
-        match bad {
-            None => Ok(()),
-            Some(id) => Err(Error::TokenOutOfRange {
-                id,
-                place: path.display().to_string(),
-                vocab_size: vocab_size as u64,
-            }),
+    /// The error of an id that the vocabulary does not hold.
+    fn out_of_range(&self, id: i64) -> Error {
+        let place = self.opened.as_ref().map(|o| o.path.display().to_string());
+        Error::TokenOutOfRange {
+            id,
+            place: place.unwrap_or_else(|| "ids".into()),
+            vocab_size: u64::from(self.vocab.vocab_size),
         }
     }
 }

@@ -9,14 +9,18 @@ const VOCAB: Vocab = Vocab {
     mask_id: 99,
 };
 
+fn recipe(vocab: Vocab) -> Recipe {
+    Recipe {
+        vocab,
+        tokenizer: "{}".into(),
+        detokenizer: None,
+        no_eos: false,
+    }
+}
+
 fn written(dir: &Path, documents: &[Vec<u32>], vocab: Vocab) -> PathBuf {
     let target = dir.join("set");
-    let mut writer = StoreWriter::create(&target, vocab, "{}").unwrap();
-    for document in documents {
-        writer.push(document).unwrap();
-        writer.end_document(document.len() as u64).unwrap();
-    }
-    writer.finish(vec!["test".into()]).unwrap();
+    write_documents(&target, recipe(vocab), documents.iter().map(Vec::as_slice)).unwrap();
     target
 }
 
@@ -43,7 +47,7 @@ fn wide_and_narrow_round_trip() {
             ..VOCAB
         };
         let target = written(dir.path(), &[vec![1, 2, 3], vec![], vec![98]], vocab);
-        let store = TokenStore::open(&target, true).unwrap();
+        let store = TokenStore::open(&target, Verify::Always).unwrap();
         assert_eq!(documents(&store), [vec![1, 2, 3, 0], vec![0], vec![98, 0]]);
         assert_eq!(store.manifest().unwrap().num_bytes, 4);
     }
@@ -52,40 +56,200 @@ fn wide_and_narrow_round_trip() {
 #[test]
 fn nothing_is_left_of_an_unfinished_set() {
     let dir = tempfile::tempdir().unwrap();
-    let target = dir.path().join("set");
-    let mut writer = StoreWriter::create(&target, VOCAB, "{}").unwrap();
-    writer.push(&[1]).unwrap();
+    let partial = Partial::create(&dir.path().join("a/set")).unwrap();
+    let mut writer = StoreWriter::create(partial.path(), recipe(VOCAB)).unwrap();
+    writer.push(&[1], 1).unwrap();
     assert!(matches!(
-        writer.push(&[100]),
+        writer.push(&[100], 1),
         Err(Error::TokenOutOfRange { id: 100, .. })
     ));
-    assert!(
-        writer
-            .push(&[99])
-            .unwrap_err()
-            .to_string()
-            .contains("mask token")
-    );
-    drop(writer);
+    let mask = writer.push(&[99], 1).unwrap_err().to_string();
+    assert!(mask.contains("makes the mask token out of document 1"));
+    drop((writer, partial));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn occupied_and_empty_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let made = StoreWriter::create(dir.path(), VOCAB, "{}");
-    assert!(matches!(made, Err(Error::Exists { .. })));
-    let writer = StoreWriter::create(&dir.path().join("x"), VOCAB, "{}").unwrap();
+    let target = dir.path().join("x");
+    let partial = Partial::create(&target).unwrap();
+    assert!(matches!(Partial::create(&target), Err(Error::Busy { .. })));
+    let writer = StoreWriter::create(partial.path(), recipe(VOCAB)).unwrap();
+    let empty = writer.finish(vec![], None);
+    assert!(matches!(empty, Err(Error::EmptyCorpus { .. })));
+    partial.commit().unwrap();
     assert!(matches!(
-        writer.finish(vec![]),
-        Err(Error::EmptyCorpus { .. })
+        Partial::create(&target),
+        Err(Error::Exists { .. })
     ));
     assert!(matches!(
-        TokenStore::open(dir.path(), true),
+        TokenStore::open(dir.path(), Verify::Always),
         Err(Error::NotADataset { .. })
     ));
-    let missing = TokenStore::open(&dir.path().join("y"), true);
+    let missing = TokenStore::open(&dir.path().join("y"), Verify::Always);
     assert!(matches!(missing, Err(Error::Missing { .. })));
+}
+
+#[test]
+fn an_empty_directory_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("set");
+    fs::create_dir(&target).unwrap();
+    // A process was killed while it moved its files up.
+    fs::create_dir(target.join(".partial")).unwrap();
+    fs::write(target.join(".partial/committing"), "").unwrap();
+    fs::write(target.join(BIN), "old").unwrap();
+    let same = File::open(&target).unwrap();
+    written(dir.path(), &[vec![1]], VOCAB);
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 4);
+    assert!(TokenStore::open(&target, Verify::Always).is_ok());
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let now = fs::metadata(&target).unwrap().ino();
+        assert_eq!(same.metadata().unwrap().ino(), now);
+    }
+    assert!(matches!(
+        Partial::create(&target),
+        Err(Error::Exists { .. })
+    ));
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 4);
+}
+
+#[test]
+fn a_last_document_moves_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = Vec::new();
+    let partial = Partial::create(&dir.path().join("set")).unwrap();
+    for side in ["train", "valid"] {
+        fs::create_dir(partial.path().join(side)).unwrap();
+        made.push(StoreWriter::create(&partial.path().join(side), recipe(VOCAB)).unwrap());
+    }
+    let [train, valid] = made.as_mut_slice() else {
+        unreachable!()
+    };
+    for ids in [[1, 2].as_slice(), &[3], &[4, 5, 6]] {
+        train.push(ids, 10 * ids.len() as u64).unwrap();
+        train.end_document().unwrap();
+    }
+    train.move_last(valid).unwrap();
+    let manifests: Vec<_> = made
+        .into_iter()
+        .map(|w| w.finish(vec!["x".into()], None).unwrap())
+        .collect();
+    partial.commit().unwrap();
+    assert_eq!(
+        manifests.iter().map(|m| m.num_bytes).collect::<Vec<_>>(),
+        [30, 30]
+    );
+    let open = |side| TokenStore::open(&dir.path().join("set").join(side), Verify::Always).unwrap();
+    assert_eq!(documents(&open("train")), [vec![1, 2, 0], vec![3, 0]]);
+    assert_eq!(documents(&open("valid")), [vec![4, 5, 6, 0]]);
+}
+
+/// A manifest that agrees with itself and the files' bytes, after `change`.
+fn reseal(dir: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = dir.join(MANIFEST);
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut value);
+    value["sha256"] = "".into();
+    let text = serde_json::to_string_pretty(&value).unwrap() + "\n";
+    let digest = sha256(text.as_bytes());
+    let at = text.rfind("\"sha256\": \"\"").unwrap() + "\"sha256\": \"".len();
+    fs::write(&path, [&text[..at], &digest, &text[at..]].concat()).unwrap();
+}
+
+#[test]
+fn manifests_that_lie_are_named() {
+    let lies: [(&str, fn(&mut serde_json::Value)); 14] = [
+        ("num_documents", |m| {
+            m["num_documents"] = (2u64 + (1 << 62)).into()
+        }),
+        ("num_documents", |m| m["num_documents"] = 1.into()),
+        ("num_tokens", |m| m["num_tokens"] = 1_000_000.into()),
+        ("num_tokens", |m| m["num_tokens"] = u64::MAX.into()),
+        ("dtype", |m| m["dtype"] = "float64".into()),
+        ("num_tokens", |m| m["dtype"] = "int32".into()),
+        ("vocab_size", |m| m["vocab_size"] = u32::MAX.into()),
+        ("vocab_size", |m| m["vocab_size"] = 0.into()),
+        ("vocab_size", |m| m["vocab_size"] = 70_000.into()),
+        ("eos_id", |m| m["eos_id"] = 100.into()),
+        ("mask_id", |m| m["mask_id"] = u32::MAX.into()),
+        ("files", |m| {
+            m["files"]["/dev/zero"] = m["files"][BIN].clone()
+        }),
+        ("files", |m| m["files"]["../x"] = m["files"][BIN].clone()),
+        ("chunk_bytes", |m| m["files"][BIN]["chunk_bytes"] = 1.into()),
+    ];
+    for (field, lie) in lies {
+        let dir = tempfile::tempdir().unwrap();
+        let target = written(dir.path(), &[vec![1, 2, 3], vec![98]], VOCAB);
+        reseal(&target, |_| {});
+        assert!(TokenStore::open(&target, Verify::Always).is_ok());
+        reseal(&target, lie);
+        for verify in [Verify::Always, Verify::Never] {
+            let error = TokenStore::open(&target, verify).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{field}: {error}");
+            assert!(error.to_string().contains(field), "{field}: {error}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let target = written(dir.path(), &[vec![1, 2, 3]], VOCAB);
+    reseal(&target, |m| m["mask_id"] = 2.into());
+    let error = TokenStore::open(&target, Verify::Always).unwrap_err();
+    assert!(
+        error.to_string().contains("it holds the mask id 2"),
+        "{error}"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_are_refused() {
+    for name in [BIN, IDX, TOKENIZER, MANIFEST] {
+        let dir = tempfile::tempdir().unwrap();
+        let target = written(dir.path(), &[vec![1, 2, 3]], VOCAB);
+        let path = target.join(name);
+        fs::remove_file(&path).unwrap();
+        let place = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: a valid path.
+        assert_eq!(unsafe { libc::mkfifo(place.as_ptr(), 0o600) }, 0);
+        let error = TokenStore::open(&target, Verify::Never).unwrap_err();
+        assert!(
+            error.to_string().contains("is not a regular file"),
+            "{error}"
+        );
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        let error = TokenStore::open(&target, Verify::Never).unwrap_err();
+        assert!(
+            error.to_string().contains("is not a regular file"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn unverified_ids_are_counted_without_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = written(dir.path(), &[vec![1, 2, 3]], VOCAB);
+    let path = target.join(BIN);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[1] = 0xFF;
+    fs::write(&path, bytes).unwrap();
+    let store = TokenStore::open(&target, Verify::Never).unwrap();
+    assert!(matches!(
+        store.token_counts(),
+        Err(Error::TokenOutOfRange { .. })
+    ));
+    assert!(store.check_unchanged().is_ok());
+    fs::write(&path, [0; 8]).unwrap();
+    let changed = store.check_unchanged().unwrap_err().to_string();
+    assert!(
+        changed.contains("it was written to while it was in use"),
+        "{changed}"
+    );
 }
 
 #[test]
@@ -109,7 +273,7 @@ proptest! {
     ) {
         let dir = tempfile::tempdir().unwrap();
         let target = written(dir.path(), &documents, VOCAB);
-        prop_assert!(TokenStore::open(&target, true).is_ok());
+        prop_assert!(TokenStore::open(&target, Verify::Always).is_ok());
         let path = target.join([BIN, IDX, TOKENIZER, MANIFEST][which]);
         let mut bytes = fs::read(&path).unwrap();
         let at = at.index(bytes.len());
@@ -119,7 +283,7 @@ proptest! {
             bytes[at] ^= 1 << bit;
         }
         fs::write(&path, bytes).unwrap();
-        let opened = TokenStore::open(&target, true);
+        let opened = TokenStore::open(&target, Verify::Always);
         let named = match opened.unwrap_err() {
             Error::Truncated { .. } => cut && which < 3,
             Error::Corrupt { .. } => !cut || which == 3,

@@ -1,92 +1,100 @@
-//! Writes a data set aside, and puts it in its place as a whole.
+//! Writes the files of a data set.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
+use super::digest::{HashingFile, sha256};
 use super::index::{DTYPE_I32, DTYPE_U16, MAGIC};
-use super::manifest::{FORMAT, FileRecord, Manifest, VERSION, Vocab, hex, sha256};
+use super::manifest::{FORMAT, FileRecord, Manifest, VERSION, Vocab};
+use super::partial::{Partial, sync};
 use super::{BIN, IDX, MANIFEST, TOKENIZER};
+use crate::data::text::Records;
 use crate::error::{Error, Result};
 
+/// Tokens of the longest document.
+const MAX_DOCUMENT_TOKENS: u64 = 1 << 30;
+
+/// How a data set is made.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// Special ids.
+    pub vocab: Vocab,
+    /// JSON of the tokenizer.
+    pub tokenizer: String,
+    /// Name of the rules by which the text was put back before it was tokenized.
+    pub detokenizer: Option<String>,
+    /// Let documents run into each other, without an EOS between them.
+    pub no_eos: bool,
+}
+
+/// Tokens and bytes of text of a part of a document.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Size {
+    tokens: u64,
+    bytes: u64,
+}
+
 /// Writes a data set, a document at a time, in memory bounded by 4 bytes a document.
-///
-/// Everything goes to a hidden sibling directory, which takes its name in [`Self::finish`]. A
-/// writer that is dropped before that takes its files with it.
 pub struct StoreWriter {
-    target: PathBuf,
-    partial: PathBuf,
+    dir: PathBuf,
     bin: HashingFile,
     buffer: Vec<u8>,
     lengths: Vec<i32>,
-    current: u64,
-    num_tokens: u64,
-    num_bytes: u64,
-    vocab: Vocab,
-    tokenizer: String,
-    detokenizer: Option<String>,
-    no_eos: bool,
+    current: Size,
+    last: Size,
+    total: Size,
+    /// Where the first document can be cut, while it is the only one.
+    cuts: Vec<Size>,
+    recipe: Recipe,
 }
 
 impl StoreWriter {
-    /// Starts a data set at `target`, made with the tokenizer whose JSON is given.
+    /// Starts a data set in an empty directory.
     ///
     /// # Errors
-    /// [`Error::Exists`] when something is there already.
-    pub fn create(target: &Path, vocab: Vocab, tokenizer: &str) -> Result<Self> {
-        if target.exists() {
-            return Err(Error::Exists {
-                path: target.into(),
-            });
-        }
-        let name = target.file_name().unwrap_or_default().to_string_lossy();
-        let partial = target.with_file_name(format!(".{name}.partial"));
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-        }
-        fs::create_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-        let bin = HashingFile::create(partial.join(BIN))?;
+    /// A failing disk.
+    pub fn create(dir: &Path, recipe: Recipe) -> Result<Self> {
         Ok(StoreWriter {
-            target: target.into(),
-            partial,
-            bin,
+            dir: dir.into(),
+            bin: HashingFile::create(dir.join(BIN))?,
             buffer: Vec::new(),
             lengths: Vec::new(),
-            current: 0,
-            num_tokens: 0,
-            num_bytes: 0,
-            vocab,
-            tokenizer: tokenizer.into(),
-            detokenizer: None,
-            no_eos: false,
+            current: Size::default(),
+            last: Size::default(),
+            total: Size::default(),
+            cuts: Vec::new(),
+            recipe,
         })
     }
 
-    /// Notes by which rules the text was put back, and whether documents run into each other.
-    pub fn made_from(mut self, detokenizer: Option<&str>, no_eos: bool) -> Self {
-        self.detokenizer = detokenizer.map(Into::into);
-        self.no_eos = no_eos;
-        self
-    }
-
-    /// Appends ids to the current document.
+    /// Appends ids to the current document, made from so many bytes of text. A document of more
+    /// than 2³⁰ tokens continues as another, as the index counts in 32 bits.
     ///
     /// # Errors
     /// An id outside the vocabulary, or the mask id; a failing disk.
-    pub fn push(&mut self, ids: &[u32]) -> Result<()> {
+    pub fn push(&mut self, ids: &[u32], text_bytes: u64) -> Result<()> {
         let Vocab {
             vocab_size,
             mask_id,
             ..
-        } = self.vocab;
+        } = self.recipe.vocab;
         if let Some(&id) = ids.iter().find(|id| **id >= vocab_size || **id == mask_id) {
             return Err(self.refuse(id));
         }
+        if self.current.tokens + ids.len() as u64 > MAX_DOCUMENT_TOKENS {
+            self.end_document()?;
+        }
+        self.append(ids)?;
+        self.current.bytes += text_bytes;
+        if self.lengths.is_empty() {
+            self.cuts.push(self.current);
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, ids: &[u32]) -> Result<()> {
         self.buffer.clear();
-        if self.wide() {
+        if self.is_wide() {
             self.buffer
                 .extend(ids.iter().flat_map(|id| id.to_le_bytes()));
         } else {
@@ -95,106 +103,168 @@ impl StoreWriter {
                 *two = (*id as u16).to_le_bytes();
             }
         }
-        self.current += ids.len() as u64;
+        self.current.tokens += ids.len() as u64;
         self.bin.write(&self.buffer)
     }
 
     fn refuse(&self, id: u32) -> Error {
         let document = self.lengths.len() + 1;
-        if id < self.vocab.vocab_size {
+        if id == self.recipe.vocab.mask_id {
             return Error::Tokenizer {
                 name: "of this data set".into(),
                 reason: format!(
-                    "document {document} spells out the mask token, which texts may not hold"
+                    "it makes the mask token out of document {document}, which no text may hold"
                 ),
             };
         }
         Error::TokenOutOfRange {
             id: i64::from(id),
             place: format!("document {document}"),
-            vocab_size: u64::from(self.vocab.vocab_size),
+            vocab_size: u64::from(self.recipe.vocab.vocab_size),
         }
     }
 
-    /// Closes the current document, `text_bytes` long before tokenization, with EOS unless
-    /// documents run into each other.
+    /// Closes the current document, with EOS unless documents run into each other.
     ///
     /// # Errors
     /// A document of 2³¹ tokens or more; a failing disk.
-    pub fn end_document(&mut self, text_bytes: u64) -> Result<()> {
-        if !self.no_eos {
-            self.push(&[self.vocab.eos_id])?;
-        } else if self.current == 0 {
-            return Ok(()); // nothing is left out: there was no token
+    pub fn end_document(&mut self) -> Result<()> {
+        if !self.recipe.no_eos {
+            self.append(&[self.recipe.vocab.eos_id])?;
+        } else if self.current.tokens == 0 {
+            self.current = Size::default(); // its text made no token
+            return Ok(());
         }
-        let length = i32::try_from(self.current)
-            .map_err(|_| Error::config("document", self.current, "fewer than 2^31 tokens"))?;
-        self.lengths.push(length);
-        self.num_tokens += self.current;
-        self.num_bytes += text_bytes;
-        self.current = 0;
+        if !self.lengths.is_empty() {
+            self.cuts = Vec::new();
+        }
+        self.lengths.push(length(self.current.tokens)?);
+        self.total.tokens += self.current.tokens;
+        self.total.bytes += self.current.bytes;
+        self.last = std::mem::take(&mut self.current);
         Ok(())
     }
 
     /// Tokens of the closed documents.
     pub fn num_tokens(&self) -> u64 {
-        self.num_tokens
+        self.total.tokens
     }
 
-    /// Writes index, tokenizer and manifest, and puts the directory in its place.
+    /// Closed documents.
+    pub fn num_documents(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Moves the last document to another data set.
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn move_last(&mut self, to: &mut StoreWriter) -> Result<()> {
+        if self.lengths.pop().is_some() {
+            let last = self.last;
+            self.move_tail(last, to)?;
+            to.lengths.push(length(last.tokens)?);
+        }
+        Ok(())
+    }
+
+    /// Moves the tail of the only document to another data set: about the given fraction of its
+    /// tokens. False where there is no place to cut it.
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn split_only(&mut self, fraction: f64, to: &mut StoreWriter) -> Result<bool> {
+        let (all, eos) = (self.total, u64::from(!self.recipe.no_eos));
+        let text = all.tokens - eos;
+        let wanted = (text as f64 * (1.0 - fraction)) as u64;
+        let possible = self
+            .cuts
+            .iter()
+            .filter(|cut| (1..text).contains(&cut.tokens));
+        let Some(head) = possible
+            .min_by_key(|cut| cut.tokens.abs_diff(wanted))
+            .copied()
+        else {
+            return Ok(false);
+        };
+        let tail = Size {
+            tokens: all.tokens - head.tokens,
+            bytes: all.bytes - head.bytes,
+        };
+        self.lengths.clear();
+        self.move_tail(tail, to)?;
+        to.lengths.push(length(tail.tokens)?);
+        self.total = Size::default();
+        self.current = head;
+        self.end_document()?;
+        Ok(true)
+    }
+
+    fn move_tail(&mut self, tail: Size, to: &mut StoreWriter) -> Result<()> {
+        let width = self.width();
+        let from = (self.total.tokens - tail.tokens) * width;
+        self.bin.cut(from, &mut |bytes| to.bin.write(bytes))?;
+        self.total.tokens -= tail.tokens;
+        self.total.bytes -= tail.bytes;
+        to.total.tokens += tail.tokens;
+        to.total.bytes += tail.bytes;
+        to.last = tail;
+        Ok(())
+    }
+
+    /// Writes index, tokenizer and manifest, and waits until they are on the disk.
     ///
     /// # Errors
     /// [`Error::EmptyCorpus`] when no document was closed; a failing disk.
-    pub fn finish(mut self, source: Vec<String>) -> Result<Manifest> {
+    pub fn finish(mut self, source: Vec<String>, records: Option<Records>) -> Result<Manifest> {
         if self.lengths.is_empty() {
-            return Err(Error::EmptyCorpus {
-                inputs: source.join(", "),
-            });
+            return Err(Error::empty(&source, "an empty corpus cannot be used"));
         }
         let mut files = BTreeMap::new();
         files.insert(BIN.to_string(), self.bin.finish()?);
         files.insert(IDX.to_string(), self.write_index()?);
-        let mut tokenizer = HashingFile::create(self.partial.join(TOKENIZER))?;
-        tokenizer.write(self.tokenizer.as_bytes())?;
+        let mut tokenizer = HashingFile::create(self.dir.join(TOKENIZER))?;
+        tokenizer.write(self.recipe.tokenizer.as_bytes())?;
         files.insert(TOKENIZER.to_string(), tokenizer.finish()?);
         let mut manifest = Manifest {
             format: FORMAT.into(),
             version: VERSION,
-            tokenizer_sha256: sha256(self.tokenizer.as_bytes()),
-            vocab: self.vocab,
+            tokenizer_sha256: sha256(self.recipe.tokenizer.as_bytes()),
+            vocab: self.recipe.vocab,
             num_documents: self.lengths.len() as u64,
-            num_tokens: self.num_tokens,
-            num_bytes: self.num_bytes,
-            dtype: if self.wide() { "int32" } else { "uint16" }.into(),
+            num_tokens: self.total.tokens,
+            num_bytes: self.total.bytes,
+            dtype: if self.is_wide() { "int32" } else { "uint16" }.into(),
             files,
             source,
-            detokenizer: self.detokenizer.clone(),
-            no_eos: self.no_eos,
+            detokenizer: self.recipe.detokenizer.clone(),
+            no_eos: self.recipe.no_eos,
+            records,
             sha256: String::new(),
         };
         let text = |m: &Manifest| {
             serde_json::to_string_pretty(m).expect("a manifest is plain JSON") + "\n"
         };
         manifest.sha256 = sha256(text(&manifest).as_bytes());
-        let mut file = HashingFile::create(self.partial.join(MANIFEST))?;
+        let mut file = HashingFile::create(self.dir.join(MANIFEST))?;
         file.write(text(&manifest).as_bytes())?;
         file.finish()?;
-        fs::rename(&self.partial, &self.target).map_err(|e| Error::io(&self.target, e))?;
+        sync(&self.dir)?;
         Ok(manifest)
     }
 
-    fn wide(&self) -> bool {
-        self.vocab.vocab_size > 1 << 16
+    fn is_wide(&self) -> bool {
+        self.recipe.vocab.vocab_size > 1 << 16
+    }
+
+    fn width(&self) -> u64 {
+        if self.is_wide() { 4 } else { 2 }
     }
 
     fn write_index(&self) -> Result<FileRecord> {
-        let mut file = HashingFile::create(self.partial.join(IDX))?;
+        let mut file = HashingFile::create(self.dir.join(IDX))?;
         let n = self.lengths.len() as u64;
-        let (code, width) = if self.wide() {
-            (DTYPE_I32, 4)
-        } else {
-            (DTYPE_U16, 2)
-        };
+        let code = if self.is_wide() { DTYPE_I32 } else { DTYPE_U16 };
         file.write(MAGIC)?;
         file.write(&1u64.to_le_bytes())?;
         file.write(&[code])?;
@@ -203,10 +273,10 @@ impl StoreWriter {
         for length in &self.lengths {
             file.write(&length.to_le_bytes())?;
         }
-        let mut at = 0i64;
+        let mut at = 0u64;
         for length in &self.lengths {
             file.write(&at.to_le_bytes())?;
-            at += i64::from(*length) * width;
+            at += *length as u64 * self.width();
         }
         for document in 0..=n {
             file.write(&document.to_le_bytes())?;
@@ -215,49 +285,26 @@ impl StoreWriter {
     }
 }
 
-impl Drop for StoreWriter {
-    fn drop(&mut self) {
-        // After `finish` there is nothing left under this name.
-        let _ = fs::remove_dir_all(&self.partial);
-    }
+fn length(tokens: u64) -> Result<i32> {
+    i32::try_from(tokens).map_err(|_| Error::config("document", tokens, "fewer than 2^31 tokens"))
 }
 
-/// A file whose digest is known when it is closed.
-struct HashingFile {
-    path: PathBuf,
-    file: BufWriter<File>,
-    hasher: Sha256,
-    bytes: u64,
-}
-
-impl HashingFile {
-    fn create(path: PathBuf) -> Result<Self> {
-        let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(HashingFile {
-            path,
-            file: BufWriter::with_capacity(1 << 18, file),
-            hasher: Sha256::new(),
-            bytes: 0,
-        })
+/// Writes whole documents of ids to a new data set at `target`.
+///
+/// # Errors
+/// As [`Partial::create`] and [`StoreWriter`].
+pub fn write_documents<'a>(
+    target: &Path,
+    recipe: Recipe,
+    documents: impl IntoIterator<Item = &'a [u32]>,
+) -> Result<Manifest> {
+    let partial = Partial::create(target)?;
+    let mut writer = StoreWriter::create(partial.path(), recipe)?;
+    for ids in documents {
+        writer.push(ids, ids.len() as u64)?;
+        writer.end_document()?;
     }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        self.file
-            .write_all(bytes)
-            .map_err(|e| Error::io(&self.path, e))
-    }
-
-    fn finish(&mut self) -> Result<FileRecord> {
-        self.file.flush().map_err(|e| Error::io(&self.path, e))?;
-        self.file
-            .get_ref()
-            .sync_all()
-            .map_err(|e| Error::io(&self.path, e))?;
-        Ok(FileRecord {
-            bytes: self.bytes,
-            sha256: hex(&std::mem::take(&mut self.hasher).finalize()),
-        })
-    }
+    let manifest = writer.finish(vec!["ids".into()], None)?;
+    partial.commit()?;
+    Ok(manifest)
 }

@@ -41,7 +41,7 @@ impl Detokenizer {
     /// The detokenizer of this name.
     ///
     /// # Errors
-    /// [`Error::Config`] that lists the names there are.
+    /// [`crate::Error::Config`] that lists the names.
     pub fn named(name: &str) -> Result<Self> {
         named("detokenizer", name, &ALL)
     }

@@ -1,20 +1,56 @@
-//! What to take from text files.
+//! How text files are read.
 
 use super::detokenize::Detokenizer;
+use crate::error::{Result, named};
 
-/// What to take from the files.
+/// How a file holds its documents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Plain text: one document, or several with lines of `<|endoftext|>` between them.
+    Text,
+    /// A JSON object a line.
+    JsonLines,
+    /// A JSON array of objects, or objects one after the other.
+    Json,
+    /// Apache Parquet.
+    Parquet,
+}
+
+impl Format {
+    /// By name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that lists the names.
+    pub fn named(name: &str) -> Result<Self> {
+        let table = [
+            ("txt", Format::Text),
+            ("jsonl", Format::JsonLines),
+            ("json", Format::Json),
+            ("parquet", Format::Parquet),
+        ];
+        named("format", name, &table)
+    }
+}
+
+/// How to read files, and which of their documents to keep.
 #[derive(Clone, Debug)]
 pub struct ReadOptions {
-    /// Field of jsonl and parquet records that holds the text.
+    /// Field of JSON and parquet records that holds the text; `a.b` is field `b` of field `a`.
     pub text_field: String,
-    /// Keep only records whose string field has this value.
+    /// Keep only records whose field has this value.
     pub filter: Option<(String, String)>,
-    /// txt: a document a line, instead of one a file.
+    /// txt: a document a line.
     pub lines: bool,
     /// Rules that put a tokenized benchmark text back as it was written.
     pub detokenizer: Option<Detokenizer>,
     /// Let documents run into each other, without an EOS between them.
     pub no_eos: bool,
+    /// Format of all files; `None`: by the name of each, or by its first bytes.
+    pub format: Option<Format>,
+    /// The first record that cannot be read is an error, instead of being skipped and counted.
+    pub strict: bool,
+    /// Rows of the concatenated files to read; `None`: all.
+    pub rows: Option<(u64, u64)>,
 }
 
 impl Default for ReadOptions {
@@ -25,6 +61,9 @@ impl Default for ReadOptions {
             lines: false,
             detokenizer: None,
             no_eos: false,
+            format: None,
+            strict: false,
+            rows: None,
         }
     }
 }

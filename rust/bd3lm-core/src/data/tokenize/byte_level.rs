@@ -1,4 +1,4 @@
-//! Byte-level BPE with GPT-2's rule for words: words by hand, merges for those that are new.
+//! Byte-level BPE with GPT-2's rule for words, without the library.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -48,7 +48,7 @@ pub(super) struct ByteLevel {
 }
 
 impl ByteLevel {
-    /// From a `tokenizer.json`, or what in it is not known here.
+    /// From a `tokenizer.json`, or the reason for which the library is needed.
     pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
         let pre = &definition["pre_tokenizer"];
         if !definition["normalizer"].is_null() {
@@ -211,7 +211,7 @@ impl ByteLevel {
         let mut next: Vec<usize> = (1..=n).collect();
         let mut previous: Vec<usize> = (0..n).map(|i| i.wrapping_sub(1)).collect();
         let mut alive = vec![true; n];
-        // (rank, left, ids of both): what is found changed since is passed over
+        // (rank, left, ids of both); stale entries are skipped
         let mut heap = BinaryHeap::new();
         let offer = |heap: &mut BinaryHeap<_>, ids: &[u32], left: usize, right: usize| {
             let pair = (ids[left], ids[right]);
@@ -247,7 +247,7 @@ impl ByteLevel {
     }
 }
 
-/// Length of what follows an apostrophe in one of the seven English contractions.
+/// Length of the letters after the apostrophe of one of the seven English contractions.
 #[inline]
 fn contraction(rest: &[u8]) -> Option<usize> {
     match rest {
@@ -257,7 +257,7 @@ fn contraction(rest: &[u8]) -> Option<usize> {
     }
 }
 
-/// What the library's own rule takes a character for, seen from what it joins.
+/// The kind of a character in the library's own rule, by the characters that it joins.
 #[cold]
 fn ask(c: char) -> u8 {
     let rule = tokenizers::pre_tokenizers::byte_level::ByteLevel::new(false, false, true);

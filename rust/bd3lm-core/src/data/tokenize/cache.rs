@@ -9,10 +9,14 @@ use crate::cpu::prefetch::prefetch;
 
 /// Ids that an entry of the table holds; words of more go to the map.
 const INLINE: usize = 3;
-/// Bytes of a word that a key holds beside its length.
+/// Bytes of a word that a key holds, in addition to its length.
 const KEY_BYTES: usize = 15;
 /// Pairs of entries: 8 MiB, which holds the words of a large corpus that are worth keeping.
 const SETS: usize = 1 << 17;
+/// Pairs of entries of all threads together: 256 MiB.
+const ALL_SETS: usize = 1 << 22;
+/// Pairs of entries of the smallest table: 64 KiB.
+const FEWEST_SETS: usize = 1 << 10;
 /// Bytes of words and ids that the map holds before it is emptied.
 const LONG_BYTES: usize = 8 << 20;
 
@@ -47,16 +51,18 @@ pub(super) struct WordCache {
 }
 
 impl WordCache {
-    pub(super) fn new() -> Self {
+    /// A table for one of `threads` threads: smaller where there are many.
+    pub(super) fn new(threads: usize) -> Self {
+        let share = (ALL_SETS / threads.max(1)).clamp(FEWEST_SETS, SETS);
         WordCache {
-            sets: vec![Set::default(); SETS],
+            sets: vec![Set::default(); 1 << share.ilog2()],
             long: HashMap::default(),
             long_bytes: 0,
         }
     }
 
     /// Appends the ids of words of `text` to `out`: `next` finds them one after the other, as
-    /// (start, end, kind) of what is not empty, and `make` appends the ids of one that is not known.
+    /// (start, end, kind) of non-empty words, and `make` appends the ids of one that is not known.
     #[inline]
     pub(super) fn words<K: Copy + Default, E>(
         &mut self,
@@ -74,7 +80,7 @@ impl WordCache {
                 let (mut key, mut at) = (0, 0);
                 if end - start <= KEY_BYTES {
                     key = key_of(text, start, end - start);
-                    at = place(key);
+                    at = self.place(key);
                     prefetch(&self.sets[at..=at]);
                 }
                 words[count] = Wanted {
@@ -177,7 +183,7 @@ impl WordCache {
     }
 
     fn keep(&mut self, word: &[u8], ids: Box<[u32]>) {
-        // What an entry of the map takes beside its content, about.
+        // Overhead of an entry of the map, about.
         let size = word.len() + 4 * ids.len() + 64;
         if size > LONG_BYTES / 64 {
             return;
@@ -205,12 +211,15 @@ fn key_of(text: &[u8], start: usize, length: usize) -> u128 {
     bytes | (length as u128) << (8 * KEY_BYTES)
 }
 
-#[inline]
-fn place(key: u128) -> usize {
-    let (low, high) = (key as u64, (key >> 64) as u64);
-    let product =
-        u128::from(low ^ 0x9E37_79B9_7F4A_7C15) * u128::from(high ^ 0xD6E8_FEB8_6659_FD93);
-    (product as u64 ^ (product >> 64) as u64) as usize & (SETS - 1)
+impl WordCache {
+    /// The set of a key.
+    #[inline]
+    fn place(&self, key: u128) -> usize {
+        let (low, high) = (key as u64, (key >> 64) as u64);
+        let product =
+            u128::from(low ^ 0x9E37_79B9_7F4A_7C15) * u128::from(high ^ 0xD6E8_FEB8_6659_FD93);
+        (product as u64 ^ (product >> 64) as u64) as usize & (self.sets.len() - 1)
+    }
 }
 
 #[cfg(test)]
@@ -220,7 +229,7 @@ mod tests {
     /// Whatever was asked before, and however often words push each other out.
     #[test]
     fn ids_are_those_that_were_made() {
-        let mut cache = WordCache::new();
+        let mut cache = WordCache::new(1);
         let ids = |word: &[u8]| -> Vec<u32> {
             let count = word[0] as usize % 6;
             (0..count)

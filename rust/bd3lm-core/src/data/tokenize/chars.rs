@@ -1,4 +1,4 @@
-//! Kinds of characters, asked of the tokenizer that is to be matched, once each.
+//! Kinds of characters, computed by the library once each and then cached.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

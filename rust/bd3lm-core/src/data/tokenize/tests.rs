@@ -47,7 +47,7 @@ pub(crate) fn definition() -> String {
 #[test]
 fn cuts_are_exact() {
     let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
-    assert_eq!(tokenizer.cut, Cut::BeforeSpaceAndLetter);
+    assert_eq!(tokenizer.cut, Cut::ByteLevel);
     let text = "the  cat's in the\n\n the é x1 2b  a;\tthe end don't a\u{3000}b c ".repeat(3);
     let whole = tokenizer.encode(&text).unwrap();
     let mut cuts = 0;
@@ -73,7 +73,7 @@ fn long_documents_equal_their_whole() {
 
 fn encoded(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
     let mut ids = Vec::new();
-    tokenizer.encoder().encode(text, &mut ids).unwrap();
+    tokenizer.encoder(1).encode(text, &mut ids).unwrap();
     ids
 }
 
@@ -114,7 +114,7 @@ fn all_kinds() -> [Tokenizer; 3] {
 #[test]
 fn every_character_is_taken_as_the_library_takes_it() {
     for tokenizer in all_kinds() {
-        let mut encoder = tokenizer.encoder();
+        let mut encoder = tokenizer.encoder(1);
         // All of the small scripts and their marks, and a share of the rest.
         let taken = |c: &u32| *c < 0x600 || c.is_multiple_of(if *c < 0x3400 { 7 } else { 997 });
         let mut chars = (0..=0x10_FFFFu32)
@@ -173,7 +173,7 @@ proptest! {
         )
     ) {
         for tokenizer in all_kinds() {
-            let mut encoder = tokenizer.encoder();
+            let mut encoder = tokenizer.encoder(1);
             for text in &texts {
                 let mut ids = Vec::new();
                 encoder.encode(text, &mut ids).unwrap();
@@ -206,4 +206,94 @@ fn other_pipelines_are_left_to_the_library() {
         changed("/model/ignore_merges", true.into()),
         "its merges have options"
     );
+}
+
+/// The mask token is hidden from texts and keeps its id; other added tokens keep theirs.
+#[test]
+fn a_text_that_spells_out_the_mask_token_is_characters() {
+    let mut value: Value = serde_json::from_str(&definition()).unwrap();
+    let token = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": true,
+                           "rstrip": false, "normalized": false, "special": true})
+    };
+    value["added_tokens"] = vec![
+        token(256, "<eos>"),
+        token(257, "<mask>"),
+        token(264, "<more>"),
+    ]
+    .into();
+    let tokenizer = Tokenizer::from_json(&value.to_string(), VOCAB).unwrap();
+    let text = "the <mask> in<eos>a<more>";
+    let ids = tokenizer.encode(text).unwrap();
+    assert!(!ids.contains(&257) && ids.contains(&256) && ids.contains(&264));
+    assert_eq!(encoded(&tokenizer, text), ids);
+    assert_eq!(
+        tokenizer.json(),
+        value.to_string(),
+        "the definition is kept as it is"
+    );
+}
+
+#[test]
+fn dropout_is_off() {
+    let plain = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    let text = definition().replace("\"dropout\":null", "\"dropout\":0.9");
+    let dropping = Tokenizer::from_json(&text, VOCAB).unwrap();
+    assert!(text.contains("0.9"));
+    assert_eq!(
+        dropping.encode("the thing in the end").unwrap(),
+        plain.encode("the thing in the end").unwrap()
+    );
+}
+
+#[test]
+fn seams_divide_ids_and_bytes() {
+    let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
+    for text in [
+        "the thing in the end ".repeat(50),
+        "日本語の文章".repeat(50),
+        "x".repeat(500),
+    ] {
+        let whole = tokenizer.encode(&text).unwrap();
+        let mut ids = vec![7];
+        let seams = tokenizer
+            .encoder(1)
+            .encode_with_seams(&text, 20, &mut ids)
+            .unwrap();
+        assert_eq!(ids[1..], whole);
+        assert!(seams.len() > 4, "{text}: {seams:?}");
+        for seam in seams {
+            let tail = tokenizer.inner.decode(&whole[seam.ids..], false).unwrap();
+            assert_eq!(tail, text[seam.bytes..], "{seam:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn a_mutated_definition_is_loaded_or_refused(
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), 0usize..6), 1..4),
+    ) {
+        let mut text = definition();
+        for (at, change) in changes {
+            let at = at.index(text.len());
+            let Some(at) = (at..text.len()).find(|i| text.is_char_boundary(*i)) else { continue };
+            match change {
+                0 => { text.remove(at); }
+                1 => text.insert_str(at, "9"),
+                2 => text.insert(at, '"'),
+                3 => text.truncate(at),
+                4 => text.insert_str(at, "null"),
+                _ => text.insert(at, '{'),
+            }
+            if text.is_empty() { break }
+        }
+        if let Ok(tokenizer) = Tokenizer::from_json(&text, VOCAB) {
+            let _ = tokenizer.encode("the thing <mask> in the end é");
+            let mut ids = Vec::new();
+            let _ = tokenizer.encoder(1).encode("the thing in the end é", &mut ids);
+        }
+    }
 }

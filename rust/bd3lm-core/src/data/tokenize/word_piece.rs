@@ -1,4 +1,4 @@
-//! BERT's WordPiece: words of ASCII letters and digits by hand, all others by the library.
+//! BERT's WordPiece: words of ASCII letters and digits here, all others by the library.
 
 use std::collections::HashMap;
 
@@ -61,7 +61,7 @@ pub(super) enum Word {
 }
 
 impl WordPiece {
-    /// From a `tokenizer.json`, or what in it is not known here.
+    /// From a `tokenizer.json`, or the reason for which the library is needed.
     pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
         if definition["normalizer"]["type"] != "BertNormalizer" {
             return Err("its normalizer is not BERT's");
@@ -109,7 +109,7 @@ impl WordPiece {
     ///
     /// Normalization sees neighbours only where it orders combining marks, and never across a
     /// character that is none: so text may be cut at ASCII white space and punctuation, and
-    /// around whatever the library itself always sets apart.
+    /// around the characters that the library always splits off.
     #[inline]
     pub(super) fn word(&self, text: &str, at: usize, oracle: &tokenizers::Tokenizer) -> Word {
         let bytes = text.as_bytes();
@@ -131,7 +131,7 @@ impl WordPiece {
         self.odd(text, at, end, oracle)
     }
 
-    /// The same where what comes at `end` is neither a letter nor a boundary of ASCII.
+    /// As [`Self::word`], where the character at `end` is neither an ASCII letter nor a boundary.
     fn odd(&self, text: &str, at: usize, mut end: usize, oracle: &tokenizers::Tokenizer) -> Word {
         let bytes = text.as_bytes();
         let mut plain = true;
@@ -186,7 +186,7 @@ impl WordPiece {
     }
 }
 
-/// Whether the library sets a character apart, wherever it stands.
+/// Whether the library always splits a character off.
 #[cold]
 fn ask(c: char, oracle: &tokenizers::Tokenizer) -> u8 {
     let apart = || -> tokenizers::Result<bool> {
