@@ -76,7 +76,7 @@ def test_power_cut_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, m
         for pair in zip(*seen[before:], strict=True):
             assert list(pair) == sorted(pair)  # once new, never old again
         assert seen[-1] == (step, step)
-    assert cuts >= 50
+    assert cuts >= 50, cuts
     assert not (run / "checkpoint" / "step-00000001").exists()
 
 

@@ -146,7 +146,7 @@ class StepFolders:
         with new_directory(folder) as partial:
             yield partial
         self.point(LATEST, step)
-        self._prune(step)
+        self.prune(step)
 
     def point(self, pointer: str, step: int) -> None:
         """Let ``latest`` or ``best`` name the folder of a step, which is complete.
@@ -157,8 +157,12 @@ class StepFolders:
         """
         write_text(self.root / pointer, _name(step) + "\n")
 
-    def _prune(self, step: int) -> None:
-        """Remove what is neither pointed at nor among the last ones, and leftovers."""
+    def prune(self, step: int) -> None:
+        """Remove leftovers of a process that was killed, and folders beyond the number to keep.
+
+        Args:
+            step: of the last checkpoint; later folders stay.
+        """
         pointed = {self._pointed(LATEST), self._pointed(BEST)}
         with suppress(OSError):  # what cannot be removed now is removed by a later save
             names = sorted(os.listdir(self.root))
@@ -170,7 +174,7 @@ class StepFolders:
             for name in names:
                 if name.startswith(".step-"):
                     shutil.rmtree(self.root / name, ignore_errors=True)
-                if name in FILES:  # a checkpoint of version 1
+                if name in FILES and (self.root / LATEST).exists():  # of version 1
                     os.unlink(self.root / name)
 
     def _pointed(self, pointer: str) -> str | None:

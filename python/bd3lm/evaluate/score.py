@@ -409,8 +409,7 @@ def validation_path(loaded: Checkpoint) -> Path:
         MissingFileError: there is none.
     """
     cfg = loaded.config
-    runs = [folder for folder in loaded.path.parents[:2] if (folder / "config.json").is_file()]
-    places = [folder / "data" / "valid" for folder in runs]
+    places = [] if loaded.run is None else [loaded.run / "data" / "valid"]
     if cfg.valid is not None:
         places.append(Path(cfg.valid))
     elif cfg.data is not None:

@@ -1,4 +1,4 @@
-"""The weight average that is evaluated, sampled and saved (MATH §1)."""
+"""The weight average that is evaluated, sampled and saved (docs/math.md §1)."""
 
 from __future__ import annotations
 

@@ -87,6 +87,7 @@ def resume(trainer: Trainer) -> None:
             trainer.ema.weights[name].copy_(tensor)
     trainer.optimizers.load(_part(raw, OPTIMIZER))
     trainer.steps_done = trainer.saved_step = meta.step
+    trainer.checkpoints.prune(meta.step)
     # The last validation of a run is made again where the run did not end.
     trainer.metrics.rewind(meta.step, validated=meta.step < trainer.cfg.steps)
 
