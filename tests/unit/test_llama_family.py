@@ -165,7 +165,7 @@ def test_weights_in_parts_are_read(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act = gelu: must be silu"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type = longrope"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention: must be False"),
-        ({"num_hidden_layers": 3}, r"holds 2 blocks; its config.json says model.depth = 3"),
+        ({"num_hidden_layers": 3}, "holds 2 blocks; its config.json says model.depth = 3"),
         ({"num_hidden_layers": 1}, r"holds a tensor model\.layers\.1\..* does not have"),
         ({"hidden_size": 32, "head_dim": 4}, r"embed_tokens.weight of shape \[20, 16\]"),
         ({"hidden_size": "drop"}, "config.json does not say hidden_size"),
@@ -191,10 +191,9 @@ def test_a_gguf_file_needs_its_extra_or_its_package(tmp_path):
 
 def test_a_run_takes_shape_and_tokenizer_from_the_checkpoint(tmp_path):
     folder = write_folder(tmp_path / "model", "smollm2")
-    text = tmp_path / "text.txt"
-    text.write_text(
-        "\n".join(" ".join(f"w{2 + (i * j) % 18}" for j in range(60)) for i in range(9))
-    )
+    text = tmp_path / "text.jsonl"
+    documents = [" ".join(f"w{2 + (i * j) % 18}" for j in range(60)) for i in range(30)]
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     base = preset("qwen", data=str(text), steps=2, batch_size=2, seq_len=16, device="cpu")
     cfg = dataclasses.replace(
         base,
@@ -211,14 +210,13 @@ def test_a_run_takes_shape_and_tokenizer_from_the_checkpoint(tmp_path):
     assert math.isfinite(summary["val_nelbo"])
     again = run_training(cfg, tmp_path / "run", Silent(), resume=True)  # it has ended
     assert again == summary
+    cold = dataclasses.replace(cfg, init_from=None, mask_token="x")
     with pytest.raises(ConfigError, match="mask-token = x: must be None unless init-from"):
-        run_training(
-            dataclasses.replace(cfg, init_from=None, mask_token="x"), tmp_path / "b", Silent()
-        )
+        run_training(cold, tmp_path / "b", Silent())
+    nowhere = dataclasses.replace(cfg, init_from=str(tmp_path / "no"))
     with pytest.raises(MissingFileError):
-        run_training(
-            dataclasses.replace(cfg, init_from=str(tmp_path / "no")), tmp_path / "c", Silent()
-        )
+        run_training(nowhere, tmp_path / "c", Silent())
+    assert not (tmp_path / "c").exists()
     assert not (tmp_path / "b").exists()
 
 

@@ -28,7 +28,7 @@ def trained(system: str = "bd3lm", *, direction: float = 1.0, **shape: object) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        model.embed.weight.add_(direction * torch.randn(cfg.model.width))
+        model.embed.weight.mul_(4).add_(direction * torch.randn(cfg.model.width))
     return Checkpoint(cfg, model, tokenizer, 0, Path("."))
 
 

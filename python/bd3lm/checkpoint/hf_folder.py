@@ -11,6 +11,7 @@ import tokenizers as hf
 
 from bd3lm.config import TrainConfig, check
 from bd3lm.data import Tokenizer
+from bd3lm.data.tokenizers import KEY
 from bd3lm.files import write_json, write_text
 
 MASK = "<|mask|>"
@@ -78,6 +79,9 @@ def mask_at(tokenizer: Tokenizer, mask_id: int) -> tuple[str, Tokenizer]:
     allowed = f"keep for {tokenizer.name}, whose id {mask_id} is {taken}"
     check(taken is None, "vocab", "engines", allowed)
     entries = parsed.setdefault("added_tokens", [])
+    for entry in entries:
+        if "mask" in entry.get(KEY, []):
+            entry[KEY].remove("mask")
     vocab = parsed["model"].get("vocab")
     if own is not None:
         _rename(parsed, own, f"<|unused_{tokenizer.mask_id}|>")

@@ -165,14 +165,16 @@ def _shape(meta: Mapping[str, Any], *, tied: bool) -> ModelConfig:
     _check_supported(meta)
     theta, scaling = read_rope(meta, THETA.get(kind, 10_000.0))
     bias = bool(meta.get("attention_bias", False))
-    heads = int(meta["num_attention_heads"])
-    head_dim = meta.get("head_dim") or HEAD_DIM.get(kind)
+    width, heads = int(meta["hidden_size"]), int(meta["num_attention_heads"])
+    head_dim = int(meta.get("head_dim") or HEAD_DIM.get(kind, 0)) or None
+    if head_dim is not None and head_dim * heads == width:
+        head_dim = None  # the default
     return ModelConfig(
-        width=int(meta["hidden_size"]),
+        width=width,
         depth=depth,
         heads=heads,
         kv_heads=int(meta.get("num_key_value_heads") or heads),
-        head_dim=None if head_dim is None else int(head_dim),
+        head_dim=head_dim,
         mlp="swiglu",
         mlp_width=int(meta["intermediate_size"]),
         norm="rmsnorm",

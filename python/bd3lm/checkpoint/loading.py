@@ -13,7 +13,7 @@ from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_fa
 from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.checkpoint.record import read_json
-from bd3lm.checkpoint.steps import read_checkpoint
+from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
 
@@ -77,7 +77,9 @@ def is_foreign(source: Path | str) -> bool:
         MissingFileError: there is no such directory.
         CheckpointError: its ``config.json`` is missing or damaged.
     """
-    return is_gguf(source) or is_llama_family(read_json(_locate(source) / "config.json"))
+    if is_gguf(source):
+        return True
+    return is_llama_family(read_json(find_checkpoint(_locate(source)) / "config.json"))
 
 
 def _locate(source: Path | str) -> Path:

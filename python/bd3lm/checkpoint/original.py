@@ -266,7 +266,13 @@ def _check_representable(config: TrainConfig) -> None:
         dropout=shape.dropout,
         tied_embeddings=shape.tied_embeddings,
     )
-    given = replace(shape, kv_heads=shape.num_kv_heads, mlp_width=shape.hidden)
+    usual = shape.head_width * shape.heads == shape.width
+    given = replace(
+        shape,
+        kv_heads=shape.num_kv_heads,
+        mlp_width=shape.hidden,
+        head_dim=None if usual else shape.head_dim,
+    )
     for name, value in vars(given).items():
         needed = getattr(kept, name)
         allowed = f"{needed}: the original's layout holds nothing else"

@@ -103,11 +103,12 @@ def _check_representable(config: TrainConfig) -> None:
     """Refuse what the layout has no place for, and what engines would decode wrongly."""
     shape = config.model
     told = shape.time_conditioning
+    two_streams = config.system == "bd3lm" and config.block < config.seq_len
     needs = "{}: engines would decode it wrongly; --layout {} holds it"
     system_layout = "hf" if config.system in ("ar", "sedd") else "bd3lm"
     for field, value, needed, layout in (
         ("system", config.system, "bd3lm", system_layout),
-        ("model.time-conditioning", told, False, "hf"),
+        ("model.time-conditioning", told, False, "bd3lm" if two_streams else "hf"),
         ("model.cond-width", shape.cond_width, 0, "hf"),
         ("model.qk-norm", shape.qk_norm, True, "hf"),
         ("model.norm", shape.norm, "rmsnorm", "hf"),

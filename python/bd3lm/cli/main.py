@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": ("bd3lm.cli.sample", "draw text from a checkpoint"),
     "eval": ("bd3lm.cli.evaluate", "perplexity and bits per byte of a text"),
     "judge": ("bd3lm.cli.judge", "quality and cost of samples"),
+    "export": ("bd3lm.cli.export", "write a checkpoint in another layout, e.g. for SGLang"),
     "compare": ("bd3lm.cli.compare", "loss curves and results of several runs"),
     "paper": ("bd3lm_paper.cli", "tables and figures of the BD3-LM paper and its reproduction"),
 }

@@ -75,7 +75,8 @@ class BlockDiffusionGeneration:
             max_denoising_steps: most forwards of a block; None: S.
             denoising_steps: another name of ``max_denoising_steps``.
             confidence_threshold: a forward reveals every position whose token is more probable
-                than this, and at least the surest; None: the surest alone.
+                than this (before temperature, top-k and top-p), and at least the surest; None: the
+                surest alone.
             order: ``confidence``, or ``random``: masked positions in a random order, which with
                 one token a forward samples from the model itself.
             do_sample: draw tokens; None: where ``temperature`` or ``order="random"`` is given.
@@ -203,9 +204,10 @@ class _Draw:
         return torch.where(chosen, token, block)
 
     def _tokens(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for every position, and its probability."""
+        """A token for every position, and its probability in the model itself."""
+        own = logits.softmax(-1)
         if self.temperature == 0:
-            confidence, token = logits.softmax(-1).max(-1)
+            confidence, token = own.max(-1)
             return token, confidence
         logits = logits / self.temperature
         if self.top_k is not None:
@@ -219,7 +221,7 @@ class _Draw:
         p = logits.softmax(-1)
         flat = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator)
         token = flat.view(p.shape[:-1])
-        return token, p.gather(-1, token[..., None])[..., 0]
+        return token, own.gather(-1, token[..., None])[..., 0]
 
 
 class _Run:
