@@ -196,7 +196,7 @@ def test_train_refuses(capsys, tmp_path, monkeypatch, args, sentence):
 def test_train_refuses_what_is_no_data_set(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("")
-    for name, sentence in (("empty", "not a prepared data set"), ("empty.txt", "no text")):
+    for name, sentence in (("empty", "the folder holds no text file"), ("empty.txt", "no text")):
         text = refused(
             capsys, train.main, "--data", tmp_path / name, "--out", tmp_path / "made", *TINY
         )

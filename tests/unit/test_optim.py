@@ -1,13 +1,15 @@
 """Learning rates, weight averages and optimizer state."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from bd3lm.config import OptimConfig
+from bd3lm.config import OptimConfig, TrainConfig
 from bd3lm.errors import ConfigError
+from bd3lm.model.memory import training_memory
 from bd3lm.training.ema import Ema
 from bd3lm.training.optim import AdamW, Optimizers, lr_factor
 from tests.conftest import random_ids, tiny_model
@@ -48,6 +50,21 @@ def trained(cfg, steps, state=None):
         model.denoise(ids, ids, 4, torch.arange(16)).square().mean().backward()
         optimizers.step(0.5)
     return model, optimizers
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_estimate_of_memory_counts_what_is_there(name):
+    model, optimizers = trained(OptimConfig(optimizer=name), 1)
+    cfg = TrainConfig(optim=OptimConfig(optimizer=name), model=model.cfg)
+    memory = training_memory(cfg, model)
+    kept = sum(t.nbytes for t in optimizers.state().values() if t.ndim > 0)
+    assert memory.optimizer == kept
+    held = [2 * p.nbytes for p in model.parameters()]  # and its gradient
+    held += [t.nbytes for t in Ema(model, 0.9).weights.values()]
+    assert memory.weights == sum(held)
+    halved = training_memory(dataclasses.replace(cfg, micro_batch=cfg.batch_size // 2), model)
+    assert halved.activations == pytest.approx(memory.activations / 2)
+    assert training_memory(dataclasses.replace(cfg, recompute=True), model).total < memory.total
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

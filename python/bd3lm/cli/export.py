@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from bd3lm.cli.common import check_checkpoint, parse, read_text, run
+from bd3lm.cli.common import PlainConsole, check_checkpoint, parse, read_text, run
 from bd3lm.config import check
 from bd3lm.errors import ExistsError
 
@@ -69,7 +69,9 @@ def export(args: ExportArgs) -> None:
     _write(args, loaded)
     count = sum(p.numel() for p in loaded.model.parameters())
     shape = f"{loaded.config.system}, {count / 1e6:.1f}M parameters"
-    print(f"{args.out}: layout {args.layout}, {shape}, mask id {loaded.tokenizer.mask_id}")
+    PlainConsole().print(
+        f"{args.out}: layout {args.layout}, {shape}, mask id {loaded.tokenizer.mask_id}"
+    )
 
 
 def _write(args: ExportArgs, loaded: Checkpoint) -> None:

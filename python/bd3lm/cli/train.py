@@ -116,7 +116,10 @@ def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> Tr
     """
     check_checkpoint(Path(source))
     from bd3lm.checkpoint import load_checkpoint
+    from bd3lm.checkpoint.loading import is_foreign
 
+    if is_foreign(source):  # the run itself takes all of it
+        return cfg
     found = load_checkpoint(source, tokenizer=tokenizer)
     kept = {name: getattr(cfg.model, name) for name in ("dropout", "time_conditioning")}
     if found.config.model.cond_width == 0:
