@@ -70,13 +70,7 @@ fn a_few_documents_give_the_last_one() {
     for count in [2, 3, 14] {
         let sides = made(&lines(count), true, 2, Some(1e-9)).unwrap();
         let all = made(&lines(count), true, 2, None).unwrap().remove(0);
-        let last = made(
-            &lines(count).lines().last().unwrap().to_owned(),
-            true,
-            1,
-            None,
-        )
-        .unwrap();
+        let last = made(lines(count).lines().last().unwrap(), true, 1, None).unwrap();
         assert_eq!(sides[1], last[0]);
         assert_eq!(sides.concat(), all);
         // A share of nearly everything leaves the first.

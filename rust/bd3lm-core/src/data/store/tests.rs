@@ -162,7 +162,8 @@ fn reseal(dir: &Path, change: impl FnOnce(&mut serde_json::Value)) {
 
 #[test]
 fn manifests_that_lie_are_named() {
-    let lies: [(&str, fn(&mut serde_json::Value)); 14] = [
+    type Change = fn(&mut serde_json::Value);
+    let lies: [(&str, Change); 14] = [
         ("num_documents", |m| {
             m["num_documents"] = (2u64 + (1 << 62)).into()
         }),

@@ -282,7 +282,7 @@ proptest! {
             let Some(at) = (at..text.len()).find(|i| text.is_char_boundary(*i)) else { continue };
             match change {
                 0 => { text.remove(at); }
-                1 => text.insert_str(at, "9"),
+                1 => text.insert(at, '9'),
                 2 => text.insert(at, '"'),
                 3 => text.truncate(at),
                 4 => text.insert_str(at, "null"),
