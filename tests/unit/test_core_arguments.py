@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bd3lm import _core
-from bd3lm.data import NoiseSpec, Schedule
+from bd3lm.data import NoiseSpec, Rows, Schedule
 from bd3lm.errors import ConfigError
+from tests.conftest import token_arrays
 
 HUGE = 2**64 - 1
 
@@ -80,3 +81,9 @@ def test_the_same_arguments_unchanged_are_taken() -> None:
     rotation((8, 4), 4)()
     draw()()
     assert len(_core.row_order(1, 10, HUGE - 8, 8)) == 8
+
+
+def test_a_batch_beyond_memory_is_named() -> None:
+    rows = Rows(token_arrays(20), seq_len=2**24, block_size=4, keep_last=True)
+    with pytest.raises(ConfigError, match="rows = 17592186044416: must be few enough to fit"):
+        rows.batch(np.zeros(2**20, np.uint64))

@@ -34,10 +34,10 @@ fn a_tabulated_schedule_agrees_with_itself() {
         let table = tabulated(&schedule);
         let exact = matches!(schedule.name(), "loglinear" | "square" | "square_root");
         let tolerance = if exact { 1e-7 } else { 1e-4 };
-        for i in 0..20_000 {
+        for i in 0..4_000 {
             // Even in log t, then in log(1 − t).
-            let u = f64::from(i % 10_000) / 10_000.0;
-            let t = match i < 10_000 {
+            let u = f64::from(i % 2_000) / 2_000.0;
+            let t = match i < 2_000 {
                 true => (1e-3f64).powf(1.0 - u),
                 false => 1.0 - (1e-6f64).powf(u) * 0.999,
             };
