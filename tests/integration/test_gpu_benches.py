@@ -32,18 +32,6 @@ def run(program: str, *arguments: object, out: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_the_curves_of_the_cpu_are_complete(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHES)
-    import learning
-
-    known = json.loads((BENCHES / "cpu_curve.json").read_text())
-    configs = learning.curve_configs()
-    assert set(known) == set(configs)
-    for name, cfg in configs.items():
-        assert len(known[name]["losses"]) == cfg.steps
-        assert known[name]["nelbo"] < known[name]["losses"][0]
-
-
 def test_what_travels_is_small():
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
