@@ -31,9 +31,9 @@ VOCAB_SIZE = 16
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Text and vocabularies that are not part of the package."""
-    root = os.environ.get("BD3LM_SHARED")
+    root = os.environ.get("BD3LM_TEST_DATA")
     if not root:
-        pytest.skip("BD3LM_SHARED does not name the folder with the larger test data")
+        pytest.skip("BD3LM_TEST_DATA does not name the folder with the larger test data")
     return Path(root) / "data"
 
 

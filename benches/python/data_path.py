@@ -9,8 +9,8 @@ Peers, each skipped with a sentence where it is not installed:
   * batches: PyTorch's DataLoader over a ``datasets`` table in torch format.
 
 ``BD3LM_PEER`` may name a folder with the original implementation; its masks and its grouping are
-then peers as well. ``BD3LM_SHARED`` may name one whose ``data`` holds 100 MB of books, government
-pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and tokenizer serve.
+then peers as well. ``BD3LM_TEST_DATA`` may name one whose ``data`` holds 100 MB of books,
+government pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and tokenizer serve.
 
     python benches/python/data_path.py
     python benches/python/data_path.py --rows text --tokenizers BERT
@@ -374,13 +374,13 @@ def _endless(items: Any) -> Iterator[Any]:
 
 
 ROWS = ("masks", "packing", "batches", "text", "preparing")
-NO_SHARED = "BD3LM_SHARED does not name a folder whose data holds the larger texts"
+NO_SHARED = "BD3LM_TEST_DATA does not name a folder whose data holds the larger texts"
 
 
 def shared_data() -> Path | None:
     """The folder with the larger texts."""
-    folder = Path(os.environ.get("BD3LM_SHARED", ""), "data")
-    return folder if "BD3LM_SHARED" in os.environ and folder.is_dir() else None
+    folder = Path(os.environ.get("BD3LM_TEST_DATA", ""), "data")
+    return folder if "BD3LM_TEST_DATA" in os.environ and folder.is_dir() else None
 
 
 def vocabularies(shared: Path | None) -> dict[str, tuple[Path | str, int]]:

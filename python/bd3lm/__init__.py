@@ -5,7 +5,7 @@ Core objects:
 - :class:`TrainConfig` holds every setting of a run; :func:`preset` returns one by name.
 - :func:`train` runs it: data, training, likelihood, samples.
 - :func:`load_checkpoint` opens what it wrote; :class:`Checkpoint` generates and scores text.
-- :class:`Sampler` draws many rows at once.
+- :class:`Sampler` draws many rows at once; :func:`score` returns likelihoods.
 - :class:`Schedule` is a noise schedule, built in or your own.
 
 Quick start::
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bd3lm.api import Checkpoint, load_checkpoint, train
     from bd3lm.config import SampleConfig, TrainConfig, preset
     from bd3lm.data import Schedule, load_tokenizer, prepare
+    from bd3lm.evaluate import score
     from bd3lm.sample import Sample, Sampler
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "preset",
+    "score",
     "train",
 ]
 
@@ -58,6 +60,7 @@ _MODULES = {
     "load_tokenizer": "data",
     "prepare": "data",
     "preset": "config",
+    "score": "evaluate",
     "train": "api",
 }
 

@@ -14,12 +14,12 @@ from bd3lm_paper.tables import Recipes
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = {"zero_lm1b": "lm1b_heldout.txt", "wikitext": "wikitext_raw_test.jsonl"}
-"""Of table 5, in ``zero_shot`` of the folder that BD3LM_SHARED names; they are not shipped."""
+"""Of table 5, in ``zero_shot`` of the folder that BD3LM_TEST_DATA names; they are not shipped."""
 
 
 def test_the_page_is_made_from_the_cells(tmp_path):
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    shared = os.environ.get("BD3LM_SHARED")
+    shared = os.environ.get("BD3LM_TEST_DATA")
     paths = {k: f"{shared}/data/zero_shot/{v}" for k, v in TEXTS.items()} if shared else {}
     sweep = Sweep(DOCS / "results", Texts(Corpora(paths), tmp_path / "data"))
     vocab_size = sweep.texts.splits("lm1b").train.tokenizer.vocab_size

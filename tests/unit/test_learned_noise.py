@@ -83,7 +83,7 @@ def exact_clipped(model, system, batch, schedule, clip):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("estimator", ["bernoulli", "count"])
 def test_clipped_losses_have_the_clipped_objective_as_mean(name, estimator):
-    """Training batches under U[0.3, 0.8] against the incomplete-Beta form (MATH §4)."""
+    """Training batches under U[0.3, 0.8] against the incomplete-Beta form (docs/math.md §4)."""
     model, rows = tiny_model(), rows_of(64 * 15)
     schedule, clip = Schedule(name, **SCHEDULES[name]), (0.3, 0.8)
     system = BlockDiffusion(S, MASK_ID)
@@ -116,7 +116,7 @@ def test_reported_perplexity_never_sees_the_weighting():
 
 
 def test_monotone_weightings_are_told():
-    """w̃ must not fall with t (MATH §3): sigmoid and simple rise with p, sech does not."""
+    """w̃ must not fall with t (docs/math.md §3): sigmoid and simple rise with p, sech does not."""
     loglinear = Schedule("loglinear")
     assert Weighting("nelbo").keeps_bound(loglinear)
     assert Weighting("simple").keeps_bound(loglinear)

@@ -1,4 +1,4 @@
-"""The estimators of MATH §4 against brute force, and against each other."""
+"""The estimators of docs/math.md §4 against brute force, and against each other."""
 
 import itertools
 import math

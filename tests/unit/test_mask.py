@@ -19,7 +19,7 @@ def documents(seq_len, docs):
 
 
 def allowed(q, k, block_size, seq_len, doc, *, noised):
-    """MATH §7, literally; with an xt stream, index < L is xt and the rest is x0."""
+    """docs/math.md §7, literally; with an xt stream, index < L is xt and the rest is x0."""
     q_clean, k_clean = (not noised or q >= seq_len), (not noised or k >= seq_len)
     i, j = q % seq_len, k % seq_len
     if doc is not None and (doc[i] != doc[j] or doc[i] < 0):

@@ -139,7 +139,7 @@ def test_time_conditioning_matters_only_where_it_is_on():
 
 
 def test_presets_have_the_paper_shapes():
-    """Parameters without embeddings and head, by the arithmetic of PROTOCOL's shapes."""
+    """Parameters without embeddings and head, by the arithmetic of docs/protocol.md's shapes."""
     from bd3lm.config import preset
 
     for name, width, depth, cond in (("tiny", 256, 8, 64), ("small", 768, 12, 128)):

@@ -101,7 +101,7 @@ def test_ar_loss_is_its_likelihood_and_its_gradient_is_autograds():
 
 
 def test_ar_differs_from_block_size_one():
-    """They are different functions of the same weights (MATH §5)."""
+    """They are different functions of the same weights (docs/math.md §5)."""
     model, rows = tiny_model(), Rows(token_arrays(40), seq_len=8, block_size=1)
     ar = evaluate_likelihood(Autoregressive(MASK_ID), model, rows, estimator="exact")
     bd = evaluate_likelihood(BlockDiffusion(1, MASK_ID), model, rows, estimator="exact")
@@ -145,7 +145,7 @@ def test_score_entropy_is_cross_entropy_where_the_scores_sum_to_one():
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
 def test_finite_form_is_the_papers_score_entropy(p):
-    """With scores s_y = e^raw / ((V-1)(e^σ-1)) and the absorbing graph's rates (MATH §5).
+    """With scores s_y = e^raw / ((V-1)(e^σ-1)) and the absorbing graph's rates (docs/math.md §5).
 
     The paper's term for a masked position, at noise rate σ'(t), is
     σ' [ Σ_y s_y - r log s_{x0} + r (log r - 1) ] with the true ratio r = 1/(e^σ - 1); and
@@ -223,7 +223,7 @@ def test_sigma_is_capped_for_the_network_alone():
 
 @pytest.mark.parametrize("estimator", ["count", "stratified"])
 def test_a_model_that_is_told_the_level_is_scored_without_bias(estimator):
-    """Against the integral over t, in small steps, of w(t) E[Σ CE at level p(t)] (MATH §4)."""
+    """Against the integral over t of w(t) E[Σ CE at level p(t)], in small steps (docs/math.md §4)."""
     model = tiny_model(**TOLD)
     size = 3
     rows = Rows(token_arrays(2), seq_len=size, block_size=size)

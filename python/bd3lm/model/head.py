@@ -169,7 +169,7 @@ def head_cross_entropy(
     weight: Tensor,
     mask_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy of the head at M positions, with the mask token excluded (MATH §5).
+    """Weighted cross-entropy of the head at M positions, without the mask token (docs/math.md §5).
 
     Args:
         features: normalised features [M, D].
@@ -195,7 +195,7 @@ def head_score_entropy(
     weight: Tensor,
     mask_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted score entropy of the head at M positions, in its finite form (MATH §5).
+    """Weighted score entropy of the head at M positions, in its finite form (docs/math.md §5).
 
     Arguments and results as of :func:`head_cross_entropy`; see :func:`score_entropy_`.
     """

@@ -96,7 +96,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: CachedMask) -> Tenso
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, lengths: Tensor, block_size: int
 ) -> Tensor:
-    """Block-causal attention of the last positions of rows kept in a paged cache (MATH §8).
+    """Block-causal attention of the last positions of rows kept in a paged cache (docs/math.md §8).
 
     Row ``b`` holds ``lengths[b]`` keys, those of the queries included; its queries are the last
     Tq positions: one block, or two where the first is being committed. Lengths stay on the

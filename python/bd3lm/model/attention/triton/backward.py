@@ -1,4 +1,4 @@
-"""Backward kernels: delta, dK/dV and dQ (MATH §7), each writing its own rows once: no atomics.
+"""Backward kernels: delta, dK/dV and dQ (docs/math.md §7). Each row is written once: no atomics.
 
 With P = exp2(S - lse), dP = dO Vᵀ and delta = rowsum(dO * O): dS = P * (dP - delta),
 dV = Pᵀ dO, dK = dSᵀ Q / sqrt(D), dQ = dS K / sqrt(D). Shapes as in the forward kernel; dK/dV walks

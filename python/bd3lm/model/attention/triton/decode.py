@@ -2,7 +2,7 @@
 
 Shapes: B batch, H query heads, Tq queries (S, or 2S with a fused commit), D head width (DP:
 padded), BM rows (query, head of the group) of a tile, BN keys of a tile, C chunks of the keys.
-The query heads of one key head share a tile, so the cache is read once a group (MATH §8).
+The query heads of one key head share a tile, so the cache is read once a group (docs/math.md §8).
 """
 
 # Triton's language is not typed, and may not be installed.

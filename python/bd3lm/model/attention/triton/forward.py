@@ -1,4 +1,4 @@
-"""Forward kernel: online softmax over the tiles that a tile of queries sees (MATH §7).
+"""Forward kernel: online softmax over the tiles that a tile of queries sees (docs/math.md §7).
 
 Shapes: B batch, H query heads, Tq queries, L positions of a key stream, D head width (DP: padded
 to a power of two), BM queries of a tile, BN keys of a tile.

@@ -28,7 +28,7 @@ def block_attention(
     noised: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a mask of ranges (MATH §7).
+    """Attention under a mask of ranges (docs/math.md §7).
 
     Args:
         q: [B, H, Tq, D].

@@ -25,7 +25,7 @@ def queries_of_keys(mask: BlockMask, device: str) -> Intervals:
     """The transposed mask: which queries of either stream see a key; int32 [B or 1, Tk].
 
     A clean key is seen by the noised queries of the later blocks of its document and by the clean
-    ones from its own block on; a noised key, by the noised queries of its block (MATH §7).
+    ones from its own block on; a noised key, by the noised queries of its block (docs/math.md §7).
     """
     position = torch.arange(mask.seq_len, dtype=torch.int32, device=device)[None]
     start = position // mask.block_size * mask.block_size
