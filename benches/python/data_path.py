@@ -10,7 +10,8 @@ Peers, each skipped with a sentence where it is not installed:
 
 ``BD3LM_PEER`` may name a folder with the original implementation; its masks and its grouping are
 then peers as well. ``BD3LM_TEST_DATA`` may name one whose ``data`` holds 100 MB of books,
-government pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and tokenizer serve.
+government pages and the vocabularies of GPT-2 and BERT; without it the shipped corpus and
+tokenizer serve.
 
     python benches/python/data_path.py
     python benches/python/data_path.py --rows text --tokenizers BERT

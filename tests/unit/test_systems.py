@@ -223,7 +223,7 @@ def test_sigma_is_capped_for_the_network_alone():
 
 @pytest.mark.parametrize("estimator", ["count", "stratified"])
 def test_a_model_that_is_told_the_level_is_scored_without_bias(estimator):
-    """Against the integral over t of w(t) E[Σ CE at level p(t)], in small steps (docs/math.md §4)."""
+    """Against the integral over t of w(t) E[Σ CE at level p(t)] (docs/math.md §4)."""
     model = tiny_model(**TOLD)
     size = 3
     rows = Rows(token_arrays(2), seq_len=size, block_size=size)
