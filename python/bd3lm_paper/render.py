@@ -16,7 +16,7 @@ tables are made again here."""
 ORIGINAL = "Arriola et al."
 """Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language
 Models", ICLR 2025, arXiv 2503.09573."""
-SIZES = f"{ORIGINAL}: 110M parameters and 65B training tokens or more."
+SIZES = f"{ORIGINAL} trained larger models on far more text: compare rows, not columns."
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_a_stopped_sweep_loses_at_most_the_running_cell(tmp_path, roles):
     for name in ("table1.md", "table1.png", "figure1.png"):
         assert (tmp_path / "a" / "tables" / name).stat().st_size > 0
     text = (tmp_path / "a" / "tables" / "table1.md").read_text()
-    assert "| PPL, paper |" in text
+    assert "| PPL, Kordas et al. | PPL, Arriola et al. |" in text
     assert "2231" in text
 
 

@@ -16,13 +16,13 @@ def test_it_trains_and_samples_without_triton_and_flash_attn(tmp_path):
     script = """
 import sys
 sys.modules.update({"triton": None, "flash_attn": None})
-from bd3lm.cli.train import train
+from bd3lm.cli.train import main as train
 from bd3lm.cli.sample import main
 train("--data t.txt --valid t.txt --out run --steps 2 --batch-size 2 --seq-len 32 --device cpu "
       "--model.width 32 --model.depth 1 --model.heads 1 --sample.num 1 --sample.length 12 "
       "--eval.every 0".split())
 main(["run/checkpoint", "--num", "1", "--length", "12", "--device", "cpu"])
-main(["run/checkpoint", "--num", "1", "--device", "cpu", "--attention", "cuda"])
+main(["run/checkpoint", "--num", "1", "--device", "cpu", "--attention", "triton"])
 """
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -39,9 +39,10 @@ def long(small):
 def whole(zygote, long, tmp_path_factory):
     """The run that nothing interrupts, and how long it takes."""
     root = tmp_path_factory.mktemp("whole")
-    begun = time.perf_counter()
-    number = zygote.start(to_dict(long), root / "run", root / "log")
-    assert zygote.wait(number) == 0, (root / "log").read_text()
+    for name in ("first", "run"):  # the first also reads what later ones find in memory
+        begun = time.perf_counter()
+        number = zygote.start(to_dict(long), root / name, root / "log")
+        assert zygote.wait(number) == 0, (root / "log").read_text()
     return root / "run", time.perf_counter() - begun
 
 

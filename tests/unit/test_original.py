@@ -397,6 +397,7 @@ def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
         asked.append((name, allow_patterns))
         return str(folder)
 
+    monkeypatch.setattr("bd3lm.hub.connect", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.chdir(tmp_path)
     loaded = load_checkpoint("kuleshov-group/mdlm-owt", tokenizer=words)
@@ -406,7 +407,7 @@ def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
     assert not any("py" in p.rpartition(".")[2] or p == "*" for _, ps in asked for p in ps)
 
     def fails(name: str, allow_patterns: list[str]) -> str:
-        raise OSError("no\nnetwork")
+        raise OSError("no network\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     sentence = r"nobody/nothing: no such checkpoint directory, and .* \(no network\)"

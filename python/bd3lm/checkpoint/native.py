@@ -126,12 +126,18 @@ class Meta:
         check_regular(file)
         if self.files is not None:
             record = self.files.record(name)
-            expected, actual = record.integer("bytes"), file.stat().st_size
+            expected, digest = record.integer("bytes"), record.text("sha256")
+            try:
+                actual = file.stat().st_size
+                same = actual == expected and digest_file(file) == digest
+            except OSError as error:  # a run that is trained may have removed it just now
+                reason = error.strerror or error
+                raise CheckpointError(f"{file} cannot be read: {reason}") from error
             if actual != expected:
                 raise CheckpointError(
                     f"{file} holds {actual} bytes where its config.json says {expected}"
                 )
-            if digest_file(file) != record.text("sha256"):
+            if not same:
                 raise CheckpointError(
                     f"{file} is damaged: its SHA-256 is not that in its config.json"
                 )
