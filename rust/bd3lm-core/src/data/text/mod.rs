@@ -2,11 +2,11 @@
 //!
 //! | module | subject |
 //! | --- | --- |
-//! | [`input`] | folders, pipes, compression, byte order marks, the format of a file |
-//! | [`plain`] | plain text and its separators |
-//! | [`json`], [`record`] | JSON lines and arrays; one object |
-//! | [`parquet`] | columns of parquet files |
-//! | [`sink`], [`records`] | bad records skipped and counted |
+//! | `input` | folders, pipes, compression, byte order marks, the format of a file |
+//! | `plain` | plain text and its separators |
+//! | `json`, `record` | JSON lines and arrays; one object |
+//! | `parquet` | columns of parquet files |
+//! | `sink`, `records` | bad records skipped and counted |
 
 pub mod detokenize;
 mod input;
@@ -67,8 +67,8 @@ impl Reader {
     /// records of a file that the user named are bad.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing), [`Error::Format`](crate::Error::Format) for an
-    /// unknown kind or a damaged file, [`Error::Record`](crate::Error::Record) for a bad record,
+    /// [`Error::Missing`], [`Error::Format`] for an
+    /// unknown kind or a damaged file, [`Error::Record`] for a bad record,
     /// and those of `each`.
     pub fn read(
         &mut self,

@@ -20,7 +20,7 @@ impl Format {
     /// By name.
     ///
     /// # Errors
-    /// [`Error::Config`] that lists the names.
+    /// [`Error::Config`](crate::Error::Config) that lists the names.
     pub fn named(name: &str) -> Result<Self> {
         let table = [
             ("txt", Format::Text),
