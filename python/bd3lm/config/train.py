@@ -68,8 +68,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device has it."""
     attention: AttentionName = "auto"
-    """Attention backend. auto: on a CPU our kernel; on CUDA FlexAttention for training, until
-    our kernels there have been measured, and they for decoding; else dense."""
+    """Attention backend. auto: on a CPU the Rust kernel; on CUDA FlexAttention for training and the
+    Triton kernels for decoding; dense otherwise."""
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""

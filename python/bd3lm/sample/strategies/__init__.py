@@ -1,7 +1,8 @@
 """Decoding strategies: which masked positions of a block a forward reveals.
 
 A strategy is a function over a :class:`~bd3lm.sample.block.BlockDraw`. :data:`STRATEGIES` lists
-them; the first one that applies to the settings and the system is used.
+them in order; the first one that applies to the settings and the system is used, and ``planned``
+always applies. ``ordered.py`` holds strategies that are passed to the sampler by hand.
 """
 
 from __future__ import annotations
