@@ -48,7 +48,7 @@ def draw(**changed: Any) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _core.row_order(1, 10, 0, 2**40), r"count = 1099511627776: must be at most 2\^32"),
+        (lambda: _core.row_order(1, 10, 0, 2**40), r"count = 1099511627776: must be at most 2\^24"),
         (lambda: _core.row_order(1, 10, 0, 2**61), r"count = 2305843009213693952"),
         (lambda: _core.row_order(1, 10, HUGE - 3, 8), r"first = 18446744073709551612"),
         (lambda: _core.row_order(1, 0, 0, 1), r"num_rows = 0: must be from 1 to 2\^63"),

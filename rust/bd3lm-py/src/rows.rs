@@ -211,8 +211,9 @@ fn row_order(
 ) -> PyResult<Bound<'_, PyArray1<u64>>> {
     let order = || -> Result<Vec<u64>> {
         let order = Order::new(seed, num_rows)?;
-        if count > 1 << 32 {
-            return Err(Error::config("count", count, "at most 2^32"));
+        // A call cannot be interrupted; this many take a fraction of a second.
+        if count > 1 << 24 {
+            return Err(Error::config("count", count, "at most 2^24"));
         }
         let mut rows = Vec::new();
         reserve("count", &mut rows, count)?;
