@@ -189,10 +189,11 @@ def _follow(pointer: Path) -> Path:
         CheckpointError: it does not name a folder of a step, or that folder is gone.
     """
     name = _target(pointer)
-    folder = pointer.parent / name
-    if not folder.is_dir():
-        raise CheckpointError(f"{pointer} names {name}, which is missing")
-    return folder
+    while not (pointer.parent / name).is_dir():
+        before, name = name, _target(pointer)  # a run may have moved on in between
+        if name == before:
+            raise CheckpointError(f"{pointer} names {name}, which is missing")
+    return pointer.parent / name
 
 
 def _target(pointer: Path) -> str:
