@@ -21,7 +21,7 @@ class _Made(NamedTuple):
 
 
 class Prefetcher:
-    """The batches of each step, those of the next ones already being made.
+    """Prefetches the batches of the next steps in a background thread.
 
     A batch is a function of (seed, step, noise), so a prefetched batch is the same, bit for bit.
     One made with noise that was replaced meanwhile is thrown away. The work is done in Rust without
