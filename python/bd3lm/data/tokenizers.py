@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -343,8 +344,29 @@ def train_tokenizer(
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(_batched(texts, max_bytes), trainer)
+    _abandoned_by_ctrl_c(inner.train_from_iterator, _batched(texts, max_bytes), trainer)
     return Tokenizer(inner.to_str(), "trained")
+
+
+def _abandoned_by_ctrl_c(work: Callable[..., object], *args: object) -> None:
+    """Call a function of the library, which does not look for signals, on a thread of its own.
+
+    Ctrl-C leaves that thread behind; it does not keep the process alive.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work(*args)
+        except BaseException as error:  # a panic of the library is no Exception
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
 
 
 def _batched(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:
