@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, sys
+import json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -24,6 +24,9 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    if order["memory"] is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
     try:
         config = from_dict(TrainConfig, order["config"])
         run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
@@ -60,10 +63,26 @@ class Zygote:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, config: dict[str, Any], out: Path, log: Path, *, resume: bool = True) -> int:
-        """Begin or resume a run; returns the process's number."""
+    def start(
+        self,
+        config: dict[str, Any],
+        out: Path,
+        log: Path,
+        *,
+        resume: bool = True,
+        memory: int | None = None,
+    ) -> int:
+        """Begin or resume a run; returns the process's number.
+
+        Args:
+            config: the settings.
+            out: directory of the run.
+            log: file for its output.
+            resume: continue what is there.
+            memory: bytes of address space that it may add to those of the server.
+        """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order)
+        return self._ask(order | {"memory": memory})
 
     def wait(self, number: int) -> int:
         """Wait for a trainer; returns its exit code, negative after a signal."""

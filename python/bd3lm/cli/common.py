@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from bd3lm.errors import Bd3lmError, ConfigError, FormatError, MissingFileError
+from bd3lm.errors import (
+    Bd3lmError,
+    ConfigError,
+    FormatError,
+    MissingFileError,
+    is_out_of_memory,
+)
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -80,8 +86,7 @@ def error_sentence(error: BaseException) -> str | None:
         return str(error)
     if kind == "PanicException":
         return f"a bug of bd3lm, or a damaged tokenizer; please report it ({text})"
-    allocation = isinstance(error, RuntimeError) and "allocate memory" in text
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or allocation:
+    if is_out_of_memory(error):
         return (
             "out of memory; use a smaller --batch-size, a smaller model or shorter rows "
             "(in training also --micro-batch or --recompute)"
