@@ -230,11 +230,13 @@ def _series(metrics: Sequence[Mapping[str, Any]], field: str) -> tuple[list[floa
 
 
 def _line(index: int) -> dict[str, Any]:
-    """Style of the n-th curve."""
+    """Style of the n-th curve. Dashes lie above solid lines, so that equal curves are both seen."""
+    dashes = DASHES[index % len(DASHES)]
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[index % len(DASHES)],
+        "linestyle": dashes,
         "linewidth": 1.5,
+        "zorder": 2.0 if dashes == "-" else 2.1,
     }
 
 
