@@ -196,8 +196,8 @@ class Recording:
             }
             for frame in self.frames
         ]
-        # "</" would end the script that holds the frames
-        data = json.dumps(frames).replace("</", "<\\/")
+        # A text may hold tags that end the script, or begin another inside it.
+        data = json.dumps(frames).replace("<", "\\u003c")
         rules = "".join(f".new.{name} {{ color: {value} }}\n" for name, value in COLOURS.items())
         return PAGE.replace("@RULES@", rules).replace("@FPS@", f"{fps:g}").replace("@FRAMES@", data)
 
