@@ -11,24 +11,29 @@ import torch
 from bd3lm.checkpoint.record import read_json
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
-from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.data.resolve import Splits, Verify, open_splits
 from bd3lm.device import check_attention, compute_dtype, inference, resolve_device
-from bd3lm.errors import CheckpointError, ConfigError
+from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
-from bd3lm.model import for_inference
+from bd3lm.model import Transformer, for_inference
 from bd3lm.model.memory import training_memory
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
+from bd3lm.training.directory import (
+    check_holds_run,
+    holds_run,
+    removed_on_failure,
+    run_directory,
+)
 from bd3lm.training.failures import explained
 from bd3lm.training.initial import adopt_shape
 from bd3lm.training.interrupt import immediate
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.reporter import Reporter
-from bd3lm.training.settings import check_resumed
+from bd3lm.training.settings import absolute_paths, check_resumed
 from bd3lm.training.trainer import Trainer, resume_command
 
 SUMMARY = "summary.json"
@@ -40,12 +45,8 @@ def saved_config(out: Path) -> TrainConfig:
     Raises:
         CheckpointError: there is no run, or its ``config.json`` is damaged.
     """
+    check_holds_run(out)
     file = out / "config.json"
-    if not holds_run(out):
-        raise CheckpointError(
-            f"{out} holds no run to resume (no config.json); give the settings of a new run, or "
-            "start it without --resume"
-        )
     try:
         return from_dict(TrainConfig, read_json(file))
     except ConfigError as error:
@@ -60,6 +61,7 @@ def run_training(
     *,
     resume: bool = False,
     profile: bool = False,
+    verify: Verify = "auto",
 ) -> dict[str, Any]:
     """Train, score the validation split, draw samples; returns the content of ``summary.json``.
 
@@ -70,6 +72,7 @@ def run_training(
         resume: continue the run in ``out`` from its last checkpoint, from its first step if it
             has saved none, and begin it if there is none. A run that has ended is not run again.
         profile: also watch a few steps, for ``out/profile.json``.
+        verify: when the data sets are verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         ExistsError: ``out`` already holds files and ``resume`` is off, or another process trains
@@ -78,6 +81,7 @@ def run_training(
         Bd3lmError: any bad input, before training starts and with nothing left behind; a failure
             of the machine.
     """
+    cfg = absolute_paths(cfg)
     _check_early(cfg)
     on_cpu = resolve_device(cfg.device).type == "cpu"
     check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
@@ -90,26 +94,40 @@ def run_training(
                 if ended is not None:
                     reporter.note(f"{out} has ended already, after step {cfg.steps}")
                     return ended
-            return _run(cfg, out, reporter, started=started, profile=profile)
+            return _run(cfg, out, reporter, started=started, profile=profile, verify=verify)
 
 
 def _run(
-    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, profile: bool
+    cfg: TrainConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    started: bool,
+    profile: bool,
+    verify: Verify,
 ) -> dict[str, Any]:
     with nullcontext() if started else removed_on_failure(out):
         if not started:
             cfg = adopt_shape(cfg, out)
             _check_early(cfg)
         write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
-        splits = open_splits(
-            cfg.data,
-            cfg.valid,
-            cfg.tokenizer,
-            out / "data",
-            reporter.note,
-            text_field=cfg.text_field,
-        )
+        try:
+            splits = open_splits(
+                cfg.data,
+                cfg.valid,
+                cfg.tokenizer,
+                out / "data",
+                reporter.note,
+                text_field=cfg.text_field,
+                verify=verify,
+            )
+        except MissingFileError as error:
+            if not started:
+                raise
+            where = "name the place where the same data is now with --data or --valid"
+            raise MissingFileError(f"{error}; {where}") from error
         trainer = _trainer(cfg, splits, out, reporter, resume=started)
+        _sampler(trainer, trainer.model).resolve(cfg.sample)  # refused before training
     reporter.note(_headline(trainer, splits))
     if profile:
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
@@ -192,11 +210,13 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     item = compute_dtype(cfg, trainer.device).itemsize
     memory = training_memory(cfg, trainer.model, item).total
+    size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    room = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
     return (
-        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {size} parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
         f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}, "
-        f"about {memory / 1e9:.1f} GB of memory"
+        f"about {room} of memory"
     )
 
 
@@ -205,14 +225,7 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     matrices, arithmetic = inference(cfg, trainer.device)
     with trainer.ema.applied():
-        sampler = Sampler(
-            for_inference(trainer.model, matrices),
-            trainer.system,
-            window=cfg.seq_len,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            tokenizer=tokenizer,
-        )
+        sampler = _sampler(trainer, for_inference(trainer.model, matrices))
         with arithmetic:
             samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
@@ -225,6 +238,18 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
         "sample_distinct_2": distinct_n(texts),
         "valid_distinct_2": distinct_n([valid], limit=size),
     }
+
+
+def _sampler(trainer: Trainer, model: Transformer) -> Sampler:
+    tokenizer = trainer.tokenizer
+    return Sampler(
+        model,
+        trainer.system,
+        window=trainer.cfg.seq_len,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer=tokenizer,
+    )
 
 
 def _text(data: Dataset) -> str:

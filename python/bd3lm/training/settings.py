@@ -1,8 +1,10 @@
-"""Which settings of a run may change when it is resumed."""
+"""Settings of a run on disk: their paths, and which may change when it is resumed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bd3lm.config import TrainConfig, to_dict
@@ -11,6 +13,20 @@ from bd3lm.errors import ConfigError
 RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
 """Settings that may change, besides more ``steps``: no number of the run depends on them. The data
 may have moved, but must be the same."""
+
+
+PATHS = ("data", "valid", "tokenizer", "init_from")
+"""Settings that may be paths, besides names of the hub and the like."""
+
+
+def absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """Make the paths of the settings absolute, so that a run is usable from any folder.
+
+    What is no path of something that exists (a name of the hub, ``-``) stays as it is.
+    """
+    found = {name: value for name in PATHS if (value := getattr(cfg, name)) is not None}
+    paths = {name: os.path.abspath(value) for name, value in found.items() if os.path.exists(value)}
+    return replace(cfg, **paths)
 
 
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
@@ -24,7 +40,7 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     Raises:
         ConfigError: names the first setting that must stay.
     """
-    old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
+    old, new = _flat(to_dict(absolute_paths(saved))), _flat(to_dict(absolute_paths(cfg)))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
         if value != old[name] and not longer and name not in RESUMABLE:
