@@ -32,8 +32,12 @@ class PlainConsole(Console):
     """A console that prints text as it is: no markup, no emoji codes, no line breaks added."""
 
     def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        # The stream of a notebook says that it is a terminal, and shows escape codes as they are.
+        notebook = type(stream).__module__.startswith("ipykernel")
         super().__init__(
             stderr=stderr,
+            force_terminal=False if notebook else None,
             markup=False,
             emoji=False,
             highlight=False,

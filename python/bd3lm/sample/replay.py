@@ -169,7 +169,7 @@ class Recording:
             self.frames.append(frame)
             yield frame
 
-    def save(self, path: Path, *, fps: float = 20.0) -> None:
+    def save(self, path: Path | str, *, fps: float = 20.0) -> None:
         """Write a page (.html) or an animated picture (.gif).
 
         Args:
@@ -180,6 +180,7 @@ class Recording:
             ConfigError: another ending.
             MissingPackageError: a .gif without Pillow and matplotlib's fonts.
         """
+        path = Path(path)
         if path.suffix == ".gif":
             _save_gif(self.frames, path, fps)
             return
