@@ -95,7 +95,7 @@ import sys
 from bd3lm.cli.main import COMMANDS, main
 lines = [[name, "--help"] for name in COMMANDS] + [["--help"], ["--version"], ["nothing"], [],
     ["train", "--steps", "0"], ["train", "--model.heads", "5"], ["train", "--data", "not there"],
-    ["train", "--out", "not there", "--resume"],
+    ["train", "--resume", "--out", "not there"],
     ["sample", "not there"], ["eval", "not there"],
     ["prepare", "x", "--out", "o", "--threads", "0"], ["judge", "not there"],
     ["paper", "table1", "--out", "o", "--seeds", "0"],
@@ -321,6 +321,17 @@ def test_any_encoding_of_the_terminal(tmp_path, encoding):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"Prepared \u0432\u044b\u0445" in done.stdout
+
+
+def test_a_notebook_gets_lines(monkeypatch):
+    """Its stream says that it is a terminal, and shows escape codes as they are."""
+    stream = type("OutStream", (io.StringIO,), {"isatty": lambda self: True})
+    stream.__module__ = "ipykernel.iostream"
+    monkeypatch.setattr("sys.stdout", stream())
+    console = PlainConsole()
+    assert not console.is_terminal
+    console.print("a line")
+    assert sys.stdout.getvalue() == "a line\n"
 
 
 def test_progress_of_a_run_survives_a_closed_pipe():
@@ -753,19 +764,28 @@ def test_data_is_verified_where_that_is_wanted(folder, command, capsys, tmp_path
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def test_pictures_leave_pyplot_and_the_environment_alone():
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg", "nothing"])
+def test_pictures_leave_pyplot_and_the_environment_alone(backend):
+    """Notebooks name a backend that the environment of a command may not have."""
     code = """
 import os, sys
+sys.modules["matplotlib_inline"] = None  # not installed
+backend = os.environ["MPLBACKEND"]
 from bd3lm.plots import plot_loss
 figure = plot_loss([{"step": 1, "loss": 2.0}, {"step": 20000, "loss": 1.0}], "title [b]")
 assert type(figure).__mro__[1].__name__ == "Figure"
 assert figure._repr_png_()[:4] == b"\\x89PNG"
 assert "matplotlib.pyplot" not in sys.modules
-assert os.environ["MPLBACKEND"] == "module://not_installed.backend"
+assert os.environ["MPLBACKEND"] == backend
+import matplotlib
+assert backend != "svg" or matplotlib.get_backend() == "svg"
 """
-    environment = os.environ | {"MPLBACKEND": "module://not_installed.backend"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | {"MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
