@@ -90,6 +90,31 @@ def test_a_tokenizer_in_the_middle_of_a_long_document(tokenizer: Tokenizer, tmp_
     check_stopped(running, signal.SIGINT, tmp_path)
 
 
+@pytest.mark.parametrize("seconds", [0.1, 1.5])
+def test_a_tokenizer_that_is_trained(seconds: float, tmp_path: Path) -> None:
+    """While it is given text, and while the library learns merges from it."""
+    draw = random.Random(0)
+    words = " ".join(f"{draw.randrange(10**9):x}" for _ in range(800_000))
+    (tmp_path / "x.txt").write_text(words)
+    running = subprocess.Popen(
+        command(tmp_path / "x.txt", "--tokenizer", "train:30000", "--out", tmp_path / "set"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith("training a byte-level BPE")
+    time.sleep(seconds)
+    sent = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert message == "stopped; nothing half-written was kept\n"
+    assert time.monotonic() - sent < 10  # less than a second on a quiet machine
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
 VERIFIES = """
 import signal, sys
 from bd3lm.data import Dataset
