@@ -111,21 +111,7 @@ def _run(
             cfg = adopt_shape(cfg, out)
             _check_early(cfg)
         write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
-        try:
-            splits = open_splits(
-                cfg.data,
-                cfg.valid,
-                cfg.tokenizer,
-                out / "data",
-                reporter.note,
-                text_field=cfg.text_field,
-                verify=verify,
-            )
-        except MissingFileError as error:
-            if not started:
-                raise
-            where = "name the place where the same data is now with --data or --valid"
-            raise MissingFileError(f"{error}; {where}") from error
+        splits = _splits(cfg, out, reporter, started=started, verify=verify)
         trainer = _trainer(cfg, splits, out, reporter, resume=started)
         _sampler(trainer, trainer.model).resolve(cfg.sample)  # refused before training
     reporter.note(_headline(trainer, splits))
@@ -140,6 +126,26 @@ def _run(
         write_json(out / "profile.json", summary["profile"])
     write_json(out / SUMMARY, summary)
     return summary
+
+
+def _splits(
+    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, verify: Verify
+) -> Splits:
+    try:
+        return open_splits(
+            cfg.data,
+            cfg.valid,
+            cfg.tokenizer,
+            out / "data",
+            reporter.note,
+            text_field=cfg.text_field,
+            verify=verify,
+        )
+    except MissingFileError as error:
+        if not started:
+            raise
+        where = "name the place where the same data is now with --data or --valid"
+        raise MissingFileError(f"{error}; {where}") from error
 
 
 @adaptive_waiting()
