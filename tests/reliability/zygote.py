@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, resource, sys
+import faulthandler, json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    faulthandler.enable()
     if order["memory"] is not None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
