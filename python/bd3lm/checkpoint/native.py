@@ -80,6 +80,15 @@ class Checkpoint:
         return system
 
 
+    def as_autoregressive(self) -> Checkpoint:
+        """The same weights as the autoregressive model that a causal clean stream makes them.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        return replace(self, config=self.config.autoregressive(), learned=None)
+
+
 @dataclass(frozen=True)
 class Meta:
     """``config.json`` of a native checkpoint, every field checked.

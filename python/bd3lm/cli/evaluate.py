@@ -63,6 +63,8 @@ class EvalArgs:
     paper."""
     block_size: int | None = None
     """Score with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score a model with a causal clean stream as the autoregressive model that it also is."""
     repeats: int = 8
     """Forwards a row of the sampled estimators, or orders a row; the standard error falls with the
     root."""
@@ -114,6 +116,7 @@ def evaluate(args: EvalArgs) -> None:
 
     console = PlainConsole(stderr=args.json)
     loaded = load_checkpoint(args.checkpoint, resolve_device(args.device), args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     named = args.estimator if args.estimator in ("count", "bernoulli") else None
     with tempfile.TemporaryDirectory() as work:
         data = open_text(

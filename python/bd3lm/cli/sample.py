@@ -47,6 +47,8 @@ class SampleArgs:
     draw: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     block_size: int | None = None
     """Sample with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Sample a model with a causal clean stream as the autoregressive model that it also is."""
     batch_size: int = 16
     """Samples drawn at once."""
     device: str = "auto"
@@ -100,6 +102,7 @@ def sample(args: SampleArgs) -> None:
 
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
     check_attention(how, device)
     loaded.model.use_attention(args.attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
@@ -10,6 +10,7 @@ from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
 from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
 from bd3lm.config.sample import SampleConfig
 
@@ -87,6 +88,7 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
@@ -99,6 +101,7 @@ class TrainConfig:
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
         self._check_block()
+        self._check_objective()
         check(
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
@@ -135,6 +138,15 @@ class TrainConfig:
             f"False with packing = {self.packing}; it goes with wrap",
         )
 
+    def _check_objective(self) -> None:
+        weight = self.objective.ar_weight
+        check(
+            not weight or (self.model.causal_clean and self.system == "bd3lm"),
+            "objective.ar-weight",
+            weight,
+            "0 unless system = bd3lm and model.clean-stream = causal",
+        )
+
     def _check_block(self) -> None:
         own = _own_block(self.system, self.seq_len)
         check(
@@ -149,6 +161,27 @@ class TrainConfig:
             "block-size",
             self.block,
             f"a divisor of seq-len = {self.seq_len}",
+        )
+
+    def autoregressive(self) -> TrainConfig:
+        """Settings of the autoregressive model that a causal clean stream also is.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        if self.system == "ar":
+            return self
+        stream, told = self.model.clean_stream, self.model.time_conditioning
+        causal = "causal, for scoring and sampling as an autoregressive model"
+        check(self.system == "bd3lm" and stream == "causal", "model.clean-stream", stream, causal)
+        check(not told, "model.time-conditioning", told, "False, which is " + causal)
+        return replace(
+            self,
+            system="ar",
+            block_size=None,
+            noise=NoiseConfig(),
+            objective=ObjectiveConfig(),
+            eval=replace(self.eval, estimator="auto"),
         )
 
     @property

@@ -42,7 +42,9 @@ class Batch:
         weight: loss weight of each of them, float32 [M].
         mask_prob: noise level p of each block, float32 [B, K].
         doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
-        num_noisable: tokens that could have been masked: the loss is per such token.
+        noisable: whether a token could have been masked, bool [B, L].
+        num_noisable: how many could: the loss is per such token.
+        block_size: S of the noise.
     """
 
     x0: Tensor
@@ -51,7 +53,9 @@ class Batch:
     weight: Tensor
     mask_prob: Tensor
     doc_ids: Tensor | None
+    noisable: Tensor
     num_noisable: int
+    block_size: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory, without waiting for the copy."""
@@ -170,10 +174,12 @@ class Loader:
         first = index * size
         order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
-        blocks = (size, self.rows.seq_len // self.rows.block_size)
+        block_size = spec.block_size or self.rows.block_size
+        blocks = (size, self.rows.seq_len // block_size)
         pin = self.pinned
         x0, x0_out = buffer(shape, np.int64, pinned=pin)
         xt, xt_out = buffer(shape, np.int64, pinned=pin)
+        noisable, noisable_out = buffer(shape, np.bool_, pinned=pin)
         masked, masked_out = buffer((x0_out.size,), np.int64, pinned=pin)
         masked_weight, masked_weight_out = buffer((x0_out.size,), np.float32, pinned=pin)
         mask_prob, mask_prob_out = buffer(blocks, np.float32, pinned=pin)
@@ -182,7 +188,9 @@ class Loader:
             spec._core,
             (self.seed, step, first, self.batch_size),
             order,
+            block_size,
             x0=x0_out,
+            noisable=noisable_out,
             doc_ids=doc_ids_out,
             xt=xt_out,
             mask_prob=mask_prob_out,
@@ -196,5 +204,7 @@ class Loader:
             weight=masked_weight[:count],
             mask_prob=mask_prob,
             doc_ids=doc_ids if padded or self.rows.documents else None,
+            noisable=noisable,
             num_noisable=num_noisable,
+            block_size=block_size,
         )

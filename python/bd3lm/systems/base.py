@@ -152,8 +152,8 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
     return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
 
 
-def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Pad the masked positions to a multiple of the tile size, with weight 0.
+def whole_tiles(select: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad positions and weights [M] to a multiple of the tile size, with weight 0.
 
     PyTorch's CPU matrix products cache one compiled kernel per number of rows. Without padding,
     every step of the tiny model would add 6 MB, because each masks another number of tokens.
@@ -161,11 +161,11 @@ def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(select, weight)``, int64 and float32 [M rounded up].
     """
-    more = -len(batch.masked) % TILE_ROWS
+    more = -len(select) % TILE_ROWS
     if not more:
-        return batch.masked, batch.weight
-    select = torch.cat([batch.masked, batch.masked[-1:].expand(more)])
-    return select, torch.cat([batch.weight, batch.weight.new_zeros(more)])
+        return select, weight
+    padded = torch.cat([select, select[-1:].expand(more)])
+    return padded, torch.cat([weight, weight.new_zeros(more)])
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3lm.config import NoiseConfig, TrainConfig
+from bd3lm.config import NoiseConfig, ObjectiveConfig, TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
@@ -90,7 +90,9 @@ class BlockDiffusion(System):
         noise: NoiseConfig | None = None,
         *,
         time_conditioned: bool = False,
+        objective: ObjectiveConfig | None = None,
     ) -> None:
+        self._objective = objective or ObjectiveConfig()
         self._cfg = noise or NoiseConfig()
         self._time_conditioned = time_conditioned
         super().__init__(block_size, mask_id, schedule_of(self._cfg))
@@ -112,7 +114,13 @@ class BlockDiffusion(System):
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")
-        return cls(cfg.block, mask_id, cfg.noise, time_conditioned=cfg.model.time_conditioning)
+        return cls(
+            cfg.block,
+            mask_id,
+            cfg.noise,
+            time_conditioned=cfg.model.time_conditioning,
+            objective=cfg.objective,
+        )
 
     def noise(self, step: int) -> NoiseSpec:
         """Noise of the settings, with the learned clip, counts and rarity."""
@@ -168,7 +176,9 @@ class BlockDiffusion(System):
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Sum of weight·CE over the masked positions, in nats."""
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
-        select, weight = whole_tiles(batch)
+        if self._objective.ar_weight:
+            return self._joint_loss(model, batch, sigma)
+        select, weight = whole_tiles(batch.masked, batch.weight)
         if self.block_size == batch.x0.shape[1]:
             features = model.encode(
                 batch.xt, self.block_size, select=select, doc_ids=batch.doc_ids, sigma=sigma
@@ -179,10 +189,39 @@ class BlockDiffusion(System):
             )
         target = flat_targets(batch.x0, select)
         loss, nats = self.head_loss(model, features, target, weight)
+        self._observe(nats, batch)
+        return loss
+
+    def _joint_loss(self, model: Transformer, batch: Batch, sigma: Tensor | None) -> Tensor:
+        """Add the next-token loss of the causal clean stream."""
+        objective, masked = self._objective, batch.masked
+        chosen, number = batch.noisable.flatten(), batch.num_noisable
+        if objective.ar_tokens == "unmasked":
+            chosen = chosen.index_fill(0, masked, False)
+            number -= len(masked)
+        after = torch.nonzero_static(chosen, size=number).flatten()
+        share = objective.ar_weight * batch.num_noisable / max(number, 1)
+        after, ar_weight = whole_tiles(after, torch.full_like(after, share, dtype=torch.float32))
+        select, weight = whole_tiles(masked, batch.weight)
+        features = model.denoise_and_predict(
+            batch.xt,
+            batch.x0,
+            batch.block_size,
+            select,
+            after - 1,
+            doc_ids=batch.doc_ids,
+            sigma=sigma,
+        )
+        target = flat_targets(batch.x0, torch.cat([select, after]))
+        loss, nats = self.head_loss(model, features, target, torch.cat([weight, ar_weight]))
+        self._observe(nats, batch)
+        return loss
+
+    def _observe(self, nats: Tensor, batch: Batch) -> None:
+        """Show the losses of a step to the distribution of counts, if it is fitted."""
         if self._counts is not None:
             masked = batch.masked
             self._counts.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
-        return loss
 
     def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
         """Encode the clean stream once; each call then runs one noised stream against its cache."""

@@ -100,6 +100,98 @@ pub fn draw(
     Ok(())
 }
 
+/// The distribution that [`draw`] draws from, for every row of `logits` [R, V].
+///
+/// * `mass` [R, V] receives a multiple of the probability of each token; a row sums to at least 1.
+///
+/// # Errors
+/// As of [`draw`].
+pub fn distribution(
+    logits: &[f32],
+    rows: usize,
+    shaping: Shaping<'_>,
+    mass: &mut [f32],
+    threads: usize,
+) -> Result<()> {
+    if rows == 0 {
+        return Ok(());
+    }
+    let vocab = logits.len() / rows;
+    if vocab == 0 || logits.len() != vocab * rows || mass.len() != logits.len() {
+        let given = format!("{} logits for {rows} rows", logits.len());
+        return Err(Error::config("logits", given, "whole rows"));
+    }
+    shaping.check()?;
+    if let Some(id) = shaping.forbidden.iter().find(|id| **id >= vocab) {
+        return Err(Error::config("forbidden", id, format!("below {vocab}")));
+    }
+    let mut possible = vec![false; rows];
+    let (out, found) = (Parts::new(mass), Parts::new(&mut possible));
+    parallel(threads, rows, |row| {
+        // SAFETY: no other item writes this row.
+        let (mass, found) = unsafe { (out.part(row, vocab), found.part(row, 1)) };
+        let mut chunks = vec![0f64; vocab.div_ceil(CHUNK)];
+        let source = &logits[row * vocab..(row + 1) * vocab];
+        let top = shaped_mass(source, shaping, mass, &mut chunks);
+        found[0] = top.is_finite();
+        if found[0] && shaping.temperature == 0.0 {
+            let first = first_highest(source, top, shaping.forbidden);
+            mass.fill(0.0);
+            found[0] = first.map(|id| mass[id] = 1.0).is_some();
+        } else if found[0] {
+            keep_shaped(mass, shaping);
+        }
+    });
+    match possible.iter().position(|found| !found) {
+        None => Ok(()),
+        Some(row) => {
+            let allowed = "without NaN, with a token that is possible and not forbidden";
+            Err(Error::config("logits", format!("row {row}"), allowed))
+        }
+    }
+}
+
+/// Masses of the tempered logits without the forbidden ids, the largest being 1, and their sums by
+/// chunk; returns the largest logit. A temperature of 0 is taken for 1.
+fn shaped_mass(
+    source: &[f32],
+    shaping: Shaping<'_>,
+    mass: &mut [f32],
+    chunks: &mut [f64],
+) -> f32 {
+    let mut top = f32::NEG_INFINITY;
+    if shaping.forbidden.is_empty() {
+        highest(source, &mut top);
+    } else {
+        let mut allowed = source.to_vec();
+        for &id in shaping.forbidden {
+            allowed[id] = f32::NEG_INFINITY;
+        }
+        highest(&allowed, &mut top);
+    }
+    let scale = match shaping.temperature {
+        0.0 => 1.0,
+        t => 1.0 / t,
+    };
+    exponentials(source, top, scale, mass, chunks);
+    for &id in shaping.forbidden {
+        mass[id] = 0.0;
+    }
+    top
+}
+
+/// Zeroes the masses outside top-k and nucleus.
+fn keep_shaped(mass: &mut [f32], shaping: Shaping<'_>) {
+    if shaping.top_k.is_some() || shaping.top_p < 1.0 {
+        keep_most_probable(mass, shaping.top_k, shaping.top_p);
+    }
+}
+
+/// The first allowed id whose logit is `top`.
+fn first_highest(source: &[f32], top: f32, forbidden: &[usize]) -> Option<usize> {
+    (0..source.len()).find(|id| source[*id] == top && !forbidden.contains(id))
+}
+
 /// Token and log-probability; −1 where no token is possible.
 fn one_row(
     logits: &[f32],
@@ -116,35 +208,15 @@ fn one_row(
 
     let source = shaped.unwrap_or(logits);
     if shaped.is_some() || !shaping.forbidden.is_empty() || shaping.temperature != 1.0 {
-        top = f32::NEG_INFINITY;
-        if shaping.forbidden.is_empty() {
-            highest(source, &mut top);
-        } else {
-            let mut allowed = source.to_vec();
-            for &id in shaping.forbidden {
-                allowed[id] = f32::NEG_INFINITY;
-            }
-            highest(&allowed, &mut top);
-        }
-        let scale = match shaping.temperature {
-            0.0 => 1.0,
-            t => 1.0 / t,
-        };
-        exponentials(source, top, scale, &mut mass, &mut chunks);
-        for &id in shaping.forbidden {
-            mass[id] = 0.0;
-        }
+        top = shaped_mass(source, shaping, &mut mass, &mut chunks);
     }
     if !top.is_finite() {
         return (-1, f64::NAN);
     }
     let token = if shaping.temperature == 0.0 {
-        let allowed = |id: &usize| !shaping.forbidden.contains(id);
-        (0..source.len()).find(|id| source[*id] == top && allowed(id))
+        first_highest(source, top, shaping.forbidden)
     } else {
-        if shaping.top_k.is_some() || shaping.top_p < 1.0 {
-            keep_most_probable(&mut mass, shaping.top_k, shaping.top_p);
-        }
+        keep_shaped(&mut mass, shaping);
         sum_chunks(&mass, &mut chunks);
         invert(&mass, &chunks, uniform)
     };
