@@ -129,7 +129,7 @@ pub fn distribution(
     let (out, found) = (Parts::new(mass), Parts::new(&mut possible));
     parallel(threads, rows, |row| {
         // SAFETY: no other item writes this row.
-        let (mass, found) = unsafe { (out.part(row, vocab), found.part(row, 1)) };
+        let (mass, found) = unsafe { (out.part(row * vocab, vocab), found.part(row, 1)) };
         let mut chunks = vec![0f64; vocab.div_ceil(CHUNK)];
         let source = &logits[row * vocab..(row + 1) * vocab];
         let top = shaped_mass(source, shaping, mass, &mut chunks);
