@@ -146,6 +146,13 @@ class TrainConfig:
             weight,
             "0 unless system = bd3lm and model.clean-stream = causal",
         )
+        sizes, field_name = self.objective.block_sizes, "objective.block-sizes"
+        check(not sizes or self.system == "bd3lm", field_name, sizes, "empty unless system = bd3lm")
+        own = f"empty, or sizes of which block-size = {self.block} is one"
+        check(not sizes or self.block in sizes, field_name, sizes, own)
+        for size in sizes:
+            fits = self.seq_len % size == 0
+            check(fits, field_name, size, f"a divisor of seq-len = {self.seq_len}")
 
     def _check_block(self) -> None:
         own = _own_block(self.system, self.seq_len)
@@ -190,6 +197,20 @@ class TrainConfig:
         if self.block_size is not None:
             return self.block_size
         return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+
+    def with_block(self, size: int) -> TrainConfig:
+        """The same settings with this block size alone.
+
+        Raises:
+            ConfigError: it does not divide the row, or the system has another.
+        """
+        objective = replace(self.objective, block_sizes=())
+        return replace(self, block_size=size, objective=objective)
+
+    @property
+    def largest_block(self) -> int:
+        """The largest S of the run, to which rows are aligned."""
+        return max((self.block, *self.objective.block_sizes))
 
     @property
     def estimator(self) -> EstimatorName:

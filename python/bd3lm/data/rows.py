@@ -45,6 +45,7 @@ class Batch:
         noisable: whether a token could have been masked, bool [B, L].
         num_noisable: how many could: the loss is per such token.
         block_size: S of the noise.
+        step: of the run, from 0.
     """
 
     x0: Tensor
@@ -56,6 +57,7 @@ class Batch:
     noisable: Tensor
     num_noisable: int
     block_size: int
+    step: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory, without waiting for the copy."""
@@ -207,4 +209,5 @@ class Loader:
             noisable=noisable,
             num_noisable=num_noisable,
             block_size=block_size,
+            step=step,
         )

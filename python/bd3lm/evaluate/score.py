@@ -22,7 +22,7 @@ from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
-from bd3lm.systems.block_diffusion import schedule_of
+from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
 """A prepared data set; a path of one, or of a text file; or one or several texts."""
@@ -234,6 +234,7 @@ class Scoring:
         same = loaded.config
         changes: dict[str, object] = {
             "block_size": same.block_size if block_size is None else block_size,
+            "objective": dataclasses.replace(same.objective, block_sizes=()),
             "precision": precision,
             "attention": attention,
             "row_eos": same.row_eos or row_eos,

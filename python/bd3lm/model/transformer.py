@@ -362,8 +362,9 @@ class Transformer(nn.Module):
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
         # Rows of both streams lie behind each other, 2L for every row of the batch.
-        noised, clean = (at + at.div(seq_len, rounding_mode="floor") * seq_len
-                         for at in (select, predict))
+        noised, clean = (
+            at + at.div(seq_len, rounding_mode="floor") * seq_len for at in (select, predict)
+        )
         rows = torch.cat([noised, clean + seq_len])
         return self._both_streams(xt, x0, mask, sigma, rows)
 

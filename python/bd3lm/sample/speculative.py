@@ -149,7 +149,8 @@ class Speculation:
         probs = distribution(logits, self.cfg).view(len(self.rows), self.size, -1)
         log_p = torch.log_softmax(logits.double(), -1).view_as(probs)
         new = [
-            self._accept(row, probs[i], log_p[i], self._most(row)) for i, row in enumerate(self.rows)
+            self._accept(row, probs[i], log_p[i], self._most(row))
+            for i, row in enumerate(self.rows)
         ]
         self._draft(noised, [len(tokens) - 1 for tokens in new])
         return new
@@ -248,7 +249,9 @@ class Speculation:
         probs = distribution(self._logits(chosen), self.cfg)
         uniforms = np.concatenate([row.uniforms.random(drafts) for row in self.rows])
         tokens = invert(probs, torch.from_numpy(uniforms).to(self.device)).view(-1, drafts).tolist()
-        for row_, ids, q in zip(self.rows, tokens, probs.view(-1, drafts, probs.shape[-1]), strict=True):
+        for row_, ids, q in zip(
+            self.rows, tokens, probs.view(-1, drafts, probs.shape[-1]), strict=True
+        ):
             row_.drafts, row_.draft_probs = ids, q
 
 

@@ -17,6 +17,7 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
+from bd3lm.systems.parts import LossParts
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> features [M, D]`` of the selected positions; the
@@ -53,6 +54,8 @@ class System(ABC):
         self.block_size = block_size
         self.mask_id = mask_id
         self.schedule = schedule or Schedule("loglinear")
+        self.parts = LossParts()
+        """Losses of the parts of the objective, where there are several."""
 
     @classmethod
     @abstractmethod

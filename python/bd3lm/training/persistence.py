@@ -138,6 +138,7 @@ def _numbers(trainer: Trainer) -> dict[str, Any]:
         "last": trainer.last,
         "best": trainer.best,
         "system": trainer.system.state(),
+        "parts": trainer.system.parts.state(),
     }
 
 
@@ -162,6 +163,9 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.best = None if best is None else state.floating("best")
     state.record("system")
     restore_system(trainer.system, meta.learned, state.source)
+    if "parts" in state.values:  # older checkpoints have none
+        parts = state.record("parts")
+        trainer.system.parts.load_state({name: parts.floats(name, 2) for name in parts.values})
 
 
 def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ from bd3lm.evaluate import (
 )
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
-from bd3lm.systems import build_system
+from bd3lm.systems import BlockDiffusion, System, build_system
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
@@ -74,7 +74,7 @@ class Trainer:
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
-            block_size=cfg.block,
+            block_size=cfg.largest_block,
             plan=cfg.packing,
             row_eos=cfg.row_eos,
         )
@@ -193,7 +193,7 @@ class Trainer:
         cfg, step = self.cfg, self.steps_done
         self.model.train()
         with record_function(DATA):
-            batches = self.batches.get(step, self.system.noise(step))
+            batches = self.batches.get(step, self.system.noise)
         try:
             total = self._accumulate(batches)
         except Exception as error:
@@ -252,17 +252,50 @@ class Trainer:
                 num_bytes=self.valid.manifest.num_bytes,
                 progress=None if quick else self.reporter.scoring,
             )
-            clip = self._search_clip(rows) if self.cfg.noise.clip_search else {}
+            found = self._of_every_size(rows)
         line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self._write(line | found | ({} if result.bpb is None else {"val_bpb": result.bpb}))
         self.reporter.validation(self.steps_done, result)
         return result
 
-    def _search_clip(self, rows: Rows) -> dict[str, Any]:
+    def _of_every_size(self, rows: Rows) -> dict[str, Any]:
+        """Search the clip, if it is searched, and score the other block sizes of the run.
+
+        Args:
+            rows: of the run's own block size.
+
+        Returns:
+            The fields to log; those of other block sizes end with ``_S`` and the size.
+        """
+        system, cfg = self.system, self.cfg
+        found = self._search_clip(system, rows) if cfg.noise.clip_search else {}
+        if not isinstance(system, BlockDiffusion):
+            return found
+        for size in system.sizes:
+            if size == cfg.block:
+                continue
+            alone = cfg.with_block(size)
+            of_size, rows = system.at(size), scoring_rows(alone, self.valid)
+            score = evaluate_likelihood(
+                of_size,
+                self.model,
+                rows,
+                estimator=alone.estimator,
+                repeats=cfg.eval.repeats,
+                batch_size=cfg.eval.batch_size,
+                max_rows=cfg.eval.rows,
+            )
+            fields = {"val_nelbo": score.nelbo}
+            if cfg.noise.clip_search:
+                fields |= self._search_clip(of_size, rows)
+            found |= {f"{name}_S{size}": value for name, value in fields.items()}
+        return found
+
+    def _search_clip(self, system: System, rows: Rows) -> dict[str, Any]:
         """Train on with the clip of least variance; returns the fields to log."""
         noise = self.cfg.noise
         statistics = count_statistics(
-            self.system,
+            system,
             self.model,
             rows,
             max_rows=self.cfg.eval.rows,
@@ -271,11 +304,11 @@ class Trainer:
         )
         clip, variance = search_clip(
             statistics,
-            self.system.schedule,
+            system.schedule,
             resample=noise.resample,
-            count_probs=self.system.count_probs,
+            count_probs=system.count_probs,
         )
-        self.system.set_clip(clip)
+        system.set_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
     def _is_best(self, nelbo: float | None) -> bool:
@@ -299,6 +332,7 @@ class Trainer:
         line: dict[str, Any] = {"step": self.steps_done}
         if window.loss is not None:
             line["loss"] = window.loss
+        line |= self.system.parts.read()
         if window.loss is not None and math.isfinite(window.norm):
             self.last = {"loss": window.loss, **rates}
         line |= rates | {"seconds": self.seconds}

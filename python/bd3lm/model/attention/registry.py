@@ -100,9 +100,7 @@ AUTO: dict[str, tuple[str, ...]] = {
 }
 
 
-def choose(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto"
-) -> Backend:
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto") -> Backend:
     """Return the backend of that name, or with ``auto`` the first of :data:`AUTO` that fits.
 
     Raises:
