@@ -352,9 +352,13 @@ class Transformer(nn.Module):
         from.
 
         Args:
-            xt: as for :meth:`denoise`, as are ``x0``, ``block_size``, ``doc_ids`` and ``sigma``.
+            xt: noised ids [B, L].
+            x0: clean ids [B, L].
+            block_size: S.
             select: flat indices b*L+i of noised positions [M].
             predict: flat indices b*L+i of clean positions [N].
+            doc_ids: as for :meth:`denoise`.
+            sigma: as for :meth:`denoise`.
 
         Returns:
             Normalised features [M + N, D], those of noised positions first.

@@ -102,10 +102,8 @@ def composed_draw(
     """Compose :func:`draw` of PyTorch operations, on any device and in any dtype."""
     source = logits if seen is None else discourage(logits, seen, cfg.repetition_penalty)
     source = _allowed(source, cfg)
-    if cfg.temperature == 0:
-        token = source.argmax(dim=-1)
-    else:
-        token = invert(_mass(source, cfg), uniform)
+    greedy = cfg.temperature == 0
+    token = source.argmax(dim=-1) if greedy else invert(_mass(source, cfg), uniform)
     log_p = logits.gather(1, token[:, None]).squeeze(1).double()
     return token, log_p - torch.logsumexp(logits.double(), dim=-1)
 

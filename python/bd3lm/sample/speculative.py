@@ -5,10 +5,10 @@ the clean stream, which gives the autoregressive distribution p of each next tok
 runs S noised blocks, one for each number of drafts that may turn out to be accepted, which give the
 distributions q of the next drafts.
 
-A draft x is accepted with probability min(1, p(x)/q(x)). The first refused one is replaced by a draw
-from (p - q)₊; after the last accepted one the next token is drawn from p. So each token follows p,
-and the text has the law of drawing token by token (docs/math.md §8). A block of drafts begins where
-the known text ends; it need not lie on a block boundary of training.
+A draft x is accepted with probability min(1, p(x)/q(x)). The first refused one is replaced by a
+draw from (p - q)₊; after the last accepted one the next token is drawn from p. So each token follows
+p, and the text has the law of drawing token by token (docs/math.md §8). A block of drafts begins
+where the known text ends; it need not lie on a block boundary of training.
 """
 
 from __future__ import annotations
@@ -148,10 +148,7 @@ class Speculation:
         logits = self._logits(clean)
         probs = distribution(logits, self.cfg).view(len(self.rows), self.size, -1)
         log_p = torch.log_softmax(logits.double(), -1).view_as(probs)
-        new = [
-            self._accept(row, probs[i], log_p[i], self._most(row))
-            for i, row in enumerate(self.rows)
-        ]
+        new = [self._accept(row, probs[i], log_p[i]) for i, row in enumerate(self.rows)]
         self._draft(noised, [len(tokens) - 1 for tokens in new])
         return new
 
@@ -214,11 +211,11 @@ class Speculation:
             most -= 1
         return most
 
-    def _accept(self, row: SpeculativeRow, probs: Tensor, log_p: Tensor, most: int) -> list[int]:
+    def _accept(self, row: SpeculativeRow, probs: Tensor, log_p: Tensor) -> list[int]:
         """Verify the drafts of a row in order, and draw the token after the accepted ones."""
         found, accepted = self.acceptance, 0
         rest = None
-        for place, token in enumerate(row.drafts[:most]):
+        for place, token in enumerate(row.drafts[: self._most(row)]):
             assert row.draft_probs is not None
             p, q = probs[place], row.draft_probs[place]
             found.tried[place] += 1
@@ -249,10 +246,9 @@ class Speculation:
         probs = distribution(self._logits(chosen), self.cfg)
         uniforms = np.concatenate([row.uniforms.random(drafts) for row in self.rows])
         tokens = invert(probs, torch.from_numpy(uniforms).to(self.device)).view(-1, drafts).tolist()
-        for row_, ids, q in zip(
-            self.rows, tokens, probs.view(-1, drafts, probs.shape[-1]), strict=True
-        ):
-            row_.drafts, row_.draft_probs = ids, q
+        each = probs.view(-1, drafts, probs.shape[-1])
+        for own, ids, q in zip(self.rows, tokens, each, strict=True):
+            own.drafts, own.draft_probs = ids, q
 
 
 def _uniforms(seed: int, row: int) -> np.random.Generator:

@@ -141,6 +141,8 @@ class BlockDiffusion(System):
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
+        if batch.step < self._objective.ar_steps:
+            return self._ar_loss(model, batch)
         if self._objective.ar_weight:
             return self._joint_loss(model, batch, sigma)
         size = batch.block_size
@@ -186,6 +188,16 @@ class BlockDiffusion(System):
         of_noised = (nats[: len(masked)] * batch.weight).sum()
         self.parts.add(f"loss_S{batch.block_size}", of_noised, noisable)
         self.parts.add("loss_ar", nats[len(select) :][:number].sum(), number)
+        return loss
+
+    def _ar_loss(self, model: Transformer, batch: Batch) -> Tensor:
+        """The next-token loss alone, of the clean stream alone."""
+        number = batch.num_noisable
+        after = torch.nonzero_static(batch.noisable.flatten(), size=number).flatten()
+        after, weight = whole_tiles(after, torch.ones_like(after, dtype=torch.float32))
+        features = model.encode(batch.x0, 1, select=after - 1, doc_ids=batch.doc_ids)
+        loss, _ = self.head_loss(model, features, flat_targets(batch.x0, after), weight)
+        self.parts.add("loss_ar", loss, number)
         return loss
 
     def _observe(self, nats: Tensor, batch: Batch) -> None:

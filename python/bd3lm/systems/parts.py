@@ -36,13 +36,9 @@ class LossParts:
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values())).tolist()
-        means = {
-            name: nats / tokens
-            for name, (nats, tokens) in zip(self._sums, sums, strict=True)
-            if tokens
-        }
+        named = dict(zip(self._sums, sums, strict=True))
         self._sums = {}
-        return means
+        return {name: nats / tokens for name, (nats, tokens) in named.items() if tokens}
 
     def state(self) -> dict[str, Any]:
         """Sums as plain JSON."""
