@@ -6,9 +6,9 @@ runs S noised blocks, one for each number of drafts that may turn out to be acce
 distributions q of the next drafts.
 
 A draft x is accepted with probability min(1, p(x)/q(x)). The first refused one is replaced by a
-draw from (p - q)₊; after the last accepted one the next token is drawn from p. So each token follows
-p, and the text has the law of drawing token by token (docs/math.md §8). A block of drafts begins
-where the known text ends; it need not lie on a block boundary of training.
+draw from (p - q)₊; after the last accepted one the next token is drawn from p. So each token
+follows p, and the text has the law of drawing token by token (docs/math.md §8). A block of drafts
+begins where the known text ends; it need not lie on a block boundary of training.
 """
 
 from __future__ import annotations
