@@ -66,7 +66,8 @@ def environment(name: str, base: str) -> Path:
         return python
     extra = {"oldest": ["--resolution", "lowest-direct"], "device": list(DEVICE), "newest": []}
     print(f"== {name}: installing into {home.relative_to(ROOT)}", flush=True)
-    subprocess.run([uv(), "venv", "-q", "--clear", "--python", base, home], check=True)
+    # Seeded as by `python -m venv`: the compiler of PyTorch 2.9 imports setuptools unlisted.
+    subprocess.run([uv(), "venv", "-q", "--seed", "--clear", "--python", base, home], check=True)
     install = [uv(), "pip", "install", "-q", "--python", python, "-r", project, "--extra", "dev"]
     subprocess.run([*install, *extra[name]], cwd=ROOT, check=True)
     stamp.write_bytes(project.read_bytes())

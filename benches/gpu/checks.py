@@ -255,7 +255,7 @@ def head_case() -> dict[str, Any]:
     """The head's loss and gradients, by chunks and our kernel, against float64."""
     import torch
 
-    from bd3lm.model.head import head_cross_entropy
+    from bd3lm.model.head import HeadInputs, head_cross_entropy
 
     positions, width, vocab = (70, 16, 40) if REHEARSE else (9000, 256, 50258)
     torch.manual_seed(0)
@@ -265,7 +265,8 @@ def head_case() -> dict[str, Any]:
     weight = torch.rand(positions, device=DEVICE)
     found = {}
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss, _ = head_cross_entropy(features, weights, None, target, weight, vocab - 1)
+        inputs = HeadInputs(features, weights, None, target, weight, vocab - 1)
+        loss, _ = head_cross_entropy(inputs)
     gradients = torch.autograd.grad(loss, (features, weights))
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in (features, weights)]
     log_p = (rounded[0] @ rounded[1][:-1].T).log_softmax(-1)  # without the mask token

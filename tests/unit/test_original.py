@@ -2,8 +2,9 @@
 
 ``tests/golden/original.npz`` holds what the original computed on a CPU in float32, with scaled
 dot-product attention and dropout off, for a network of V=24, L=32, width 32, two layers, two heads
-and a conditioning of 8, at every weight set to :func:`weight` of its name. ``bd3lm_S``, ``mdlm``,
-``ar``, ``sedd``: logits of its Hugging Face model (its own training code gives the same bits).
+and a conditioning of 8, at every weight set to :func:`tests.checkpoints.weight` of its name.
+``bd3lm_S``, ``mdlm``, ``ar``, ``sedd``: logits of its Hugging Face model (its own training code
+gives the same bits).
 ``cached_4``: the same block by block through its cache, allocated in float32: a block's noised ids
 are scored, then its clean ids stored. ``told_4``: its training network with one noise level a
 position, 0 for the clean half. ``loss_*``: noised ids, loss weight, mask probability and nats that
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.training import Trainer, run_training
+from tests.checkpoints import weight
 from tests.integration.conftest import Silent, story
 
 VOCAB, LENGTH, WIDTH, HEADS, DEPTH, COND = 24, 32, 32, 2, 2, 8
@@ -49,23 +49,6 @@ SYSTEMS = {
 
 
 # --- a checkpoint in the original's layout, without its code ------------------------------------
-
-
-def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pseudo-random weights by name, of a size that lets every part of the network matter."""
-    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.uint64(zlib.crc32(name.encode()) << 16)
-    x ^= x >> np.uint64(31)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(29)
-    u = ((x >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0).reshape(shape)
-    if len(shape) == 2:
-        u *= 1.0 if "embed" in name else 1.5 * shape[1] ** -0.5
-    elif "norm" in name:
-        u = 1 + 0.25 * u
-    else:
-        u *= 0.25
-    return torch.from_numpy(u.astype(np.float32))
 
 
 def original_shapes(adaln: bool, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
-from bd3lm.model import Transformer, head_cross_entropy, head_score_entropy
+from bd3lm.model import HeadInputs, Transformer, head_cross_entropy, head_score_entropy
+from bd3lm.model.cross_entropy import LossInputs
 from bd3lm.model.head import score_entropy_
 from bd3lm.systems import (
     Autoregressive,
@@ -130,16 +131,21 @@ def test_mdlm_is_full_attention_over_the_noised_row():
 # --- sedd ------------------------------------------------------------------------------------
 
 
+def score_entropy(raw, target):
+    """Values [R] of raw scores [R, V], without a gradient."""
+    return score_entropy_(LossInputs(raw, None, target, None, MASK_ID, None))
+
+
 def test_score_entropy_is_cross_entropy_where_the_scores_sum_to_one():
     torch.manual_seed(0)
     raw = torch.randn(7, VOCAB_SIZE, dtype=torch.float64)
     raw[:, MASK_ID] = -torch.inf
     raw = raw.log_softmax(-1) + math.log(VOCAB_SIZE - 1)
     target = torch.randint(0, MASK_ID, (7,))
-    finite = score_entropy_(raw.clone(), None, target, None, MASK_ID, None)
+    finite = score_entropy(raw.clone(), target)
     ce = -(raw - math.log(VOCAB_SIZE - 1)).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(finite, ce.float(), rtol=1e-6, atol=1e-6)
-    shifted = score_entropy_(raw + 0.5, None, target, None, MASK_ID, None)
+    shifted = score_entropy(raw + 0.5, target)
     assert (shifted > finite).all()
 
 
@@ -162,7 +168,7 @@ def test_finite_form_is_the_papers_score_entropy(p):
     entropy = score.sum(1) - ratio * chosen.log() + ratio * (math.log(ratio) - 1)
     # loglinear: σ(t) = -log(1-t), σ' = 1/(1-p), w = 1/p.
     papers = entropy / (1 - p)
-    ours = score_entropy_(raw.clone(), None, target, None, MASK_ID, None).double() / p
+    ours = score_entropy(raw.clone(), target).double() / p
     torch.testing.assert_close(ours, papers, rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +181,7 @@ def test_score_entropy_gradient_is_autograds():
     for run in ("ours", "plain"):
         x, w, b = (t.clone().requires_grad_() for t in (features, head, bias))
         if run == "ours":
-            loss = head_score_entropy(x, w, b, target, weight, MASK_ID)[0]
+            loss = head_score_entropy(HeadInputs(x, w, b, target, weight, MASK_ID))[0]
         else:
             raw = x @ w.T + b - math.log(VOCAB_SIZE - 1)
             keep = torch.arange(VOCAB_SIZE) != MASK_ID
@@ -200,7 +206,7 @@ def test_sedd_is_told_the_level_it_is_scored_at():
         sigma = -torch.log1p(-level[row : row + 1])
         features = model.encode(xt[row : row + 1], 8, sigma=sigma)[0, [2, 5]]
         raw, truth = model.logits(features).detach(), x0[row, [2, 5]]
-        values = score_entropy_(raw, None, truth, None, MASK_ID, None)
+        values = score_entropy(raw, truth)
         torch.testing.assert_close(found[2 * row : 2 * row + 2], values, rtol=1e-5, atol=1e-5)
     other = system.scorer(model, x0, None)(xt, select, level.flip(0))
     assert not torch.allclose(found, other)
@@ -287,9 +293,10 @@ def test_settings_that_a_system_cannot_have(changes, sentence):
 def test_the_head_losses_leave_no_gradient_under_no_grad():
     features, head = torch.randn(3, 4), torch.randn(VOCAB_SIZE, 4, requires_grad=True)
     target, weight = torch.tensor([1, 2, 3]), torch.ones(3)
+    inputs = HeadInputs(features, head, None, target, weight, MASK_ID)
     for loss in (head_cross_entropy, head_score_entropy):
         with torch.no_grad():
-            assert not loss(features, head, None, target, weight, MASK_ID)[0].requires_grad
+            assert not loss(inputs)[0].requires_grad
 
 
 def test_presets_follow_the_system():

@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
-from bd3lm.model import Transformer, head_cross_entropy
+from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -97,7 +97,8 @@ class System(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Sum of weight·CE, and the CE of every position [M], from features [M, D]."""
         head = model.head
-        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
+        inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
+        return head_cross_entropy(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
         """Unweighted loss of the selected positions [M], from their features [M, D]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.config import TrainConfig, check
-from bd3lm.model import Transformer, head_score_entropy
+from bd3lm.model import HeadInputs, Transformer, head_score_entropy
 from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
@@ -44,7 +44,8 @@ class ScoreEntropy(BlockDiffusion):
     ) -> tuple[Tensor, Tensor]:
         """Sum of weight·(score entropy), and that of every position [M], from features [M, D]."""
         head = model.head
-        return head_score_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
+        inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
+        return head_score_entropy(inputs)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
         """Sum of e^{raw_y} / (V-1) over all tokens y but the mask, float64 [R].

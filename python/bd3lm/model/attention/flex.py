@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.model.attention.mask import BlockMask, Intervals
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask_cache import cached_per_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as TileMask
@@ -85,7 +85,7 @@ def _compiled(
     return torch.compile(own, dynamic=False, backend=COMPILER)
 
 
-@derived
+@cached_per_mask
 def tile_mask(mask: BlockMask, device: str) -> TileMask:
     """FlexAttention's block mask, without ever holding Tq·Tk booleans."""
     from torch.nn.attention.flex_attention import BlockMask as TileMask
