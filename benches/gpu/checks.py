@@ -1,4 +1,4 @@
-"""Sections that ask whether results are right: smoke, numerics, and the tests of the repository."""
+"""Sections that check results: smoke, numerics, and the tests of the repository."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def one_case(
     name: str | Any, width: int, dtype: str, length: int = 0, block: int = 0, batch: int = 1,
     heads: int = 2, kv_heads: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
-    """Errors of one shape; outputs are poisoned first, so that what is not written shows."""
+    """Errors of one shape; outputs are poisoned first, so unwritten elements show."""
     from unittest import mock
 
     import torch
@@ -222,7 +222,7 @@ def numerics(shard: int, shards: int) -> None:
 
 
 def same_bits() -> dict[str, Any]:
-    """Whether three runs give the same bits."""
+    """Return whether three runs give the same bits."""
     import torch
 
     from bd3lm.model.attention import BlockMask
@@ -240,7 +240,7 @@ def same_bits() -> dict[str, Any]:
 
 
 def pytests() -> None:
-    """What tests/gpu has beside its oracle over all shapes, which is done above."""
+    """The tests of tests/gpu except its oracle over all shapes, which runs above."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=9", "-p", "no:cacheprovider",
                "-m", "not slow", "tests/gpu", "-k", "not equals_float64"]  # fmt: skip
     with (OUT / "pytest.txt").open("w") as file:
@@ -280,7 +280,7 @@ def head_case() -> dict[str, Any]:
 
 
 def draw_case() -> dict[str, Any]:
-    """Tokens of our kernel beside those of PyTorch's operations, way by way."""
+    """Tokens of our kernel against those of PyTorch's operations, way by way."""
     import torch
 
     from bd3lm.config import SampleConfig

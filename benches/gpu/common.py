@@ -1,4 +1,4 @@
-"""What all sections of the first run share: results line by line, timing, and the rehearsal."""
+"""Shared parts of the sections of the first run: results by line, timing, the rehearsal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attempt(section: str, what: str, run: Callable[[], Any], **also: Any) -> Any
     begun = time.perf_counter()
     try:
         found = run()
-    except Exception as error:  # whatever it is, it is a finding
+    except Exception as error:  # any exception is a finding
         record(section, what=what, ok=False, error=f"{type(error).__name__}: {error}"[:600],
                trace=traceback.format_exc()[-1500:], **also)  # fmt: skip
         return None
@@ -122,7 +122,7 @@ def live_pairs(mask: Any) -> int:
 
 
 def errors(found: Any, wanted: Any) -> dict[str, float]:
-    """Largest difference over largest value, and relative norm; infinite for what is no number."""
+    """Largest difference over largest value, and relative norm; infinite for NaN."""
     if not found.isfinite().all():
         return {"max": math.inf, "norm": math.inf, "nan": int((~found.isfinite()).sum())}
     difference = found.double() - wanted

@@ -111,7 +111,7 @@ def train(
         reporter: receives progress (:class:`bd3lm.training.Reporter`); None: a progress bar.
 
     Returns:
-        What ``out/summary.json`` holds: steps, speed, NELBO, bits per byte and where the
+        Content of ``out/summary.json``: steps, speed, NELBO, bits per byte and where the
         checkpoint is.
 
     Raises:

@@ -118,7 +118,7 @@ class Operations(TorchDispatchMode):
 
 @contextmanager
 def bf16_autocast() -> Iterator[None]:
-    """What ``torch.autocast`` sets; itself it does nothing where there is no GPU."""
+    """Set the state of ``torch.autocast``, which does nothing where there is no GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)
@@ -131,7 +131,7 @@ def bf16_autocast() -> Iterator[None]:
 
 
 class Called(TorchDispatchMode):
-    """Counts what computes attention."""
+    """Counts the operators that compute attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def take(self) -> dict[str, int]:
-        """What was called since the last time."""
+        """Operators called since the last time."""
         seen, self.seen = dict(self.seen), Counter()
         return seen
 

@@ -67,7 +67,7 @@ class Silent:
 
 
 def command(name: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does, without what is set here."""
+    """Run a command as a user does, without the variables set here."""
     code = f"from bd3lm.cli.{name} import main; main()"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BD3LM_")}
     return subprocess.run(

@@ -231,7 +231,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once(
     assert len(numbers) > 1
     assert compiled[0] > 0
     assert set(compiled) == {compiled[0]}
-    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and what lies between
+    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and the rest between
 
 
 def test_a_compiler_that_fails_costs_a_sentence(config, splits, tmp_path, monkeypatch):

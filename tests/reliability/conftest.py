@@ -65,7 +65,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(copy: Path) -> Path:
-    """As version 1 had it: no digests, so that each check behind them is reached."""
+    """Checkpoint of version 1: no digests, so that each check behind them is reached."""
 
     def strip(meta: dict) -> None:
         meta["version"] = 1

@@ -1,4 +1,4 @@
-"""What the documentation refers to exists: links, anchors, sections, and the pictures' program."""
+"""References of the documentation exist: links, anchors, sections, and the pictures' program."""
 
 import re
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_paths_that_the_architecture_names_exist():
         indent = len(line) - len(line.lstrip())
         names = line[indent:].split("  ")[0].split()
         if indent > 20 or not all("." in n or n.endswith("/") for n in names):
-            continue  # the line before goes on
+            continue  # the line before continues
         folders = folders[: indent // 2]
         for name in names:
             assert (ROOT / "".join(folders) / name).exists(), line

@@ -56,7 +56,7 @@ def test_the_kernel_equals_the_composed_operations(dtype, weighted):
     weight = torch.rand(37) if weighted else None
     bias = torch.randn(203)
     ours, theirs = logits.clone(), logits.clone()
-    d_ours, d_theirs = torch.ones(203), torch.ones(203)  # what is there is added to
+    d_ours, d_theirs = torch.ones(203), torch.ones(203)  # the kernels add to these
     nll = cross_entropy_(LossInputs(ours, bias, target, weight, 5, d_ours))
     expected = composed_cross_entropy_(LossInputs(theirs, bias, target, weight, 5, d_theirs))
     # The composed operations round the sum of logits and bias to their dtype.

@@ -38,7 +38,7 @@ def test_features_and_logits_are_the_models(changes):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
-    # What is told no level has nothing left that could be told one.
+    # A model without conditioning on the level has no input for one.
     assert (ready.time is None) == (not model.cfg.time_conditioning)
 
 

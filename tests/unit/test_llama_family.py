@@ -1,6 +1,6 @@
 """Checkpoints of the Llama family: the logits of transformers, at every rotation and bias.
 
-``tests/golden/llama_family.npz`` holds what transformers computed in float32 for small models at
+``tests/golden/llama_family.npz`` holds logits of transformers in float32 for small models at
 every weight set to :func:`tests.checkpoints.weight` of its name, each with the ``config.json``
 that the library wrote (``_v4``: by its version 4.57, the others by 5.24). ``tests/extras`` writes
 it.

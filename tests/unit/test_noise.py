@@ -1,4 +1,4 @@
-"""Noise: what it is a function of, and the law it follows."""
+"""Noise: its arguments, and the law it follows."""
 
 from __future__ import annotations
 

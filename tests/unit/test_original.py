@@ -1,6 +1,6 @@
 """The original implementation's checkpoints: same logits, same losses, same files.
 
-``tests/golden/original.npz`` holds what the original computed on a CPU in float32, with scaled
+``tests/golden/original.npz`` holds results of the original on a CPU in float32, with scaled
 dot-product attention and dropout off, for a network of V=24, L=32, width 32, two layers, two heads
 and a conditioning of 8, at every weight set to :func:`tests.checkpoints.weight` of its name.
 ``bd3lm_S``, ``mdlm``, ``ar``, ``sedd``: logits of its Hugging Face model (its own training code
@@ -185,7 +185,7 @@ def test_logits_of_the_other_systems(load, attention):
 
 
 def test_a_level_a_block_and_none_for_the_clean_stream(load):
-    """The original's network can do it, though its training never asks for it."""
+    """The original's network can do it, though its training never uses it."""
     plain = load().model
     model = Transformer(dataclasses.replace(plain.cfg, time_conditioning=True), VOCAB).eval()
     model.load_state_dict(plain.state_dict())
@@ -195,7 +195,7 @@ def test_a_level_a_block_and_none_for_the_clean_stream(load):
 
 @pytest.mark.parametrize("name", ["bd3lm_4", "bd3lm_16", "mdlm", "sedd", "sedd_full"])
 def test_losses(load, name):
-    """Our loss and our likelihood, on what the original drew."""
+    """Loss and likelihood on the noise that the original drew."""
     system, _, size = name.partition("_")
     loaded = load(system, int(size) if size.isdigit() else LENGTH)
     xt = torch.from_numpy(GOLDEN[f"loss_{name}_xt"].astype(np.int64))
@@ -247,7 +247,7 @@ def test_saving_gives_back_every_bit(load, tmp_path, words, system):
     block = {"bd3lm": 4, "ar": 1}.get(system, LENGTH)
     cond = 0 if system == "ar" else COND
     assert after.items() >= (before | {"block_size": block, "cond_dim": cond}).items()
-    again = load_checkpoint(tmp_path / "back")  # its tokenizer lies beside it
+    again = load_checkpoint(tmp_path / "back")  # its tokenizer lies next to it
     assert again.tokenizer.sha256 == words.sha256
     assert again.config == loaded.config
 
@@ -370,7 +370,7 @@ def test_training_starts_from_it(tmp_path):
 
 
 def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
-    """The hub itself is not asked here: what is asked of it is."""
+    """Requests to the hub, without the hub itself."""
     asked = []
     folder = write_original(tmp_path / "hub")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -401,7 +401,7 @@ def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
         load_checkpoint("runs/typo")  # a folder that exists is never looked for on the hub
 
 
-# --- what cannot be loaded or saved -------------------------------------------------------------
+# --- models that cannot be loaded or saved --------------------------------------------------------
 
 
 class RunsCode:

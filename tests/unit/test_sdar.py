@@ -143,7 +143,7 @@ def test_ids_may_stay_for_engines_that_take_any(checkpoint, tmp_path):
 
 
 def test_a_mask_without_a_name_gets_one(checkpoint, tmp_path):
-    """As of a converted model, whose mask is the id after the tokenizer's last."""
+    """Checkpoint of a converted model, whose mask is the id after the tokenizer's last."""
     definition = json.loads(checkpoint.tokenizer.json)
     del definition["model"]["vocab"]["<|mask|>"]
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] != 1]

@@ -1,4 +1,4 @@
-"""What each system is, as identities: with itself written out, and with the others."""
+"""Identities of each system: with itself written out, and with the others."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ def test_ar_loss_is_its_likelihood_and_its_gradient_is_autograds():
 
 
 def test_ar_differs_from_block_size_one():
-    """They are different functions of the same weights (docs/math.md §5)."""
+    """Systems are different functions of the same weights (docs/math.md §5)."""
     model, rows = tiny_model(), Rows(token_arrays(40), seq_len=8, block_size=1)
     ar = evaluate_likelihood(Autoregressive(MASK_ID), model, rows, estimator="exact")
     bd = evaluate_likelihood(BlockDiffusion(1, MASK_ID), model, rows, estimator="exact")
@@ -151,7 +151,7 @@ def test_score_entropy_is_cross_entropy_where_the_scores_sum_to_one():
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
 def test_finite_form_is_the_papers_score_entropy(p):
-    """With scores s_y = e^raw / ((V-1)(e^σ-1)) and the absorbing graph's rates (docs/math.md §5).
+    """Scores s_y = e^raw / ((V-1)(e^σ-1)) under the absorbing graph's rates (docs/math.md §5).
 
     The paper's term for a masked position, at noise rate σ'(t), is
     σ' [ Σ_y s_y - r log s_{x0} + r (log r - 1) ] with the true ratio r = 1/(e^σ - 1); and
@@ -194,7 +194,7 @@ def test_score_entropy_gradient_is_autograds():
 
 
 def test_sedd_is_told_the_level_it_is_scored_at():
-    """Its score under a draw is the forward at that draw's own sigma, and nothing else's."""
+    """The score under a draw is the forward at that draw's own sigma."""
     model = tiny_model(**TOLD)
     x0, system = random_ids(2, 8), ScoreEntropy(8, MASK_ID)
     mask = torch.zeros(2, 8, dtype=torch.bool)

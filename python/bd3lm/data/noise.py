@@ -178,7 +178,7 @@ class Weighting:
         return _each(lambda x: self._core.at(schedule._core, x), t)
 
     def keeps_bound(self, schedule: Schedule) -> bool:
-        """Whether the factor does not fall with t, on a fine grid of levels (docs/math.md §3).
+        """Return whether the factor never falls with t, on a fine grid (docs/math.md §3).
 
         Only then is the weighted loss still a bound of its kind.
         """
@@ -239,7 +239,7 @@ class NoiseSpec:
         self._core = _core.NoiseSpec(settings, gamma)
 
     def check(self, seq_len: int, block_size: int) -> None:
-        """Check what depends on the rows.
+        """Check the settings that depend on the rows.
 
         Raises:
             ConfigError: S does not divide L, a clip that no k/S fits, or q(k) of another length.
@@ -310,7 +310,7 @@ def buffer(
 
 
 def flat(tensor: Tensor) -> NDArray[Any]:
-    """One-dimensional NumPy view of a contiguous CPU tensor; booleans as bytes."""
+    """View as one-dimensional NumPy array of a contiguous CPU tensor; booleans as bytes."""
     view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     return view.numpy().reshape(-1)
 

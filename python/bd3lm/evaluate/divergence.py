@@ -1,7 +1,7 @@
-"""How far sampled text is from held-out text: n-grams, and MAUVE.
+"""Divergence of sampled text from held-out text: n-grams, and MAUVE.
 
 Generative perplexity can be lowered by samplers that have learned nothing, for it rewards text
-that is too probable. A divergence from held-out text rises when samples are too narrow as it does
+that is too probable. A divergence from held-out text rises both when samples are too narrow and
 when they are too wild.
 """
 

@@ -271,5 +271,5 @@ def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
 
 
 def _holds_a_share(clip: Clip, block_size: int) -> bool:
-    """Whether some k >= 1 fits; an interval that holds k = 0 alone has no loss."""
+    """Return whether some k >= 1 fits; an interval that holds k = 0 alone has no loss."""
     return bool(_fits(np.arange(1, block_size + 1) / block_size, clip).any())

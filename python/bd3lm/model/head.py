@@ -54,8 +54,8 @@ Kernel = Callable[[LossInputs], Tensor]
 class _ChunkedLoss(torch.autograd.Function):
     """Σ weight·value with its gradients formed chunk by chunk in the forward pass.
 
-    The loss is linear in the incoming gradient (a scalar), so the backward pass only scales what
-    the forward pass left. Peak memory is one chunk of logits and the gradients themselves.
+    The loss is linear in the incoming gradient (a scalar), so the backward pass only scales them.
+    Peak memory is one chunk of logits and the gradients themselves.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Gradients(NamedTuple):
-    """Of Σ weight·value, filled on the way."""
+    """Gradients of Σ weight·value, filled chunk by chunk."""
 
     features: Tensor
     head: Tensor

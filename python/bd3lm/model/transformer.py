@@ -184,7 +184,7 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
 
 
 def wants_last_clean(device: torch.device) -> bool:
-    """Whether the last clean block is computed, although no query sees it.
+    """Return whether the last clean block is computed, although no query sees it.
 
     GPU kernels need streams of equal length.
     """
@@ -207,7 +207,7 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
 
 
 def _rows(cfg: ModelConfig, ids: int) -> int:
-    """V, with padding where the settings ask for it."""
+    """V, padded where the settings say so."""
     if cfg.vocab_size is None:
         return ids
     allowed = f"at least {ids}, the tokenizer's ids with the mask token"
@@ -490,7 +490,7 @@ class Transformer(nn.Module):
 
     @property
     def compiles_blocks(self) -> bool:
-        """Whether training steps run compiled blocks."""
+        """Return whether training steps run compiled blocks."""
         return self._compiled is not None
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:

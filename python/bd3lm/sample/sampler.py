@@ -21,8 +21,8 @@ from bd3lm.sample.strategies import Strategy, choose
 from bd3lm.systems import System
 
 Prompt = str | Sequence[int | str | None]
-"""What follows BOS: a text, or a sequence of token ids, texts and holes (None). Holes are filled,
-and so is everything after the last token."""
+"""Text after BOS, or a sequence of token ids, texts and holes (None). Holes are filled, and so is
+everything after the last token."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Sampler:
     The cache is exact: it holds the keys and values that a full forward would compute, because the
     clean stream is block-causal and its positions do not move. When a row outgrows ``window``
     positions, its last half is encoded again behind a BOS, just as training rows begin in the
-    middle of documents. What is drawn then is exact for that shorter context. A window begins at
+    middle of documents. Later tokens are exact for that shorter context. A window begins at
     positions that depend on the block alone, so a row is the same in any batch and at any length
     limit.
 

@@ -21,7 +21,7 @@ def token_entropy(ids: Sequence[int]) -> float:
 
 
 def is_degenerate(ids: Sequence[int]) -> bool:
-    """Whether the entropy of the last 256 tokens is below 4 nats; False for shorter rows."""
+    """Return whether the entropy of the last 256 tokens is below 4 nats; False for shorter rows."""
     if len(ids) < DEGENERATE_WINDOW:
         return False
     return token_entropy(ids[-DEGENERATE_WINDOW:]) < DEGENERATE_NATS

@@ -46,7 +46,7 @@ class System(ABC):
     """1 if the features at position i-1 predict token i (AR), 0 if those at i do."""
 
     unnormalized_scores: ClassVar[bool] = False
-    """Whether scores need not sum to one. An ancestral step then reads their sum to decide how many
+    """True if scores need not sum to one. An ancestral step then reads their sum to decide how many
     positions it reveals."""
 
     def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
@@ -71,7 +71,7 @@ class System(ABC):
         """Read statistics of the training text that the noise needs, before the first step."""
 
     def update_noise_after_step(self, step: int) -> None:
-        """Update the noise of later steps from what ``step`` optimizer steps have measured."""
+        """Update the noise of later steps from the measurements of ``step`` optimizer steps."""
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
         """Restrict noise levels to this clip from the next step on; None: all levels."""

@@ -50,7 +50,7 @@ def noise_spec(
     gamma: NDArray[np.float32] | None = None,
     time_conditioned: bool = False,
 ) -> NoiseSpec:
-    """Build the loader's noise from the settings and from what training has learned.
+    """Build the loader's noise from the settings and the noise that training has learned.
 
     Args:
         cfg: the settings.
@@ -108,7 +108,7 @@ class BlockDiffusion(System):
         """Build the system with the run's block size and noise.
 
         Raises:
-            ConfigError: a clip search for a model that is told the noise level.
+            ConfigError: a clip search for a time-conditioned model.
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")

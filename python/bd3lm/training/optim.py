@@ -51,7 +51,7 @@ class Driver(Protocol):
     param_groups: list[dict[str, Any]]
     """Each with ``params`` and ``weight_decay``; ``lr`` is set before every step."""
     state: dict[Tensor, dict[str, Tensor]]
-    """Of every parameter, complete from the start."""
+    """State of every parameter, complete from the start."""
 
     def step(self, finite: Tensor | None = None) -> None:
         """Update every parameter that has a gradient.

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def cached_per_mask(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], T]:
     """Cache ``build(mask, device)``: by shape where there are no documents, else with the mask.
 
-    Under ``torch.compile`` nothing is kept, since what is built there are nodes of a graph; the
+    Under ``torch.compile`` nothing is kept, since the forms built there are nodes of a graph; the
     compiler merges the copies of the layers itself.
     """
     # Autograd refuses to save tensors born in inference mode, and these outlive it.

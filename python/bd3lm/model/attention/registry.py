@@ -28,9 +28,9 @@ class Backend(NamedTuple):
     """A way to compute attention; probed and loaded only when it is used."""
 
     available: Callable[[], bool]
-    """Whether this machine can run it."""
+    """True if this machine can run it."""
     supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
-    """Whether it takes these inputs."""
+    """True if it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
     needs: str
     """Error text for a machine that cannot run it."""
@@ -39,10 +39,10 @@ class Backend(NamedTuple):
     run_cached: Callable[[Tensor, Tensor, Tensor, CachedMask], Tensor] | None = None
     """Attention over a cache whose length is held on the device; None: not supported."""
     suits: Callable[[Tensor, Tensor, Tensor, Any], bool] = lambda q, k, v, mask: True
-    """Whether ``auto`` may take it for inputs that it supports."""
+    """True if ``auto`` may take it for inputs that it supports."""
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
-        """Whether it computes this."""
+        """Return whether it computes this."""
         if isinstance(mask, CachedMask) and self.run_cached is None:
             return False
         return self.supports(q, k, v, mask)

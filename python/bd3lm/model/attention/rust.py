@@ -26,7 +26,7 @@ LIMITS = f"takes float32 or bf16 tensors on the CPU, heads up to {_MAX_HEAD_WIDT
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
-    """Whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
+    """Return whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
     on_cpu = q.device.type == k.device.type == v.device.type == "cpu"
     return (
         on_cpu

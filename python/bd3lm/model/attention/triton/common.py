@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 # Triton compiles an integer argument anew when it is 1 or a multiple of 16. For these it must not:
-# no second compilation for another length, and what was compiled offline is what runs. Strides
+# another length needs no second compilation, and the code checked offline is the code that runs.
+# Strides
 # are specialized, since wide loads need their multiples of 16 (``launch.laid_out`` sees to it).
 SIZES = (
     "pairs", "section", "heads", "group", "queries", "stream_queries", "keys", "stream_keys",
@@ -96,7 +97,7 @@ def own_tile(total, length, pairs, section, heads, QUERIES: tl.constexpr, T: tl.
 
 @triton.jit
 def rows_from(base, start, stride):
-    """Where row ``start`` of a matrix begins: in 64 bits, which a row times a stride may need."""
+    """Address of row ``start``, in 64 bits: a row times a stride may overflow 32."""
     return base + start.to(tl.int64) * stride
 
 
@@ -112,7 +113,7 @@ def load_rows(base, start, row, stride, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def load_rows_below(base, start, row, offset, stop, stride, D: tl.constexpr, DP: tl.constexpr):
-    """As :func:`load_rows` for rows ``offset + start + row``, but zero from row ``stop`` on."""
+    """Load rows ``offset + start + row`` like :func:`load_rows`, but zeros from row ``stop`` on."""
     col = tl.arange(0, DP)
     ptr = rows_from(base, offset + start, stride) + row[:, None] * stride + col[None, :]
     inside = (start + row < stop)[:, None]
