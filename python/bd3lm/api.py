@@ -36,7 +36,9 @@ class Checkpoint(checkpoint.Checkpoint):
     ) -> list[Sample]:
         """Draw samples that begin with a prompt.
 
-        >>> bd3lm.load_checkpoint("runs/demo").generate("The old house", num=3)  # doctest: +SKIP
+        Examples:
+            >>> run = bd3lm.load_checkpoint("runs/demo")  # doctest: +SKIP
+            >>> run.generate("The old house", num=3)  # doctest: +SKIP
 
         Args:
             prompt: a text, or a sequence of token ids, texts and holes (None) to fill.

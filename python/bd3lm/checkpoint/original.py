@@ -60,8 +60,9 @@ def is_original(config: Mapping[str, Any]) -> bool:
 def their_name(name: str) -> str:
     """The original's name of one of :class:`Transformer`'s parameters.
 
-    >>> their_name("blocks.3.mlp.up.weight")
-    'backbone.blocks.3.mlp.0.weight'
+    Examples:
+        >>> their_name("blocks.3.mlp.up.weight")
+        'backbone.blocks.3.mlp.0.weight'
     """
     module, _, leaf = name.rpartition(".")
     if module == "embed":

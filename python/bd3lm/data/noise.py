@@ -48,8 +48,9 @@ class Schedule:
     Raises:
         ConfigError: an unknown name, or a parameter that is missing or out of range.
 
-    >>> float(Schedule("square").mask_prob(0.5))
-    0.25
+    Examples:
+        >>> float(Schedule("square").mask_prob(0.5))
+        0.25
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class Schedule:
         Raises:
             ConfigError: points that are no such table.
 
-        >>> round(float(Schedule.table([0, 0.5, 1], [0, 0.25, 1]).loss_weight(0.1)), 9)
-        20.0
+        Examples:
+            >>> round(float(Schedule.table([0, 0.5, 1], [0, 0.25, 1]).loss_weight(0.1)), 9)
+            20.0
         """
         levels = np.asarray(t, dtype=np.float64).reshape(-1).tolist()
         values = np.asarray(p, dtype=np.float64).reshape(-1).tolist()
@@ -127,8 +129,9 @@ class Schedule:
         Raises:
             ConfigError: a function that is no such schedule.
 
-        >>> round(float(Schedule.from_callable(lambda t: t**3).loss_weight(0.1)), 6)
-        30.0
+        Examples:
+            >>> round(float(Schedule.from_callable(lambda t: t**3).loss_weight(0.1)), 6)
+            30.0
         """
         odds = np.linspace(np.log(_FIRST_LEVEL), -np.log(_LAST_GAP), _TABLE_SIZE)
         points = [(0.0, float(p(0.0)))]
@@ -165,8 +168,9 @@ class Weighting:
         name: nelbo, edm, iddpm, sigmoid, flow_matching or simple.
         k: shift of the sigmoid.
 
-    >>> float(Weighting("sigmoid").at(Schedule("loglinear"), 0.25))
-    0.25
+    Examples:
+        >>> float(Weighting("sigmoid").at(Schedule("loglinear"), 0.25))
+        0.25
     """
 
     def __init__(self, name: str = "nelbo", *, k: float = 0.0) -> None:

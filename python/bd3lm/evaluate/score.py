@@ -71,7 +71,8 @@ def score(
     Examples:
         >>> result = score("runs/demo/checkpoint", "The old house stood by the river.",
         ...                likelihood="marginal")  # doctest: +SKIP
-        >>> result.nll, result.bpb  # doctest: +SKIP
+        Examples:
+            >>> result.nll, result.bpb  # doctest: +SKIP
     """
     loaded = _loaded(checkpoint)
     with tempfile.TemporaryDirectory() as work:

@@ -192,8 +192,9 @@ def search_clip(
 def clip_candidates(block_size: int) -> list[Clip]:
     """Everything, and all [a, a + δ] of δ = .5 … .9 and a on a grid of 0.05 (docs/math.md §6).
 
-    >>> len(clip_candidates(4)), len(clip_candidates(1))
-    (36, 37)
+    Examples:
+        >>> len(clip_candidates(4)), len(clip_candidates(1))
+        (36, 37)
     """
     clips = [(MIN_LEVEL, 1.0)]
     for width in (50, 60, 70, 80, 90):

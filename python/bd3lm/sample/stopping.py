@@ -13,8 +13,9 @@ DEGENERATE_NATS = 4.0
 def token_entropy(ids: Sequence[int]) -> float:
     """Entropy in nats of the empirical distribution of the ids.
 
-    >>> round(token_entropy([1, 1, 2, 2]), 4)
-    0.6931
+    Examples:
+        >>> round(token_entropy([1, 1, 2, 2]), 4)
+        0.6931
     """
     total = len(ids)
     return -sum(n / total * math.log(n / total) for n in Counter(ids).values())
