@@ -33,8 +33,7 @@ class Schedule:
     """A noise schedule on t in (0, 1] (docs/math.md §2).
 
     Args:
-        name: loglinear, square, square_root, logarithmic, cosine, gaussian, bimodal_gaussian or
-            table.
+        name: one of :data:`bd3lm.config.names.ScheduleName`, such as ``loglinear`` or ``cosine``.
         eps: cosine: p(0), in [0, 1).
         mu: gaussian, bimodal_gaussian: mean of the (first) component.
         sigma: its standard deviation, greater than 0.
