@@ -49,6 +49,9 @@ class System(ABC):
     """True if scores need not sum to one. An ancestral step then reads their sum to decide how many
     positions it reveals."""
 
+    chunked_loss: ClassVar = staticmethod(head_cross_entropy)
+    """Loss of the head, chunk by chunk: :func:`head_cross_entropy` or the score entropy."""
+
     def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
         self.block_size = block_size
         self.mask_id = mask_id
@@ -95,10 +98,10 @@ class System(ABC):
     def head_loss(
         self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sum of weight·CE, and the CE of every position [M], from features [M, D]."""
+        """Sum of weight·loss, and the loss of every position [M], from features [M, D]."""
         head = model.head
         inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
-        return head_cross_entropy(inputs)
+        return self.chunked_loss(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
         """Unweighted loss of the selected positions [M], from their features [M, D]."""
