@@ -17,7 +17,7 @@ from bd3lm.config import SampleConfig, TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.device import inference, resolve_device
 from bd3lm.sample import Sample, Sampler
-from bd3lm.sample.sampler import Progress, Prompt
+from bd3lm.sample.sampler import BlockEvent, Prompt
 from bd3lm.training import Reporter, run_training
 
 
@@ -58,7 +58,7 @@ class Checkpoint(checkpoint.Checkpoint):
 
     def stream(
         self, prompt: Prompt = "", *, block_size: int | None = None, **settings: Any
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield each forward and each finished block of :meth:`generate`; same arguments."""
         cfg = _sample_config(settings)
         with self._arithmetic():

@@ -63,21 +63,21 @@ def test_ar_is_the_chain_rule_of_its_own_next_tokens():
     assert result.nelbo * 20 == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["aligned", "best_fit"])
-def test_ar_reads_no_document_beside_it(plan):
+@pytest.mark.parametrize("packing", ["aligned", "best_fit"])
+def test_ar_reads_no_document_beside_it(packing):
     """Several documents a row, each with a BOS of its own, and padding: Σ nats as one by one."""
     model, system = tiny_model(), Autoregressive(MASK_ID)
     documents = [[3, 4, 5], [6, 2], [7, 3, 2, 5]]
 
-    def nats(documents, plan):
+    def nats(documents, packing):
         special = {"bos_id": 0, "eos_id": 1, "mask_id": MASK_ID}
         data = TokenArrays(documents, vocab_size=VOCAB_SIZE, **special)
-        rows = Rows(data, seq_len=16, block_size=1, plan=plan)
+        rows = Rows(data, seq_len=16, block_size=1, packing=packing)
         result = evaluate_likelihood(system, model, rows, estimator="exact")
         return result.nelbo * result.tokens, result.tokens, len(rows)
 
-    total, tokens, rows = nats(documents, plan)
-    apart = [nats([document], plan) for document in documents]
+    total, tokens, rows = nats(documents, packing)
+    apart = [nats([document], packing) for document in documents]
     assert (tokens, rows) == (9, 1)
     assert total == pytest.approx(sum(value for value, *_ in apart), rel=1e-5)
 

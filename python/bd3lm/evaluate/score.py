@@ -175,7 +175,7 @@ def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
         data,
         seq_len=cfg.seq_len,
         block_size=cfg.block,
-        plan=cfg.packing,
+        packing=cfg.packing,
         row_eos=cfg.row_eos,
         stride=cfg.eval.stride,
         keep_last=True,

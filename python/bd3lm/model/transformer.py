@@ -206,7 +206,7 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
     return m if select is None else m[0]
 
 
-def _rows(cfg: ModelConfig, ids: int) -> int:
+def _padded_vocab(cfg: ModelConfig, ids: int) -> int:
     """V, padded where the settings say so."""
     if cfg.vocab_size is None:
         return ids
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        vocab_size = _rows(cfg, vocab_size)
+        vocab_size = _padded_vocab(cfg, vocab_size)
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode

@@ -52,7 +52,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BlockEvent:
     """Event of :meth:`Sampler.stream`: a forward or a finished block.
 
     Attributes:
@@ -186,7 +186,7 @@ class Sampler:
         first: int = 0,
         every_step: bool = False,
         strategy: Strategy | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield each finished block and, with ``every_step``, each forward before it.
 
         Arguments and errors as of :meth:`generate`.
@@ -202,7 +202,7 @@ class Sampler:
                 if every_step:
                     sums = zip(state.rows, state.log_prob.tolist(), strict=True)
                     log_prob = {row.number: total for row, total in sums}
-                    yield Progress(state.start, self._blocks(state), False, {}, log_prob)
+                    yield BlockEvent(state.start, self._blocks(state), False, {}, log_prob)
             blocks, start = self._blocks(state), state.start
             state.start += self.block_size
             ended = self._ended(state, cfg)
@@ -216,7 +216,7 @@ class Sampler:
                 )
             if state.end(ended) and state.rows:
                 state.step = self._step(state.cache)
-            yield Progress(start, blocks, True, samples)
+            yield BlockEvent(start, blocks, True, samples)
 
     def length(self, cfg: SampleConfig) -> int:
         """Largest number of tokens of a row, BOS included."""

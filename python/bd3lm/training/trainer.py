@@ -75,7 +75,7 @@ class Trainer:
             train,
             seq_len=cfg.seq_len,
             block_size=cfg.block,
-            plan=cfg.packing,
+            packing=cfg.packing,
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
