@@ -107,6 +107,13 @@ def test_cited_sections_exist():
     assert cited > 0
 
 
+def test_help_cites_no_section():
+    """Texts of ``--help`` are docstrings of settings; a reader there has no page at hand."""
+    for room in ("config", "cli"):
+        for path in sorted((ROOT / "python" / "bd3lm" / room).glob("*.py")):
+            assert "§" not in path.read_text(encoding="utf-8"), path
+
+
 def test_nothing_cites_what_a_stranger_does_not_have():
     absent = re.compile(r"\bMATH\b(?!_)|\bPROTOCOL\b|\bBD3LM_SHARED\b|\.\./shared\b|/work/")
     for path in sources():
