@@ -1,4 +1,4 @@
-"""What each decoding rule costs by itself: total variation to a known source, against forwards.
+"""Cost of each decoding rule by itself: total variation to a known source, against forwards.
 
 The exact posterior of a Markov chain takes the place of the network (bd3lm.evaluate.oracle). Writes
 a picture into docs/.
@@ -37,7 +37,7 @@ RULES: dict[str, list[tuple[dict[str, Any], Strategy | None]]] = {
 
 
 def plot(found: list[dict[str, Any]], title: str) -> None:
-    """One panel; a rule is told apart by its marker as well as its colour."""
+    """One panel; rules differ in marker and colour."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

@@ -37,7 +37,7 @@ def millions(value: float) -> str:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """One sentence on what ran it."""
+    """One sentence on the machine."""
     flags = ", ".join(flag.upper().replace("AVX512F", "AVX-512") for flag in machine["flags"])
     return (
         f"{machine['cores']} cores of an {machine['processor']} ({flags}), "
@@ -47,14 +47,14 @@ def where(machine: dict[str, Any]) -> str:
 
 
 class Section(NamedTuple):
-    """A marker's file in ``benches/results`` and what makes its Markdown."""
+    """A marker's file in ``benches/results`` and the function that makes its Markdown."""
 
     file: str
     render: Callable[[Any], str]
 
 
 def training_step(results: list[dict[str, Any]]) -> str:
-    """Ours and the original's, a row a shape and precision of the original."""
+    """Table of ours and the original's, a row a shape and precision of the original."""
     rows = []
     for r in results:
         peer = ["–", "–", "–", "–"]
@@ -76,7 +76,7 @@ def training_step(results: list[dict[str, Any]]) -> str:
 
 
 def attention(results: dict[str, Any]) -> str:
-    """Milliseconds of ours, and what the peers take in multiples of it."""
+    """Milliseconds of ours, and the peers' as multiples of it."""
     rows = []
     for r in results["cases"]:
         c = r["case"]
@@ -94,8 +94,10 @@ def attention(results: dict[str, Any]) -> str:
         )
     head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch"
     notes = [
-        f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
-        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
+        f"Matrix products of {m['products_ms']:.1f} ms and attention of "
+        f"{m['attention_ms']:.1f} ms, "
+        f"interleaved, take {m['together_over_sum']:.2f} of their sum on "
+        f"{m['threads']} thread(s)."
         for m in results["alternation"]
     ]
     return table(head, rows) + "\n\n" + "\n".join(notes)
@@ -188,7 +190,7 @@ def cold_rows(results: dict[str, Any]) -> str:
 
 
 def data_path(results: dict[str, Any]) -> str:
-    """Text to rows, masks, packing and batches against their peers, and what preparing takes."""
+    """Text to rows, masks, packing and batches against their peers, and the cost of preparing."""
     compared = [r for r in results["rows"] if r["peer_name"] is not None]
 
     def cells(r: dict[str, Any]) -> list[str]:
@@ -222,7 +224,8 @@ def data_path(results: dict[str, Any]) -> str:
     runs = min(r["runs"] for r in compared)
     return "\n\n".join(
         [
-            f"{versions}. Medians of {runs} pairs or more in turn; other processes took at most "
+            f"{versions}. Medians of {runs} interleaved pairs or more; other processes took "
+            "at most "
             f"{disturbed:.0%} of the machine.",
             table(f"{head} | bytes on disk | the peer's", texts),
             table("preparing | time (least–most) | Mtokens/s | peak memory", prepared),

@@ -1,4 +1,4 @@
-"""What the kernels are run on without a GPU, and the float64 attention they are held against."""
+"""Cases for the kernels without a GPU, and the float64 attention to compare with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
     kv_heads: int = 1
     first: int = 0
     documents: tuple[tuple[int, ...], ...] = ()
-    """Lengths of the documents of each row; what is left of the row is padding."""
+    """Lengths of the documents of each row; the rest of the row is padding."""
     far: bool = False
     """Rows so far apart that their offsets need 64 bits."""
 

@@ -231,7 +231,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once(
     assert len(numbers) > 1
     assert compiled[0] > 0
     assert set(compiled) == {compiled[0]}
-    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and what lies between
+    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and the rest between
 
 
 def test_a_compiler_that_fails_costs_a_sentence(config, splits, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_loss_and_gradients_need_no_value_on_the_host(config, splits, system, mo
     monkeypatch.setattr(head, "compute_dtype", lambda features: features.dtype)  # no autocast there
     config = of_system(config, system)
     trained = build_system(config, splits.train.tokenizer.mask_id)
-    rows = Rows(splits.train, seq_len=32, block_size=config.block, plan="aligned")
+    rows = Rows(splits.train, seq_len=32, block_size=config.block, packing="aligned")
     batch = Loader(rows, 8, seed=0).batch(0, trained.noise(0)).to(torch.device("meta"))
     with torch.device("meta"):
         model = Transformer(config.model, splits.train.tokenizer.vocab_size)

@@ -72,7 +72,7 @@ def test_equals_dense(name: str, grad: bool, backend: str) -> None:
     if not found.supports(*mine, mask):
         pytest.skip(f"{backend} {found.limits}")
     theirs = inputs(mask, grad)
-    # What is under test is the mask, not the compiler, which would take a minute a shape.
+    # The mask is under test, not the compiler, which would take a minute a shape.
     with torch.compiler.set_stance("force_eager"):
         out = attend(*mine, mask, backend=backend)
     wanted = attend(*theirs, mask, backend="dense")
@@ -304,7 +304,7 @@ def test_on_a_gpu_auto_decodes_with_triton() -> None:
 def test_flex_compiles_every_shape_once_and_never_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After eight recompilations of one function PyTorch runs it uncompiled, without a word."""
+    """PyTorch runs a function uncompiled after eight recompilations, without a word."""
     compiled: list[tuple[bool, ...]] = []
 
     def count(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:

@@ -76,7 +76,7 @@ def test_the_thread_that_pins_memory_chooses_its_device_first() -> None:
 
 
 def test_a_replayed_forward_past_the_cache_is_refused_on_the_host() -> None:
-    """On a GPU it would be an assertion on the device, after which no call works."""
+    """A GPU would fail an assertion on the device, after which no call works."""
     model = tiny_model()
     with torch.inference_mode():
         cache = KVCache(model.cfg, 1, 8, torch.device("cpu"))

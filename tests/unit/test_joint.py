@@ -23,7 +23,7 @@ COUNT = NoiseSpec(Schedule("loglinear"), estimator="count")
 
 
 def batch_of(block_size=4, spec=COUNT, *, step=0, plan="wrap"):
-    rows = Rows(token_arrays(60), seq_len=16, block_size=block_size, plan=plan)
+    rows = Rows(token_arrays(60), seq_len=16, block_size=block_size, packing=plan)
     return Loader(rows, 4, seed=3).batch(step, spec)
 
 
@@ -44,11 +44,11 @@ def causal_model(vocab=VOCAB_SIZE, scale=0.5, **changes):
 @pytest.mark.parametrize("plan", ["wrap", "aligned"])
 def test_the_joint_loss_is_the_sum_of_its_parts(plan):
     """Block diffusion over the clean stream, and AR of the same weights on the same tokens."""
-    model, batch = causal_model(), batch_of(plan=plan)
+    model, batch = causal_model(), batch_of(packing=plan)
     objective = ObjectiveConfig(ar_weight=0.7)
     joint = BlockDiffusion(4, MASK_ID, objective=objective).loss(model, batch)
     diffusion = BlockDiffusion(4, MASK_ID).loss(model, batch)
-    full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), plan=plan)
+    full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), packing=plan)
     assert torch.equal(full.x0, batch.x0)
     ar = Autoregressive(MASK_ID).loss(model, full)
     torch.testing.assert_close(joint, diffusion + 0.7 * ar, rtol=1e-5, atol=1e-4)

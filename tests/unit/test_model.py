@@ -1,4 +1,4 @@
-"""Identities of the Transformer: what must hold whatever the weights are."""
+"""Identities of the Transformer: they hold for any weights."""
 
 import pytest
 import torch

@@ -159,7 +159,7 @@ def parse_json(content: bytes, source: object) -> dict[str, Any]:
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what is no regular file: opening a pipe or a device can wait for ever.
+    """Refuse anything but a regular file: opening a pipe or a device can wait for ever.
 
     Raises:
         CheckpointError: it is missing, or a folder, pipe or device.

@@ -53,7 +53,7 @@ def save_sdar(
     vocab: Vocab = "engines",
     text: list[str] | None = None,
 ) -> None:
-    """Write a block-diffusion model in this layout, float32, with its tokenizer beside it.
+    """Write a block-diffusion model in this layout, float32, with its tokenizer.
 
     Args:
         path: directory, replaced as a whole.
@@ -100,7 +100,7 @@ def save_sdar(
 
 
 def _check_representable(config: TrainConfig) -> None:
-    """Refuse what the layout has no place for, and what engines would decode wrongly."""
+    """Refuse settings that the layout cannot hold or engines would decode wrongly."""
     shape = config.model
     told = shape.time_conditioning
     two_streams = config.system == "bd3lm" and config.block < config.seq_len

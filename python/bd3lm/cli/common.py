@@ -161,7 +161,7 @@ def read_text(path: Path) -> str:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere, so that the interpreter can end in silence."""
+    """Discard buffered output, so that the interpreter can end in silence."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

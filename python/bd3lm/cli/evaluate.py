@@ -38,7 +38,7 @@ class EvalArgs:
     """A run, a checkpoint in it, or a checkpoint of another implementation (a directory or a name
     on the Hugging Face hub)."""
     tokenizer: str | None = None
-    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
+    """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: str | None = None
     """A prepared data set (or a folder with its valid/), a text file or hub:NAME. None: the
     validation data of the checkpoint's run."""
@@ -59,8 +59,8 @@ class EvalArgs:
     (2^S - 1 forwards a row). left-to-right, confidence: exact for a sampler that reveals in that
     order (S forwards). orders: an upper bound on the marginal from --repeats random orders."""
     estimator: Literal["auto"] | EstimatorName = "auto"
-    """Of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in the BD3-LM
-    paper."""
+    """Estimator of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in
+    the BD3-LM paper."""
     block_size: int | None = None
     """Score with blocks of another size than the trained one."""
     as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -34,7 +34,7 @@ class SampleArgs:
     """A run, a checkpoint in it, or a checkpoint of the original implementation (a directory or a
     name on the Hugging Face hub)."""
     tokenizer: str | None = None
-    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
+    """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     prompt: str = ""
     """Text that every sample begins with."""
     prompts: Path | None = None

@@ -25,7 +25,7 @@ Every option below overrides the preset."""
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What the command line adds to a run's settings."""
+    """Options of the command line besides a run's settings."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -76,7 +76,7 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
 
 
 def _plot(cfg: TrainConfig, out: Path, console: PlainConsole) -> None:
-    """Write loss.png, or say what it needs: a run does not fail for want of a picture."""
+    """Write loss.png, or name the package it needs: a run does not fail for want of a picture."""
     from bd3lm.errors import MissingPackageError
     from bd3lm.plots import plot_loss, save
     from bd3lm.training import read_metrics
@@ -98,7 +98,7 @@ def _check_inputs(cfg: TrainConfig, out: Path) -> None:
 
 
 def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfig:
-    """What options override: the preset, or a run to resume, or a checkpoint to begin with."""
+    """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
     if "--resume" in argv and name is None and out is not None:
         from bd3lm.training import holds_run, saved_config

@@ -18,7 +18,7 @@ class RopeScaling:
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     """none; linear: every frequency divided by the factor; llama3, yarn: low frequencies only."""
     factor: float = 1.0
-    """How many times longer the context has become."""
+    """Factor by which the context has become longer."""
     original_length: int | None = None
     """Positions that the model was trained on before (llama3, yarn)."""
     low_freq_factor: float = 1.0

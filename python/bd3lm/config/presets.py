@@ -118,8 +118,9 @@ PRESETS: dict[str, Callable[[SystemName], TrainConfig]] = {
 def preset(name: str, system: str = "bd3lm", **settings: Any) -> TrainConfig:
     """Return the preset of that name, with some settings changed.
 
-    >>> preset("demo", steps=20, noise={"schedule": "cosine"}).noise.schedule
-    'cosine'
+    Examples:
+        >>> preset("demo", steps=20, noise={"schedule": "cosine"}).noise.schedule
+        'cosine'
 
     Args:
         name: one of :data:`PRESETS`.

@@ -20,8 +20,8 @@ class SampleConfig:
     length: int | None = None
     """Largest number of tokens, prompt and BOS included. None: the trained length."""
     steps: int | None = None
-    """None: first hitting, one forward a token. N: ancestral sampling on a grid of N levels a
-    block; sedd always samples on a grid, by default of seq_len levels."""
+    """Levels of the grid of ancestral sampling, a block. None: first hitting, one forward a token;
+    sedd always samples on a grid, by default of seq_len levels."""
     tokens_per_forward: int = 1
     """First hitting: tokens that one forward reveals. More than 1 is faster and not exact, because
     tokens of one forward do not see each other."""
@@ -41,9 +41,9 @@ class SampleConfig:
     top_p: float = 0.9
     """Nucleus sampling; 1 samples from the whole distribution."""
     top_k: int | None = None
-    """Only the k most probable tokens. None: all."""
+    """Draw from the k most probable tokens only. None: from all."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """Temperature of the softmax; 0 is greedy."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens already in the row, multiplies negative ones; 1: off."""
     forbidden: tuple[int | str, ...] = ()
@@ -104,6 +104,6 @@ class SampleConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the model decides which positions, and how many, a forward reveals."""
+        """Return whether the model decides which positions, and how many, a forward reveals."""
         sure = self.threshold is not None or self.entropy_bound is not None
         return sure or self.order == "confidence"

@@ -48,14 +48,14 @@ class TrainConfig:
     """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
     None: 4 for bd3lm; mdlm and sedd have seq_len, ar has 1."""
     init_from: str | None = None
-    """Start from the averaged weights of this checkpoint, whatever its system or block size: one
+    """Start from the averaged weights of this checkpoint, of any system and block size: one
     of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
     .gguf file or by its name on the hub. The last kinds bring their own shape and tokenizer."""
     mask_token: str | None = None
-    """With init_from of an autoregressive model: the added token that becomes the mask. None: the
+    """Added token that becomes the mask, with init_from of an autoregressive model. None: the
     tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
-    """With init_from: also take over its optimizer's state."""
+    """Also take over the optimizer's state of init_from."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -193,7 +193,7 @@ class TrainConfig:
 
     @property
     def block(self) -> int:
-        """S: ``block_size``, or what the system has where nothing was said."""
+        """S: ``block_size``, or the system's own where it is None."""
         if self.block_size is not None:
             return self.block_size
         return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK

@@ -75,16 +75,16 @@ class Rows:
         data: the documents.
         seq_len: L >= 2.
         block_size: S, dividing L.
-        plan: ``wrap`` (concatenate and cut), ``aligned`` (documents start on block boundaries,
+        packing: ``wrap`` (concatenate and cut), ``aligned`` (documents start on block boundaries,
             each behind a BOS) or ``best_fit`` (the same, documents whole where they fit).
         row_eos: wrap: close every row with an EOS of its own, as the paper's code does.
         stride: wrap: only the last so many tokens of a row are noisable; rows overlap by the
             rest, so that every token is scored once with more context.
         keep_last: wrap: keep a last row that is not full, padded; for scoring.
-        documents: attention stays inside documents; None: in every plan but ``wrap``.
+        documents: attention stays inside documents; None: in every packing but ``wrap``.
 
     Raises:
-        ConfigError: S does not divide L, a stride or plan that is not allowed, or a data set too
+        ConfigError: S does not divide L, a stride or packing that is not allowed, or a data set too
             short for one row.
     """
 
@@ -94,19 +94,19 @@ class Rows:
         *,
         seq_len: int,
         block_size: int,
-        plan: Literal["wrap", "aligned", "best_fit"] = "wrap",
+        packing: Literal["wrap", "aligned", "best_fit"] = "wrap",
         row_eos: bool = False,
         stride: int | None = None,
         keep_last: bool = False,
         documents: bool | None = None,
     ) -> None:
         self.seq_len, self.block_size, self.row_eos = seq_len, block_size, row_eos
-        self.documents = plan != "wrap" if documents is None else documents
+        self.documents = packing != "wrap" if documents is None else documents
         self.core = _core.RowPlan(
             data.core,
             seq_len=seq_len,
             block_size=block_size,
-            packing=plan,
+            packing=packing,
             row_eos=row_eos,
             stride=stride,
             keep_last=keep_last,

@@ -71,7 +71,8 @@ def score(
     Examples:
         >>> result = score("runs/demo/checkpoint", "The old house stood by the river.",
         ...                likelihood="marginal")  # doctest: +SKIP
-        >>> result.nll, result.bpb  # doctest: +SKIP
+        Examples:
+            >>> result.nll, result.bpb  # doctest: +SKIP
     """
     loaded = _loaded(checkpoint)
     with tempfile.TemporaryDirectory() as work:
@@ -174,7 +175,7 @@ def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
         data,
         seq_len=cfg.seq_len,
         block_size=cfg.block,
-        plan=cfg.packing,
+        packing=cfg.packing,
         row_eos=cfg.row_eos,
         stride=cfg.eval.stride,
         keep_last=True,

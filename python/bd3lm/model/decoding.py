@@ -1,8 +1,8 @@
 """One forward of block decoding with fixed shapes and addresses, which a GPU can replay.
 
 A forward of a few tokens is hundreds of small kernels, and a host launches them more slowly than a
-GPU runs them. Here whatever changes from one forward to the next lies in buffers on the device, the
-position where it begins included: on CUDA it is recorded once as a graph, and replayed by one call.
+GPU runs them. Here all inputs of a forward, its position included, lie in buffers on the device. On
+CUDA the forward is recorded once as a graph and replayed by one call.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class DecodeStep:
     def __call__(
         self, ids: Tensor, select: Tensor, *, commit: int = 0, sigma: Tensor | None = None
     ) -> Tensor:
-        """One forward; nothing is read back from the device.
+        """Run one forward; nothing is read back from the device.
 
         Args:
             ids: [B, T], the positions after the cached ones.
-            select: flat indices b*T+i of the positions asked about [M].
+            select: flat indices b*T+i of the positions to predict [M].
             commit: how many of the T positions to keep in the cache.
             sigma: -log(alpha) of every block of ``ids``, for time-conditioned models.
 

@@ -173,7 +173,7 @@ class CacheAt:
     """A cache written at positions held on the device, and always read as a whole.
 
     Args:
-        cache: what is written and read.
+        cache: keys and values.
         position: positions of the next keys and values, int64 [T].
     """
 

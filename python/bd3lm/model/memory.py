@@ -14,7 +14,7 @@ the head. Fitted to the peak of resident memory on a CPU (3 and 8 layers, float3
 
 
 class Memory(NamedTuple):
-    """Estimated bytes of a training run, by what they hold.
+    """Estimated bytes of a training run, by content.
 
     Attributes:
         weights: the parameters, their gradients and their average.

@@ -188,7 +188,7 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
 
 
 def wants_last_clean(device: torch.device) -> bool:
-    """Whether the last clean block is computed, although no query sees it.
+    """Return whether the last clean block is computed, although no query sees it.
 
     GPU kernels need streams of equal length.
     """
@@ -210,8 +210,8 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
     return m if select is None else m[0]
 
 
-def _rows(cfg: ModelConfig, ids: int) -> int:
-    """V, with padding where the settings ask for it."""
+def _padded_vocab(cfg: ModelConfig, ids: int) -> int:
+    """V, padded where the settings say so."""
     if cfg.vocab_size is None:
         return ids
     allowed = f"at least {ids}, the tokenizer's ids with the mask token"
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        vocab_size = _rows(cfg, vocab_size)
+        vocab_size = _padded_vocab(cfg, vocab_size)
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
@@ -591,7 +591,7 @@ class Transformer(nn.Module):
 
     @property
     def compiles_blocks(self) -> bool:
-        """Whether training steps run compiled blocks."""
+        """Return whether training steps run compiled blocks."""
         return self._compiled is not None
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:

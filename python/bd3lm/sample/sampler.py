@@ -22,8 +22,8 @@ from bd3lm.sample.strategies import Strategy, choose
 from bd3lm.systems import System
 
 Prompt = str | Sequence[int | str | None]
-"""What follows BOS: a text, or a sequence of token ids, texts and holes (None). Holes are filled,
-and so is everything after the last token."""
+"""Text after BOS, or a sequence of token ids, texts and holes (None). Holes are filled, and so is
+everything after the last token."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BlockEvent:
     """Event of :meth:`Sampler.stream`: a forward or a finished block.
 
     Attributes:
@@ -82,7 +82,7 @@ class Sampler:
     The cache is exact: it holds the keys and values that a full forward would compute, because the
     clean stream is block-causal and its positions do not move. When a row outgrows ``window``
     positions, its last half is encoded again behind a BOS, just as training rows begin in the
-    middle of documents. What is drawn then is exact for that shorter context. A window begins at
+    middle of documents. Later tokens are exact for that shorter context. A window begins at
     positions that depend on the block alone, so a row is the same in any batch and at any length
     limit.
 
@@ -188,7 +188,7 @@ class Sampler:
         first: int = 0,
         every_step: bool = False,
         strategy: Strategy | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield each finished block and, with ``every_step``, each forward before it.
 
         Arguments and errors as of :meth:`generate`.
@@ -207,7 +207,7 @@ class Sampler:
                 if every_step:
                     sums = zip(state.rows, state.log_prob.tolist(), strict=True)
                     log_prob = {row.number: total for row, total in sums}
-                    yield Progress(state.start, self._blocks(state), False, {}, log_prob)
+                    yield BlockEvent(state.start, self._blocks(state), False, {}, log_prob)
             blocks, start = self._blocks(state), state.start
             state.start += self.block_size
             ended = self._ended(state, cfg)
@@ -221,7 +221,7 @@ class Sampler:
                 )
             if state.end(ended) and state.rows:
                 state.step = self._step(state.cache)
-            yield Progress(start, blocks, True, samples)
+            yield BlockEvent(start, blocks, True, samples)
 
     def length(self, cfg: SampleConfig) -> int:
         """Largest number of tokens of a row, BOS included."""
@@ -229,7 +229,7 @@ class Sampler:
 
     def _speculate(
         self, cfg: SampleConfig, prompts: Sequence[Sequence[int | None]], first: int
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield the new tokens of each forward of self-speculation."""
         limit, started = self.length(cfg), time.perf_counter()
         texts = [[self.bos_id, *(t for t in ids if t is not None)] for ids in prompts]
@@ -264,7 +264,7 @@ class Sampler:
                 )
             if len(alive) < len(run.rows):
                 run.keep(alive)
-            yield Progress(start, blocks, True, ended, log_prob)
+            yield BlockEvent(start, blocks, True, ended, log_prob)
 
     def _stop(self, ids: list[int], fresh: int, given: int, limit: int) -> tuple[str, int]:
         """Why a row ends with one of its ``fresh`` last tokens, and where; "" if it does not."""

@@ -33,7 +33,7 @@ class RowState:
     """Counters of one row; none of them depends on the other rows of the batch.
 
     Attributes:
-        number: key of its randomness, beside the seed.
+        number: key of its randomness, with the seed.
         start: first position of the first block that has a hole.
         nfe: forwards that scored one of its positions or filled its cache.
         fills: those of them that only filled the cache.
@@ -94,7 +94,7 @@ class SampleState:
 
     @property
     def running(self) -> bool:
-        """Whether any row has not ended."""
+        """Return whether any row has not ended."""
         return not all(row.finished for row in self.rows)
 
     def end(self, finished: Container[int]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
-from bd3lm.model import Transformer, head_cross_entropy
+from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
 from bd3lm.systems.parts import LossParts
 
@@ -47,8 +47,11 @@ class System(ABC):
     """1 if the features at position i-1 predict token i (AR), 0 if those at i do."""
 
     unnormalized_scores: ClassVar[bool] = False
-    """Whether scores need not sum to one. An ancestral step then reads their sum to decide how many
+    """True if scores need not sum to one. An ancestral step then reads their sum to decide how many
     positions it reveals."""
+
+    chunked_loss: ClassVar = staticmethod(head_cross_entropy)
+    """Loss of the head, chunk by chunk: :func:`head_cross_entropy` or the score entropy."""
 
     def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
         self.block_size = block_size
@@ -74,7 +77,7 @@ class System(ABC):
         """Read statistics of the training text that the noise needs, before the first step."""
 
     def update_noise_after_step(self, step: int) -> None:
-        """Update the noise of later steps from what ``step`` optimizer steps have measured."""
+        """Update the noise of later steps from the measurements of ``step`` optimizer steps."""
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
         """Restrict noise levels to this clip from the next step on; None: all levels."""
@@ -98,9 +101,10 @@ class System(ABC):
     def head_loss(
         self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sum of weight·CE, and the CE of every position [M], from features [M, D]."""
+        """Sum of weight·loss, and the loss of every position [M], from features [M, D]."""
         head = model.head
-        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
+        inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
+        return self.chunked_loss(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
         """Unweighted loss of the selected positions [M], from their features [M, D]."""

@@ -58,7 +58,7 @@ class BlockDiffusion(System):
         """Build the system with the run's block size, noise and objective.
 
         Raises:
-            ConfigError: a clip search for a model that is told the noise level.
+            ConfigError: a clip search for a time-conditioned model.
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")

@@ -82,8 +82,9 @@ def fitted(squares: NDArray[np.float64], seen: NDArray[np.float64]) -> list[floa
 
     Counts without blocks get the mean of the others.
 
-    >>> [round(x, 3) for x in fitted(np.array([4.0, 1.0]), np.array([1.0, 1.0]))]
-    [0.65, 0.35]
+    Examples:
+        >>> [round(x, 3) for x in fitted(np.array([4.0, 1.0]), np.array([1.0, 1.0]))]
+        [0.65, 0.35]
     """
     known = seen > 0
     if not known.any():

@@ -1,4 +1,4 @@
-"""Noise of blocks of one size: its settings, and what training has learned of it."""
+"""Noise of blocks of one size: its settings, and the noise that training has learned."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def noise_spec(
     time_conditioned: bool = False,
     block_size: int | None = None,
 ) -> NoiseSpec:
-    """Build the loader's noise from the settings and from what training has learned.
+    """Build the loader's noise from the settings and the noise that training has learned.
 
     Args:
         cfg: the settings.

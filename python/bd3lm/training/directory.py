@@ -1,4 +1,4 @@
-"""The directory of a run: who may write to it, and what is left of a failed start."""
+"""The directory of a run: its lock, and cleaning up after a failed start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCK = ".lock"
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run was begun in a directory."""
+    """Return whether a run was begun in a directory."""
     return (out / "config.json").is_file()
 
 

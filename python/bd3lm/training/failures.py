@@ -12,7 +12,7 @@ from bd3lm.errors import Bd3lmError, OutOfMemoryError
 from bd3lm.files import storage_errors
 
 _ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate")
-"""How PyTorch's allocators say that there is no memory: a plain RuntimeError on the CPU."""
+"""Messages of PyTorch's allocators without memory: a plain RuntimeError on the CPU."""
 
 
 @contextmanager

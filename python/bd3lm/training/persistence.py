@@ -93,9 +93,10 @@ def resume(trainer: Trainer) -> None:
 
 
 def start_from(trainer: Trainer, path: Path) -> None:
-    """Begin with the averaged weights of another run (and its optimizer's state, if asked).
+    """Begin with the averaged weights of another run.
 
-    The learning-rate schedule, the data order and the average begin anew.
+    With ``init_optimizer`` its optimizer's state is loaded too. The learning-rate schedule, the
+    data order and the average begin anew.
 
     Raises:
         CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.

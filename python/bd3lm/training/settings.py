@@ -1,4 +1,4 @@
-"""Which settings of a run may change when it is resumed."""
+"""Settings of a run that may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bd3lm.config import TrainConfig, to_dict
 from bd3lm.errors import ConfigError
 
 RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
-"""Settings that may change, besides more ``steps``: no number of the run depends on them. The data
-may have moved, but must be the same."""
+"""Settings that may change, as may ``steps`` to a larger number. No result depends on them. The
+data may have moved, but must be the same."""
 
 
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
-    """Refuse settings with which a run would not be the run that was begun.
+    """Refuse settings that would change the results of the run.
 
     Args:
         cfg: the settings to resume with.

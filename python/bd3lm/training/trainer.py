@@ -75,7 +75,7 @@ class Trainer:
             train,
             seq_len=cfg.seq_len,
             block_size=cfg.largest_block,
-            plan=cfg.packing,
+            packing=cfg.packing,
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
@@ -130,11 +130,11 @@ class Trainer:
         return flops * self.steps_done / peak if peak else 0.0
 
     def run(self) -> None:
-        """Train to the last step, saving on the way.
+        """Train to the last step, saving checkpoints.
 
         Raises:
             InterruptedRunError: a signal; a checkpoint was written first.
-            DivergedError: steps, or what they made of the weights, are not finite even after
+            DivergedError: steps, or the weights after them, are not finite even after
                 going back to a checkpoint.
             CorruptError: the data was changed meanwhile.
         """
@@ -154,7 +154,7 @@ class Trainer:
                 )
 
     def _after_step(self, window: Window | None) -> None:
-        """Log, validate and save, whatever is due."""
+        """Log, validate and save, each when it is due."""
         cfg, done = self.cfg, self.steps_done
         if window is not None:
             self._log(window)

@@ -42,7 +42,7 @@ pub struct PyRowPlan {
 const BATCHES_BETWEEN_LOOKS: u64 = 64;
 
 impl PyRowPlan {
-    /// Now and then, checks that nobody wrote to the token file.
+    /// Checks from time to time that nobody wrote to the token file.
     fn check_unchanged(&self) -> PyResult<()> {
         let batch = self.batches.fetch_add(1, Ordering::Relaxed);
         if !batch.is_multiple_of(BATCHES_BETWEEN_LOOKS) {

@@ -97,7 +97,7 @@ impl PyTokenStore {
         Some(serde_json::to_string(manifest).expect("a manifest is plain JSON"))
     }
 
-    /// How often each id occurs.
+    /// Number of occurrences of each id.
     fn token_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
         let counts = py.detach(|| self.0.token_counts()).map_err(to_py)?;
         Ok(PyArray1::from_vec(py, counts))
@@ -116,7 +116,7 @@ impl PyTokenStore {
     }
 }
 
-/// How text files are read, as keyword arguments in Python.
+/// Options of reading text files, as keyword arguments in Python.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct Reading {

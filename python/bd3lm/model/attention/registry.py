@@ -32,9 +32,9 @@ class Backend(NamedTuple):
     """A way to compute attention; probed and loaded only when it is used."""
 
     available: Callable[[], bool]
-    """Whether this machine can run it."""
+    """True if this machine can run it."""
     supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
-    """Whether it takes these inputs."""
+    """True if it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
     needs: str
     """Error text for a machine that cannot run it."""
@@ -45,10 +45,10 @@ class Backend(NamedTuple):
     run_ranges: Callable[[Tensor, Tensor, Tensor, RangeMask], Tensor] | None = None
     """Attention over any ranges of keys, without gradients; None: not supported."""
     suits: Callable[[Tensor, Tensor, Tensor, Any], bool] = lambda q, k, v, mask: True
-    """Whether ``auto`` may take it for inputs that it supports."""
+    """True if ``auto`` may take it for inputs that it supports."""
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
-        """Whether it computes this."""
+        """Return whether it computes this."""
         if isinstance(mask, CachedMask) and self.run_cached is None:
             return False
         if isinstance(mask, RangeMask) and self.run_ranges is None:

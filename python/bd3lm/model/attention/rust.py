@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bd3lm import _core
 from bd3lm.model.attention.mask import BlockMask, Intervals, RangeMask
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask_cache import cached_per_mask
 from bd3lm.model.threads import kernel_threads
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -26,7 +26,7 @@ LIMITS = f"takes float32 or bf16 tensors on the CPU, heads up to {_MAX_HEAD_WIDT
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | RangeMask) -> bool:
-    """Whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
+    """Return whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
     on_cpu = q.device.type == k.device.type == v.device.type == "cpu"
     return (
         on_cpu
@@ -91,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
         return (*_gradients(upstream[0], *ctx.saved_tensors, *ctx.mask), None, None)
 
 
-@derived
+@cached_per_mask
 def _ranges(mask: BlockMask, device: str) -> Intervals:
     return mask.intervals(device)
 
@@ -188,12 +188,12 @@ def _gradients(
 
 
 @block_attention.register_fake
-def _(q, k, v, clean_lo, clean_hi, noised_lo, noised_hi, clean_offset):
+def _(q, *_rest):
     return _rows_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @block_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, clean_lo, clean_hi, noised_lo, noised_hi, clean_offset):
+def _(d_out, q, k, v, *_rest):
     return _rows_first(q), _rows_first(k), _rows_first(v)
 
 

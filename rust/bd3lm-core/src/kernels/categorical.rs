@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub struct Shaping<'a> {
     /// Divides the logits; 0 takes the most probable token.
     pub temperature: f32,
-    /// Only so many of the most probable tokens; None: all.
+    /// Number of most probable tokens to draw from; None: all.
     pub top_k: Option<usize>,
     /// The smallest set of most probable tokens whose share reaches this; 1: all.
     pub top_p: f64,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bd3lm.model.attention.mask import BlockMask, Intervals, document_bounds
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask_cache import cached_per_mask
 
 
-@derived
+@cached_per_mask
 def ranges(mask: BlockMask, device: str) -> tuple[Tensor, Tensor]:
     """Both directions of a mask.
 
