@@ -248,8 +248,8 @@ def draw(
 ) -> None: ...
 def distribution(
     logits: NDArray[np.float32],
-    rows: int,
     mass: NDArray[np.float32],
+    total: NDArray[np.float64],
     *,
     temperature: float,
     top_k: int | None,

@@ -22,8 +22,8 @@ from tests.unit.test_sampling_ways import M, fits
 COUNT = NoiseSpec(Schedule("loglinear"), estimator="count")
 
 
-def batch_of(block_size=4, spec=COUNT, *, step=0, plan="wrap"):
-    rows = Rows(token_arrays(60), seq_len=16, block_size=block_size, packing=plan)
+def batch_of(block_size=4, spec=COUNT, *, step=0, packing="wrap"):
+    rows = Rows(token_arrays(60), seq_len=16, block_size=block_size, packing=packing)
     return Loader(rows, 4, seed=3).batch(step, spec)
 
 
@@ -41,14 +41,14 @@ def causal_model(vocab=VOCAB_SIZE, scale=0.5, **changes):
 # --- the objective --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["wrap", "aligned"])
-def test_the_joint_loss_is_the_sum_of_its_parts(plan):
+@pytest.mark.parametrize("packing", ["wrap", "aligned"])
+def test_the_joint_loss_is_the_sum_of_its_parts(packing):
     """Block diffusion over the clean stream, and AR of the same weights on the same tokens."""
-    model, batch = causal_model(), batch_of(packing=plan)
+    model, batch = causal_model(), batch_of(packing=packing)
     objective = ObjectiveConfig(ar_weight=0.7)
     joint = BlockDiffusion(4, MASK_ID, objective=objective).loss(model, batch)
     diffusion = BlockDiffusion(4, MASK_ID).loss(model, batch)
-    full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), packing=plan)
+    full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), packing=packing)
     assert torch.equal(full.x0, batch.x0)
     ar = Autoregressive(MASK_ID).loss(model, full)
     torch.testing.assert_close(joint, diffusion + 0.7 * ar, rtol=1e-5, atol=1e-4)
@@ -72,7 +72,7 @@ def test_the_ar_loss_of_unmasked_tokens_has_the_same_expectation():
 
 
 def test_noisable_tokens_are_those_that_may_be_masked():
-    batch = batch_of(plan="aligned")
+    batch = batch_of(packing="aligned")
     assert int(batch.noisable.sum()) == batch.num_noisable
     assert batch.noisable.flatten()[batch.masked].all()
     assert (batch.step, batch.block_size) == (0, 4)
@@ -218,7 +218,7 @@ def test_speculation_has_the_law_of_the_ar_model(temperature, top_p):
         for ids, p in law.items():
             logits = model.logits(model.encode(torch.tensor([[0, *ids]]), 1)[:, -1])
             logits[:, M] = -torch.inf
-            for token, share in enumerate(distribution(logits, cfg)[0].tolist()):
+            for token, share in enumerate(distribution(logits, cfg).row(0).tolist()):
                 if share > 0:
                     longer[*ids, token] = p * share
         law = longer
@@ -275,8 +275,8 @@ def test_the_distribution_is_that_of_the_draw(cfg):
     torch.manual_seed(0)
     logits = 3 * torch.randn(6, 300)
     logits[:, 7] = -torch.inf
-    mine = distribution(logits, cfg)
-    torch.testing.assert_close(mine, distribution(logits.double(), cfg), rtol=1e-5, atol=1e-7)
+    mine = distribution(logits, cfg).probs
+    torch.testing.assert_close(mine, distribution(logits.double(), cfg).probs, rtol=1e-5, atol=1e-7)
     assert mine.sum(-1).tolist() == pytest.approx([1.0] * 6)
     for uniform in (0.0, 0.3, 0.9, 0.999):
         at = torch.full((6,), uniform, dtype=torch.float64)

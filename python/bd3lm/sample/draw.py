@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -65,35 +67,53 @@ def _draw_on_cpu(
     return token, log_p
 
 
-def distribution(logits: Tensor, cfg: SampleConfig) -> Tensor:
-    """The probabilities from which :func:`draw` draws, without a repetition penalty.
+class Distribution(NamedTuple):
+    """Distributions over the vocabulary, not normalised.
+
+    Attributes:
+        mass: multiples of the probabilities [R, V].
+        total: sum of each row, float64 [R].
+    """
+
+    mass: Tensor
+    total: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities, float64 [R, V]."""
+        return self.mass.double() / self.total[:, None]
+
+    def row(self, index: int) -> Tensor:
+        """Probabilities of one row, float64 [V]."""
+        return self.mass[index].double() / self.total[index]
+
+
+def distribution(logits: Tensor, cfg: SampleConfig) -> Distribution:
+    """The distributions from which :func:`draw` draws, without a repetition penalty.
 
     Args:
         logits: the model's own [R, V].
         cfg: as of :func:`draw`.
-
-    Returns:
-        float64 [R, V]; every row sums to 1.
 
     Raises:
         ConfigError: on the CPU, a row with a NaN or without a possible token.
     """
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         mass = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        total = torch.empty(len(logits), dtype=torch.float64)
         _core.distribution(
             logits.reshape(-1).numpy(),
-            len(logits),
             mass.view(-1).numpy(),
+            total.numpy(),
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
             forbidden=tuple(map(int, cfg.forbidden)),
             threads=kernel_threads(),
         )
-        mass = mass.double()
-    else:
-        mass = _mass(_allowed(logits, cfg), cfg)
-    return mass / mass.sum(-1, keepdim=True)
+        return Distribution(mass, total)
+    mass = _mass(_allowed(logits, cfg), cfg)
+    return Distribution(mass, mass.sum(-1))
 
 
 def composed_draw(

@@ -23,7 +23,7 @@ from torch import Tensor
 from bd3lm.config import SampleConfig
 from bd3lm.model import KVCache, Transformer
 from bd3lm.model.attention import Intervals, RangeMask
-from bd3lm.sample.draw import distribution, invert
+from bd3lm.sample.draw import Distribution, distribution, draw, invert
 from bd3lm.sample.state import window_start
 from bd3lm.systems import System
 
@@ -68,7 +68,7 @@ class SpeculativeRow:
         limit: largest number of them.
         given: how many the prompt gave, BOS included.
         drafts: tokens drafted after ``ids``.
-        draft_probs: the distributions they were drawn from, float64 [drafts, V].
+        drafted_from: the distributions they were drawn from.
         window: position of ``ids`` at which the cached window begins; None before the first.
         nfe: forwards, those that only fill the cache included.
         fills: those that only fill the cache.
@@ -81,7 +81,7 @@ class SpeculativeRow:
     limit: int
     uniforms: np.random.Generator
     drafts: list[int] = field(default_factory=list)
-    draft_probs: Tensor | None = None
+    drafted_from: Distribution | None = None
     window: int | None = None
     nfe: int = 0
     fills: int = 0
@@ -146,9 +146,16 @@ class Speculation:
         features = self._forward()
         clean, noised = features.split([self.size, self.scratch], dim=1)
         logits = self._logits(clean)
-        probs = distribution(logits, self.cfg).view(len(self.rows), self.size, -1)
-        log_p = torch.log_softmax(logits.double(), -1).view_as(probs)
-        new = [self._accept(row, probs[i], log_p[i]) for i, row in enumerate(self.rows)]
+        probs = distribution(logits, self.cfg)
+        log_z = torch.logsumexp(logits, -1)
+        new = []
+        for index, row in enumerate(self.rows):
+            own = slice(index * self.size, (index + 1) * self.size)
+            tokens = self._accept(row, logits[own], Distribution(*(x[own] for x in probs)))
+            place = torch.arange(len(tokens), device=self.device)
+            picked = logits[own][place, torch.tensor(tokens, device=self.device)]
+            row.log_prob += float((picked.double() - log_z[own][: len(tokens)].double()).sum())
+            new.append(tokens)
         self._draft(noised, [len(tokens) - 1 for tokens in new])
         return new
 
@@ -211,13 +218,13 @@ class Speculation:
             most -= 1
         return most
 
-    def _accept(self, row: SpeculativeRow, probs: Tensor, log_p: Tensor) -> list[int]:
+    def _accept(self, row: SpeculativeRow, logits: Tensor, probs: Distribution) -> list[int]:
         """Verify the drafts of a row in order, and draw the token after the accepted ones."""
         found, accepted = self.acceptance, 0
         rest = None
         for place, token in enumerate(row.drafts[: self._most(row)]):
-            assert row.draft_probs is not None
-            p, q = probs[place], row.draft_probs[place]
+            assert row.drafted_from is not None
+            p, q = probs.row(place), row.drafted_from.row(place)
             found.tried[place] += 1
             found.overlap[place] += float(torch.minimum(p, q).sum())
             if row.uniforms.random() * float(q[token]) >= float(p[token]):
@@ -225,11 +232,12 @@ class Speculation:
                 break
             found.accepted[place] += 1
             accepted += 1
-        if rest is None or not bool(rest.any()):
-            rest = probs[accepted]
         uniform = torch.tensor([row.uniforms.random()], dtype=torch.float64, device=self.device)
-        tokens = [*row.drafts[:accepted], int(invert(rest[None], uniform))]
-        row.log_prob += sum(float(log_p[i, token]) for i, token in enumerate(tokens))
+        if rest is not None and bool(rest.any()):
+            last = invert(rest[None], uniform)
+        else:
+            last, _ = draw(logits[accepted : accepted + 1], uniform, self.cfg)
+        tokens = [*row.drafts[:accepted], int(last)]
         row.ids += tokens
         found.forwards += 1
         found.tokens += len(tokens)
@@ -241,14 +249,17 @@ class Speculation:
         if drafts == 0:
             return
         blocks = noised.unflatten(1, (self.size, self.size))
-        row = torch.arange(len(accepted), device=self.device)
-        chosen = blocks[row, torch.tensor(accepted, device=self.device), 1:]  # [B, S-1, D]
-        probs = distribution(self._logits(chosen), self.cfg)
+        every = torch.arange(len(accepted), device=self.device)
+        chosen = blocks[every, torch.tensor(accepted, device=self.device), 1:]  # [B, S-1, D]
+        logits = self._logits(chosen)
+        probs = distribution(logits, self.cfg)
         uniforms = np.concatenate([row.uniforms.random(drafts) for row in self.rows])
-        tokens = invert(probs, torch.from_numpy(uniforms).to(self.device)).view(-1, drafts).tolist()
-        each = probs.view(-1, drafts, probs.shape[-1])
-        for own, ids, q in zip(self.rows, tokens, each, strict=True):
-            own.drafts, own.draft_probs = ids, q
+        drawn, _ = draw(logits, torch.from_numpy(uniforms).to(self.device), self.cfg)
+        tokens = drawn.view(-1, drafts).tolist()
+        for index, row in enumerate(self.rows):
+            own = slice(index * drafts, (index + 1) * drafts)
+            row.drafts = tokens[index]
+            row.drafted_from = Distribution(*(x[own] for x in probs))
 
 
 def _uniforms(seed: int, row: int) -> np.random.Generator:

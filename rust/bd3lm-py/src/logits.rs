@@ -74,29 +74,33 @@ fn draw(
         .map_err(to_py)
 }
 
-/// Multiples of the probabilities that [`draw`] draws from, [R, V] (see
+/// Multiples of the probabilities that [`draw`] draws from, [R, V], and their sums (see
 /// `bd3lm_core::kernels::categorical`).
 #[pyfunction]
-#[pyo3(signature = (logits, rows, mass, *, temperature, top_k, top_p, forbidden, threads))]
+#[pyo3(signature = (logits, mass, total, *, temperature, top_k, top_p, forbidden, threads))]
 #[allow(clippy::too_many_arguments)]
 fn distribution(
     py: Python<'_>,
     logits: PyReadonlyArray1<'_, f32>,
-    rows: usize,
     mut mass: PyReadwriteArray1<'_, f32>,
+    mut total: PyReadwriteArray1<'_, f64>,
     temperature: f32,
     top_k: Option<usize>,
     top_p: f64,
     forbidden: Vec<usize>,
     threads: usize,
 ) -> PyResult<()> {
-    let (logits, mass) = (logits.as_slice()?, mass.as_slice_mut()?);
+    let (logits, mass, total) = (
+        logits.as_slice()?,
+        mass.as_slice_mut()?,
+        total.as_slice_mut()?,
+    );
     let shaping = categorical::Shaping {
         temperature,
         top_k,
         top_p,
         forbidden: &forbidden,
     };
-    py.detach(|| categorical::distribution(logits, rows, shaping, mass, threads))
+    py.detach(|| categorical::distribution(logits, shaping, mass, total, threads))
         .map_err(to_py)
 }

@@ -102,17 +102,19 @@ pub fn draw(
 
 /// The distribution that [`draw`] draws from, for every row of `logits` [R, V].
 ///
-/// * `mass` [R, V] receives a multiple of the probability of each token; a row sums to at least 1.
+/// * `mass` [R, V] receives a multiple of the probability of each token.
+/// * `total` `[R]` receives the sums of its rows, each at least 1.
 ///
 /// # Errors
 /// As of [`draw`].
 pub fn distribution(
     logits: &[f32],
-    rows: usize,
     shaping: Shaping<'_>,
     mass: &mut [f32],
+    total: &mut [f64],
     threads: usize,
 ) -> Result<()> {
+    let rows = total.len();
     if rows == 0 {
         return Ok(());
     }
@@ -125,24 +127,29 @@ pub fn distribution(
     if let Some(id) = shaping.forbidden.iter().find(|id| **id >= vocab) {
         return Err(Error::config("forbidden", id, format!("below {vocab}")));
     }
-    let mut possible = vec![false; rows];
-    let (out, found) = (Parts::new(mass), Parts::new(&mut possible));
+    let (out, totals) = (Parts::new(mass), Parts::new(total));
     parallel(threads, rows, |row| {
         // SAFETY: no other item writes this row.
-        let (mass, found) = unsafe { (out.part(row * vocab, vocab), found.part(row, 1)) };
+        let (mass, total) = unsafe { (out.part(row * vocab, vocab), totals.part(row, 1)) };
         let mut chunks = vec![0f64; vocab.div_ceil(CHUNK)];
         let source = &logits[row * vocab..(row + 1) * vocab];
         let top = shaped_mass(source, shaping, mass, &mut chunks);
-        found[0] = top.is_finite();
-        if found[0] && shaping.temperature == 0.0 {
-            let first = first_highest(source, top, shaping.forbidden);
+        if !top.is_finite() {
+            total[0] = 0.0;
+        } else if shaping.temperature == 0.0 {
             mass.fill(0.0);
-            found[0] = first.map(|id| mass[id] = 1.0).is_some();
-        } else if found[0] {
+            let first = first_highest(source, top, shaping.forbidden);
+            total[0] = first.map_or(0.0, |id| {
+                mass[id] = 1.0;
+                1.0
+            });
+        } else {
             keep_shaped(mass, shaping);
+            sum_chunks(mass, &mut chunks);
+            total[0] = chunks.iter().sum();
         }
     });
-    match possible.iter().position(|found| !found) {
+    match total.iter().position(|sum| *sum <= 0.0) {
         None => Ok(()),
         Some(row) => {
             let allowed = "without NaN, with a token that is possible and not forbidden";
