@@ -13,6 +13,7 @@ from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
 from bd3lm.model import Transformer
+from bd3lm.model.flops import step_flops
 from bd3lm.sample import Sampler
 from bd3lm.sample.draw import composed_draw, distribution, draw
 from bd3lm.systems import Autoregressive, BlockDiffusion
@@ -293,3 +294,27 @@ def test_a_distribution_of_no_token_is_refused():
         distribution(torch.tensor([[0.0, 1.0], [-torch.inf, -torch.inf]]), SampleConfig())
     with pytest.raises(ConfigError, match="forbidden"):
         distribution(torch.zeros(1, 2), SampleConfig(forbidden=(5,)))
+
+
+def test_operations_of_a_joint_step_are_those_of_both_objectives():
+    """With all next tokens: the diffusion step with its whole clean stream, and AR's own head."""
+    plain = preset("demo", model={"clean_stream": "causal"})
+    joint = preset("demo", model={"clean_stream": "causal"}, objective={"ar_weight": 1.0})
+    half = preset(
+        "demo",
+        model={"clean_stream": "causal"},
+        objective={"ar_weight": 1.0, "ar_tokens": "unmasked"},
+    )
+    warm = preset(
+        "demo", model={"clean_stream": "causal"}, objective={"ar_weight": 1.0, "ar_steps": 700}
+    )
+    vocab = 16_384
+    head = 6.0 * 8 * 128 * 192 * vocab
+    ar = step_flops(joint.autoregressive(), vocab)
+    assert head < step_flops(joint, vocab) - step_flops(plain, vocab) < ar
+    assert step_flops(joint, vocab) - step_flops(half, vocab) > head / 2
+    between = (ar + step_flops(joint, vocab)) / 2
+    assert step_flops(warm, vocab) == pytest.approx(between)
+    mixed = preset("demo", objective={"block_sizes": (2, 4)})
+    two, four = (step_flops(preset("demo", block_size=size), vocab) for size in (2, 4))
+    assert step_flops(mixed, vocab) == pytest.approx((two + four) / 2)
