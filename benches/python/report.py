@@ -154,6 +154,31 @@ def sampling(results: dict[str, Any]) -> str:
     return table("what | speed | forwards | of the original (least–most)", rows)
 
 
+def speculation(results: dict[str, Any]) -> str:
+    """Tokens a forward and a second of each way, temperature and number of rows."""
+
+    def accepted(r: dict[str, Any]) -> str:
+        return ", ".join(f"{share:.2f}" for share in r.get("accepted", [])) or "–"
+
+    rows = [
+        (
+            r["way"],
+            f"{r['temperature']:g}",
+            r["rows"],
+            f"{r['tokens_per_forward']:.2f}",
+            f"{r['ceiling']:.2f}" if "ceiling" in r else "–",
+            accepted(r),
+            f"{r['tokens_per_second']:,.0f}",
+        )
+        for r in results["found"]
+    ]
+    head = (
+        "way | temperature | rows | tokens a forward | ceiling | accepted, by place of the draft "
+        "| tokens/s"
+    )
+    return f"{results['length']} tokens a row, top-p 1.\n\n" + table(head, rows)
+
+
 def parallel_decoding(results: dict[str, Any]) -> str:
     """Forwards, perplexity and entropy of every way."""
     rows = [
@@ -241,6 +266,7 @@ SECTIONS: dict[str, Section] = {
     "sampling": Section("sampling.json", sampling),
     "data-path": Section("data_path.json", data_path),
     "cold-rows": Section("cold_rows.json", cold_rows),
+    "speculation": Section("speculation.json", speculation),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
 
