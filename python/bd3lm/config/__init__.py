@@ -25,6 +25,7 @@ from bd3lm.config.names import (
 )
 from bd3lm.config.noise import NoiseConfig
 from bd3lm.config.optim import OptimConfig
+from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.presets import PRESETS, preset
 from bd3lm.config.sample import SampleConfig
 from bd3lm.config.serialize import from_dict, to_dict
@@ -43,6 +44,7 @@ __all__ = [
     "NoiseConfig",
     "OptimConfig",
     "PackingName",
+    "ParallelConfig",
     "RopeScaling",
     "SampleConfig",
     "ScheduleName",

@@ -134,6 +134,10 @@ class BlockDiffusion(System):
             self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
             self._renew()
 
+    def observations(self) -> Tensor | None:
+        """Losses by masked count of this step, if the distribution of counts is fitted."""
+        return None if self._counts is None else self._counts.observed
+
     def update_noise_after_step(self, step: int) -> None:
         """Refit the distribution of counts every few steps, if it is fitted."""
         if self._counts is not None and self._counts.update_noise_after_step(step):

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from torch.profiler import record_function
 
 from bd3lm.config import OptimConfig
+from bd3lm.training.shards import fill, gradient_norms, is_sharded, local, orthogonalized
 
 
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -29,7 +30,7 @@ def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients to a global norm of at most ``limit``.
+    """Scale gradients to a global norm of at most ``limit``; all ranks that share them call this.
 
     Args:
         parameters: all with a gradient.
@@ -39,9 +40,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Te
         The norm of each gradient [P] and of all of them, before clipping.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+    norms = gradient_norms(grads)
     total = torch.linalg.vector_norm(norms)
-    nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
+    factor = (limit / (total + 1e-6)).clamp(max=1.0)
+    parts = [local(grad) for grad in grads]
+    torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
     return norms, total
 
 
@@ -96,10 +99,10 @@ class AdamW:
             params = [p for p in group["params"] if p.grad is not None]
             entries = [self.state[p] for p in params]
             adamw(
-                params,
-                [p.grad for p in params],
-                [entry["exp_avg"] for entry in entries],
-                [entry["exp_avg_sq"] for entry in entries],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
+                [local(entry["exp_avg"]) for entry in entries],
+                [local(entry["exp_avg_sq"]) for entry in entries],
                 [],
                 [entry["step"] for entry in entries],
                 fused=True,
@@ -136,6 +139,9 @@ class Muon:
         (group,) = self.param_groups
         params = [p for p in group["params"] if p.grad is not None]
         with record_function("Optimizer.step#Muon.step"):
+            if params and is_sharded(params[0]):
+                self._update_shards(group, params, finite)
+                return
             if finite is None:
                 self._update(group, params)
                 return
@@ -161,6 +167,26 @@ class Muon:
             adjust_lr_fn=None,
             has_complex=False,
         )
+
+
+    def _update_shards(
+        self, group: dict[str, Any], params: list[nn.Parameter], finite: Tensor | None
+    ) -> None:
+        """Update matrices of which this rank holds rows; the arithmetic is that of ``muon``."""
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        moments = [local(self.state[p]["momentum_buffer"]) for p in params]
+        weights = [local(p) for p in params]
+        new = [m.lerp(g, 1 - self._momentum) for m, g in zip(moments, grads, strict=True)]
+        steps = [g.lerp(m, self._momentum) for m, g in zip(new, grads, strict=True)]
+        steps = orthogonalized(steps, params)
+        for p, weight, moment, found, step in zip(
+            params, weights, moments, new, steps, strict=True
+        ):
+            rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            changed = weight * (1 - group["lr"] * group["weight_decay"])
+            changed.add_(step, alpha=-rate)
+            for old, value in ((weight, changed), (moment, found)):
+                old.copy_(value if finite is None else torch.where(finite, value, old))
 
 
 class Optimizers:
@@ -235,4 +261,4 @@ class Optimizers:
             state: with the names, shapes and dtypes of :meth:`state`.
         """
         for name, value in self.state().items():
-            value.copy_(state[name])
+            fill(value, state[name])
