@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from bd3lm.errors import Bd3lmError, LostRankError
+from bd3lm.errors import Bd3lmError, ConfigError, LostRankError
 from bd3lm.ranks.place import Place, find_place
 
 if TYPE_CHECKING:
@@ -170,13 +170,16 @@ def joined(device: str = "cpu", minutes: float = 30.0) -> Iterator[Ranks]:
         minutes: time without progress after which a rank that hangs is named.
 
     Raises:
-        ConfigError: an environment that is not complete.
+        ConfigError: an environment that is not complete, or the number of a GPU where each rank
+            takes that of its local rank.
         LostRankError: a rank ended or hangs.
     """
     place = find_place()
     if place.size == 1:
         yield ALONE
         return
+    if device.startswith("cuda:"):
+        raise ConfigError("device", device, "auto, cpu or cuda: each rank takes a GPU of its own")
     import torch.distributed as dist
 
     from bd3lm.ranks.watch import Watch

@@ -58,17 +58,9 @@ def check_ranks(cfg: TrainConfig, ranks: Ranks) -> None:
         ConfigError: a setting that this number of ranks does not allow.
     """
     micro_batches(cfg, ranks.size)
-    if ranks.size == 1:
-        return
-    check(
-        not cfg.device.startswith("cuda:"),
-        "device",
-        cfg.device,
-        "auto, cpu or cuda where several ranks train: each takes the GPU of its local rank",
-    )
     replicas = cfg.parallel.replicas
     check(
-        ranks.size % replicas == 0,
+        ranks.size == 1 or ranks.size % replicas == 0,
         "parallel.replicas",
         replicas,
         f"a divisor of the number of ranks, {ranks.size}",
@@ -133,9 +125,12 @@ def _fully_sharded(
 def synchronized(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Exchange gradients at the last micro-batch alone, where that saves anything.
 
-    FSDP adds those of every micro-batch: until then each rank would hold whole gradients, the
-    memory that it is there to save.
+    FSDP adds those of every micro-batch inside a copy of the model: until then each rank would
+    hold whole gradients, the memory that it is there to save. Copies exchange theirs at the last.
     """
+    copies: Any = getattr(module, "set_requires_all_reduce", None)
+    if copies is not None:
+        copies(last)
     skip: Any = getattr(module, "no_sync", None)
     return nullcontext() if last or skip is None else skip()
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS
-from torch.optim._muon import _zeropower_via_newtonschulz as orthogonal
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -72,67 +70,3 @@ def gradient_norms(grads: Sequence[Tensor]) -> Tensor:
     squares = norms.square()
     dist.all_reduce(squares, group=shard_group(grads[0]))
     return squares.sqrt()
-
-
-def orthogonalized(updates: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonalize whole matrices of which this rank holds rows: Muon's Newton-Schulz iteration.
-
-    Matrices of one shape go in groups of as many as there are ranks. Each rank gathers one of
-    them, orthogonalizes it, and gives the others their rows: the work is divided, and each matrix
-    crosses the network twice, in bfloat16, which is what the iteration computes in.
-
-    Args:
-        updates: rows of this rank, [m', n] of each matrix.
-        like: the matrices they are of, as DTensors.
-
-    Returns:
-        The rows of this rank, bfloat16 [m', n].
-    """
-    out: list[Tensor] = [torch.empty(0)] * len(updates)
-    group = shard_group(like[0])
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for index, matrix in enumerate(like):
-        shapes.setdefault(tuple(matrix.shape), []).append(index)
-    size = group.size()
-    for shape, indices in shapes.items():
-        rows = [len(part) for part in torch.arange(shape[0]).chunk(size)]
-        rows += [0] * (size - len(rows))
-        for start in range(0, len(indices), size):
-            some = indices[start : start + size]
-            for index, part in zip(
-                some, _one_group([updates[i] for i in some], rows, group), strict=True
-            ):
-                out[index] = part
-    return out
-
-
-def _one_group(parts: list[Tensor], rows: list[int], group: Any) -> list[Tensor]:
-    """Orthogonalize at most one matrix a rank; ``rows`` are those of a matrix on each rank."""
-    import torch.distributed as dist
-
-    rank, size, width = group.rank(), group.size(), parts[0].shape[1]
-    mine = rows[rank]
-    counts = [mine if i < len(parts) else 0 for i in range(size)]
-    sent = torch.cat(parts).to(torch.bfloat16).contiguous()
-    works = rank < len(parts)
-    found = sent.new_empty(sum(rows) if works else 0, width)
-    _exchange(found, sent, rows if works else [0] * size, counts, dist, group)
-    if works:
-        found = orthogonal(found, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
-    back = torch.empty_like(sent)
-    _exchange(back, found.contiguous(), counts, rows if works else [0] * size, dist, group)
-    return list(back.split(mine)) if mine else [back[:0] for _ in parts]
-
-
-def _exchange(
-    out: Tensor, values: Tensor, taken: list[int], given: list[int], dist: Any, group: Any
-) -> None:
-    """Send rows to every rank and receive theirs; as bytes, which every transport carries."""
-    width = values.shape[1] * values.itemsize
-    dist.all_to_all_single(
-        out.view(torch.uint8).view(-1),
-        values.view(torch.uint8).view(-1),
-        [n * width for n in taken],
-        [n * width for n in given],
-        group=group,
-    )

@@ -104,7 +104,7 @@ class Trainer:
             model.compile_blocks()
         self.model = model
         self.loss = shared(Loss(self.system, model), cfg, ranks, self.device)
-        self.optimizers = Optimizers(self.model, cfg.optim)
+        self.optimizers = Optimizers(self.model, cfg.optim, compute_dtype(cfg, self.device))
         self.ema = Ema(self.model, cfg.optim.ema_decay)
         self.guard = StepGuard(next(self.model.parameters()).device)
         self.metrics = MetricsLog(out / "metrics.jsonl")
