@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.config import TrainConfig, preset, to_dict
+from bd3lm.model.scaling import rank_cost
 from bd3lm.training import read_metrics
 from tests.reliability.test_kills import assert_same_run
 from tests.reliability.zygote import Zygote
@@ -110,6 +111,61 @@ def test_three_ranks_share_one_model_and_begin_where_one_ended(zygote, exact, tm
     assert_same_curve(one, run(zygote, 3, config, half))
 
 
+COUNT = """
+import json
+from torch.utils._python_dispatch import TorchDispatchMode
+from bd3lm.training.trainer import Trainer
+from bd3lm.training.shards import local
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d."):
+            name = str(func).split(".")[1].strip("_")
+            tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            size = max([x.nbytes for x in tensors if isinstance(x, torch.Tensor)] or [0])
+            if name == "allreduce":
+                size = sum(x.nbytes for x in args[0])
+            self.found[name] = self.found.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+step = Trainer.step
+def counted(self):
+    if self.steps_done != 3:
+        return step(self)
+    with Count() as count:
+        result = step(self)
+    kept = [*self.model.parameters(), *self.ema.weights.values()]
+    kept += self.optimizers.state().values()
+    held = sum(local(tensor).nbytes for tensor in kept)
+    held += sum(local(p).nbytes for p in self.model.parameters())  # a gradient each
+    file = order["out"] + f"/count-{os.environ['RANK']}"
+    open(file, "w").write(json.dumps({"held": held, **count.found}))
+    return result
+Trainer.step = counted
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy):
+    ranks = 2
+    config = dataclasses.replace(parallel(optimized(exact, "muon"), strategy=strategy), steps=4)
+    out = run(zygote, ranks, config, tmp_path / "run", patch=COUNT)
+    model = load_checkpoint(out).model
+    paper = rank_cost(config, model, ranks, item=4)
+    counts = [json.loads((out / f"count-{rank}").read_text()) for rank in range(ranks)]
+    assert max(c.pop("held") for c in counts) == pytest.approx(paper.state, rel=0.02)
+    for count in counts:
+        # Of a ring of two, each rank sends half of what it gathers or adds, and all-reduce is both.
+        gathered = sum(v for k, v in count.items() if "allgather" in k or "reduce_scatter" in k)
+        exchanged = sum(v for k, v in count.items() if "alltoall" in k)
+        added = count.get("allreduce", 0)
+        sent = gathered // 2 + exchanged // 2 + added
+        assert sent == pytest.approx(paper.sent + paper.sent_far, rel=0.05), count
+
+
 SYSTEMS = ("bd3lm", "mdlm", "sedd", "ar")
 
 
@@ -175,7 +231,9 @@ def test_a_rank_that_dies_ends_the_others(zygote, endless, tmp_path):
     processes = begun(zygote, 2, endless, out)
     os.kill(processes[1], signal.SIGKILL)
     assert finish(zygote, processes) == [2, -signal.SIGKILL]
-    assert "error: another rank has ended or cannot be reached" in (tmp_path / "run.log").read_text()
+    assert (
+        "error: another rank has ended or cannot be reached" in (tmp_path / "run.log").read_text()
+    )
     assert load_checkpoint(out).step > 0
 
 
@@ -227,9 +285,10 @@ persistence.write_checkpoint = full
     out = tmp_path / "run"
     processes = zygote.job(2, to_dict(exact), out, tmp_path / "run.log", patch=patch)
     assert finish(zygote, processes) == [2, 2]
-    assert "no space left on the device. The last checkpoint is of step 4" in (
-        tmp_path / "run.log"
-    ).read_text()
+    assert (
+        "no space left on the device. The last checkpoint is of step 4"
+        in (tmp_path / "run.log").read_text()
+    )
     assert load_checkpoint(out).step == 4
 
 

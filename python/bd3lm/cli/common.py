@@ -80,11 +80,10 @@ def run(command: Callable[[], None]) -> None:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         where = "" if rank == "0" else f"rank {rank}: "
         PlainConsole(stderr=True).print(f"error: {where}{sentence}", style="bold red")
-        code = getattr(error, "exit_code", 2)
-        if isinstance(error, LostRankError):  # what waits for the other rank would wait on
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        sys.stderr.flush()
+        if isinstance(error, LostRankError) or rank != "0":
+            os._exit(getattr(error, "exit_code", 2))  # the transport may wait for other ranks
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 def error_sentence(error: BaseException) -> str | None:

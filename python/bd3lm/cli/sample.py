@@ -17,8 +17,8 @@ from bd3lm.config import AttentionName, SampleConfig, check, check_whole
 from bd3lm.errors import FormatError
 
 if TYPE_CHECKING:
-    from bd3lm.sample import Sample, Sampler
     from bd3lm.ranks.group import Ranks
+    from bd3lm.sample import Sample, Sampler
     from bd3lm.sample.sampler import Prompt
 
 

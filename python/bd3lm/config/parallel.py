@@ -27,7 +27,5 @@ class ParallelConfig:
         check_whole("parallel.replicas", self.replicas, 1)
         check_number("parallel.timeout-minutes", self.timeout_minutes, 0, interval="()")
         ddp, allowed = self.strategy == "ddp", "with parallel.strategy = ddp; it goes with fsdp"
-        check(
-            self.replicas == 1 or not ddp, "parallel.replicas", self.replicas, f"1 {allowed}"
-        )
+        check(self.replicas == 1 or not ddp, "parallel.replicas", self.replicas, f"1 {allowed}")
         check(not (self.offload and ddp), "parallel.offload", self.offload, f"False {allowed}")

@@ -1,4 +1,4 @@
-"""Memory and traffic of a rank, computed from the shape of a model before anything is started."""
+"""Memory and traffic of a rank, computed from the shape of a model before a job is started."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rank_cost(cfg: TrainConfig, model: Transformer, ranks: int, item: int = 2) -
         state //= shards
         # Two blocks are whole at once, and with gradients; embedding, head and norms all the time.
         working = 2 * one_block * (item + 4) + rest * (4 + 4)
-        gathered = 2 * item * in_blocks + 4 * rest
+        gathered = item * (2 * in_blocks - one_block) + 4 * rest
         sent = forwards * (_ring(gathered, shards) + _ring(4 * total, shards))
         far = _ring(2 * 4 * total // shards, cfg.parallel.replicas)
         sent += _ring(2 * item * muon // shards, shards)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-POLL = 0.05
+POLL = 0.02
 """Seconds between two looks at the store while rank 0 works alone, which may take hours."""
 FOREVER = timedelta(days=30)
-"""Timeout of PyTorch's collectives: :mod:`bd3lm.ranks.watch` finds a rank that hangs, and names it."""
+"""Timeout of PyTorch's collectives: :mod:`bd3lm.ranks.watch` finds and names a rank that hangs."""
 
 
 class Ranks:
@@ -155,6 +155,11 @@ class Ranks:
         """Note progress, for the others to see if this rank hangs later."""
         if self.watch is not None:
             self.watch.beat(what)
+
+    def rest(self) -> None:
+        """Allow any time until the next note: for work on one rank while the others wait."""
+        if self.watch is not None:
+            self.watch.rest()
 
 
 ALONE = Ranks()

@@ -19,6 +19,7 @@ WAITING = ("torch/autograd/", "torch/distributed/", "bd3lm/ranks/")
 GRACE = 10.0
 """Seconds that the main thread has to report a lost connection itself."""
 EXIT_CODE = 2
+LOST = "the connection to rank 0 is lost"
 
 
 class Watch:
@@ -50,6 +51,10 @@ class Watch:
         self._count += 1
         self._what = what
 
+    def rest(self) -> None:
+        """Allow any time until the next note of progress."""
+        self._count = 0
+
     def close(self) -> None:
         """End the thread."""
         self._closed.set()
@@ -64,11 +69,13 @@ class Watch:
                 self._store.set(f"beat/{self._place.rank}", place)
                 if self._place.rank == 0:
                     self._judge()
+                else:
+                    self._judge_first()
                 if self._store.check(["verdict"]):
                     self._end(self._store.get("verdict").decode())
         except Exception as error:  # the store is gone, and with it rank 0 or torchrun
             if not self._closed.wait(GRACE):
-                self._end(f"the connection to rank 0 is lost ({' '.join(str(error).split())[:120]})")
+                self._end(f"{LOST} ({' '.join(str(error).split())[:120]})")
 
     def _where(self) -> str:
         """Innermost call of the main thread."""
@@ -102,13 +109,23 @@ class Watch:
         slow = [rank for rank in slow if ", working in " in told[rank]] or slow
         self._verdict(slow, told, "the others wait")
 
+    def _judge_first(self) -> None:
+        """Look whether rank 0, which looks after the others, runs."""
+        if self._store.check(["beat/0"]):
+            looks = int(self._store.get("beat/0").decode().split(" ", 1)[0])
+            now = time.monotonic()
+            if self._alive.get(0, (-1, 0.0))[0] != looks:
+                self._alive[0] = looks, now
+            elif now - self._alive[0][1] > self._seconds:
+                self._end(f"{LOST} (it does not run)")
+
     def _verdict(self, ranks: list[int], told: dict[int, str], why: str) -> None:
         named = "; ".join(f"rank {rank} {told[rank]}" for rank in ranks)
         self._store.set("verdict", f"no progress for {self._seconds:.0f} s: {named} ({why})")
 
     def _end(self, sentence: str) -> None:
         """Print the verdict, once for all ranks, and end the process."""
-        if self._place.rank == 0 or "rank 0 is lost" in sentence:
+        if self._place.rank == 0 or sentence.startswith(LOST):
             sys.stderr.write(f"error: {sentence}. Continue the run with --resume\n")
             sys.stderr.flush()
         if self._place.rank == 0:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bd3lm.training.shards import is_sharded, local
+from bd3lm.training.shards import local
 
 
 class Ema:

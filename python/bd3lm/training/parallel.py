@@ -51,6 +51,11 @@ def micro_batches(cfg: TrainConfig, ranks: int) -> int:
     return parts
 
 
+def is_fsdp(cfg: TrainConfig) -> bool:
+    """Whether several ranks share one copy of the model."""
+    return cfg.parallel.strategy == "fsdp"
+
+
 def check_ranks(cfg: TrainConfig, ranks: Ranks) -> None:
     """Check the settings against the number of ranks.
 
@@ -60,6 +65,12 @@ def check_ranks(cfg: TrainConfig, ranks: Ranks) -> None:
     micro_batches(cfg, ranks.size)
     replicas = cfg.parallel.replicas
     check(
+        ranks.size == 1 or not (is_fsdp(cfg) and cfg.compile),
+        "compile",
+        cfg.compile,
+        "left out with parallel.strategy = fsdp",
+    )
+    check(
         ranks.size == 1 or ranks.size % replicas == 0,
         "parallel.replicas",
         replicas,
@@ -67,9 +78,7 @@ def check_ranks(cfg: TrainConfig, ranks: Ranks) -> None:
     )
 
 
-def shared(
-    loss: Loss, cfg: TrainConfig, ranks: Ranks, device: torch.device
-) -> nn.Module:
+def shared(loss: Loss, cfg: TrainConfig, ranks: Ranks, device: torch.device) -> nn.Module:
     """Wrap the loss so that gradients are exchanged; one rank gets it as it is.
 
     Args:
@@ -80,7 +89,7 @@ def shared(
     """
     if ranks.size == 1:
         return loss.to(device)
-    if cfg.parallel.strategy == "fsdp":
+    if is_fsdp(cfg):
         return _fully_sharded(loss, cfg, ranks, device)
     from torch.nn.parallel import DistributedDataParallel
 
@@ -91,9 +100,7 @@ def shared(
     )
 
 
-def _fully_sharded(
-    loss: Loss, cfg: TrainConfig, ranks: Ranks, device: torch.device
-) -> nn.Module:
+def _fully_sharded(loss: Loss, cfg: TrainConfig, ranks: Ranks, device: torch.device) -> nn.Module:
     """Shard every block for itself, and the rest of the model together.
 
     Blocks are gathered in the dtype of their matrix products, the rest in float32, as autocast
@@ -114,8 +121,9 @@ def _fully_sharded(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    last = loss.model.blocks[-1]  # whose backward pass comes right after its forward
     for block in loss.model.blocks:
-        fully_shard(block, mp_policy=policy, **options)
+        fully_shard(block, mp_policy=policy, reshard_after_forward=block is not last, **options)
     fully_shard(loss, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
     if not cfg.parallel.offload:
         loss.to(device)  # buffers, and nothing else

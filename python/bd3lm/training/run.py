@@ -20,6 +20,7 @@ from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
 from bd3lm.model import Transformer, for_inference
 from bd3lm.model.memory import training_memory
+from bd3lm.model.scaling import rank_cost
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.ranks.group import ALONE, Ranks, joined, lost_ranks
 from bd3lm.sample import Sample, Sampler
@@ -144,6 +145,7 @@ def _run(
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
     trainer.run()
     result = trainer.validate(quick=False)
+    ranks.rest()
     with trainer.averaged() as model:
         return ranks.by_first(lambda: _finish(trainer, model, splits, result))
 
@@ -234,11 +236,16 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     cfg = trainer.cfg
     parameters = sum(p.numel() for p in trainer.model.parameters())
     item = compute_dtype(cfg, trainer.device).itemsize
+    ranks = trainer.ranks.size
     memory = training_memory(cfg, trainer.model, item).total
+    where = f"{trainer.device},"
+    if ranks > 1:
+        memory = rank_cost(cfg, trainer.model, ranks, item).memory
+        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {where}, each with"
     return (
         f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
-        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}, "
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {where} "
         f"about {memory / 1e9:.1f} GB of memory"
     )
 

@@ -45,7 +45,7 @@ from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
 from bd3lm.training.metrics import MetricsLog
 from bd3lm.training.optim import Optimizers, clip_gradients, lr_factor
-from bd3lm.training.parallel import Loss, micro_batches, shared, synchronized, whole_model
+from bd3lm.training.parallel import Loss, is_fsdp, micro_batches, shared, synchronized, whole_model
 from bd3lm.training.persistence import DataWatch, digest_of, resume, save, start_from
 from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 from bd3lm.training.reporter import Reporter
@@ -100,7 +100,9 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute
-        if self.device.type == "cuda" if cfg.compile is None else cfg.compile:
+        # FSDP gathers a block before its forward, which a compiled call of the block would skip.
+        by_default = self.device.type == "cuda" and not (ranks.size > 1 and is_fsdp(cfg))
+        if by_default if cfg.compile is None else cfg.compile:
             model.compile_blocks()
         self.model = model
         self.loss = shared(Loss(self.system, model), cfg, ranks, self.device)
@@ -189,7 +191,7 @@ class Trainer:
         try:
             _, norm = self.step() if self.profiler is None else self.profiler.run(self.step)
         except Exception:
-            self._check_data()  # the likelier cause of a failed step
+            self._check_data(ALONE)  # the likelier cause of a failed step; others may not be there
             raise
         done = self.steps_done
         self.ranks.beat(f"after step {done}")
@@ -197,7 +199,7 @@ class Trainer:
         window = self.guard.look(norm) if due else None
         self.seconds += time.perf_counter() - started
         if window is not None:
-            self._check_data()
+            self._check_data(self.ranks)
         return window
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -408,14 +410,14 @@ class Trainer:
         self._write({"step": self.steps_done, "rewound_from": ended})
         return True
 
-    def _check_data(self) -> None:
+    def _check_data(self, ranks: Ranks) -> None:
         """Look whether the data is still as it was opened.
 
         Raises:
             CorruptError: a file was written to in place; nothing is saved that it may have spoilt.
         """
         try:
-            for file in self.ranks.every(self.watch.check):
+            for file in ranks.every(self.watch.check):
                 self.reporter.note(
                     f"{file} was removed or replaced; the run reads the file that it opened"
                 )
