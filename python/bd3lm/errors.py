@@ -94,6 +94,10 @@ class InterruptedRunError(Bd3lmError):
         self.exit_code = 128 + number
 
 
+class LostRankError(Bd3lmError):
+    """Another process of the job has ended, cannot be reached or hangs."""
+
+
 class DivergedError(Bd3lmError):
     """Losses, gradients or weights are no longer finite; earlier checkpoints are finite."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    os.environ.update(order["env"])
+    exec(order["patch"])
     try:
         config = from_dict(TrainConfig, order["config"])
         run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
@@ -51,19 +54,42 @@ for line in sys.stdin:
 class Zygote:
     """Starts trainers; each needs a few hundred milliseconds instead of seconds of imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: str = "") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", imports + _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, config: dict[str, Any], out: Path, log: Path, *, resume: bool = True) -> int:
-        """Begin or resume a run; returns the process's number."""
+    def start(
+        self,
+        config: dict[str, Any],
+        out: Path,
+        log: Path,
+        *,
+        resume: bool = True,
+        env: dict[str, str] | None = None,
+        patch: str = "",
+    ) -> int:
+        """Begin or resume a run; returns the process's number.
+
+        ``patch`` is run in the process before it.
+        """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order)
+        return self._ask(order | {"env": env or {}, "patch": patch})
+
+    def job(
+        self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""
+    ) -> list[int]:
+        """Begin or resume a run on several ranks, as ``torchrun`` does."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return [self.start(config, out, log, env=env, patch=patch) for env in places]
 
     def wait(self, number: int) -> int:
         """Wait for a trainer; returns its exit code, negative after a signal."""

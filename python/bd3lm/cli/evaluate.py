@@ -23,6 +23,7 @@ from bd3lm.config import (
 
 if TYPE_CHECKING:
     from bd3lm.checkpoint import Checkpoint
+    from bd3lm.ranks.group import Ranks
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,18 @@ def main(argv: list[str] | None = None, prog: str = "bd3lm-eval") -> None:
 
 
 def evaluate(args: EvalArgs) -> None:
-    """Load, score, print."""
+    """Load, score, print; the ranks of a job share the rows, and rank 0 prints."""
     check_checkpoint(args.checkpoint)
     if args.data is not None and not args.data.startswith("hub:"):
         check_exists(args.data)
 
+    from bd3lm.ranks.group import joined
+
+    with joined(args.device) as ranks:
+        _evaluate(args, ranks)
+
+
+def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.cli.progress import bar
     from bd3lm.device import resolve_device
@@ -123,7 +131,7 @@ def evaluate(args: EvalArgs) -> None:
             loaded,
             None if args.data is None else Path(args.data),
             Path(work),
-            console.print,
+            console.print if ranks.first else lambda _: None,
             text_field=args.text_field,
             lines=args.lines,
             detokenizer=args.detokenizer,
@@ -142,13 +150,14 @@ def evaluate(args: EvalArgs) -> None:
             attention=args.attention,
         )
         noise = scoring.variance_noise(named) if args.variance else None
-        with bar(console) as progress:
+        with bar(console, shown=ranks.first) as progress:
             task = progress.add_task("scoring", total=len(scoring.rows))
             result = scoring.likelihood(
                 args.likelihood,
                 batch_size=args.batch_size,
                 max_rows=args.rows,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                ranks=ranks,
             )
         record = {
             "checkpoint": str(args.checkpoint),
@@ -158,7 +167,9 @@ def evaluate(args: EvalArgs) -> None:
             **result.to_dict(),
         }
         if noise is not None:
-            record["variance"] = scoring.variance(noise, args.batch_size)
+            record["variance"] = scoring.variance(noise, args.batch_size, ranks)
+    if not ranks.first:
+        return
     if args.json:
         sys.stdout.write(json.dumps(record) + "\n")
     else:

@@ -15,6 +15,7 @@ import tyro
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import PRESETS, TrainConfig, check, preset
 from bd3lm.errors import ExistsError
+from bd3lm.ranks.place import find_place
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 
@@ -50,6 +51,8 @@ def train(argv: list[str], prog: str) -> None:
         base = dataclasses.replace(base, config=_defaults(base.config, argv, name))
     described = DESCRIPTION.replace("PROG", prog)
     args = parse(TrainArgs, prog, words, description=described, default=base)
+    place = find_place()
+    check(args.out is not None or place.size == 1, "out", None, "given where several ranks train")
     cfg, out = args.config, args.out or _free_directory(name or "demo")
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
@@ -59,7 +62,13 @@ def train(argv: list[str], prog: str) -> None:
             cfg = saved_config(out)
     else:
         _check_inputs(cfg, out)
-    _run(cfg, out, args)
+    if place.rank == 0:
+        _run(cfg, out, args)
+    else:
+        from bd3lm.training import run_training
+        from bd3lm.training.reporter import Silent
+
+        run_training(cfg, out, Silent(), resume=args.resume, profile=args.profile)
 
 
 def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:

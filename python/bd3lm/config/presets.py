@@ -85,7 +85,7 @@ def demo(system: SystemName = "bd3lm") -> TrainConfig:
 
 
 def joint(system: SystemName = "bd3lm") -> TrainConfig:
-    """demo's model with a causal clean stream and a next-token loss: the best recipe so far.
+    """The demo with a causal clean stream and a next-token loss: the best recipe so far.
 
     One checkpoint is a block-diffusion and an autoregressive model (docs/recipe.md).
     """

@@ -12,6 +12,7 @@ from bd3lm.config.names import AttentionName, EstimatorName, PackingName, System
 from bd3lm.config.noise import NoiseConfig
 from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
+from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.sample import SampleConfig
 
 DEFAULT_BLOCK = 4
@@ -61,7 +62,8 @@ class TrainConfig:
     batch_size: int = 512
     """Rows of an optimizer step."""
     micro_batch: int | None = None
-    """Rows of one forward (gradient accumulation). None: the whole batch at once."""
+    """Rows of one forward (gradient accumulation), on each rank. None: the whole batch, or a
+    rank's share of it, at once."""
     seed: int = 1
     """Seed of weights, order and noise."""
     device: str = "auto"
@@ -90,6 +92,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
 

@@ -34,6 +34,8 @@ class Prefetcher:
         parts: micro-batches of a step.
         on_start: called in the thread before its first batch, or None. A thread has a current
             CUDA device of its own, and page-locked memory belongs to that device.
+        rank: ``(index, number)`` of the rank: of each micro-batch, which is a run of consecutive
+            rows of the global batch, a rank makes its share.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class Prefetcher:
         steps: int,
         parts: int = 1,
         on_start: Callable[[], None] | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
-        self._loader, self._steps, self._parts = loader, steps, parts
+        self._loader, self._steps = loader, steps
+        index, ranks = rank
+        self._parts = [(i * ranks + index, parts * ranks) for i in range(parts)]
         self._on_start = on_start
         self._made: deque[_Made] = deque()
         self._thread: ThreadPoolExecutor | None = None
@@ -84,5 +89,4 @@ class Prefetcher:
         self._made.append(_Made(step, spec, self._thread.submit(self._make, step, spec)))
 
     def _make(self, step: int, spec: NoiseSpec) -> list[Batch]:
-        parts = self._parts
-        return [self._loader.batch(step, spec, part=(i, parts)) for i in range(parts)]
+        return [self._loader.batch(step, spec, part=part) for part in self._parts]

@@ -157,23 +157,23 @@ class Loader:
         self.rows, self.batch_size, self.seed, self.pinned = rows, batch_size, seed, pinned
 
     def batch(self, step: int, spec: NoiseSpec, *, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a step, or an equal part of it.
+        """The batch of a step, or a part of it.
 
         Args:
             step: from 0.
             spec: the noise to draw.
-            part: ``(index, number)``: a micro-batch or a rank's share; the number divides
-                ``batch_size``.
+            part: ``(index, number)``: one of so many parts of consecutive rows, whose sizes
+                differ by one row at most; a micro-batch, or a micro-batch of a rank.
 
         Raises:
             ConfigError: a part that does not exist, or noise these rows do not allow.
         """
         index, parts = part
-        if not (0 <= index < parts and self.batch_size % parts == 0):
-            allowed = f"(index, number) with index < number, which divides {self.batch_size} rows"
+        if not 0 <= index < parts <= self.batch_size:
+            allowed = f"(index, number) with index < number, at most {self.batch_size} rows"
             raise ConfigError("part", part, allowed)
-        size = self.batch_size // parts
-        first = index * size
+        first = index * self.batch_size // parts
+        size = (index + 1) * self.batch_size // parts - first
         order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
         block_size = spec.block_size or self.rows.block_size

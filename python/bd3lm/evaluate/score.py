@@ -22,6 +22,7 @@ from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
+from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
@@ -264,6 +265,7 @@ class Scoring:
         per_token: bool = False,
         greedy: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Likelihood:
         """Score the rows; arguments as of :func:`evaluate_likelihood`."""
         with self._autocast():
@@ -282,6 +284,7 @@ class Scoring:
                 per_token=per_token,
                 greedy=greedy,
                 progress=progress,
+                ranks=ranks,
             )
 
     def variance_noise(self, estimator: EstimatorName | None) -> NoiseSpec:
@@ -305,13 +308,13 @@ class Scoring:
             return NoiseSpec(self.schedule, estimator=estimator)
         return self.loaded.system(self.config.block_size).noise(0)
 
-    def variance(self, noise: NoiseSpec, batch_size: int = 64) -> float:
+    def variance(self, noise: NoiseSpec, batch_size: int = 64, ranks: Ranks = ALONE) -> float:
         """Var. NELBO of packed rows (docs/math.md §6)."""
         assert isinstance(self.rows, Rows)
         system = self.loaded.system(self.config.block_size)
         with self._autocast():
             return nelbo_variance(
-                system, self.loaded.model, self.rows, noise, batch_size=batch_size
+                system, self.loaded.model, self.rows, noise, batch_size=batch_size, ranks=ranks
             )
 
     def _autocast(self) -> AbstractContextManager[object]:

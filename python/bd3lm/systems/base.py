@@ -76,6 +76,13 @@ class System(ABC):
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Read statistics of the training text that the noise needs, before the first step."""
 
+    def observations(self) -> Tensor | None:
+        """Sums over the blocks of this step, which ranks add up before the noise is updated.
+
+        None: nothing is learned from losses.
+        """
+        return None
+
     def update_noise_after_step(self, step: int) -> None:
         """Update the noise of later steps from the measurements of ``step`` optimizer steps."""
 

@@ -101,6 +101,11 @@ class BlockDiffusion(System):
             for noise in self._noises.values():
                 noise.set_rarity(gamma)
 
+    def observations(self) -> Tensor | None:
+        """Losses by masked count of this step, if the distribution of counts is fitted."""
+        every = (noise.observations for noise in self._noises.values())
+        return next((sums for sums in every if sums is not None), None)
+
     def update_noise_after_step(self, step: int) -> None:
         """Refit the distribution of counts every few steps, if it is fitted."""
         for noise in self._noises.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,11 +32,15 @@ class LossParts:
         known = self._sums.get(name)
         self._sums[name] = both if known is None else known.to(both.device) + both
 
-    def read(self) -> dict[str, float]:
-        """Mean of each part, and begin anew; parts without a token are left out."""
+    def read(self, over_ranks: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
+        """Mean of each part, and begin anew; parts without a token are left out.
+
+        Args:
+            over_ranks: adds a tensor over all ranks, which have the same parts.
+        """
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
+        sums = over_ranks(torch.stack(list(self._sums.values()))).tolist()
         named = dict(zip(self._sums, sums, strict=True))
         self._sums = {}
         return {name: nats / tokens for name, (nats, tokens) in named.items() if tokens}

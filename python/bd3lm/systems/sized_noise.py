@@ -117,6 +117,11 @@ class SizedNoise:
         if self._counts is not None:
             self._counts.observe(nats[: len(masked)], masked, blocks)
 
+    @property
+    def observations(self) -> Tensor | None:
+        """Losses by masked count of this step; None if there are none."""
+        return None if self._counts is None else self._counts.observed
+
     def update_after_step(self, step: int) -> None:
         """Refit the distribution of counts every few steps, if it is fitted."""
         if self._counts is not None and self._counts.update_noise_after_step(step):

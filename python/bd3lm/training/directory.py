@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bd3lm.errors import ExistsError, InterruptedRunError
+from bd3lm.errors import ExistsError, InterruptedRunError, LostRankError
 from bd3lm.files import storage_errors
 
 LOCK = ".lock"
@@ -55,10 +55,13 @@ def run_directory(out: Path, *, resume: bool) -> Iterator[None]:
 
 @contextmanager
 def removed_on_failure(out: Path) -> Iterator[None]:
-    """Empty the directory of a new run if setting up fails; a signal leaves it to be resumed."""
+    """Empty the directory of a new run if setting up fails.
+
+    After a signal, or where another rank has ended, it stays and can be resumed.
+    """
     try:
         yield
-    except (InterruptedRunError, KeyboardInterrupt):
+    except (InterruptedRunError, KeyboardInterrupt, LostRankError):
         raise
     except BaseException:
         for path in _entries(out):

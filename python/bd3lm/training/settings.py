@@ -8,9 +8,18 @@ from typing import Any
 from bd3lm.config import TrainConfig, to_dict
 from bd3lm.errors import ConfigError
 
-RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
-"""Settings that may change, as may ``steps`` to a larger number. No result depends on them. The
-data may have moved, but must be the same."""
+RESUMABLE = (
+    "data",
+    "valid",
+    "micro_batch",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "parallel.",
+)
+"""Settings that may change, besides more ``steps``: no number of the run depends on them, but for
+the order of sums. The data may have moved, but must be the same; another number of ranks may need
+another micro-batch."""
 
 
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
@@ -27,7 +36,7 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
-        if value != old[name] and not longer and name not in RESUMABLE:
+        if value != old[name] and not longer and not name.startswith(RESUMABLE):
             least = "at least " if name == "steps" else ""
             raise ConfigError(
                 name.replace("_", "-"),
