@@ -1,9 +1,9 @@
-"""How attention grows: time a token over L and over S, memory over L, forward and backward.
+"""Growth of attention: time a token over L and over S, memory over L, forward and backward.
 
 bf16 and float32, H = 8, D = 32, on one thread and on two; times are medians, from L = 4096 on
-single runs. Memory is what is
-allocated between the inputs and the gradients, in a process of its own for each L.
-pictures.py draws the figures.
+single runs. Memory counts
+allocations between inputs and gradients, in its own process for each L. pictures.py draws the
+figures.
 
 Run: python benches/python/growth.py [--rounds N] [--out FILE]
 """
@@ -33,7 +33,7 @@ def leaves(rows: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def microseconds(length: int, block: int, dtype: torch.dtype, rounds: int) -> float:
-    """Of one token of x0, forward and backward."""
+    """Time of one token of x0, forward and backward."""
     rows = max(1, 4096 // length)
     q, k, v, d_out = leaves(rows, length, dtype)
     inputs = [x.requires_grad_() for x in (q, k, v)]

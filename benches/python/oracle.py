@@ -1,4 +1,4 @@
-"""What each decoding rule costs by itself: total variation to a known source, against forwards.
+"""Cost of each decoding rule by itself: total variation to a known source, against forwards.
 
 The exact posterior of a Markov chain takes the place of the network (bd3lm.evaluate.oracle).
 pictures.py draws the figures.

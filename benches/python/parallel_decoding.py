@@ -1,9 +1,9 @@
-"""What parallel decoding costs in quality: forwards a token against generative perplexity.
+"""Cost of parallel decoding in quality: forwards a token against generative perplexity.
 
 A trained checkpoint draws the same number of rows by first hitting, by a confidence threshold, by
 an entropy bound and by a fixed number of tokens a forward, from the same random streams; a causal
 language model judges them. A repeated sentence has the best perplexity of all, so the entropy of a
-row's own tokens is reported too. pictures.py draws the figures.
+row's own tokens is shown with it. pictures.py draws the figures.
 
 Run: python benches/python/parallel_decoding.py CHECKPOINT [--evaluator NAME] [--num N] [--out FILE]
 """
@@ -38,7 +38,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 def measure(
     sampler: Sampler, decode: Any, judge: CausalLM, num: int, length: int, way: dict[str, Any]
 ) -> dict[str, float]:
-    """Forwards a token, and what the judge and the tokens themselves say."""
+    """Forwards a token, and the judge's and the tokens' own figures."""
     samples = []
     for first in range(0, num, 16):
         rows = min(16, num - first)

@@ -37,7 +37,7 @@ def millions(value: float) -> str:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """One sentence on what ran it."""
+    """One sentence on the machine."""
     flags = ", ".join(flag.upper().replace("AVX512F", "AVX-512") for flag in machine["flags"])
     return (
         f"{machine['cores']} cores of an {machine['processor']} ({flags}), "
@@ -47,14 +47,14 @@ def where(machine: dict[str, Any]) -> str:
 
 
 class Section(NamedTuple):
-    """A marker's file in ``benches/results`` and what makes its Markdown."""
+    """A marker's file in ``benches/results`` and the function that makes its Markdown."""
 
     file: str
     render: Callable[[Any], str]
 
 
 def training_step(results: list[dict[str, Any]]) -> str:
-    """Ours and the original's, a row a shape and precision of the original."""
+    """Table of ours and the original's, a row a shape and precision of the original."""
     rows = []
     for r in results:
         peer = ["–", "–", "–", "–"]
@@ -76,7 +76,7 @@ def training_step(results: list[dict[str, Any]]) -> str:
 
 
 def attention(results: dict[str, Any]) -> str:
-    """Milliseconds of ours, and what the peers take in multiples of it."""
+    """Milliseconds of ours, and the peers' as multiples of it."""
     rows = []
     for r in results["cases"]:
         c = r["case"]
@@ -94,8 +94,10 @@ def attention(results: dict[str, Any]) -> str:
         )
     head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch"
     notes = [
-        f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
-        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
+        f"Matrix products of {m['products_ms']:.1f} ms and attention of "
+        f"{m['attention_ms']:.1f} ms, "
+        f"interleaved, take {m['together_over_sum']:.2f} of their sum on "
+        f"{m['threads']} thread(s)."
         for m in results["alternation"]
     ]
     return table(head, rows) + "\n\n" + "\n".join(notes)
@@ -150,6 +152,31 @@ def sampling(results: dict[str, Any]) -> str:
     limit = f"{floor['tokens_per_second']:.0f} tokens/s"
     rows.append([f"limit of one row: matrices read once, {rate}", limit, "", ""])
     return table("what | speed | forwards | of the original (least–most)", rows)
+
+
+def speculation(results: dict[str, Any]) -> str:
+    """Tokens a forward and a second of each way, temperature and number of rows."""
+
+    def accepted(r: dict[str, Any]) -> str:
+        return ", ".join(f"{share:.2f}" for share in r.get("accepted", [])) or "–"
+
+    rows = [
+        (
+            r["way"],
+            f"{r['temperature']:g}",
+            r["rows"],
+            f"{r['tokens_per_forward']:.2f}",
+            f"{r['ceiling']:.2f}" if "ceiling" in r else "–",
+            accepted(r),
+            f"{r['tokens_per_second']:,.0f}",
+        )
+        for r in results["found"]
+    ]
+    head = (
+        "way | temperature | rows | tokens a forward | ceiling | accepted, by place of the draft "
+        "| tokens/s"
+    )
+    return f"{results['length']} tokens a row, top-p 1.\n\n" + table(head, rows)
 
 
 def parallel_decoding(results: dict[str, Any]) -> str:
@@ -230,7 +257,7 @@ def cold_rows(results: dict[str, Any]) -> str:
 
 
 def data_path(results: dict[str, Any]) -> str:
-    """Text to rows, masks, packing and batches against their peers, and what preparing takes."""
+    """Text to rows, masks, packing and batches against their peers, and the cost of preparing."""
     compared = [r for r in results["rows"] if r["peer_name"] is not None]
 
     def cells(r: dict[str, Any]) -> list[str]:
@@ -264,7 +291,8 @@ def data_path(results: dict[str, Any]) -> str:
     runs = min(r["runs"] for r in compared)
     return "\n\n".join(
         [
-            f"{versions}. Medians of {runs} pairs or more in turn; other processes took at most "
+            f"{versions}. Medians of {runs} interleaved pairs or more; other processes took "
+            "at most "
             f"{disturbed:.0%} of the machine.",
             table(f"{head} | bytes on disk | the peer's", texts),
             table("preparing | time (least–most) | Mtokens/s | peak memory", prepared),
@@ -281,6 +309,7 @@ SECTIONS: dict[str, Section] = {
     "data-path": Section("data_path.json", data_path),
     "presets": Section("presets.json", presets),
     "cold-rows": Section("cold_rows.json", cold_rows),
+    "speculation": Section("speculation.json", speculation),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
 

@@ -4,7 +4,7 @@ Core objects:
 
 - :class:`TrainConfig` holds every setting of a run; :func:`preset` returns one by name.
 - :func:`train` runs it: data, training, likelihood, samples.
-- :func:`load_checkpoint` opens what it wrote; :class:`Checkpoint` generates and scores text.
+- :func:`load_checkpoint` opens its checkpoint; :class:`Checkpoint` generates and scores text.
 - :class:`Sampler` draws many rows at once; :func:`score` returns likelihoods.
 - :class:`Schedule` is a noise schedule, built in or your own.
 

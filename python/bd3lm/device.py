@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None and device.type == "cuda":
         count = torch.cuda.device_count()
         check(device.index < count, "device", name, f"below cuda:{count}")
-        torch.cuda.set_device(device)  # what is allocated without a device's name goes there, too
+        torch.cuda.set_device(device)  # allocations that name no device go there, too
     return device
 
 
@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32 on this device."""
+    """Return whether matrix products in bf16 are faster than in fp32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch

@@ -10,7 +10,7 @@ class Bd3lmError(Exception):
 
 
 class ConfigError(Bd3lmError, ValueError):
-    """A setting is outside what is allowed: ``field = value: must be allowed``.
+    """A setting is not allowed: ``field = value: must be allowed``.
 
     Attributes:
         field: name of the setting, as the command line spells it.
@@ -74,7 +74,7 @@ class StorageError(Bd3lmError, OSError):
 
 
 class CheckpointError(Bd3lmError, ValueError):
-    """A checkpoint cannot be loaded, or does not fit what was asked of it."""
+    """A checkpoint cannot be loaded, or does not fit the request."""
 
 
 class OutOfMemoryError(Bd3lmError, MemoryError):
@@ -82,7 +82,7 @@ class OutOfMemoryError(Bd3lmError, MemoryError):
 
 
 class InterruptedRunError(Bd3lmError):
-    """A signal stopped a run; the message says what was saved and how to go on.
+    """A signal stopped a run; the message names the checkpoint and how to continue.
 
     Args:
         message: the sentence.
@@ -94,8 +94,12 @@ class InterruptedRunError(Bd3lmError):
         self.exit_code = 128 + number
 
 
+class LostRankError(Bd3lmError):
+    """Another process of the job has ended, cannot be reached or hangs."""
+
+
 class DivergedError(Bd3lmError):
-    """Losses, gradients or weights are no longer finite; what was saved before is finite."""
+    """Losses, gradients or weights are no longer finite; earlier checkpoints are finite."""
 
 
 class MissingPackageError(Bd3lmError, ImportError):

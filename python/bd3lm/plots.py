@@ -300,7 +300,7 @@ def _figure_class() -> type[Figure]:
 
 
 def _import(name: str) -> Any:
-    """Import a module of matplotlib, whatever MPLBACKEND says.
+    """Import a module of matplotlib under any MPLBACKEND.
 
     Notebooks set MPLBACKEND for the commands that they start, to a backend that the command's
     environment may not have. matplotlib then fails to import, although no backend is needed here.

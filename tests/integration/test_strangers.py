@@ -1,4 +1,4 @@
-"""What people give to the commands who have not read the code, each kind with inputs of its own."""
+"""Inputs of people who have not read the code, kind by kind."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_a_sample_is_written_byte_for_byte(checkpoint, capsys):
 
 
 def test_suggested_commands_run(folder, capsys):
-    """As they are printed after training, in a folder whose name a shell would take apart."""
+    """Commands printed after training, run in a folder whose name a shell would split."""
     summary = json.loads((folder / "r [1]" / "summary.json").read_text())
     from bd3lm.cli.summary import training_summary
 
@@ -381,7 +381,7 @@ def test_times_have_two_units():
 
 
 class PanicException(BaseException):
-    """As the extension raises it: no Exception."""
+    """Error of the extension that is no Exception."""
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_a_bug_shows_where_it_is_and_asks_for_a_report(capsys):
 
 
 def test_ctrl_c_while_importing_is_one_line(tmp_path):
-    """A module that is interrupted stands for a slow import."""
+    """A module that is interrupted imitates a slow import."""
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
     code = """
 import sys
@@ -860,7 +860,7 @@ EXAMPLES = settings(  # more of them in `make check-slow`
 def test_any_setting_of_train(words, corpus, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("any") / "run"
     base = [*TINY, "--data", str(corpus), "--out", str(out), "--eval.rows", "2"]
-    # `steps` and sizes that are right would take minutes: what is not refused is a small run.
+    # `steps` and sizes that are right would take minutes: accepted ones give a small run.
     check_line(capsys, train.main, [*base, *words])
 
 

@@ -80,7 +80,7 @@ def test_standard_input_that_stops(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_in_the_middle_of_a_long_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Only the library can encode it, for many seconds."""
+    """Text that only the library can encode, for many seconds."""
     definition = json.loads(tokenizer.json)
     definition["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "slow.json").write_text(json.dumps(definition))

@@ -1,4 +1,4 @@
-"""Trainers that are killed, stopped or started twice; readers beside a writer."""
+"""Trainers that are killed, stopped or started twice; readers during a write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def long(small):
 def whole(zygote, long, tmp_path_factory):
     """The run that nothing interrupts, and how long it takes."""
     root = tmp_path_factory.mktemp("whole")
-    for name in ("first", "run"):  # the first also reads what later ones find in memory
+    for name in ("first", "run"):  # the first also reads files that later ones find in memory
         begun = time.perf_counter()
         number = zygote.start(to_dict(long), root / name, root / "log")
         assert zygote.wait(number) == 0, (root / "log").read_text()
@@ -183,7 +183,7 @@ def test_runs_short_of_memory_at_40_places(zygote, small, tmp_path):
 
 
 def reads_beside_a_writer(tmp_path, reads):
-    """Read again and again while another process saves; returns what was read."""
+    """Read again and again while another process saves; returns the results."""
     root = tmp_path / "run" / "checkpoint"
     root.mkdir(parents=True)
     save(root, 1)

@@ -171,7 +171,7 @@ def stopped(config, out, after):
 
 
 def test_resume_is_always_safe_to_say(small, trained, tmp_path):
-    """Where there is no run; where nothing was saved; in the middle; and at the end."""
+    """Resume without a run, before the first save, in the middle, and at the end."""
     out = tmp_path / "run"
     stopped(small, out, 5)
     shutil.rmtree(out / "checkpoint")  # as if killed before the first checkpoint

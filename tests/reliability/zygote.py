@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     faulthandler.enable()
+    os.environ.update(order["env"])
+    exec(order["patch"])
     if order["memory"] is not None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
@@ -55,9 +58,9 @@ for line in sys.stdin:
 class Zygote:
     """Starts trainers; each needs a few hundred milliseconds instead of seconds of imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: str = "") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", imports + _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,6 +75,8 @@ class Zygote:
         *,
         resume: bool = True,
         memory: int | None = None,
+        env: dict[str, str] | None = None,
+        patch: str = "",
     ) -> int:
         """Begin or resume a run; returns the process's number.
 
@@ -81,9 +86,22 @@ class Zygote:
             log: file for its output.
             resume: continue what is there.
             memory: bytes of address space that it may add to those of the server.
+            env: variables of its environment.
+            patch: Python code that it runs first.
         """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order | {"memory": memory})
+        return self._ask(order | {"memory": memory, "env": env or {}, "patch": patch})
+
+    def job(
+        self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""
+    ) -> list[int]:
+        """Begin or resume a run on several ranks, as ``torchrun`` does."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return [self.start(config, out, log, env=env, patch=patch) for env in places]
 
     def wait(self, number: int) -> int:
         """Wait for a trainer; returns its exit code, negative after a signal."""

@@ -1,4 +1,4 @@
-"""Settings: the JSON round trip, presets, and what is refused."""
+"""Settings: the JSON round trip, presets, and refusals."""
 
 import dataclasses
 

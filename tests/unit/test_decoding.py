@@ -17,7 +17,7 @@ EVERY = torch.arange(ROWS * BLOCK)
 
 
 def cache_of(model: Transformer) -> KVCache:
-    """Two blocks are filled; behind them lies what must not count."""
+    """Two blocks are filled; values behind them must not count."""
     cache = KVCache(model.cfg, ROWS, CAPACITY, torch.device("cpu"))
     for kept in (*cache.k, *cache.v):
         kept.fill_(float("nan"))
@@ -94,7 +94,7 @@ def test_it_never_waits_for_the_device() -> None:
 
 
 def test_it_is_one_graph_for_every_position() -> None:
-    """What a graph records must not depend on the position, or a replay would be wrong."""
+    """A recorded graph must not depend on the position, or a replay would be wrong."""
     model = tiny_model()
     graphs: list[torch.fx.GraphModule] = []
 

@@ -1,4 +1,4 @@
-"""Noise: what it is a function of, and the law it follows."""
+"""Noise: its arguments, and the law it follows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blocks(mask: Tensor) -> Tensor:
 def loader(batch_size: int, seed: int = 3) -> Loader:
     documents = [list(range(4, 4 + n)) for n in (900, 40, 1, 700)]
     data = TokenArrays(documents, vocab_size=5000, bos_id=1, eos_id=2, mask_id=3)
-    return Loader(Rows(data, seq_len=L, block_size=S, plan="aligned"), batch_size, seed)
+    return Loader(Rows(data, seq_len=L, block_size=S, packing="aligned"), batch_size, seed)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -340,7 +340,7 @@ def test_what_the_rows_do_not_allow() -> None:
         draw(narrow)
     with pytest.raises(ConfigError, match=r"count_probs = 2 numbers: must be one for each k"):
         draw(NoiseSpec(LOGLINEAR, estimator="count", count_probs=[0.5, 0.5]))
-    with pytest.raises(ConfigError, match=r"part = \(0, 3\): must be .index, number. with"):
-        loader(16).batch(0, SPECS["full"], part=(0, 3))
+    with pytest.raises(ConfigError, match=r"part = \(0, 17\): must be .index, number. with"):
+        loader(16).batch(0, SPECS["full"], part=(0, 17))
     with pytest.raises(ConfigError, match=r"part = \(2, 2\)"):
         loader(16).batch(0, SPECS["full"], part=(2, 2))

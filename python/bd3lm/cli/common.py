@@ -18,6 +18,7 @@ from bd3lm.errors import (
     Bd3lmError,
     ConfigError,
     FormatError,
+    LostRankError,
     MissingFileError,
     is_out_of_memory,
 )
@@ -74,12 +75,19 @@ def run(command: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # PyO3's PanicException is no Exception
+        if getattr(error, "elsewhere", False):  # the rank where it happened prints it
+            sys.exit(getattr(error, "exit_code", 2))
         sentence = error_sentence(error)
         if sentence is None:
             traceback.print_exc()
             sys.stderr.write("This is a bug of bd3lm. Please report it with the lines above.\n")
             sys.exit(1)
-        PlainConsole(stderr=True).print(f"error: {sentence}", style="bold red")
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        where = "" if rank == "0" else f"rank {rank}: "
+        PlainConsole(stderr=True).print(f"error: {where}{sentence}", style="bold red")
+        sys.stderr.flush()
+        if isinstance(error, LostRankError) or rank != "0":
+            os._exit(getattr(error, "exit_code", 2))  # the transport may wait for other ranks
         sys.exit(getattr(error, "exit_code", 2))
 
 
@@ -170,7 +178,7 @@ def read_text(path: Path) -> str:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere, so that the interpreter can end in silence."""
+    """Discard buffered output, so that the interpreter can end in silence."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

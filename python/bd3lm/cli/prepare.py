@@ -148,7 +148,7 @@ def _reading(args: PrepareArgs) -> _Reading:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Leave nothing behind when the process is told to end: exit code 128 + number.
+    """Remove partial files when a signal ends the process; exit with 128 + its number.
 
     A signal that is ignored, as by nohup, stays ignored.
     """

@@ -15,6 +15,7 @@ import tyro
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import PRESETS, TrainConfig, check, preset
 from bd3lm.errors import ExistsError
+from bd3lm.ranks.place import find_place
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 
@@ -25,7 +26,7 @@ Every option below overrides the preset."""
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What the command line adds to a run's settings."""
+    """Options of the command line besides a run's settings."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -52,6 +53,8 @@ def train(argv: list[str], prog: str) -> None:
         base = dataclasses.replace(base, config=_defaults(base.config, argv, name))
     described = DESCRIPTION.replace("PROG", prog)
     args = parse(TrainArgs, prog, words, description=described, default=base)
+    place = find_place()
+    check(args.out is not None or place.size == 1, "out", None, "given where several ranks train")
     cfg, out = args.config, args.out or _free_directory(name or "demo")
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
@@ -64,7 +67,13 @@ def train(argv: list[str], prog: str) -> None:
             cfg = saved_config(out)
     else:
         _check_inputs(cfg, out)
-    _run(cfg, out, args)
+    if place.rank == 0:
+        _run(cfg, out, args)
+    else:
+        from bd3lm.training import run_training
+        from bd3lm.training.reporter import Silent
+
+        run_training(cfg, out, Silent(), resume=args.resume, profile=args.profile)
 
 
 def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
@@ -88,7 +97,7 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
 
 
 def _plot(cfg: TrainConfig, out: Path, console: PlainConsole) -> None:
-    """Write loss.png, or say what it needs: a run does not fail for want of a picture."""
+    """Write loss.png, or name the package it needs: a run does not fail for want of a picture."""
     from bd3lm.errors import MissingPackageError
     from bd3lm.plots import plot_loss, save
     from bd3lm.training import read_metrics
@@ -110,7 +119,7 @@ def _check_inputs(cfg: TrainConfig, out: Path) -> None:
 
 
 def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfig:
-    """What options override: the preset, or a run to resume, or a checkpoint to begin with."""
+    """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
     if "--resume" in argv and name is None and out is not None:
         from bd3lm.training import holds_run

@@ -1,4 +1,4 @@
-"""From the data that a user names (nothing, a prepared directory, text) to opened data sets."""
+"""Opening of the data that a user names: nothing, a prepared directory or text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT = 0.05
 MANIFEST = "manifest.json"
 
 Verify = bool | Literal["auto"]
-"""When a data set is verified; see :class:`bd3lm.data.Dataset`."""
+"""Time of a data set's verification; see :class:`bd3lm.data.Dataset`."""
 
 
 class _Options(TypedDict):

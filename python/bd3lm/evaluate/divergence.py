@@ -1,7 +1,7 @@
-"""How far sampled text is from held-out text: n-grams, and MAUVE.
+"""Divergence of sampled text from held-out text: n-grams, and MAUVE.
 
 Generative perplexity can be lowered by samplers that have learned nothing, for it rewards text
-that is too probable. A divergence from held-out text rises when samples are too narrow as it does
+that is too probable. A divergence from held-out text rises both when samples are too narrow and
 when they are too wild.
 """
 
@@ -66,8 +66,9 @@ def ngram_divergence(samples: Sequence[str], reference: Sequence[str], n: int = 
 def jensen_shannon(left: Iterable[object], right: Iterable[object]) -> float:
     """Jensen-Shannon divergence of two empirical distributions, in nats.
 
-    >>> round(jensen_shannon("aabb", "ccdd"), 6), jensen_shannon("ab", "ba")
-    (0.693147, 0.0)
+    Examples:
+        >>> round(jensen_shannon("aabb", "ccdd"), 6), jensen_shannon("ab", "ba")
+        (0.693147, 0.0)
     """
     a, b = Counter(left), Counter(right)
     names = sorted(a.keys() | b.keys(), key=repr)
@@ -127,8 +128,9 @@ def reference_texts(path: Path, verify: Verify = "auto") -> list[str]:
 def pieces(texts: Iterable[str], size: int, count: int) -> list[str]:
     """The first texts cut into at most ``count`` pieces of ``size`` words each.
 
-    >>> pieces(["a b c d e", "f g"], 2, 3)
-    ['a b', 'c d', 'f g']
+    Examples:
+        >>> pieces(["a b c d e", "f g"], 2, 3)
+        ['a b', 'c d', 'f g']
     """
     found: list[str] = []
     for text in texts:

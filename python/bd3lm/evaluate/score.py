@@ -22,7 +22,8 @@ from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
-from bd3lm.systems.block_diffusion import schedule_of
+from bd3lm.ranks.group import ALONE, Ranks
+from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
 """A prepared data set; a path of one, or of a text file; or one or several texts."""
@@ -71,7 +72,8 @@ def score(
     Examples:
         >>> result = score("runs/demo/checkpoint", "The old house stood by the river.",
         ...                likelihood="marginal")  # doctest: +SKIP
-        >>> result.nll, result.bpb  # doctest: +SKIP
+        Examples:
+            >>> result.nll, result.bpb  # doctest: +SKIP
     """
     loaded = _loaded(checkpoint)
     with tempfile.TemporaryDirectory() as work:
@@ -174,7 +176,7 @@ def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
         data,
         seq_len=cfg.seq_len,
         block_size=cfg.block,
-        plan=cfg.packing,
+        packing=cfg.packing,
         row_eos=cfg.row_eos,
         stride=cfg.eval.stride,
         keep_last=True,
@@ -234,6 +236,7 @@ class Scoring:
         same = loaded.config
         changes: dict[str, object] = {
             "block_size": same.block_size if block_size is None else block_size,
+            "objective": dataclasses.replace(same.objective, block_sizes=()),
             "precision": precision,
             "attention": attention,
             "row_eos": same.row_eos or row_eos,
@@ -262,6 +265,7 @@ class Scoring:
         per_token: bool = False,
         greedy: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Likelihood:
         """Score the rows; arguments as of :func:`evaluate_likelihood`."""
         with self._autocast():
@@ -280,6 +284,7 @@ class Scoring:
                 per_token=per_token,
                 greedy=greedy,
                 progress=progress,
+                ranks=ranks,
             )
 
     def variance_noise(self, estimator: EstimatorName | None) -> NoiseSpec:
@@ -303,13 +308,13 @@ class Scoring:
             return NoiseSpec(self.schedule, estimator=estimator)
         return self.loaded.system(self.config.block_size).noise(0)
 
-    def variance(self, noise: NoiseSpec, batch_size: int = 64) -> float:
+    def variance(self, noise: NoiseSpec, batch_size: int = 64, ranks: Ranks = ALONE) -> float:
         """Var. NELBO of packed rows (docs/math.md §6)."""
         assert isinstance(self.rows, Rows)
         system = self.loaded.system(self.config.block_size)
         with self._autocast():
             return nelbo_variance(
-                system, self.loaded.model, self.rows, noise, batch_size=batch_size
+                system, self.loaded.model, self.rows, noise, batch_size=batch_size, ranks=ranks
             )
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -17,12 +17,12 @@ from bd3lm.files import write_text
 from bd3lm.sample.sampler import Prompt, Sample, Sampler
 
 HIDDEN = "░"
-"""Stands for a masked token."""
+"""Sign of a masked token."""
 Kind = Literal["given", "drawn", "new", "masked"]
 SURE, LIKELY = 0.9, 0.5
 """Probabilities from which a new token is shown as sure, or as likely."""
 COLOURS = {"sure": "#0072b2", "likely": "#009e73", "unsure": "#d55e00"}
-"""Of new tokens, by confidence: three of Okabe and Ito's, which colour-blind people tell apart."""
+"""Colours of new tokens by confidence, from Okabe and Ito's palette for colour-blind readers."""
 
 
 @dataclass(frozen=True)

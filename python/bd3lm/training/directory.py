@@ -1,4 +1,4 @@
-"""The directory of a run: who may write to it, and what is left of a failed start."""
+"""The directory of a run: its lock, and cleaning up after a failed start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bd3lm.errors import CheckpointError, ExistsError, InterruptedRunError
+from bd3lm.errors import CheckpointError, ExistsError, InterruptedRunError, LostRankError
 from bd3lm.files import storage_errors
 
 LOCK = ".lock"
@@ -18,7 +18,7 @@ LOCK = ".lock"
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run was begun in a directory."""
+    """Return whether a run was begun in a directory."""
     return (out / "config.json").is_file()
 
 
@@ -69,10 +69,13 @@ def run_directory(out: Path, *, resume: bool) -> Iterator[None]:
 
 @contextmanager
 def removed_on_failure(out: Path) -> Iterator[None]:
-    """Empty the directory of a new run if setting up fails; a signal leaves it to be resumed."""
+    """Empty the directory of a new run if setting up fails.
+
+    After a signal, or where another rank has ended, it stays and can be resumed.
+    """
     try:
         yield
-    except (InterruptedRunError, KeyboardInterrupt):
+    except (InterruptedRunError, KeyboardInterrupt, LostRankError):
         raise
     except BaseException:
         for path in _entries(out):

@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 
 class StepGuard:
-    """Tells finite steps from others without a wait of the host for the device.
+    """Detects steps that are not finite, without a wait of the host for the device.
 
     Sums and counts stay on the device until :meth:`look` fetches them in one transfer.
 
@@ -64,6 +64,7 @@ class StepGuard:
             norms: the norm of each gradient.
             total: the norm of all.
         """
+        loss = loss.to(total.device)  # gradients may be in the memory of the host
         of_loss, of_norm = loss.isfinite(), norms.isfinite()
         finite = of_loss & total.isfinite()
         skipped, row, most = self._counts.unbind()

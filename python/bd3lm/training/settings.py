@@ -1,4 +1,4 @@
-"""Settings of a run on disk: their paths, and which may change when it is resumed."""
+"""Settings of a run on disk: their paths, and those that may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from typing import Any
 from bd3lm.config import TrainConfig, to_dict
 from bd3lm.errors import ConfigError
 
-RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
-"""Settings that may change, besides more ``steps``: no number of the run depends on them. The data
-may have moved, but must be the same."""
+RESUMABLE = (
+    "data",
+    "valid",
+    "micro_batch",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "parallel.",
+)
+"""Settings that may change, besides more ``steps``: no number of the run depends on them, but for
+the order of sums. The data may have moved, but must be the same; another number of ranks may need
+another micro-batch."""
 
 
 PATHS = ("data", "valid", "tokenizer", "init_from")
@@ -37,7 +46,7 @@ def absolute_paths(cfg: TrainConfig) -> TrainConfig:
 
 
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
-    """Refuse settings with which a run would not be the run that was begun.
+    """Refuse settings that would change the results of the run.
 
     Args:
         cfg: the settings to resume with.
@@ -50,7 +59,7 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     old, new = _flat(to_dict(absolute_paths(saved))), _flat(to_dict(absolute_paths(cfg)))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
-        if value != old[name] and not longer and name not in RESUMABLE:
+        if value != old[name] and not longer and not name.startswith(RESUMABLE):
             least = "at least " if name == "steps" else ""
             start = f"--init-from {shlex.quote(str(source))}"
             raise ConfigError(

@@ -98,7 +98,7 @@ impl PyTokenStore {
         Some(serde_json::to_string(manifest).expect("a manifest is plain JSON"))
     }
 
-    /// How often each id occurs.
+    /// Number of occurrences of each id.
     fn token_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
         let stop = AtomicBool::new(false);
         let counts = interruptible(py, &stop, || self.0.token_counts(&stop))?;
@@ -118,7 +118,7 @@ impl PyTokenStore {
     }
 }
 
-/// How text files are read, as keyword arguments in Python.
+/// Options of reading text files, as keyword arguments in Python.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct Reading {

@@ -1,5 +1,5 @@
-//! Token files: `tokens.bin` and `tokens.idx` in the Megatron IndexedDataset v1 layout, one sequence
-//! per document, and a `manifest.json` with the digests of the files.
+//! Token files: `tokens.bin` and `tokens.idx` in the Megatron IndexedDataset v1 layout, one
+//! sequence per document, and a `manifest.json` with the digests of the files.
 
 mod digest;
 mod index;
@@ -60,7 +60,7 @@ impl Tokens<'_> {
         }
     }
 
-    /// Whether there is none.
+    /// Returns whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -288,7 +288,7 @@ impl TokenStore {
         let _ = tokens;
     }
 
-    /// Where each document begins in [`Self::tokens`], and the end of the last.
+    /// Begin of each document in [`Self::tokens`], and the end of the last.
     pub fn doc_offsets(&self) -> &[u64] {
         &self.offsets
     }
@@ -308,7 +308,7 @@ impl TokenStore {
         self.manifest.as_ref()
     }
 
-    /// How often each id occurs; as long as the vocabulary.
+    /// Number of occurrences of each id; as long as the vocabulary.
     ///
     /// # Errors
     /// [`Error::TokenOutOfRange`] in a data set that was opened without verification, and one that

@@ -18,7 +18,7 @@ use crate::cpu::threads::available_threads;
 use crate::data::text::stopped;
 use crate::error::{Error, Result};
 
-/// When the files are compared with their digests.
+/// Time at which the files are compared with their digests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
     /// Unless they were, and have not changed since by size, times and inode.
@@ -93,7 +93,7 @@ impl Stamp {
         })
     }
 
-    /// Whether all files are older than the resolution of their times.
+    /// Returns whether all files are older than the resolution of their times.
     fn is_settled(&self, now: SystemTime) -> bool {
         let Ok(now) = now.duration_since(SystemTime::UNIX_EPOCH) else {
             return false;
@@ -134,7 +134,7 @@ impl Stamp {
     }
 }
 
-/// Where a verification is remembered: with the files, or in the user's cache.
+/// Files that remember a verification: with the files, or in the user's cache.
 fn places(dir: &Path) -> Vec<PathBuf> {
     let mut places = vec![dir.join(REMEMBERED)];
     let cache = std::env::var_os("XDG_CACHE_HOME")

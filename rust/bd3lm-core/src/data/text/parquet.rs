@@ -217,7 +217,7 @@ fn next<T: DataType>(
     Ok(out)
 }
 
-/// Which of the next rows of a column have the wanted value.
+/// Marks those of the next rows of a column that have the wanted value.
 fn matching(
     reader: &mut ColumnReader,
     level: i16,

@@ -1,0 +1,385 @@
+"""Runs on several ranks: they are the run of one rank, and end together.
+
+The ranks are processes on this machine that exchange tensors by gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.steps import find_checkpoint
+from bd3lm.config import TrainConfig, preset, to_dict
+from bd3lm.model.scaling import rank_cost
+from bd3lm.training import read_metrics
+from tests.reliability.test_kills import assert_same_run
+from tests.reliability.zygote import Zygote
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+
+IMPORTS = """
+import torch.distributed.fsdp, torch.distributed.tensor, torch.nn.parallel
+from torch.distributed.device_mesh import init_device_mesh
+"""
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    server = Zygote(IMPORTS)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def exact(small: TrainConfig) -> TrainConfig:
+    """In float32, whose sums differ by rounding alone."""
+    return dataclasses.replace(small, precision="fp32")
+
+
+def finish(zygote, processes):
+    """Exit codes of a job."""
+    return [zygote.wait(process) for process in processes]
+
+
+def run(zygote, ranks, config, out, *, patch=""):
+    """Train on so many ranks."""
+    log = out.with_suffix(".log")
+    codes = finish(zygote, zygote.job(ranks, to_dict(config), out, log, patch=patch))
+    assert codes == [0] * ranks, log.read_text()
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    return [m["loss"] for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
+
+
+def assert_same_curve(one: Path, many: Path, tolerance: float = 1e-5) -> None:
+    first, second = losses(one), losses(many)
+    assert len(first) == len(second)
+    assert second == pytest.approx(first, rel=0, abs=tolerance)
+    bounds = [json.loads((out / "summary.json").read_text())["val_nelbo"] for out in (one, many)]
+    assert bounds[1] == pytest.approx(bounds[0], rel=0, abs=10 * tolerance)
+    files = [load_file(find_checkpoint(out) / "training.safetensors") for out in (one, many)]
+    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+
+
+def parallel(config, **changes):
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **changes))
+
+
+def optimized(config, name):
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=name))
+
+
+# --- the same run -------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_and_one_goes_on(zygote, exact, tmp_path):
+    """DDP, learned noise, validation on both; then the second half on one rank."""
+    noise = dataclasses.replace(exact.noise, fit_counts=True)
+    config = optimized(dataclasses.replace(exact, noise=noise, batch_size=5), "adamw")
+    one = run(zygote, 1, config, tmp_path / "one")
+    many = run(zygote, 2, config, tmp_path / "many")
+    assert_same_curve(one, many)
+    half = run(zygote, 2, dataclasses.replace(config, steps=6), tmp_path / "half")
+    assert_same_curve(one, run(zygote, 1, config, half))
+
+
+def test_three_ranks_share_one_model_and_begin_where_one_ended(zygote, exact, tmp_path):
+    """FSDP2 and Muon; seven rows in micro-batches of two, which no number here divides."""
+    config = dataclasses.replace(optimized(exact, "muon"), batch_size=7)
+    one = run(zygote, 1, config, tmp_path / "one")
+    half = run(zygote, 1, dataclasses.replace(config, steps=6), tmp_path / "half")
+    config = parallel(config, strategy="fsdp")
+    again = json.loads((half / "config.json").read_text())
+    again["steps"], again["parallel"] = config.steps, to_dict(config)["parallel"]
+    (half / "config.json").write_text(json.dumps(again))
+    assert_same_curve(one, run(zygote, 3, config, half))
+
+
+COUNT = """
+import json
+from torch.utils._python_dispatch import TorchDispatchMode
+from bd3lm.training.trainer import Trainer
+from bd3lm.training.shards import local
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d."):
+            name = str(func).split(".")[1].strip("_")
+            tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            size = max([x.nbytes for x in tensors if isinstance(x, torch.Tensor)] or [0])
+            if name == "allreduce":
+                size = sum(x.nbytes for x in args[0])
+            self.found[name] = self.found.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+step = Trainer.step
+def counted(self):
+    if self.steps_done != 3:
+        return step(self)
+    with Count() as count:
+        result = step(self)
+    kept = [*self.model.parameters(), *self.ema.weights.values()]
+    kept += self.optimizers.state().values()
+    held = sum(local(tensor).nbytes for tensor in kept)
+    held += sum(local(p).nbytes for p in self.model.parameters())  # a gradient each
+    file = order["out"] + f"/count-{os.environ['RANK']}"
+    open(file, "w").write(json.dumps({"held": held, **count.found}))
+    return result
+Trainer.step = counted
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy):
+    ranks = 2
+    config = dataclasses.replace(parallel(optimized(exact, "muon"), strategy=strategy), steps=4)
+    out = run(zygote, ranks, config, tmp_path / "run", patch=COUNT)
+    model = load_checkpoint(out).model
+    paper = rank_cost(config, model, ranks, item=4)
+    counts = [json.loads((out / f"count-{rank}").read_text()) for rank in range(ranks)]
+    assert max(c.pop("held") for c in counts) == pytest.approx(paper.state, rel=0.02)
+    for count in counts:
+        # Of a ring of two, each rank sends half of what it gathers or adds, and all-reduce is both.
+        gathered = sum(v for k, v in count.items() if "allgather" in k or "reduce_scatter" in k)
+        exchanged = sum(v for k, v in count.items() if "alltoall" in k)
+        added = count.get("allreduce", 0)
+        sent = gathered // 2 + exchanged // 2 + added
+        assert sent == pytest.approx(paper.sent + paper.sent_far, rel=0.05), count
+
+
+SYSTEMS = ("bd3lm", "mdlm", "sedd", "ar")
+
+
+def of_system(config, system):
+    theirs = preset("demo", system)
+    model = dataclasses.replace(theirs.model, width=16, depth=2, heads=2)
+    return dataclasses.replace(
+        config, system=system, block_size=theirs.block_size, noise=theirs.noise, model=model
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fifty_steps_on_two_three_and_four_ranks(zygote, exact, tmp_path, system, optimizer):
+    config = dataclasses.replace(exact, steps=50, batch_size=9, checkpoint_every=50)
+    config = optimized(of_system(config, system), optimizer)
+    one = run(zygote, 1, config, tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        for ranks in (2, 3, 4):
+            name = f"{strategy}{ranks}"
+            shared = parallel(config, strategy=strategy)
+            assert_same_curve(one, run(zygote, ranks, shared, tmp_path / name))
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(zygote, exact, tmp_path):
+    config = optimized(dataclasses.replace(exact, steps=50), "muon")
+    one = run(zygote, 1, config, tmp_path / "one")
+    shared = parallel(config, strategy="fsdp", replicas=2)
+    assert_same_curve(one, run(zygote, 4, shared, tmp_path / "four"))
+
+
+# --- ends ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endless(exact):
+    return dataclasses.replace(exact, steps=100_000, checkpoint_every=2, log_every=1)
+
+
+def begun(zygote, ranks, config, out, *, patch=""):
+    """A job that trains."""
+    processes = zygote.job(ranks, to_dict(config), out, out.with_suffix(".log"), patch=patch)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    return processes
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 2, endless, out)
+    os.kill(processes[1], signal.SIGTERM)
+    assert finish(zygote, processes) == [128 + signal.SIGTERM] * 2
+    message = (tmp_path / "run.log").read_text()
+    assert message.count("the run is saved. Continue it with: bd3lm-train --out") == 2
+    last = read_metrics(out / "metrics.jsonl")[-1]["step"]
+    assert load_checkpoint(out).step == last
+
+
+def test_a_rank_that_dies_ends_the_others(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 2, endless, out)
+    os.kill(processes[1], signal.SIGKILL)
+    assert finish(zygote, processes) == [2, -signal.SIGKILL]
+    assert (
+        "error: another rank has ended or cannot be reached" in (tmp_path / "run.log").read_text()
+    )
+    assert load_checkpoint(out).step > 0
+
+
+def test_a_rank_that_stands_still_is_named(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 3, parallel(endless, timeout_minutes=0.05), out)
+    os.kill(processes[1], signal.SIGSTOP)
+    assert zygote.wait(processes[0]) == zygote.wait(processes[2]) == 2
+    os.kill(processes[1], signal.SIGKILL)
+    zygote.wait(processes[1])
+    message = (tmp_path / "run.log").read_text()
+    assert "error: no progress for 3 s: rank 1 " in message
+    assert "its process has ended or stands still" in message
+
+
+def test_a_rank_that_hangs_in_its_own_code_is_named(zygote, endless, tmp_path):
+    patch = """
+import time
+from bd3lm.systems import BlockDiffusion
+loss = BlockDiffusion.loss
+def stuck(self, model, batch):
+    if os.environ["RANK"] == "1" and os.path.exists(order["out"] + "/stop"):
+        time.sleep(1000)
+    return loss(self, model, batch)
+BlockDiffusion.loss = stuck
+"""
+    out = tmp_path / "run"
+    config = parallel(endless, timeout_minutes=0.05)
+    processes = begun(zygote, 2, config, out, patch=patch)
+    (out / "stop").touch()
+    assert finish(zygote, processes) == [2, 2]
+    message = (tmp_path / "run.log").read_text()
+    assert "error: no progress for 3 s: rank 1 after step" in message
+    assert "working in stuck" in message
+    assert "rank 0" not in message
+
+
+def test_a_full_disk_of_rank_0_is_the_error_of_all(zygote, exact, tmp_path):
+    patch = """
+import errno
+from bd3lm.training import persistence
+write = persistence.write_checkpoint
+def full(folder, *args, step, **options):
+    if step == 8:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(folder, *args, step=step, **options)
+persistence.write_checkpoint = full
+"""
+    out = tmp_path / "run"
+    processes = zygote.job(2, to_dict(exact), out, tmp_path / "run.log", patch=patch)
+    assert finish(zygote, processes) == [2, 2]
+    assert (
+        "no space left on the device. The last checkpoint is of step 4"
+        in (tmp_path / "run.log").read_text()
+    )
+    assert load_checkpoint(out).step == 4
+
+
+def test_bad_steps_of_one_rank_are_those_of_all(zygote, exact, tmp_path):
+    """One gradient of rank 1 is NaN at two steps in a row: skipped, and gone back, by both."""
+    patch = """
+from bd3lm.training.trainer import Trainer
+accumulate, left = Trainer._accumulate, {5: 1, 6: 1}
+def poisoned(self, batches):
+    step = self.steps_done + 1
+    if self.ranks.rank == 1 and left.pop(step, 0):
+        batches[0].weight[0] = torch.nan
+    return accumulate(self, batches)
+Trainer._accumulate = poisoned
+"""
+    out = run(zygote, 2, exact, tmp_path / "run", patch=patch)
+    (line,) = [m for m in read_metrics(out / "metrics.jsonl") if "rewound_from" in m]
+    assert line == {"step": 4, "rewound_from": 6}
+    assert_same_run(run(zygote, 2, exact, tmp_path / "clean"), out)
+
+
+def test_a_directory_in_use_is_refused_on_every_rank(zygote, endless, exact, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 1, endless, out)
+    second = zygote.job(2, to_dict(exact), out, tmp_path / "second.log")
+    assert finish(zygote, second) == [2, 2]
+    assert "that another process" in (tmp_path / "second.log").read_text()
+    os.kill(processes[0], signal.SIGKILL)
+    zygote.wait(processes[0])
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long(exact):
+    return dataclasses.replace(exact, steps=60, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, long, tmp_path_factory):
+    """The run on two ranks that nothing interrupts, and how long it takes."""
+    root = tmp_path_factory.mktemp("whole")
+    for name in ("first", "run"):
+        begun = time.perf_counter()
+        run(zygote, 2, long, root / name)
+    return root / "run", time.perf_counter() - begun
+
+
+def killed(zygote, long, whole, tmp_path, count, seed):
+    """Kill one rank at a random moment, resume, compare; returns how many were met."""
+    reference, seconds = whole
+    draw, met = random.Random(seed), 0
+    for index in range(count):
+        out, log = tmp_path / f"run{index}", tmp_path / f"run{index}.log"
+        processes = zygote.job(2, to_dict(long), out, log)
+        time.sleep(draw.uniform(0, seconds))
+        victim = draw.randrange(2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(processes[victim], signal.SIGKILL)
+        codes = finish(zygote, processes)
+        assert codes[victim] in (0, -signal.SIGKILL), log.read_text()
+        assert codes[1 - victim] in (0, 2), log.read_text()
+        met += codes[victim] != 0
+        assert_same_run(reference, run(zygote, 2, long, out))
+    return met
+
+
+def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
+    killed(zygote, long, whole, tmp_path, 2, seed=1)
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_25_random_moments(zygote, long, whole, tmp_path):
+    assert killed(zygote, long, whole, tmp_path, 25, seed=2) >= 15
+
+
+@pytest.mark.slow
+def test_two_ranks_preempted_ten_times_and_always_resumed(zygote, long, whole, tmp_path):
+    """Every rank gets the signal, as Slurm and torchrun send it, at moments of its own."""
+    reference, seconds = whole
+    draw, out, log = random.Random(3), tmp_path / "run", tmp_path / "run.log"
+    codes = []
+    for _ in range(10):
+        processes = zygote.job(2, to_dict(long), out, log)
+        time.sleep(draw.uniform(0.2, 0.4) * seconds)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+            time.sleep(draw.uniform(0, 0.05))
+        codes += finish(zygote, processes)
+    run(zygote, 2, long, out)
+    assert set(codes) <= {0, 2, 128 + signal.SIGTERM}, log.read_text()
+    assert_same_run(reference, out)
