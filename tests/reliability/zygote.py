@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, resource, sys
+import faulthandler, json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    faulthandler.enable()
     os.environ.update(order["env"])
     exec(order["patch"])
     if order["memory"] is not None:

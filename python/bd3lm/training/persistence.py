@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ def _check_data(trainer: Trainer, meta: Meta) -> None:
             data = trainer.train if split == "train" else trainer.valid
             raise CheckpointError(
                 f"{data.path} is not the data that this run was trained on (its digest differs); "
-                f"restore it, or begin another run with --init-from {meta.path}"
+                f"restore it, or begin another run with --init-from {shlex.quote(str(meta.path))}"
             )
 
 

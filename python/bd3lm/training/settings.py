@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -60,11 +61,12 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
         longer = name == "steps" and value >= old[name]
         if value != old[name] and not longer and not name.startswith(RESUMABLE):
             least = "at least " if name == "steps" else ""
+            start = f"--init-from {shlex.quote(str(source))}"
             raise ConfigError(
                 name.replace("_", "-"),
                 value,
                 f"{least}{old[name]}, as in the run that is resumed; for another run, "
-                f"choose a new --out and start from this one with --init-from {source}",
+                f"choose a new --out and start from this one with {start}",
             )
 
 
