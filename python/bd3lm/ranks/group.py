@@ -47,7 +47,7 @@ class Ranks:
         self.rank, self.size, self.local = place.rank, place.size, place.local
         self.watch: Watch | None = None
         self._store = store
-        self._turns = 0
+        self._works = 0
 
     @property
     def first(self) -> bool:
@@ -118,8 +118,8 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        self._turns += 1
-        key = f"turn/{self._turns}"
+        self._works += 1
+        key = f"work/{self._works}"
         if not self.first:
             while not self._store.check([key]):
                 time.sleep(POLL)
@@ -136,7 +136,7 @@ class Ranks:
         return value
 
     def first_then_all(self, work: Callable[[], T]) -> T:
-        """Work on rank 0, then on the others, which find what it has written.
+        """Work on rank 0, then on the others, which find its files.
 
         Raises:
             Bd3lmError: the error of the lowest rank that failed.
@@ -151,10 +151,10 @@ class Ranks:
         self.by_first(keep)
         return self.every(lambda: result[0] if self.first else work())
 
-    def beat(self, what: str) -> None:
+    def beat(self, position: str) -> None:
         """Note progress, for the others to see if this rank hangs later."""
         if self.watch is not None:
-            self.watch.beat(what)
+            self.watch.beat(position)
 
     def rest(self) -> None:
         """Allow any time until the next note: for work on one rank while the others wait."""
