@@ -259,9 +259,10 @@ def test_torchrun_starts_every_command(exact, tmp_path):
     """The commands of docs/guides/several-gpus.md, in processes that torchrun starts."""
 
     def torchrun(*words):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        port = ["--master-port", str(free_port())]
         return subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-            + ["--master-port", str(free_port()), "-m", "bd3lm", *words],
+            [sys.executable, *launcher, *port, "-m", "bd3lm", *words],
             capture_output=True,
             text=True,
             timeout=300,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def run_training(
             started = ranks.by_first(lambda: resume and holds_run(out))
             with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
                 if started:
-                    cfg = ranks.first_then_all(lambda: adopt_shape(cfg, out))
+                    cfg = ranks.by_first(partial(adopt_shape, cfg, out))
                     ended = ranks.every(lambda: _ended(cfg, out))
                     if ended is not None:
                         reporter.note(f"{out} has ended already, after step {cfg.steps}")
@@ -123,9 +124,10 @@ def _run(
     started: bool,
     profile: bool,
 ) -> dict[str, Any]:
-    with lost_ranks(), nullcontext() if started or not ranks.first else removed_on_failure(out):
+    keeps = started or not ranks.first
+    with nullcontext() if keeps else removed_on_failure(out), lost_ranks():
         if not started:
-            cfg = ranks.first_then_all(lambda: adopt_shape(cfg, out))
+            cfg = ranks.by_first(partial(adopt_shape, cfg, out))
             _check_early(cfg)
         # From here on the run can be resumed.
         ranks.by_first(lambda: write_json(out / "config.json", to_dict(cfg)))
