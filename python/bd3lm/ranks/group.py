@@ -120,19 +120,21 @@ class Ranks:
             return work()
         self._works += 1
         key = f"work/{self._works}"
-        if not self.first:
+        failure: Exception | None = None
+        value: Any = None
+        if self.first:
+            try:
+                value = work()
+            except Exception as error:
+                failure = error
+            self._store.set(key, pickle.dumps((_portable(failure), value)))
+        else:
             while not self._store.check([key]):
                 time.sleep(POLL)
-            failed, value = pickle.loads(self._store.get(key))
-            if failed:
-                raise _as_seen(value, None, False)
-            return value
-        try:
-            value = work()
-        except Exception as error:
-            self._store.set(key, pickle.dumps((True, _portable(error))))
-            raise
-        self._store.set(key, pickle.dumps((False, value)))
+            failure, value = pickle.loads(self._store.get(key))
+        self.largest(0)  # rank 0, which may keep the store, does not leave before all have read it
+        if failure is not None:
+            raise _as_seen(failure, failure, self.first)
         return value
 
     def first_then_all(self, work: Callable[[], T]) -> T:

@@ -61,11 +61,11 @@ class CountDistribution:
 
     def update_noise_after_step(self, step: int) -> bool:
         """Decay the averages; refit q every :data:`EVERY` steps. Returns whether q changed."""
-        if self.observed is None:
+        new, self.observed = self.observed, None
+        if new is not None:
+            self._sums = new if self._sums is None else self._sums.to(new.device) + new
+        if self._sums is None:
             return False
-        before = torch.zeros_like(self.observed) if self._sums is None else self._sums
-        self._sums = before.to(self.observed.device) + self.observed
-        self.observed = None
         if step % EVERY == 0:
             self.probs = fitted(*self._sums[:, 1:].double().cpu().numpy())
         self._sums = self._sums * DECAY
