@@ -243,7 +243,7 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     where = f"{trainer.device},"
     if ranks > 1:
         memory = rank_cost(cfg, trainer.model, ranks, item).memory
-        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {where}, each with"
+        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {trainer.device}, each with"
     return (
         f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
