@@ -198,7 +198,7 @@ def joined(device: str = "cpu", minutes: float = 30.0) -> Iterator[Ranks]:
             torch.cuda.set_device(place.local % torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=_prefixed("group", store),
             rank=place.rank,
             world_size=place.size,
             timeout=FOREVER,
@@ -217,11 +217,11 @@ def joined(device: str = "cpu", minutes: float = 30.0) -> Iterator[Ranks]:
 
 def _store(place: Place, *, again: bool = False) -> Any:
     """Connect to the store of rank 0, or to that of ``torchrun``'s agent, which it keeps."""
-    from torch.distributed import PrefixStore, TCPStore
+    import torch.distributed as dist
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         place.address,
         place.port,
         place.size,
@@ -230,7 +230,14 @@ def _store(place: Place, *, again: bool = False) -> Any:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return PrefixStore(f"bd3lm-{attempt}", store)
+    return _prefixed(f"bd3lm-{attempt}", store)
+
+
+def _prefixed(name: str, store: Any) -> Any:
+    """A part of a store, whose keys begin with a name."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
