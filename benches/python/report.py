@@ -158,7 +158,8 @@ def speculation(results: dict[str, Any]) -> str:
     """Tokens a forward and a second of each way, temperature and number of rows."""
 
     def accepted(r: dict[str, Any]) -> str:
-        return ", ".join(f"{share:.2f}" for share in r.get("accepted", [])) or "–"
+        places = zip(r.get("accepted", []), r.get("tried", []), strict=True)
+        return ", ".join(f"{share:.2f}" for share, tried in places if tried >= 30) or "–"
 
     rows = [
         (
@@ -173,8 +174,8 @@ def speculation(results: dict[str, Any]) -> str:
         for r in results["found"]
     ]
     head = (
-        "way | temperature | rows | tokens a forward | ceiling | accepted, by place of the draft "
-        "| tokens/s"
+        "way | temperature | rows | tokens a forward | ceiling | accepted, by place (30 tries or "
+        "more) | tokens/s"
     )
     return f"{results['length']} tokens a row, top-p 1.\n\n" + table(head, rows)
 

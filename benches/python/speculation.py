@@ -26,6 +26,7 @@ from bd3lm.sample import Sampler
 
 TEMPERATURES = (0.0, 0.7, 1.0)
 ROWS = (1, 16)
+SIZES = {4, 8}
 UNREACHED = -1
 """No token has this id, so that every row has the same length."""
 
@@ -49,7 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_checkpoint(args.checkpoint)
     dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
-    sizes = sorted({loaded.config.block, *loaded.config.objective.block_sizes} & {2, 4, 8, 16})
+    trained = {loaded.config.block, *loaded.config.objective.block_sizes}
+    sizes = sorted(trained & SIZES)
     ways: dict[str, tuple[Sampler, bool]] = {
         "ar": (Sampler.from_checkpoint(loaded.as_autoregressive(), dtype=dtype), False),
         "first hitting": (Sampler.from_checkpoint(loaded, dtype=dtype), False),
@@ -82,10 +84,11 @@ def main() -> None:
                 }
                 acceptance = sampler.acceptance
                 if speculate and acceptance is not None:
-                    tried = acceptance.tried.clip(min=1)
+                    tried = acceptance.tried
                     line["ceiling"] = acceptance.ceiling
-                    line["accepted"] = (acceptance.accepted / tried).tolist()
-                    line["overlap"] = (acceptance.overlap / tried).tolist()
+                    line["tried"] = tried.tolist()
+                    line["accepted"] = (acceptance.accepted / tried.clip(min=1)).tolist()
+                    line["overlap"] = (acceptance.overlap / tried.clip(min=1)).tolist()
                 found.append(line)
                 print(line)
     write(args.out, {"length": args.length, "sizes": sizes, "found": found})

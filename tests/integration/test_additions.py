@@ -133,8 +133,9 @@ def test_a_built_in_noise_schedule(tmp_path):
         ("            Schedule::Square => p.sqrt(),", "            Schedule::Cubic => p.cbrt(),"),
     ):
         copy.change(rust, after, f"{line}\n{after}")
-    line = '    "square",\n'
-    copy.change("python/bd3lm/config/names.py", line, f'{line}    "cubic",\n')
+    copy.change(
+        "python/bd3lm/config/names.py", f"    {last.strip()}\n", '    "table",\n    "cubic",\n'
+    )
     tests = "tests/unit/test_schedules.py"
     line = '    "square": Reference({}, lambda t: t**2, torch.sqrt),\n'
     cubic = '    "cubic": Reference({}, lambda t: t**3, lambda p: p ** (1 / 3)),\n'

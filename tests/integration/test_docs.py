@@ -150,9 +150,8 @@ def test_code_blocks_run(page, trained, tmp_path, monkeypatch, capsys):
             for words in commands(block.text):
                 seen += 1
                 if words[0] == "torchrun":  # executed by tests/reliability/test_ranks.py
-                    module = words.index("-m")
-                    assert words[module + 1] == "bd3lm"
-                    words = [f"bd3lm-{words[module + 2]}", *words[module + 3 :]]
+                    name, *words = words[words.index("bd3lm") + 1 :]
+                    words = [f"bd3lm-{name}", *words]
                 if words[0] not in ours:
                     check_other(words)
                     continue

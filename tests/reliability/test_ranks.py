@@ -11,6 +11,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from bd3lm.config import TrainConfig, preset, to_dict
 from bd3lm.model.scaling import rank_cost
 from bd3lm.training import read_metrics
 from tests.reliability.test_kills import assert_same_run
-from tests.reliability.zygote import Zygote
+from tests.reliability.zygote import Zygote, free_port
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -63,6 +65,25 @@ def run(zygote, ranks, config, out, *, patch=""):
     return out
 
 
+def stopped(zygote, ranks, config, out):
+    """Train on so many ranks until rank 0 gets a signal in step 6."""
+    patch = """
+import signal
+from bd3lm.training.trainer import Trainer
+after = Trainer._after_step
+def signalled(self, window):
+    after(self, window)
+    if self.steps_done == 6 and self.ranks.first:
+        os.kill(os.getpid(), signal.SIGTERM)
+Trainer._after_step = signalled
+"""
+    log = out.with_suffix(".log")
+    codes = finish(zygote, zygote.job(ranks, to_dict(config), out, log, patch=patch))
+    assert codes == [128 + signal.SIGTERM] * ranks, log.read_text()
+    assert load_checkpoint(out).step == 6
+    return out
+
+
 def losses(out: Path) -> list[float]:
     return [m["loss"] for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
 
@@ -95,20 +116,16 @@ def test_two_ranks_train_as_one_and_one_goes_on(zygote, exact, tmp_path):
     one = run(zygote, 1, config, tmp_path / "one")
     many = run(zygote, 2, config, tmp_path / "many")
     assert_same_curve(one, many)
-    half = run(zygote, 2, dataclasses.replace(config, steps=6), tmp_path / "half")
-    assert_same_curve(one, run(zygote, 1, config, half))
+    assert_same_curve(one, run(zygote, 1, config, stopped(zygote, 2, config, tmp_path / "half")))
 
 
 def test_three_ranks_share_one_model_and_begin_where_one_ended(zygote, exact, tmp_path):
-    """FSDP2 and Muon; seven rows in micro-batches of two, which no number here divides."""
-    config = dataclasses.replace(optimized(exact, "muon"), batch_size=7)
+    """FSDP2 and Muon; eight rows in two micro-batches for each of three ranks."""
+    config = dataclasses.replace(optimized(exact, "muon"), batch_size=8)
     one = run(zygote, 1, config, tmp_path / "one")
-    half = run(zygote, 1, dataclasses.replace(config, steps=6), tmp_path / "half")
-    config = parallel(config, strategy="fsdp")
-    again = json.loads((half / "config.json").read_text())
-    again["steps"], again["parallel"] = config.steps, to_dict(config)["parallel"]
-    (half / "config.json").write_text(json.dumps(again))
-    assert_same_curve(one, run(zygote, 3, config, half))
+    half = stopped(zygote, 1, config, tmp_path / "half")
+    shared = dataclasses.replace(parallel(config, strategy="fsdp"), micro_batch=2)
+    assert_same_curve(one, run(zygote, 3, shared, half))
 
 
 COUNT = """
@@ -128,6 +145,8 @@ class Count(TorchDispatchMode):
             size = max([x.nbytes for x in tensors if isinstance(x, torch.Tensor)] or [0])
             if name == "allreduce":
                 size = sum(x.nbytes for x in args[0])
+            if name == "alltoall_base":  # bytes to the others
+                size = sum(args[4]) - args[4][int(os.environ["RANK"])]
             self.found[name] = self.found.get(name, 0) + size
         return func(*args, **(kwargs or {}))
 
@@ -158,11 +177,11 @@ def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy
     counts = [json.loads((out / f"count-{rank}").read_text()) for rank in range(ranks)]
     assert max(c.pop("held") for c in counts) == pytest.approx(paper.state, rel=0.02)
     for count in counts:
-        # Of a ring of two, each rank sends half of what it gathers or adds, and all-reduce is both.
+        # In a ring of two a rank sends half of the bytes, and all of them for an all-reduce.
         gathered = sum(v for k, v in count.items() if "allgather" in k or "reduce_scatter" in k)
-        exchanged = sum(v for k, v in count.items() if "alltoall" in k)
+        exchanged = count.get("alltoall_base", 0)
         added = count.get("allreduce", 0)
-        sent = gathered // 2 + exchanged // 2 + added
+        sent = gathered // 2 + exchanged + added
         assert sent == pytest.approx(paper.sent + paper.sent_far, rel=0.05), count
 
 
@@ -199,6 +218,77 @@ def test_two_copies_of_two_shards(zygote, exact, tmp_path):
     assert_same_curve(one, run(zygote, 4, shared, tmp_path / "four"))
 
 
+# --- scores and samples -------------------------------------------------------------------------
+
+
+def printed(zygote, ranks, command, words, log):
+    """Lines that a command prints on so many ranks, as JSON."""
+    main = f"""
+def main():
+    from bd3lm.cli.{command} import main as command
+    command({[str(word) for word in words]!r})
+"""
+    codes = finish(zygote, zygote.job(ranks, {}, log, log, patch=main))
+    assert codes == [0] * ranks, log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--estimator exact --variance", "--likelihood confidence", "--estimator stratified --rows 7"],
+)
+def test_scores_are_those_of_one_rank(zygote, trained, tmp_path, options):
+    words = [trained, "--json", "--batch-size", 2, "--device", "cpu", *options.split()]
+    one, many = (
+        printed(zygote, ranks, "evaluate", words, tmp_path / f"{ranks}.log") for ranks in (1, 3)
+    )
+    assert one == many
+    assert len(one) == 1
+
+
+def test_samples_are_those_of_one_rank(zygote, trained, tmp_path):
+    words = [trained, "--json", "--batch-size", 2, "--num", 7, "--length", 12, "--device", "cpu"]
+    one, many = (
+        printed(zygote, ranks, "sample", words, tmp_path / f"{ranks}.log") for ranks in (1, 2)
+    )
+    assert one == many
+    assert [line["index"] for line in one] == list(range(7))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_every_command(exact, tmp_path):
+    """The commands of docs/guides/several-gpus.md, in processes that torchrun starts."""
+
+    def torchrun(*words):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        port = ["--master-port", str(free_port())]
+        return subprocess.run(
+            [sys.executable, *launcher, *port, "-m", "--", "bd3lm", *words],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    small = ["--data", str(exact.data), "--steps", "3", "--batch-size", "4", "--seq-len", "16"]
+    small += ["--device", "cpu", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"]
+    small += ["--eval.every", "0", "--sample.num", "1", "--sample.length", "8"]
+    done = torchrun("train", "demo", "--out", "runs/two", *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val_") <= 1
+    scored = torchrun("eval", "runs/two/checkpoint", "--json")
+    assert json.loads(scored.stdout)["step"] == 3, scored.stderr
+    drawn = torchrun("sample", "runs/two/checkpoint", "--num", "3", "--length", "8", "--json")
+    assert len(drawn.stdout.splitlines()) == 3, drawn.stderr
+    again = torchrun("train", "demo", "--out", "runs/two", *small)
+    assert again.returncode != 0
+    assert again.stderr.count("error: runs/two already holds a run") == 1
+    nowhere = torchrun("train", "demo", *small)
+    assert "error: out (not given): must be given where several ranks train" in nowhere.stderr
+
+
 # --- ends ---------------------------------------------------------------------------------------
 
 
@@ -208,9 +298,11 @@ def endless(exact):
 
 
 def begun(zygote, ranks, config, out, *, patch=""):
-    """A job that trains."""
+    """A job that has saved its first checkpoint."""
     processes = zygote.job(ranks, to_dict(config), out, out.with_suffix(".log"), patch=patch)
-    while not (out / "metrics.jsonl").exists():
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint" / "latest").exists():
+        assert time.monotonic() < deadline, out.with_suffix(".log").read_text()
         time.sleep(0.01)
     return processes
 
@@ -237,16 +329,17 @@ def test_a_rank_that_dies_ends_the_others(zygote, endless, tmp_path):
     assert load_checkpoint(out).step > 0
 
 
-def test_a_rank_that_stands_still_is_named(zygote, endless, tmp_path):
+@pytest.mark.slow
+def test_a_rank_that_does_not_run_is_named(zygote, endless, tmp_path):
     out = tmp_path / "run"
-    processes = begun(zygote, 3, parallel(endless, timeout_minutes=0.05), out)
+    processes = begun(zygote, 3, parallel(endless, timeout_minutes=0.1), out)
     os.kill(processes[1], signal.SIGSTOP)
     assert zygote.wait(processes[0]) == zygote.wait(processes[2]) == 2
     os.kill(processes[1], signal.SIGKILL)
     zygote.wait(processes[1])
     message = (tmp_path / "run.log").read_text()
-    assert "error: no progress for 3 s: rank 1 " in message
-    assert "its process has ended or stands still" in message
+    assert "error: no progress for 6 s: rank 1 " in message
+    assert "its process has ended or does not run" in message
 
 
 def test_a_rank_that_hangs_in_its_own_code_is_named(zygote, endless, tmp_path):
@@ -261,12 +354,12 @@ def stuck(self, model, batch):
 BlockDiffusion.loss = stuck
 """
     out = tmp_path / "run"
-    config = parallel(endless, timeout_minutes=0.05)
+    config = parallel(endless, timeout_minutes=0.1)
     processes = begun(zygote, 2, config, out, patch=patch)
     (out / "stop").touch()
     assert finish(zygote, processes) == [2, 2]
     message = (tmp_path / "run.log").read_text()
-    assert "error: no progress for 3 s: rank 1 after step" in message
+    assert "error: no progress for 6 s: rank 1 after step" in message
     assert "working in stuck" in message
     assert "rank 0" not in message
 
@@ -331,11 +424,9 @@ def long(exact):
 @pytest.fixture(scope="module")
 def whole(zygote, long, tmp_path_factory):
     """The run on two ranks that nothing interrupts, and how long it takes."""
-    root = tmp_path_factory.mktemp("whole")
-    for name in ("first", "run"):
-        begun = time.perf_counter()
-        run(zygote, 2, long, root / name)
-    return root / "run", time.perf_counter() - begun
+    begun = time.perf_counter()
+    out = run(zygote, 2, long, tmp_path_factory.mktemp("whole") / "run")
+    return out, time.perf_counter() - begun
 
 
 def killed(zygote, long, whole, tmp_path, count, seed):
@@ -358,7 +449,7 @@ def killed(zygote, long, whole, tmp_path, count, seed):
 
 
 def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
-    killed(zygote, long, whole, tmp_path, 2, seed=1)
+    killed(zygote, long, whole, tmp_path, 1, seed=1)
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def train(order):
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     faulthandler.enable()
     os.environ.update(order["env"])
-    exec(order["patch"])
+    names = globals() | {"order": order}
+    exec(order["patch"], names)
     if order["memory"] is not None:
         # A stack that cannot grow any more is a SIGSEGV, whoever needs it: it is grown before.
         call = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda n: call(n - 1) if n else None)
@@ -35,6 +36,10 @@ def train(order):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
     try:
+        if "main" in names:
+            names["main"]()
+            sys.stdout.flush()
+            os._exit(0)
         config = from_dict(TrainConfig, order["config"])
         run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
     except Bd3lmError as error:
@@ -56,6 +61,13 @@ for line in sys.stdin:
             train(order)
     print(answer, flush=True)
 """
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Zygote:
@@ -90,7 +102,7 @@ class Zygote:
             resume: continue what is there.
             memory: bytes of address space that it may add to those of the server.
             env: variables of its environment.
-            patch: Python code that it runs first.
+            patch: Python code that it runs first. If it defines ``main``, that is run instead.
         """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
         return self._ask(order | {"memory": memory, "env": env or {}, "patch": patch})
@@ -99,10 +111,8 @@ class Zygote:
         self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""
     ) -> list[int]:
         """Begin or resume a run on several ranks, as ``torchrun`` does."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        job |= {"MASTER_PORT": str(free_port())}
         places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         return [self.start(config, out, log, env=env, patch=patch) for env in places]
 

@@ -16,6 +16,7 @@ from bd3lm.model import Transformer
 from bd3lm.model.flops import step_flops
 from bd3lm.sample import Sampler
 from bd3lm.sample.draw import composed_draw, distribution, draw
+from bd3lm.sample.strategies.ordered import left_to_right
 from bd3lm.systems import Autoregressive, BlockDiffusion
 from tests.conftest import MASK_ID, VOCAB_SIZE, random_ids, tiny_model, token_arrays
 from tests.unit.test_sampling_ways import M, fits
@@ -256,6 +257,8 @@ def test_speculation_refuses_what_it_cannot_do():
         ar.generate(cfg)
     with pytest.raises(ConfigError, match="without holes"):
         speculative.generate(cfg, [[1, None, 2]])
+    with pytest.raises(ConfigError, match="strategy"):
+        speculative.generate(cfg, strategy=left_to_right)
     for other in ({"steps": 4}, {"order": "confidence"}, {"repetition_penalty": 1.2}):
         with pytest.raises(ConfigError, match="speculate"):
             SampleConfig(speculate=True, **other)

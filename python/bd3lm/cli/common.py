@@ -17,11 +17,13 @@ from rich.console import Console
 from bd3lm.errors import (
     Bd3lmError,
     ConfigError,
+    DivergedError,
     FormatError,
-    LostRankError,
+    InterruptedRunError,
     MissingFileError,
     is_out_of_memory,
 )
+from bd3lm.ranks.place import Place, find_place
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -75,20 +77,34 @@ def run(command: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # PyO3's PanicException is no Exception
-        if getattr(error, "elsewhere", False):  # the rank where it happened prints it
-            sys.exit(getattr(error, "exit_code", 2))
-        sentence = error_sentence(error)
-        if sentence is None:
-            traceback.print_exc()
-            sys.stderr.write("This is a bug of bd3lm. Please report it with the lines above.\n")
-            sys.exit(1)
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        where = "" if rank == "0" else f"rank {rank}: "
+        _report(error)
+        code = 1 if error_sentence(error) is None else getattr(error, "exit_code", 2)
+        if _place().size > 1:
+            os._exit(code)  # at exit the transport may wait for other ranks
+        sys.exit(code)
+
+
+def _report(error: BaseException) -> None:
+    """Print an error, once where all ranks of a job have the same."""
+    shared = isinstance(error, (ConfigError, DivergedError, InterruptedRunError))
+    rank = _place().rank
+    if getattr(error, "elsewhere", False) or (shared and rank > 0):
+        return
+    sentence = error_sentence(error)
+    if sentence is None:
+        traceback.print_exc()
+        sys.stderr.write("This is a bug of bd3lm. Please report it with the lines above.\n")
+    else:
+        where = f"rank {rank}: " if rank else ""
         PlainConsole(stderr=True).print(f"error: {where}{sentence}", style="bold red")
-        sys.stderr.flush()
-        if isinstance(error, LostRankError) or rank != "0":
-            os._exit(getattr(error, "exit_code", 2))  # the transport may wait for other ranks
-        sys.exit(getattr(error, "exit_code", 2))
+    sys.stderr.flush()
+
+
+def _place() -> Place:
+    """The process in its job; a job of its own where the environment is not complete."""
+    with suppress(ConfigError):
+        return find_place()
+    return Place()
 
 
 def error_sentence(error: BaseException) -> str | None:

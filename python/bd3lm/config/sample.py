@@ -37,7 +37,7 @@ class SampleConfig:
     speculate: bool = False
     """Draw from the autoregressive model of a causal clean stream, several tokens a forward: the
     noised stream drafts block-size - 1 tokens, the clean stream accepts or replaces them. The law
-    is that of drawing token by token (docs/math.md §8)."""
+    is that of drawing token by token."""
     top_p: float = 0.9
     """Nucleus sampling; 1 samples from the whole distribution."""
     top_k: int | None = None

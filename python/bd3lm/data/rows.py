@@ -144,7 +144,8 @@ class Loader:
     """Noised batches of a shuffled data set.
 
     Order and noise are functions of (seed, step, row of the global batch): never of how a batch
-    is cut into parts, nor of threads. There is no state to save; a step number is all it takes.
+    is cut into parts, nor of threads. Strata also read its number of rows. There is no state to
+    save; a step number is all it takes.
 
     Args:
         rows: to draw from.

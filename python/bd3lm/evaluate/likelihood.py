@@ -367,9 +367,9 @@ class _Totals:
             ranks.sum(torch.from_numpy(values))
         if self.greedy is not None:
             self.greedy = np.logical_or.reduce(ranks.gather(self.greedy))
-        nelbo = ranks.gather(self.nelbo)
-        lacking = any(part is None for part in nelbo)
-        self.nelbo = None if lacking else np.sum(nelbo, axis=0)
+        found = ranks.gather(self.nelbo)
+        nelbo = [part for part in found if part is not None]
+        self.nelbo = np.sum(nelbo, axis=0) if len(nelbo) == len(found) else None
         self.ids = _merged(self.ids, ranks)
         self.token_nats = _merged(self.token_nats, ranks)
         (self.forwards,) = ranks.largest(self.forwards)

@@ -36,6 +36,8 @@ class Norm(nn.Module):
     def fork(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ``(x, norm(x))``; the gradients of both are added in one pass."""
         weight, bias = self.weight, self.bias
+        if x.dtype == torch.float32:
+            weight = weight.float()  # FSDP gathers it in the dtype of the products
         if shift is None or scale is None:
             return normalised(x, weight, bias, self.kind, self.eps)
         if shift.numel() == shift.shape[-1]:

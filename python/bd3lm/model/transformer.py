@@ -184,7 +184,9 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
     if cond.numel() > cond.shape[-1]:
         return ada(cond)
     with torch.autocast(cond.device.type, enabled=False):
-        return ada(cond)
+        if ada.weight.dtype == cond.dtype:
+            return ada(cond)
+        return F.linear(cond, ada.weight.float(), ada.bias.float())  # gathered by FSDP
 
 
 def wants_last_clean(device: torch.device) -> bool:

@@ -47,7 +47,7 @@ class Ranks:
         self.rank, self.size, self.local = place.rank, place.size, place.local
         self.watch: Watch | None = None
         self._store = store
-        self._turns = 0
+        self._works = 0
 
     @property
     def first(self) -> bool:
@@ -118,25 +118,27 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        self._turns += 1
-        key = f"turn/{self._turns}"
-        if not self.first:
+        self._works += 1
+        key = f"work/{self._works}"
+        failure: Exception | None = None
+        value: Any = None
+        if self.first:
+            try:
+                value = work()
+            except Exception as error:
+                failure = error
+            self._store.set(key, pickle.dumps((_portable(failure), value)))
+        else:
             while not self._store.check([key]):
                 time.sleep(POLL)
-            failed, value = pickle.loads(self._store.get(key))
-            if failed:
-                raise _as_seen(value, None, False)
-            return value
-        try:
-            value = work()
-        except Exception as error:
-            self._store.set(key, pickle.dumps((True, _portable(error))))
-            raise
-        self._store.set(key, pickle.dumps((False, value)))
+            failure, value = pickle.loads(self._store.get(key))
+        self.largest(0)  # rank 0, which may keep the store, does not leave before all have read it
+        if failure is not None:
+            raise _as_seen(failure, failure, self.first)
         return value
 
     def first_then_all(self, work: Callable[[], T]) -> T:
-        """Work on rank 0, then on the others, which find what it has written.
+        """Work on rank 0, then on the others, which find its files.
 
         Raises:
             Bd3lmError: the error of the lowest rank that failed.
@@ -151,10 +153,10 @@ class Ranks:
         self.by_first(keep)
         return self.every(lambda: result[0] if self.first else work())
 
-    def beat(self, what: str) -> None:
+    def beat(self, position: str) -> None:
         """Note progress, for the others to see if this rank hangs later."""
         if self.watch is not None:
-            self.watch.beat(what)
+            self.watch.beat(position)
 
     def rest(self) -> None:
         """Allow any time until the next note: for work on one rank while the others wait."""
@@ -196,7 +198,7 @@ def joined(device: str = "cpu", minutes: float = 30.0) -> Iterator[Ranks]:
             torch.cuda.set_device(place.local % torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=_prefixed("group", store),
             rank=place.rank,
             world_size=place.size,
             timeout=FOREVER,
@@ -215,11 +217,11 @@ def joined(device: str = "cpu", minutes: float = 30.0) -> Iterator[Ranks]:
 
 def _store(place: Place, *, again: bool = False) -> Any:
     """Connect to the store of rank 0, or to that of ``torchrun``'s agent, which it keeps."""
-    from torch.distributed import PrefixStore, TCPStore
+    import torch.distributed as dist
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         place.address,
         place.port,
         place.size,
@@ -228,7 +230,14 @@ def _store(place: Place, *, again: bool = False) -> Any:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return PrefixStore(f"bd3lm-{attempt}", store)
+    return _prefixed(f"bd3lm-{attempt}", store)
+
+
+def _prefixed(name: str, store: Any) -> Any:
+    """A part of a store, whose keys begin with a name."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

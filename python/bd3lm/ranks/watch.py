@@ -1,4 +1,4 @@
-"""Finds the rank that hangs: each tells a store how far it is, and rank 0 reads all of it."""
+"""Find the rank that hangs: each writes its position to a store, and rank 0 reads all of them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,19 @@ class Watch:
 
     def __init__(self, place: Place, store: Any, seconds: float) -> None:
         self._place, self._store, self._seconds = place, store, seconds
-        self._count, self._what = 0, "starts"
+        self._count, self._position = 0, "starts"
         self._looks = 0
         self._main = threading.main_thread().ident
         self._seen: dict[int, tuple[int, float]] = {}
         self._alive: dict[int, tuple[int, float]] = {}
         self._closed = threading.Event()
-        self._running = False
         self._thread = threading.Thread(target=self._run, name="bd3lm-ranks", daemon=True)
         self._thread.start()
 
-    def beat(self, what: str) -> None:
+    def beat(self, position: str) -> None:
         """Note progress; from the first on, a rank must note something within the time allowed."""
         self._count += 1
-        self._what = what
+        self._position = position
 
     def rest(self) -> None:
         """Allow any time until the next note of progress."""
@@ -65,7 +64,7 @@ class Watch:
         try:
             while not self._closed.wait(period):
                 self._looks += 1
-                place = f"{self._looks} {self._count} {self._what}, {self._where()}"
+                place = f"{self._looks} {self._count} {self._position}, {self._where()}"
                 self._store.set(f"beat/{self._place.rank}", place)
                 if self._place.rank == 0:
                     self._judge()
@@ -91,23 +90,23 @@ class Watch:
         """Look for ranks that have made no progress, or whose process does not run."""
         names = [f"beat/{rank}" for rank in range(self._place.size)]
         known = [rank for rank, name in enumerate(names) if self._store.check([name])]
-        now, told = time.monotonic(), {}
+        now, notes = time.monotonic(), {}
         for rank in known:
-            looks, count, told[rank] = self._store.get(names[rank]).decode().split(" ", 2)
+            looks, count, notes[rank] = self._store.get(names[rank]).decode().split(" ", 2)
             for seen, number in ((self._alive, int(looks)), (self._seen, int(count))):
                 if seen.get(rank, (-1, 0.0))[0] != number:
                     seen[rank] = number, now
         silent = [r for r in known if now - self._alive[r][1] > self._seconds]
         if silent:
-            self._verdict(silent, told, "its process has ended or stands still")
+            self._verdict(silent, notes, "its process has ended or does not run")
             return
         begun = [rank for rank in known if self._seen[rank][0] > 0]
         if not begun or any(now - self._seen[rank][1] <= self._seconds for rank in begun):
             return
         behind = min(self._seen[rank][0] for rank in begun)
         slow = [rank for rank in begun if self._seen[rank][0] == behind]
-        slow = [rank for rank in slow if ", working in " in told[rank]] or slow
-        self._verdict(slow, told, "the others wait")
+        slow = [rank for rank in slow if ", working in " in notes[rank]] or slow
+        self._verdict(slow, notes, "the others wait")
 
     def _judge_first(self) -> None:
         """Look whether rank 0, which looks after the others, runs."""
@@ -119,8 +118,8 @@ class Watch:
             elif now - self._alive[0][1] > self._seconds:
                 self._end(f"{LOST} (it does not run)")
 
-    def _verdict(self, ranks: list[int], told: dict[int, str], why: str) -> None:
-        named = "; ".join(f"rank {rank} {told[rank]}" for rank in ranks)
+    def _verdict(self, ranks: list[int], notes: dict[int, str], why: str) -> None:
+        named = "; ".join(f"rank {rank} {notes[rank]}" for rank in ranks)
         self._store.set("verdict", f"no progress for {self._seconds:.0f} s: {named} ({why})")
 
     def _end(self, sentence: str) -> None:

@@ -207,6 +207,7 @@ class Sampler:
         cfg = self.resolve(cfg)
         self._check(cfg, rows)
         if cfg.speculate:
+            check(strategy is None, "strategy", strategy, "None with speculate")
             yield from self._speculate(cfg, rows, first)
             return
         fill = strategy or choose(cfg, self.system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def run_training(
             started = ranks.by_first(lambda: resume and holds_run(out))
             with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
                 if started:
-                    cfg = ranks.first_then_all(lambda: adopt_shape(cfg, out))
+                    cfg = ranks.by_first(partial(adopt_shape, cfg, out))
                     ended = ranks.every(lambda: _ended(cfg, out))
                     if ended is not None:
                         reporter.note(f"{out} has ended already, after step {cfg.steps}")
@@ -129,9 +130,10 @@ def _run(
     profile: bool,
     verify: Verify,
 ) -> dict[str, Any]:
-    with lost_ranks(), nullcontext() if started or not ranks.first else removed_on_failure(out):
+    keeps = started or not ranks.first
+    with nullcontext() if keeps else removed_on_failure(out), lost_ranks():
         if not started:
-            cfg = ranks.first_then_all(lambda: adopt_shape(cfg, out))
+            cfg = ranks.by_first(partial(adopt_shape, cfg, out))
             _check_early(cfg)
         # From here on the run can be resumed.
         ranks.by_first(lambda: write_json(out / "config.json", to_dict(cfg)))
@@ -261,7 +263,7 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     where = f"{trainer.device},"
     if ranks > 1:
         memory = rank_cost(cfg, trainer.model, ranks, item).memory
-        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {where}, each with"
+        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {trainer.device}, each with"
     size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
     room = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
     return (

@@ -382,6 +382,10 @@ class Trainer:
     # --- logging ----------------------------------------------------------------------------
 
     def _log(self, window: Window) -> None:
+        self._write(self._line(window) if self.ranks.first else {})
+
+    def _line(self, window: Window) -> dict[str, Any]:
+        """A line of the log; the speeds in it are kept for the reporter."""
         cfg = self.cfg
         rates = {
             "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
@@ -401,7 +405,7 @@ class Trainer:
             self.reporter.note(
                 f"step {window.step} was skipped: {window.cause} was NaN or infinite"
             )
-        self._write(line)
+        return line
 
     def _write(self, line: dict[str, Any]) -> None:
         """Log a line; where the disk refuses it, save first and then stop.

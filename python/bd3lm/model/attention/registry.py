@@ -36,6 +36,7 @@ class Backend(NamedTuple):
     supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
     """True if it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
+    """Attention under a :class:`BlockMask`, with gradients."""
     needs: str
     """Error text for a machine that cannot run it."""
     limits: str
