@@ -220,12 +220,12 @@ def schedules() -> Figure:
         "square": (Schedule("square"), BLUE, "-."),
         "square_root": (Schedule("square_root"), SKY, ":"),
         "logarithmic": (Schedule("logarithmic"), GREEN, "--"),
-        "cosine": (Schedule("cosine"), VERMILION, "-"),
-        "gaussian": (Schedule("gaussian", mu=0.5, sigma=0.2), PURPLE, "-"),
+        "cosine": (Schedule("cosine"), VERMILION, (0, (7, 2, 1.5, 2, 1.5, 2))),
+        "gaussian": (Schedule("gaussian", mu=0.5, sigma=0.2), PURPLE, (0, (9, 3))),
         "bimodal_gaussian": (
             Schedule("bimodal_gaussian", mu=0.3, sigma=0.2, mu2=0.8, sigma2=0.2, mixture=0.6),
             ORANGE,
-            "-",
+            (0, (3, 1)),
         ),
     }
     t = np.linspace(1e-3, 1.0, 400)

@@ -19,8 +19,9 @@ Quick start::
 Names are imported when they are first used, so ``import bd3lm`` does not import PyTorch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from bd3lm.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from bd3lm import errors
@@ -48,32 +49,25 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "Checkpoint": "api",
-    "Sample": "sample",
-    "SampleConfig": "config",
-    "Sampler": "sample",
-    "Schedule": "data",
-    "TrainConfig": "config",
-    "__version__": "_version",
-    "load_checkpoint": "api",
-    "load_tokenizer": "data",
-    "prepare": "data",
-    "preset": "config",
-    "score": "evaluate",
-    "train": "api",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first used."""
-    if name == "errors":
-        return import_module("bd3lm.errors")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'bd3lm' has no attribute {name!r}")
-    value = getattr(import_module(f"bd3lm.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = imported_on_use(
+    "bd3lm",
+    {
+        "Checkpoint": "api",
+        "Sample": "sample",
+        "SampleConfig": "config",
+        "Sampler": "sample",
+        "Schedule": "data",
+        "TrainConfig": "config",
+        "__version__": "_version",
+        "errors": "",
+        "load_checkpoint": "api",
+        "load_tokenizer": "data",
+        "prepare": "data",
+        "preset": "config",
+        "score": "evaluate",
+        "train": "api",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ from bd3lm.config import SampleConfig, TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.device import inference, resolve_device
 from bd3lm.sample import Sample, Sampler
+from bd3lm.sample.replay import Recording, record
 from bd3lm.sample.sampler import BlockEvent, Prompt
 from bd3lm.training import Reporter, run_training
 
@@ -63,6 +64,18 @@ class Checkpoint(checkpoint.Checkpoint):
         cfg = _sample_config(settings)
         with self._arithmetic():
             yield from self._sampler(block_size).stream(cfg, [prompt], every_step=True)
+
+    def record(
+        self, prompt: Prompt = "", *, block_size: int | None = None, **settings: Any
+    ) -> Recording:
+        """Draw one sample and keep each forward; same arguments and errors as :meth:`generate`.
+
+        Returns:
+            A recording, which a notebook plays and ``save`` writes as ``.html`` or ``.gif``.
+        """
+        cfg = _sample_config(settings)
+        with self._arithmetic():
+            return Recording(list(record(self._sampler(block_size), cfg, prompt)))
 
     def _arithmetic(self) -> Any:
         return inference(self.config, self._device)[1]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from bd3lm.config import TrainConfig, check
+from bd3lm.data.prepare import available_threads
 from bd3lm.model.attention import BlockMask, choose
 
 
 def resolve_device(name: str) -> torch.device:
     """Resolve a device name; ``auto`` is CUDA if there is one.
 
+    PyTorch's threads are limited to those that this process may run at once.
+
     Raises:
         ConfigError: a device that PyTorch does not know or that is not there.
     """
+    limit_threads()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allowed = "auto, cpu, cuda or cuda:N"
@@ -36,6 +41,18 @@ def resolve_device(name: str) -> torch.device:
         check(device.index < count, "device", name, f"below cuda:{count}")
         torch.cuda.set_device(device)  # allocations that name no device go there, too
     return device
+
+
+def limit_threads() -> None:
+    """Give PyTorch no more threads than the process may run at once.
+
+    PyTorch counts the cores of the affinity mask. It does not see the quota of a container, which
+    stops all threads for the rest of a period once they have used it up. A number of threads in
+    ``OMP_NUM_THREADS`` is kept.
+    """
+    limit = available_threads()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > limit:
+        torch.set_num_threads(limit)
 
 
 def check_attention(cfg: TrainConfig, device: torch.device) -> None:

@@ -94,9 +94,33 @@ class InterruptedRunError(Bd3lmError):
         self.exit_code = 128 + number
 
 
+class LostRankError(Bd3lmError):
+    """Another process of the job has ended, cannot be reached or hangs."""
+
+
 class DivergedError(Bd3lmError):
     """Losses, gradients or weights are no longer finite; earlier checkpoints are finite."""
 
 
 class MissingPackageError(Bd3lmError, ImportError):
     """A feature needs an optional package; the message says how to install it."""
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate",
+    "not enough memory",
+    "out of memory",
+    "could not create a memory object",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""How PyTorch's allocators, oneDNN and Python's threads say so: in a plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of the host or of a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = " ".join(str(error).split())
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _NO_MEMORY)

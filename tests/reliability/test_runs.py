@@ -261,6 +261,16 @@ def test_a_directory_in_use_is_refused(small, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_fails_to_start_removes_nothing_else(small, tmp_path, resume):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    bad = dataclasses.replace(small, data=str(tmp_path / "gone"))
+    with pytest.raises(ExistsError, match="is not empty and holds no run"):
+        run_training(bad, tmp_path / "out", Silent(), resume=resume)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
 def test_directories_that_hold_something_else(small, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -366,6 +376,8 @@ def test_a_disk_that_fills_while_logging(small, trained, tmp_path, monkeypatch):
             "micro",
         ),
         (MemoryError(), OutOfMemoryError, "not enough memory for this run"),
+        (RuntimeError("could not create a primitive"), OutOfMemoryError, "not enough memory"),
+        (RuntimeError("can't start new thread"), OutOfMemoryError, "not enough memory"),
         (
             OSError(errno.EIO, "Input/output error", "/x/y"),
             StorageError,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, sys
+import faulthandler, json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -24,7 +25,18 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    faulthandler.enable()
+    os.environ.update(order["env"])
+    names = globals() | {"order": order}
+    exec(order["patch"], names)
+    if order["memory"] is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
     try:
+        if "main" in names:
+            names["main"]()
+            sys.stdout.flush()
+            os._exit(0)
         config = from_dict(TrainConfig, order["config"])
         run_training(config, Path(order["out"]), Silent(), resume=order["resume"])
     except Bd3lmError as error:
@@ -48,22 +60,58 @@ for line in sys.stdin:
 """
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Zygote:
     """Starts trainers; each needs a few hundred milliseconds instead of seconds of imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: str = "") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", imports + _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, config: dict[str, Any], out: Path, log: Path, *, resume: bool = True) -> int:
-        """Begin or resume a run; returns the process's number."""
+    def start(
+        self,
+        config: dict[str, Any],
+        out: Path,
+        log: Path,
+        *,
+        resume: bool = True,
+        memory: int | None = None,
+        env: dict[str, str] | None = None,
+        patch: str = "",
+    ) -> int:
+        """Begin or resume a run; returns the process's number.
+
+        Args:
+            config: the settings.
+            out: directory of the run.
+            log: file for its output.
+            resume: continue what is there.
+            memory: bytes of address space that it may add to those of the server.
+            env: variables of its environment.
+            patch: Python code that it runs first. If it defines ``main``, that is run instead.
+        """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order)
+        return self._ask(order | {"memory": memory, "env": env or {}, "patch": patch})
+
+    def job(
+        self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""
+    ) -> list[int]:
+        """Begin or resume a run on several ranks, as ``torchrun`` does."""
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        job |= {"MASTER_PORT": str(free_port())}
+        places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return [self.start(config, out, log, env=env, patch=patch) for env in places]
 
     def wait(self, number: int) -> int:
         """Wait for a trainer; returns its exit code, negative after a signal."""

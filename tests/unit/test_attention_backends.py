@@ -39,6 +39,8 @@ MASKS = {
     "training, documents": BlockMask.training(33, 4, DOCUMENTS),
     "training, no last block": BlockMask.training(33, 4).without_last_clean(),
     "training, no last block, documents": BlockMask.training(33, 5, DOCUMENTS).without_last_clean(),
+    "training, causal": BlockMask.training(33, 5, causal_end=33),
+    "training, causal, documents": BlockMask.training(33, 5, DOCUMENTS, causal_end=33),
     "denoise": BlockMask.denoise(33, 4),
     "denoise, no last block": BlockMask.denoise(33, 16).without_last_clean(),
     "denoise, documents": BlockMask.denoise(33, 1, DOCUMENTS),
@@ -46,6 +48,7 @@ MASKS = {
     "clean, S=L": BlockMask.clean(33, 33),
     "clean, documents": BlockMask.clean(33, 6, DOCUMENTS),
     "clean, cached": BlockMask.clean(33, 4, first=28),
+    "clean, causal but the last block": BlockMask.clean(32, 4, first=24, causal_end=28),
     "long": BlockMask.training(300, 16),
 }
 
@@ -96,8 +99,12 @@ def masks(draw: st.DrawFn) -> BlockMask:
         doc_ids[0, length - padding :] = -1
     form = draw(st.sampled_from(["training", "denoise", "clean"]))
     if form == "clean":
-        return BlockMask.clean(length, block, doc_ids, first=draw(st.integers(0, length - 1)))
-    return getattr(BlockMask, form)(length, block, doc_ids)
+        first, causal = draw(st.integers(0, length - 1)), draw(st.integers(0, length))
+        return BlockMask.clean(length, block, doc_ids, first=first, causal_end=causal)
+    if form == "training":
+        causal = draw(st.sampled_from([0, length]))
+        return BlockMask.training(length, block, doc_ids, causal_end=causal)
+    return BlockMask.denoise(length, block, doc_ids)
 
 
 @given(masks())

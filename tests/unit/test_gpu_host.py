@@ -70,7 +70,7 @@ def test_the_thread_that_pins_memory_chooses_its_device_first() -> None:
 
     events: list[str] = []
     batches = Prefetcher(Made(), 1, on_start=lambda: events.append("device"))
-    assert batches.get(0, None) == [0]  # type: ignore[arg-type]
+    assert batches.get(0, lambda step: None) == [0]  # type: ignore[arg-type]
     batches.close()
     assert events == ["device", "batch"]
 

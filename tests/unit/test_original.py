@@ -208,7 +208,10 @@ def test_losses(load, name):
         weight=weight.flatten()[masked],
         mask_prob=prob[:, :: loaded.config.block].contiguous(),
         doc_ids=None,
+        noisable=torch.ones_like(xt, dtype=torch.bool),
         num_noisable=2 * (LENGTH - 1),
+        block_size=loaded.config.block,
+        step=0,
     )
     with torch.no_grad():
         total = loaded.system().loss(loaded.model, batch)

@@ -112,3 +112,10 @@ def _check_representable(config: TrainConfig) -> None:
         told,
         "False where the clean stream is not told the level; --layout bd3lm holds it",
     )
+    check(
+        not (config.model.causal_clean and two_streams),
+        "model.clean-stream",
+        config.model.clean_stream,
+        "block; --layout bd3lm holds a causal one, and with --as-ar this layout holds the "
+        "autoregressive model that it also is",
+    )

@@ -33,7 +33,7 @@ from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import Bd3lmError, CheckpointError, ConfigError
 from bd3lm.files import digest_file, replaced_directory, write_text
 from bd3lm.model import Transformer
-from bd3lm.systems import System, build_system
+from bd3lm.systems import BlockDiffusion, System, build_system
 
 FORMAT = "bd3lm-checkpoint"
 VERSION = 2
@@ -72,12 +72,21 @@ class Checkpoint:
             ConfigError: a block size that its system cannot have.
             CheckpointError: the learned noise does not fit the system.
         """
-        same = block_size is None or block_size == self.config.block
-        cfg = self.config if same else replace(self.config, block_size=block_size)
+        size = self.config.block if block_size is None else block_size
+        trained = size in (self.config.block, *self.config.objective.block_sizes)
+        cfg = self.config if trained else self.config.with_block(size)
         system = build_system(cfg, self.tokenizer.mask_id)
-        if same and self.learned:  # learned noise is of that block size
+        if trained and self.learned:  # learned noise is of the trained block sizes
             restore_system(system, self.learned, self.path / "config.json")
-        return system
+        return system.at(size) if isinstance(system, BlockDiffusion) else system
+
+    def as_autoregressive(self) -> Checkpoint:
+        """The same weights as the autoregressive model that a causal clean stream makes them.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        return replace(self, config=self.config.autoregressive(), learned=None)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,20 @@ class Record:
             self._refuse(name, value, f"must be a list of {length} whole numbers")
         return value
 
+    def floats(self, name: str, length: int) -> list[float]:
+        """Read a list of finite numbers.
+
+        Raises:
+            CheckpointError: it is missing, of another type or length, or not finite.
+        """
+        value = self._get(name)
+        finite = isinstance(value, list) and all(
+            type(v) in (int, float) and abs(v) < 2.0**1023 for v in value
+        )
+        if not finite or len(value) != length:
+            self._refuse(name, value, f"must be a list of {length} finite numbers")
+        return [float(v) for v in value]
+
     def text(self, name: str) -> str:
         """Read a string.
 

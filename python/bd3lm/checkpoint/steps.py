@@ -88,7 +88,7 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
     while True:
         try:
             return read(folder)
-        except CheckpointError:
+        except (CheckpointError, MissingFileError):
             newer = find_checkpoint(path)
             if newer == folder:
                 raise

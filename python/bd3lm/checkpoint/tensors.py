@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,23 @@ class TensorFile:
                 if dtype is None:
                     raise CheckpointError(f"{self.file} holds {name} as {part.get_dtype()}")
                 self.tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Read one tensor after the other.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a tensor holds NaN or infinity.
+        """
+        for name in self.tensors:
+            loaded: list[Tensor] = []
+
+            def read(name: str = name, loaded: list[Tensor] = loaded) -> None:
+                with safe_open(self.file, framework="pt") as opened:
+                    loaded.append(opened.get_tensor(name))
+
+            self._read(read)
+            check_finite({name: loaded[0]}, self.file)
+            yield name, loaded[0]
 
     def load(self) -> dict[str, Tensor]:
         """Read all tensors.
@@ -207,13 +224,18 @@ def skeleton(
             f"this model needs [{rows}, {shape.width}]"
         )
     try:
-        with torch.device("meta"), _NoNormal():
-            return Transformer(shape, vocab_size)
+        return empty_model(shape, vocab_size)
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{source}: no model has the shape of its config.json ({reason})"
         ) from error
+
+
+def empty_model(shape: ModelConfig, vocab_size: int) -> Transformer:
+    """Build a model on the meta device, which takes no memory."""
+    with torch.device("meta"), _NoNormal():
+        return Transformer(shape, vocab_size)
 
 
 class _NoNormal(TorchFunctionMode):

@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from bd3lm.errors import Bd3lmError, ConfigError, FormatError, MissingFileError
+from bd3lm.errors import (
+    Bd3lmError,
+    ConfigError,
+    DivergedError,
+    FormatError,
+    InterruptedRunError,
+    MissingFileError,
+    is_out_of_memory,
+)
+from bd3lm.ranks.place import Place, find_place
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -26,8 +35,12 @@ class PlainConsole(Console):
     """A console that prints text as it is: no markup, no emoji codes, no line breaks added."""
 
     def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        # The stream of a notebook says that it is a terminal, and shows escape codes as they are.
+        notebook = type(stream).__module__.startswith("ipykernel")
         super().__init__(
             stderr=stderr,
+            force_terminal=False if notebook else None,
             markup=False,
             emoji=False,
             highlight=False,
@@ -64,13 +77,34 @@ def run(command: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # PyO3's PanicException is no Exception
-        sentence = error_sentence(error)
-        if sentence is None:
-            traceback.print_exc()
-            sys.stderr.write("This is a bug of bd3lm. Please report it with the lines above.\n")
-            sys.exit(1)
-        PlainConsole(stderr=True).print(f"error: {sentence}", style="bold red")
-        sys.exit(getattr(error, "exit_code", 2))
+        _report(error)
+        code = 1 if error_sentence(error) is None else getattr(error, "exit_code", 2)
+        if _place().size > 1:
+            os._exit(code)  # at exit the transport may wait for other ranks
+        sys.exit(code)
+
+
+def _report(error: BaseException) -> None:
+    """Print an error, once where all ranks of a job have the same."""
+    shared = isinstance(error, (ConfigError, DivergedError, InterruptedRunError))
+    rank = _place().rank
+    if getattr(error, "elsewhere", False) or (shared and rank > 0):
+        return
+    sentence = error_sentence(error)
+    if sentence is None:
+        traceback.print_exc()
+        sys.stderr.write("This is a bug of bd3lm. Please report it with the lines above.\n")
+    else:
+        where = f"rank {rank}: " if rank else ""
+        PlainConsole(stderr=True).print(f"error: {where}{sentence}", style="bold red")
+    sys.stderr.flush()
+
+
+def _place() -> Place:
+    """The process in its job; a job of its own where the environment is not complete."""
+    with suppress(ConfigError):
+        return find_place()
+    return Place()
 
 
 def error_sentence(error: BaseException) -> str | None:
@@ -80,8 +114,7 @@ def error_sentence(error: BaseException) -> str | None:
         return str(error)
     if kind == "PanicException":
         return f"a bug of bd3lm, or a damaged tokenizer; please report it ({text})"
-    allocation = isinstance(error, RuntimeError) and "allocate memory" in text
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or allocation:
+    if is_out_of_memory(error):
         return (
             "out of memory; use a smaller --batch-size, a smaller model or shorter rows "
             "(in training also --micro-batch or --recompute)"

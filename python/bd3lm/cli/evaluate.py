@@ -23,6 +23,7 @@ from bd3lm.config import (
 
 if TYPE_CHECKING:
     from bd3lm.checkpoint import Checkpoint
+    from bd3lm.ranks.group import Ranks
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class EvalArgs:
     the BD3-LM paper."""
     block_size: int | None = None
     """Score with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score a model with a causal clean stream as the autoregressive model that it also is."""
     repeats: int = 8
     """Forwards a row of the sampled estimators, or orders a row; the standard error falls with the
     root."""
@@ -86,6 +89,9 @@ class EvalArgs:
     """Arithmetic of the forwards."""
     attention: AttentionName = "auto"
     """Attention backend."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare a prepared data set with its digests even if that was done before and nothing
+    changed."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
@@ -102,11 +108,18 @@ def main(argv: list[str] | None = None, prog: str = "bd3lm-eval") -> None:
 
 
 def evaluate(args: EvalArgs) -> None:
-    """Load, score, print."""
+    """Load, score, print; the ranks of a job share the rows, and rank 0 prints."""
     check_checkpoint(args.checkpoint)
     if args.data is not None and not args.data.startswith("hub:"):
         check_exists(args.data)
 
+    from bd3lm.ranks.group import joined
+
+    with joined(args.device) as ranks:
+        _evaluate(args, ranks)
+
+
+def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.cli.progress import bar
     from bd3lm.device import resolve_device
@@ -114,17 +127,19 @@ def evaluate(args: EvalArgs) -> None:
 
     console = PlainConsole(stderr=args.json)
     loaded = load_checkpoint(args.checkpoint, resolve_device(args.device), args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     named = args.estimator if args.estimator in ("count", "bernoulli") else None
     with tempfile.TemporaryDirectory() as work:
         data = open_text(
             loaded,
             None if args.data is None else Path(args.data),
             Path(work),
-            console.print,
+            console.print if ranks.first else lambda _: None,
             text_field=args.text_field,
             lines=args.lines,
             detokenizer=args.detokenizer,
             eos=args.eos,
+            verify=args.verify or "auto",
         )
         scoring = Scoring.prepare(
             loaded,
@@ -139,13 +154,14 @@ def evaluate(args: EvalArgs) -> None:
             attention=args.attention,
         )
         noise = scoring.variance_noise(named) if args.variance else None
-        with bar(console) as progress:
+        with bar(console, shown=ranks.first) as progress:
             task = progress.add_task("scoring", total=len(scoring.rows))
             result = scoring.likelihood(
                 args.likelihood,
                 batch_size=args.batch_size,
                 max_rows=args.rows,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                ranks=ranks,
             )
         record = {
             "checkpoint": str(args.checkpoint),
@@ -155,7 +171,9 @@ def evaluate(args: EvalArgs) -> None:
             **result.to_dict(),
         }
         if noise is not None:
-            record["variance"] = scoring.variance(noise, args.batch_size)
+            record["variance"] = scoring.variance(noise, args.batch_size, ranks)
+    if not ranks.first:
+        return
     if args.json:
         sys.stdout.write(json.dumps(record) + "\n")
     else:

@@ -193,8 +193,9 @@ def _report(
 
     names = ["train", "valid"] if len(manifests) == 2 else ["documents"]
     rows = {
-        name: f"{m.num_documents:,} documents, {m.num_tokens:,} tokens ({m.dtype}), "
-        f"{m.num_bytes:,} bytes of text, {m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
+        name: f"{m.num_documents:,} {'document' if m.num_documents == 1 else 'documents'}, "
+        f"{m.num_tokens:,} tokens ({m.dtype}), {m.num_bytes:,} bytes of text, "
+        f"{m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
         for name, m in zip(names, manifests, strict=True)
     }
     tokens = sum(m.num_tokens for m in manifests)

@@ -33,9 +33,10 @@ LONG_SECONDS = 600.0
 """A run that will take longer is announced."""
 
 
-def bar(console: Console, *, transient: bool = True) -> Progress:
-    """A progress bar; shows nothing where there is no terminal."""
-    return Progress(console=console, transient=transient, disable=not console.is_terminal)
+def bar(console: Console, *, transient: bool = True, shown: bool = True) -> Progress:
+    """A progress bar; shows nothing where there is no terminal, or where ``shown`` is off."""
+    hidden = not (shown and console.is_terminal)
+    return Progress(console=console, transient=transient, disable=hidden)
 
 
 class RichReporter:

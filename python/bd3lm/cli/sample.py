@@ -17,6 +17,7 @@ from bd3lm.config import AttentionName, SampleConfig, check, check_whole
 from bd3lm.errors import FormatError
 
 if TYPE_CHECKING:
+    from bd3lm.ranks.group import Ranks
     from bd3lm.sample import Sample, Sampler
     from bd3lm.sample.sampler import Prompt
 
@@ -47,6 +48,8 @@ class SampleArgs:
     draw: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     block_size: int | None = None
     """Sample with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Sample a model with a causal clean stream as the autoregressive model that it also is."""
     batch_size: int = 16
     """Samples drawn at once."""
     device: str = "auto"
@@ -94,12 +97,22 @@ def sample(args: SampleArgs) -> None:
     check_checkpoint(args.checkpoint)
     prompts = [_parts(prompt, args) for prompt in _prompts(args)]
 
+    from bd3lm.ranks.group import joined
+
+    with joined(args.device) as ranks:
+        live = args.live or args.save_live is not None
+        check(ranks.size == 1 or not live, "live", True, "off where several ranks sample")
+        _sample(args, prompts, ranks)
+
+
+def _sample(args: SampleArgs, prompts: Sequence[Prompt], ranks: Ranks) -> None:
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.device import check_attention, inference, resolve_device
     from bd3lm.sample import Sampler
 
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
     check_attention(how, device)
     loaded.model.use_attention(args.attention)
@@ -109,7 +122,7 @@ def sample(args: SampleArgs) -> None:
         if args.live or args.save_live is not None:
             _live(args, sampler, prompts)
         else:
-            _draw(args, sampler, prompts)
+            _draw(args, sampler, prompts, ranks)
 
 
 def _prompts(args: SampleArgs) -> list[str]:
@@ -162,33 +175,45 @@ def _rows(
     return rows
 
 
-def _draw(args: SampleArgs, sampler: Sampler, prompts: Sequence[Prompt]) -> None:
-    """Draw batches of samples of one length, and print each batch when it is finished."""
+def _draw(args: SampleArgs, sampler: Sampler, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """Draw batches of samples of one length, and print each batch when it is finished.
+
+    The ranks of a job draw a batch each, of which rank 0 prints all.
+    """
     from itertools import groupby
 
     from bd3lm.cli.progress import bar
 
     console = PlainConsole(stderr=args.json)
-    rows = _rows(args, sampler, prompts)
-    total = sum(sampler.length(cfg) for cfg, _ in rows)
-    done = first = 0
-    with bar(console) as progress:
+    batches: list[tuple[int, SampleConfig, list[Prompt]]] = []
+    first = 0
+    for cfg, group in groupby(_rows(args, sampler, prompts), key=lambda row: row[0]):
+        same = [prompt for _, prompt in group]
+        for start in range(0, len(same), args.batch_size):
+            batch = same[start : start + args.batch_size]
+            batches.append((first, cfg, batch))
+            first += len(batch)
+    total = sum(sampler.length(cfg) * len(batch) for _, cfg, batch in batches)
+    done = 0
+    with bar(console, shown=ranks.first) as progress:
         task = progress.add_task("sampling", total=total)
-        for cfg, group in groupby(rows, key=lambda row: row[0]):
-            same = [prompt for _, prompt in group]
-            for start in range(0, len(same), args.batch_size):
-                batch = same[start : start + args.batch_size]
-                size = len(batch)
-                samples = sampler.generate(
+        for at in range(0, len(batches), ranks.size):
+            some = batches[at : at + ranks.size]
+            drawn: list[Sample] = []
+            if ranks.rank < len(some):
+                first, cfg, batch = some[ranks.rank]
+                size = len(batch) * len(some)
+                drawn = sampler.generate(
                     cfg,
                     batch,
                     first=first,
                     progress=lambda p, d=done, n=size: progress.update(task, completed=d + p * n),
                 )
+            for (first, cfg, batch), samples in zip(some, ranks.gather(drawn), strict=False):
                 done += len(batch) * sampler.length(cfg)
-                for index, drawn in enumerate(samples, first):
-                    _print(args, index, drawn, console)
-                first += len(batch)
+                for index, one in enumerate(samples, first):
+                    if ranks.first:
+                        _print(args, index, one, console)
 
 
 def _print(args: SampleArgs, index: int, drawn: Sample, console: PlainConsole) -> None:

@@ -15,6 +15,7 @@ import tyro
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import PRESETS, TrainConfig, check, preset
 from bd3lm.errors import ExistsError
+from bd3lm.ranks.place import find_place
 
 DESCRIPTION = f"""Train a block-diffusion language model, score its validation split, draw samples.
 
@@ -35,6 +36,8 @@ class TrainArgs:
     there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also measure where the time of a step went, for the summary and profile.json."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare prepared data with its digests even if that was done before and nothing changed."""
 
 
 def main(argv: list[str] | None = None, prog: str = "bd3lm-train") -> None:
@@ -50,16 +53,27 @@ def train(argv: list[str], prog: str) -> None:
         base = dataclasses.replace(base, config=_defaults(base.config, argv, name))
     described = DESCRIPTION.replace("PROG", prog)
     args = parse(TrainArgs, prog, words, description=described, default=base)
+    place = find_place()
+    check(args.out is not None or place.size == 1, "out", None, "given where several ranks train")
     cfg, out = args.config, args.out or _free_directory(name or "demo")
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
         if name is None and cfg == base.config:  # only --out and --resume: there must be a run
+            from bd3lm.training.directory import check_holds_run
+
+            check_holds_run(out)
             from bd3lm.training import saved_config
 
             cfg = saved_config(out)
     else:
         _check_inputs(cfg, out)
-    _run(cfg, out, args)
+    if place.rank == 0:
+        _run(cfg, out, args)
+    else:
+        from bd3lm.training import run_training
+        from bd3lm.training.reporter import Silent
+
+        run_training(cfg, out, Silent(), resume=args.resume, profile=args.profile)
 
 
 def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
@@ -70,7 +84,14 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
 
     console = PlainConsole()
     with RichReporter(console, cfg.steps) as reporter:
-        summary = run_training(cfg, out, reporter, resume=args.resume, profile=args.profile)
+        summary = run_training(
+            cfg,
+            out,
+            reporter,
+            resume=args.resume,
+            profile=args.profile,
+            verify=args.verify or "auto",
+        )
     _plot(cfg, out, console)
     training_summary(console, summary, out)
 
@@ -101,9 +122,13 @@ def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfi
     """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
     if "--resume" in argv and name is None and out is not None:
-        from bd3lm.training import holds_run, saved_config
+        from bd3lm.training import holds_run
 
-        return saved_config(Path(out)) if holds_run(Path(out)) else cfg
+        if holds_run(Path(out)):
+            from bd3lm.training import saved_config
+
+            return saved_config(Path(out))
+        return cfg
     if source is not None and "--resume" not in argv:
         return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
     return cfg

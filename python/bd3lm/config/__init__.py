@@ -24,7 +24,9 @@ from bd3lm.config.names import (
     WeightingName,
 )
 from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
+from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.presets import PRESETS, preset
 from bd3lm.config.sample import SampleConfig
 from bd3lm.config.serialize import from_dict, to_dict
@@ -41,8 +43,10 @@ __all__ = [
     "LikelihoodName",
     "ModelConfig",
     "NoiseConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "PackingName",
+    "ParallelConfig",
     "RopeScaling",
     "SampleConfig",
     "ScheduleName",

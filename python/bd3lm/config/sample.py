@@ -34,6 +34,10 @@ class SampleConfig:
     entropy_bound: float | None = None
     """Parallel decoding: each forward also reveals the positions of lowest entropy, as long as
     their entropies without the largest sum to at most this many nats."""
+    speculate: bool = False
+    """Draw from the autoregressive model of a causal clean stream, several tokens a forward: the
+    noised stream drafts block-size - 1 tokens, the clean stream accepts or replaces them. The law
+    is that of drawing token by token."""
     top_p: float = 0.9
     """Nucleus sampling; 1 samples from the whole distribution."""
     top_k: int | None = None
@@ -64,6 +68,7 @@ class SampleConfig:
             "tokens-per-forward": per > 1,
             "threshold": self.threshold is not None,
             "entropy-bound": self.entropy_bound is not None,
+            "speculate": self.speculate,
         }
         given = [name for name, is_set in ways.items() if is_set]
         check(
@@ -77,6 +82,18 @@ class SampleConfig:
             "steps",
             self.steps,
             "None with order = confidence, which has no levels",
+        )
+        check(
+            not self.speculate or self.order == "random",
+            "speculate",
+            True,
+            "False with order = confidence",
+        )
+        check(
+            not self.speculate or self.repetition_penalty == 1,
+            "repetition-penalty",
+            self.repetition_penalty,
+            "1 with speculate",
         )
         check_number("top-p", self.top_p, 0, 1, interval="(]")
         if self.top_k is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
@@ -10,7 +10,9 @@ from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
 from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
+from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.sample import SampleConfig
 
 DEFAULT_BLOCK = 4
@@ -60,7 +62,8 @@ class TrainConfig:
     batch_size: int = 512
     """Rows of an optimizer step."""
     micro_batch: int | None = None
-    """Rows of one forward (gradient accumulation). None: the whole batch at once."""
+    """Rows of one forward (gradient accumulation), on each rank. None: the whole batch, or a
+    rank's share of it, at once."""
     seed: int = 1
     """Seed of weights, order and noise."""
     device: str = "auto"
@@ -87,7 +90,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
 
@@ -99,6 +104,7 @@ class TrainConfig:
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
         self._check_block()
+        self._check_objective()
         check(
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
@@ -135,6 +141,22 @@ class TrainConfig:
             f"False with packing = {self.packing}; it goes with wrap",
         )
 
+    def _check_objective(self) -> None:
+        weight = self.objective.ar_weight
+        check(
+            not weight or (self.model.causal_clean and self.system == "bd3lm"),
+            "objective.ar-weight",
+            weight,
+            "0 unless system = bd3lm and model.clean-stream = causal",
+        )
+        sizes, field_name = self.objective.block_sizes, "objective.block-sizes"
+        check(not sizes or self.system == "bd3lm", field_name, sizes, "empty unless system = bd3lm")
+        own = f"empty, or sizes of which block-size = {self.block} is one"
+        check(not sizes or self.block in sizes, field_name, sizes, own)
+        for size in sizes:
+            fits = self.seq_len % size == 0
+            check(fits, field_name, size, f"a divisor of seq-len = {self.seq_len}")
+
     def _check_block(self) -> None:
         own = _own_block(self.system, self.seq_len)
         check(
@@ -151,12 +173,47 @@ class TrainConfig:
             f"a divisor of seq-len = {self.seq_len}",
         )
 
+    def autoregressive(self) -> TrainConfig:
+        """Settings of the autoregressive model that a causal clean stream also is.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        if self.system == "ar":
+            return self
+        stream, told = self.model.clean_stream, self.model.time_conditioning
+        causal = "causal, for scoring and sampling as an autoregressive model"
+        check(self.system == "bd3lm" and stream == "causal", "model.clean-stream", stream, causal)
+        check(not told, "model.time-conditioning", told, "False, which is " + causal)
+        return replace(
+            self,
+            system="ar",
+            block_size=None,
+            noise=NoiseConfig(),
+            objective=ObjectiveConfig(),
+            eval=replace(self.eval, estimator="auto"),
+        )
+
     @property
     def block(self) -> int:
         """S: ``block_size``, or the system's own where it is None."""
         if self.block_size is not None:
             return self.block_size
         return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+
+    def with_block(self, size: int) -> TrainConfig:
+        """The same settings with this block size alone.
+
+        Raises:
+            ConfigError: it does not divide the row, or the system has another.
+        """
+        objective = replace(self.objective, block_sizes=())
+        return replace(self, block_size=size, objective=objective)
+
+    @property
+    def largest_block(self) -> int:
+        """The largest S of the run, to which rows are aligned."""
+        return max((self.block, *self.objective.block_sizes))
 
     @property
     def estimator(self) -> EstimatorName:

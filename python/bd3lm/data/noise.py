@@ -207,6 +207,7 @@ class NoiseSpec:
         strata: bernoulli: spread the levels over equal strata of the global batch.
         time_conditioned: the model reads the levels, so ``count`` takes a weighting at the level
             of each block, not its mean given the count (docs/math.md §3).
+        block_size: S of the blocks to noise; None: that of the rows.
 
     Raises:
         ConfigError: values or combinations that are not allowed; the message names them.
@@ -225,7 +226,9 @@ class NoiseSpec:
         stratum: tuple[int, int] | None = None,
         strata: bool = True,
         time_conditioned: bool = False,
+        block_size: int | None = None,
     ) -> None:
+        self.block_size = block_size
         weighting = weighting or Weighting()
         settings = {
             "schedule": schedule.settings,

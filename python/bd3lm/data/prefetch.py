@@ -34,6 +34,8 @@ class Prefetcher:
         parts: micro-batches of a step.
         on_start: called in the thread before its first batch, or None. A thread has a current
             CUDA device of its own, and page-locked memory belongs to that device.
+        rank: ``(index, number)`` of the rank: of each micro-batch, which is a run of consecutive
+            rows of the global batch, a rank makes its share.
     """
 
     def __init__(
@@ -42,18 +44,26 @@ class Prefetcher:
         steps: int,
         parts: int = 1,
         on_start: Callable[[], None] | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
-        self._loader, self._steps, self._parts = loader, steps, parts
+        self._loader, self._steps = loader, steps
+        index, ranks = rank
+        self._parts = [(i * ranks + index, parts * ranks) for i in range(parts)]
         self._on_start = on_start
         self._made: deque[_Made] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
-    def get(self, step: int, spec: NoiseSpec) -> list[Batch]:
-        """Get the parts of one step's batch, and begin the next steps with the same noise.
+    def get(self, step: int, noise: Callable[[int], NoiseSpec]) -> list[Batch]:
+        """Get the parts of one step's batch, and begin the next steps with their present noise.
+
+        Args:
+            step: from 0.
+            noise: of each step; the same object as long as it does not change.
 
         Raises:
             ConfigError: noise that these rows do not allow.
         """
+        spec = noise(step)
         while self._made and (self._made[0].step != step or self._made[0].spec is not spec):
             self._made.popleft().batches.cancel()
         if not self._made:
@@ -61,7 +71,7 @@ class Prefetcher:
         wanted = self._made.popleft()
         after = self._made[-1].step if self._made else step
         for later in range(after + 1, min(step + AHEAD, self._steps - 1) + 1):
-            self._begin(later, spec)
+            self._begin(later, noise(later))
         return wanted.batches.result()
 
     def close(self) -> None:
@@ -79,5 +89,4 @@ class Prefetcher:
         self._made.append(_Made(step, spec, self._thread.submit(self._make, step, spec)))
 
     def _make(self, step: int, spec: NoiseSpec) -> list[Batch]:
-        parts = self._parts
-        return [self._loader.batch(step, spec, part=(i, parts)) for i in range(parts)]
+        return [self._loader.batch(step, spec, part=part) for part in self._parts]

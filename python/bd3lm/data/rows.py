@@ -42,7 +42,10 @@ class Batch:
         weight: loss weight of each of them, float32 [M].
         mask_prob: noise level p of each block, float32 [B, K].
         doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
-        num_noisable: tokens that could have been masked: the loss is per such token.
+        noisable: whether a token could have been masked, bool [B, L].
+        num_noisable: how many could: the loss is per such token.
+        block_size: S of the noise.
+        step: of the run, from 0.
     """
 
     x0: Tensor
@@ -51,7 +54,10 @@ class Batch:
     weight: Tensor
     mask_prob: Tensor
     doc_ids: Tensor | None
+    noisable: Tensor
     num_noisable: int
+    block_size: int
+    step: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory, without waiting for the copy."""
@@ -138,7 +144,8 @@ class Loader:
     """Noised batches of a shuffled data set.
 
     Order and noise are functions of (seed, step, row of the global batch): never of how a batch
-    is cut into parts, nor of threads. There is no state to save; a step number is all it takes.
+    is cut into parts, nor of threads. Strata also read its number of rows. There is no state to
+    save; a step number is all it takes.
 
     Args:
         rows: to draw from.
@@ -151,29 +158,31 @@ class Loader:
         self.rows, self.batch_size, self.seed, self.pinned = rows, batch_size, seed, pinned
 
     def batch(self, step: int, spec: NoiseSpec, *, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a step, or an equal part of it.
+        """The batch of a step, or a part of it.
 
         Args:
             step: from 0.
             spec: the noise to draw.
-            part: ``(index, number)``: a micro-batch or a rank's share; the number divides
-                ``batch_size``.
+            part: ``(index, number)``: one of so many parts of consecutive rows, whose sizes
+                differ by one row at most; a micro-batch, or a micro-batch of a rank.
 
         Raises:
             ConfigError: a part that does not exist, or noise these rows do not allow.
         """
         index, parts = part
-        if not (0 <= index < parts and self.batch_size % parts == 0):
-            allowed = f"(index, number) with index < number, which divides {self.batch_size} rows"
+        if not 0 <= index < parts <= self.batch_size:
+            allowed = f"(index, number) with index < number, at most {self.batch_size} rows"
             raise ConfigError("part", part, allowed)
-        size = self.batch_size // parts
-        first = index * size
+        first = index * self.batch_size // parts
+        size = (index + 1) * self.batch_size // parts - first
         order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
-        blocks = (size, self.rows.seq_len // self.rows.block_size)
+        block_size = spec.block_size or self.rows.block_size
+        blocks = (size, self.rows.seq_len // block_size)
         pin = self.pinned
         x0, x0_out = buffer(shape, np.int64, pinned=pin)
         xt, xt_out = buffer(shape, np.int64, pinned=pin)
+        noisable, noisable_out = buffer(shape, np.bool_, pinned=pin)
         masked, masked_out = buffer((x0_out.size,), np.int64, pinned=pin)
         masked_weight, masked_weight_out = buffer((x0_out.size,), np.float32, pinned=pin)
         mask_prob, mask_prob_out = buffer(blocks, np.float32, pinned=pin)
@@ -182,7 +191,9 @@ class Loader:
             spec._core,
             (self.seed, step, first, self.batch_size),
             order,
+            block_size,
             x0=x0_out,
+            noisable=noisable_out,
             doc_ids=doc_ids_out,
             xt=xt_out,
             mask_prob=mask_prob_out,
@@ -196,5 +207,8 @@ class Loader:
             weight=masked_weight[:count],
             mask_prob=mask_prob,
             doc_ids=doc_ids if padded or self.rows.documents else None,
+            noisable=noisable,
             num_noisable=num_noisable,
+            block_size=block_size,
+            step=step,
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from bd3lm.config import check
 from bd3lm.data import Dataset, read_documents
+from bd3lm.data.resolve import Verify
 from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.generative import CausalLM
 from bd3lm.evaluate.quality import words
@@ -106,8 +107,12 @@ def mauve(evaluator: CausalLM, samples: Sequence[str], reference: Sequence[str])
     return float(compute_mauve(p_features=features[0], q_features=features[1]).mauve)
 
 
-def reference_texts(path: Path) -> list[str]:
+def reference_texts(path: Path, verify: Verify = "auto") -> list[str]:
     """Documents of a text file or of a prepared directory, decoded.
+
+    Args:
+        path: of the file or directory.
+        verify: when a prepared directory is verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         MissingFileError: there is nothing at that path.
@@ -116,7 +121,7 @@ def reference_texts(path: Path) -> list[str]:
         raise MissingFileError(f"{path}: no such file or directory")
     if not path.is_dir():
         return read_documents(path)
-    data = Dataset(path)
+    data = Dataset(path, verify=verify)
     return [data.tokenizer.decode(data.document(i).tolist()) for i in range(data.num_documents)]
 
 

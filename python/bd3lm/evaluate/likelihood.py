@@ -27,6 +27,7 @@ from bd3lm.evaluate.orders import (
 from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
 from bd3lm.model.threads import adaptive_waiting
+from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems import System
 
 
@@ -258,6 +259,7 @@ def evaluate_likelihood(
     per_token: bool = False,
     greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Likelihood:
     """Score rows, each noisable token once an estimate.
 
@@ -282,6 +284,7 @@ def evaluate_likelihood(
         greedy: find out whether greedy decoding gives each row: in this order, or in every order
             that was scored. Costs the logits of the whole vocabulary.
         progress: called with (rows done, rows in all).
+        ranks: processes that share the batches; all get the result of one process, bit for bit.
 
     Raises:
         ConfigError: a likelihood or an estimator that the model or its block size does not have,
@@ -294,7 +297,9 @@ def evaluate_likelihood(
     model.eval()
     chosen = _spread(len(rows), max_rows)
     scores = _Totals(rows, len(chosen), per_token, greedy)
-    for start in range(0, len(chosen), batch_size):
+    for index, start in enumerate(range(0, len(chosen), batch_size)):
+        if not ranks.mine(index):
+            continue
         numbers = chosen[start : start + batch_size]
         batch = rows.batch(numbers)
         scorer = RowScorer(
@@ -304,6 +309,7 @@ def evaluate_likelihood(
         scores.add(start, batch, measure.take(scorer, batch, keys, len(chosen)))
         if progress is not None:
             progress(start + len(numbers), len(chosen))
+    scores.merge(ranks)
     return scores.result(measure, num_bytes)
 
 
@@ -330,8 +336,8 @@ class _Totals:
         self.nats, self.variance, self.tokens = (np.zeros(count) for _ in range(3))
         self.nelbo: NDArray[np.float64] | None = np.zeros(count)
         self.greedy = np.zeros(count, dtype=bool) if greedy else None
-        self.ids: list[NDArray[np.int64]] | None = [] if per_token else None
-        self.token_nats: list[NDArray[np.float64]] | None = [] if per_token else None
+        self.ids: list[tuple[int, NDArray[np.int64]]] | None = [] if per_token else None
+        self.token_nats: list[tuple[int, NDArray[np.float64]]] | None = [] if per_token else None
         self.forwards = 0
 
     def add(self, start: int, batch: CleanBatch, found: RowScores) -> None:
@@ -347,11 +353,26 @@ class _Totals:
         if self.greedy is not None:
             self.greedy[part] = found.correct.numpy()
         if self.ids is not None:
-            self.ids.append(batch.x0[batch.noisable].numpy())
+            self.ids.append((start, batch.x0[batch.noisable].numpy()))
         if found.tokens is None:
             self.token_nats = None
         elif self.token_nats is not None:
-            self.token_nats.append(found.tokens[batch.noisable].numpy())
+            self.token_nats.append((start, found.tokens[batch.noisable].numpy()))
+
+    def merge(self, ranks: Ranks) -> None:
+        """Take over the rows of the other ranks; a row is scored by one of them."""
+        if ranks.size == 1:
+            return
+        for values in (self.nats, self.variance, self.tokens):
+            ranks.sum(torch.from_numpy(values))
+        if self.greedy is not None:
+            self.greedy = np.logical_or.reduce(ranks.gather(self.greedy))
+        found = ranks.gather(self.nelbo)
+        nelbo = [part for part in found if part is not None]
+        self.nelbo = np.sum(nelbo, axis=0) if len(nelbo) == len(found) else None
+        self.ids = _merged(self.ids, ranks)
+        self.token_nats = _merged(self.token_nats, ranks)
+        (self.forwards,) = ranks.largest(self.forwards)
 
     def result(self, measure: Measure, num_bytes: int | None) -> Likelihood:
         """Everything over everything."""
@@ -377,7 +398,19 @@ class _Totals:
             forwards=self.forwards,
             row_nats=self.nats,
             row_tokens=self.tokens.astype(np.int64),
-            token_ids=None if self.ids is None else np.concatenate(self.ids),
-            token_nats=None if self.token_nats is None else np.concatenate(self.token_nats),
+            token_ids=_joined(self.ids),
+            token_nats=_joined(self.token_nats),
             row_greedy=self.greedy,
         )
+
+
+def _merged(parts: list[tuple[int, Any]] | None, ranks: Ranks) -> list[tuple[int, Any]] | None:
+    """Parts of all ranks by their places; None where one rank has none."""
+    found = ranks.gather(parts)
+    if any(part is None for part in found):
+        return None
+    return sorted((pair for part in found for pair in part or []), key=lambda pair: pair[0])
+
+
+def _joined(parts: list[tuple[int, Any]] | None) -> NDArray[Any] | None:
+    return None if parts is None else np.concatenate([values for _, values in parts])

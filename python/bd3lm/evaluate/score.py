@@ -15,14 +15,15 @@ from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.config import EstimatorName, EvalConfig, LikelihoodName, TrainConfig, check
 from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule
 from bd3lm.data.hub import PREFIX
-from bd3lm.data.resolve import open_data
+from bd3lm.data.resolve import Verify, open_data
 from bd3lm.data.store import TokenArrays
 from bd3lm.device import autocast, check_attention
 from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
-from bd3lm.systems.block_diffusion import schedule_of
+from bd3lm.ranks.group import ALONE, Ranks
+from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
 """A prepared data set; a path of one, or of a text file; or one or several texts."""
@@ -235,6 +236,7 @@ class Scoring:
         same = loaded.config
         changes: dict[str, object] = {
             "block_size": same.block_size if block_size is None else block_size,
+            "objective": dataclasses.replace(same.objective, block_sizes=()),
             "precision": precision,
             "attention": attention,
             "row_eos": same.row_eos or row_eos,
@@ -263,6 +265,7 @@ class Scoring:
         per_token: bool = False,
         greedy: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Likelihood:
         """Score the rows; arguments as of :func:`evaluate_likelihood`."""
         with self._autocast():
@@ -281,6 +284,7 @@ class Scoring:
                 per_token=per_token,
                 greedy=greedy,
                 progress=progress,
+                ranks=ranks,
             )
 
     def variance_noise(self, estimator: EstimatorName | None) -> NoiseSpec:
@@ -304,13 +308,13 @@ class Scoring:
             return NoiseSpec(self.schedule, estimator=estimator)
         return self.loaded.system(self.config.block_size).noise(0)
 
-    def variance(self, noise: NoiseSpec, batch_size: int = 64) -> float:
+    def variance(self, noise: NoiseSpec, batch_size: int = 64, ranks: Ranks = ALONE) -> float:
         """Var. NELBO of packed rows (docs/math.md §6)."""
         assert isinstance(self.rows, Rows)
         system = self.loaded.system(self.config.block_size)
         with self._autocast():
             return nelbo_variance(
-                system, self.loaded.model, self.rows, noise, batch_size=batch_size
+                system, self.loaded.model, self.rows, noise, batch_size=batch_size, ranks=ranks
             )
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -352,6 +356,7 @@ def open_text(
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
+    verify: Verify = "auto",
 ) -> Dataset:
     """Open the text to score, or tokenize it.
 
@@ -365,6 +370,7 @@ def open_text(
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
+        verify: when a prepared data set is verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         Bd3lmError: it cannot be read, or was prepared with another tokenizer.
@@ -393,6 +399,7 @@ def open_text(
         lines=lines,
         detokenizer=detokenizer,
         eos=eos,
+        verify=verify,
     )
     check(
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
@@ -418,8 +425,10 @@ def validation_path(loaded: Checkpoint) -> Path:
     for place in places:
         if place.exists():
             return place
-    where = f" ({' or '.join(map(str, places))})" if places else ""
-    raise MissingFileError(f"{loaded.path}: no validation data{where}; name it with --data")
+    where = f": there is no {' and no '.join(map(str, places))}" if places else ""
+    raise MissingFileError(
+        f"{loaded.path}: no validation data of its run was found{where}; name it with --data"
+    )
 
 
 def _loaded(checkpoint: Checkpoint | Path | str) -> Checkpoint:

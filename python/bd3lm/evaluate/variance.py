@@ -14,6 +14,7 @@ from bd3lm.data.noise import MIN_LEVEL
 from bd3lm.data.rows import CleanBatch
 from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
+from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems import System
 
 Clip = tuple[float, float]
@@ -32,6 +33,7 @@ def nelbo_variance(
     batches: int = 100,
     batch_size: int = 64,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Var. NELBO: unbiased variance over the blocks of a batch, averaged over batches.
 
@@ -46,10 +48,13 @@ def nelbo_variance(
         batches: at most so many, from the beginning of the text.
         batch_size: rows of a batch, over which strata are laid.
         seed: of the noise.
+        ranks: processes that share the batches.
     """
     model.eval()
     found = []
     for index in range(min(batches, max(len(rows) // batch_size, 1))):
+        if not ranks.mine(index):
+            continue
         first = index * batch_size
         batch = _rows(rows, first, batch_size)
         mask, level, weight = draw_noise(
@@ -57,8 +62,8 @@ def nelbo_variance(
         )
         nats = RowScorer(system, model, batch)(mask, level).nats
         total = nats.view(*level.shape, -1).sum(-1).numpy()
-        found.append(np.var(total * weight.numpy() / system.block_size, ddof=1))
-    return float(np.mean(found))
+        found.append((index, np.var(total * weight.numpy() / system.block_size, ddof=1)))
+    return float(np.mean(ranks.shared(found)))
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ def count_statistics(
     repeats: int = 8,
     batch_size: int = 64,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> CountStatistics:
     """Moments of the loss by masked count, from one pass that serves all schedules and clips.
 
@@ -143,6 +149,7 @@ def count_statistics(
         repeats: forwards a row.
         batch_size: rows a forward.
         seed: of the noise.
+        ranks: processes that share the batches.
 
     Raises:
         ConfigError: a time-conditioned model, whose Y_k differ from schedule to schedule.
@@ -152,13 +159,15 @@ def count_statistics(
     model.eval()
     size = system.block_size
     spec = NoiseSpec(Schedule("loglinear"), estimator="count")
-    sums = np.zeros((3, size + 1, size + 1))
-    shares = np.zeros(size + 1)
+    found: list[tuple[int, tuple[NDArray[np.float64], NDArray[np.int64]]]] = []
     chosen = np.linspace(0, len(rows) - 1, min(max_rows, len(rows))).round().astype(np.uint64)
-    for start in range(0, len(chosen), batch_size):
+    for index, start in enumerate(range(0, len(chosen), batch_size)):
+        if not ranks.mine(index):
+            continue
         batch = rows.batch(chosen[start : start + batch_size])
         noisable = batch.noisable.view(-1, size).sum(1).numpy()
-        shares += np.bincount(noisable, minlength=size + 1)
+        sums = np.zeros((3, size + 1, size + 1))
+        found.append((index, (sums, np.bincount(noisable, minlength=size + 1))))
         scorer = RowScorer(system, model, batch)
         for repeat in range(repeats):
             mask, level, _ = draw_noise(
@@ -168,7 +177,9 @@ def count_statistics(
             count = mask.view(-1, size).sum(1).numpy()
             for moment, values in enumerate((np.ones_like(total), total, total**2)):
                 np.add.at(sums[moment], (noisable, count), values)
-    mean, square = _moments(sums)
+    parts = ranks.shared(found)
+    shares = np.sum([part[1] for part in parts], axis=0)
+    mean, square = _moments(np.sum([part[0] for part in parts], axis=0))
     return CountStatistics(size, shares / shares.sum(), mean, square)
 
 

@@ -13,6 +13,21 @@ from torch import Tensor
 from bd3lm.model import DecodeStep, KVCache
 
 
+def window_start(start: int, block_size: int, window: int) -> int:
+    """First position of the window in which the block at ``start`` is drawn.
+
+    Args:
+        start: position of the block.
+        block_size: S.
+        window: L, positions of a training row. A row beyond it moves on by half of it.
+    """
+    beyond = start + block_size - window
+    if beyond <= 0:
+        return 0
+    shift = max(window // 2 // block_size, 1) * block_size
+    return -(-beyond // shift) * shift
+
+
 @dataclass
 class RowState:
     """Counters of one row; none of them depends on the other rows of the batch.

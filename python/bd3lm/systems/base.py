@@ -17,6 +17,7 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
+from bd3lm.systems.parts import LossParts
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> features [M, D]`` of the selected positions; the
@@ -56,6 +57,8 @@ class System(ABC):
         self.block_size = block_size
         self.mask_id = mask_id
         self.schedule = schedule or Schedule("loglinear")
+        self.parts = LossParts()
+        """Losses of the parts of the objective, where there are several."""
 
     @classmethod
     @abstractmethod
@@ -72,6 +75,13 @@ class System(ABC):
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Read statistics of the training text that the noise needs, before the first step."""
+
+    def observations(self) -> Tensor | None:
+        """Sums over the blocks of this step, which ranks add up before the noise is updated.
+
+        None: nothing is learned from losses.
+        """
+        return None
 
     def update_noise_after_step(self, step: int) -> None:
         """Update the noise of later steps from the measurements of ``step`` optimizer steps."""
@@ -156,8 +166,8 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
     return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
 
 
-def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Pad the masked positions to a multiple of the tile size, with weight 0.
+def whole_tiles(select: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad positions and weights [M] to a multiple of the tile size, with weight 0.
 
     PyTorch's CPU matrix products cache one compiled kernel per number of rows. Without padding,
     every step of the tiny model would add 6 MB, because each masks another number of tokens.
@@ -165,11 +175,11 @@ def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(select, weight)``, int64 and float32 [M rounded up].
     """
-    more = -len(batch.masked) % TILE_ROWS
+    more = -len(select) % TILE_ROWS
     if not more:
-        return batch.masked, batch.weight
-    select = torch.cat([batch.masked, batch.masked[-1:].expand(more)])
-    return select, torch.cat([batch.weight, batch.weight.new_zeros(more)])
+        return select, weight
+    padded = torch.cat([select, select[-1:].expand(more)])
+    return padded, torch.cat([weight, weight.new_zeros(more)])
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:

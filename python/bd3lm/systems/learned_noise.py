@@ -34,6 +34,9 @@ class CountDistribution:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.probs: list[float] | None = None
+        self.observed: Tensor | None = None
+        """Sums of (Y_k/k)² and numbers of blocks, of this step, float32 [2, S+1]; on many ranks
+        they are added up before the update."""
         self._sums: Tensor | None = None
 
     def observe(self, nats: Tensor, masked: Tensor, blocks: int) -> None:
@@ -51,20 +54,25 @@ class CountDistribution:
             square = (total / count.clamp(min=1)) ** 2
             finite = square.isfinite()  # the trainer skips a step whose loss is not
             square = torch.where(finite, square, 0.0)
-            if self._sums is None:
-                self._sums = torch.zeros(2, self.block_size + 1, device=nats.device)
-            self._sums = self._sums.to(nats.device)  # after a resume
-            self._sums[0].index_add_(0, count.long(), square)
-            self._sums[1].index_add_(0, count.long(), finite.float())
+            if self.observed is None:
+                self.observed = torch.zeros(2, self.block_size + 1, device=nats.device)
+            self.observed[0].index_add_(0, count.long(), square)
+            self.observed[1].index_add_(0, count.long(), finite.float())
 
     def update_noise_after_step(self, step: int) -> bool:
-        """Decay the averages; refit q every :data:`EVERY` steps. Returns whether q changed."""
-        if self._sums is None:
+        """Add this step's sums, if there are any, and refit q every :data:`EVERY` steps.
+
+        Returns:
+            Whether q changed.
+        """
+        added, sums = self.observed, self._sums
+        if added is not None:
+            sums = added + (0.0 if sums is None else sums.to(added.device))
+            self._sums, self.observed = sums * DECAY, None
+        if sums is None or step % EVERY:
             return False
-        if step % EVERY == 0:
-            self.probs = fitted(*self._sums[:, 1:].double().cpu().numpy())
-        self._sums *= DECAY
-        return step % EVERY == 0
+        self.probs = fitted(*sums[:, 1:].double().cpu().numpy())
+        return True
 
     def state(self) -> dict[str, Any]:
         """Averages and q as plain JSON."""

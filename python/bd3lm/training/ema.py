@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bd3lm.training.shards import local
+
 
 class Ema:
     """Exponential moving average of a model's parameters, kept in float32.
@@ -27,9 +29,9 @@ class Ema:
         """Move towards the current parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach() for p in self._model.parameters()]
+        current = [local(p) for p in self._model.parameters()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.weights.values()), current, 1.0 - decay
+            [local(average) for average in self.weights.values()], current, 1.0 - decay
         )
 
     @contextmanager

@@ -64,6 +64,7 @@ class StepGuard:
             norms: the norm of each gradient.
             total: the norm of all.
         """
+        loss = loss.to(total.device)  # gradients may be in the memory of the host
         of_loss, of_norm = loss.isfinite(), norms.isfinite()
         finite = of_loss & total.isfinite()
         skipped, row, most = self._counts.unbind()

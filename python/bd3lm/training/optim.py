@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
 from torch.optim.adamw import adamw
 from torch.profiler import record_function
 
 from bd3lm.config import OptimConfig
+from bd3lm.training.orthogonal import orthogonalized
+from bd3lm.training.shards import fill, gradient_norms, is_sharded, local
 
 
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -30,7 +31,7 @@ def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients to a global norm of at most ``limit``.
+    """Scale gradients to a global norm of at most ``limit``; all ranks that share them call this.
 
     Args:
         parameters: all with a gradient.
@@ -40,9 +41,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Te
         The norm of each gradient [P] and of all of them, before clipping.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+    norms = gradient_norms(grads)
     total = torch.linalg.vector_norm(norms)
-    nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
+    factor = (limit / (total + 1e-6)).clamp(max=1.0)
+    parts = [local(grad) for grad in grads]
+    torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
     return norms, total
 
 
@@ -97,10 +100,10 @@ class AdamW:
             params = [p for p in group["params"] if p.grad is not None]
             entries = [self.state[p] for p in params]
             adamw(
-                params,
-                [p.grad for p in params],
-                [entry["exp_avg"] for entry in entries],
-                [entry["exp_avg_sq"] for entry in entries],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
+                [local(entry["exp_avg"]) for entry in entries],
+                [local(entry["exp_avg_sq"]) for entry in entries],
                 [],
                 [entry["step"] for entry in entries],
                 fused=True,
@@ -116,16 +119,22 @@ class AdamW:
 
 
 class Muon:
-    """PyTorch's Muon in its functional form, whose step can be skipped on the device.
+    """Muon on whole matrices: momentum (Nesterov), orthogonalized by Newton-Schulz iterations.
+
+    It computes what :class:`torch.optim.Muon` does. Besides, a step can be skipped on the device,
+    matrices may be cut into shards, and the iterations run in the dtype of the run.
 
     Args:
         group: ``params``, all matrices, and ``weight_decay``; ``lr`` is set before every step.
-        momentum: decay rate of the moment (Nesterov).
+        momentum: decay rate of the moment.
+        dtype: of the iterations.
     """
 
-    def __init__(self, group: dict[str, Any], momentum: float) -> None:
+    def __init__(
+        self, group: dict[str, Any], momentum: float, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.param_groups = [group]
-        self._momentum = momentum
+        self._momentum, self._dtype = momentum, dtype
         self.state: dict[Tensor, dict[str, Tensor]] = {
             p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
             for p in group["params"]
@@ -137,31 +146,32 @@ class Muon:
         (group,) = self.param_groups
         params = [p for p in group["params"] if p.grad is not None]
         with record_function("Optimizer.step#Muon.step"):
-            if finite is None:
-                self._update(group, params)
+            if params and is_sharded(params[0]):
+                self._update(group, params, finite)
                 return
-            for p in params:  # a copy of one matrix at a time
-                moment = self.state[p]["momentum_buffer"]
-                before = p.clone(), moment.clone()
-                self._update(group, [p])
-                for new, old in zip((p, moment), before, strict=True):
-                    new.copy_(torch.where(finite, new, old))
+            for p in params:  # copies of one matrix at a time
+                self._update(group, [p], finite)
 
-    def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        muon(
-            params,  # pyright: ignore[reportArgumentType]
-            [p.grad for p in params],  # pyright: ignore[reportArgumentType]
-            [self.state[p]["momentum_buffer"] for p in params],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=self._momentum,
-            nesterov=True,
-            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
-            ns_steps=DEFAULT_NS_STEPS,
-            eps=EPS,
-            adjust_lr_fn=None,
-            has_complex=False,
-        )
+    def _update(
+        self, group: dict[str, Any], params: list[nn.Parameter], finite: Tensor | None
+    ) -> None:
+        directions = []
+        for p in params:
+            assert p.grad is not None
+            grad, moment = local(p.grad), local(self.state[p]["momentum_buffer"])
+            new = moment.lerp(grad, 1 - self._momentum)
+            directions.append(grad.lerp(new, self._momentum))
+            _keep(moment, new, finite)
+        for p, step in zip(params, orthogonalized(directions, params, self._dtype), strict=True):
+            rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            weight = local(p)
+            new = weight * (1 - group["lr"] * group["weight_decay"])
+            _keep(weight, new.add_(step, alpha=-rate), finite)
+
+
+def _keep(old: Tensor, new: Tensor, finite: Tensor | None) -> None:
+    """Replace values in place, unless a flag on the device is false."""
+    old.copy_(new if finite is None else torch.where(finite, new, old))
 
 
 class Optimizers:
@@ -170,11 +180,18 @@ class Optimizers:
     ``adamw`` takes every parameter; ``muon`` takes the matrices of the Transformer's blocks and
     leaves embeddings, head, norms and biases to AdamW.
 
+    Args:
+        model: its parameters are updated.
+        cfg: the settings.
+        dtype: of Muon's iterations.
+
     Attributes:
         host_decides: whether the host reads the flag that skips a step, or the device selects.
     """
 
-    def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
+    def __init__(
+        self, model: nn.Module, cfg: OptimConfig, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.cfg = cfg
         self._named = dict(model.named_parameters())
         # On the CPU reading a flag is free, and copies are not; an accelerator is not waited for.
@@ -194,7 +211,7 @@ class Optimizers:
         self._peaks: list[tuple[Driver, float]] = [(AdamW(groups, cfg.betas, cfg.eps), cfg.lr)]
         if matrices:
             group = {"params": list(matrices.values()), "weight_decay": cfg.weight_decay}
-            self._peaks.append((Muon(group, cfg.momentum), cfg.matrix_lr))
+            self._peaks.append((Muon(group, cfg.momentum, dtype), cfg.matrix_lr))
 
     def step(self, factor: float, finite: Tensor | None = None) -> None:
         """Update once at ``factor`` times the peak learning rates, and clear the gradients.
@@ -236,4 +253,4 @@ class Optimizers:
             state: with the names, shapes and dtypes of :meth:`state`.
         """
         for name, value in self.state().items():
-            value.copy_(state[name])
+            fill(value, state[name])

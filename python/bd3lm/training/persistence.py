@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import Meta, read_meta, restore_system, write_checkpoint
 from bd3lm.checkpoint.record import Record
 from bd3lm.checkpoint.steps import BEST
-from bd3lm.checkpoint.tensors import assign_weights, check_tensors, first_not_finite
+from bd3lm.checkpoint.tensors import check_tensors, first_not_finite
 from bd3lm.config import ModelConfig
 from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
 from bd3lm.training.settings import check_resumed
+from bd3lm.training.shards import fill, is_sharded, local, whole
 
 if TYPE_CHECKING:
     from bd3lm.training.trainer import Trainer
@@ -31,6 +32,9 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 
 def save(trainer: Trainer, *, best: bool = False) -> None:
     """Write a checkpoint of this step, unless it is the last one already.
+
+    Every rank calls this; rank 0 writes. The files are those that one rank would write, so a run
+    can be resumed on any number of ranks.
 
     Args:
         trainer: between two steps.
@@ -45,21 +49,40 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
     if trainer.saved_step != step:
         averaged, training = trainer.ema.weights, _training_tensors(trainer)
         _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
-        trainer.metrics.sync()
-        with trainer.checkpoints.new(step) as folder:
-            write_checkpoint(
-                folder,
-                trainer.cfg,
-                trainer.tokenizer,
-                step=step,
-                averaged=averaged,
-                training=training,
-                state=_numbers(trainer),
-                data=trainer.data_digests,
-            )
+        averaged, training = _gathered(trainer, averaged), _gathered(trainer, training)
+        trainer.ranks.by_first(lambda: _write(trainer, averaged, training))
         trainer.saved_step = step
     if best:
-        trainer.checkpoints.point(BEST, step)
+        trainer.ranks.by_first(lambda: trainer.checkpoints.point(BEST, step))
+
+
+def _write(trainer: Trainer, averaged: dict[str, Tensor], training: dict[str, Tensor]) -> None:
+    """Write the checkpoint of this step."""
+    trainer.metrics.sync()
+    with trainer.checkpoints.new(trainer.steps_done) as folder:
+        write_checkpoint(
+            folder,
+            trainer.cfg,
+            trainer.tokenizer,
+            step=trainer.steps_done,
+            averaged=averaged,
+            training=training,
+            state=_numbers(trainer),
+            data=trainer.data_digests,
+        )
+
+
+def _gathered(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gather shards one tensor at a time; rank 0, which writes them, keeps them on the host."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            found[name] = tensor
+            continue
+        gathered = whole(tensor)
+        if trainer.ranks.first:
+            found[name] = gathered.cpu()
+    return found
 
 
 def resume(trainer: Trainer) -> None:
@@ -69,6 +92,19 @@ def resume(trainer: Trainer) -> None:
         CheckpointError: there is none, it is damaged, or does not fit this run or its data.
         ConfigError: the run has other settings now.
     """
+    step = trainer.ranks.every(lambda: _read(trainer))
+    trainer.steps_done = trainer.saved_step = step
+
+    def tidy() -> None:
+        trainer.checkpoints.prune(step)
+        # The last validation of a run is made again where the run did not end.
+        trainer.metrics.rewind(step, validated=step < trainer.cfg.steps)
+
+    trainer.ranks.by_first(tidy)
+
+
+def _read(trainer: Trainer) -> int:
+    """Read the last checkpoint into the trainer; returns its step."""
     folder = trainer.checkpoints.latest()
     if folder is None:
         raise CheckpointError(f"{trainer.checkpoint} holds no checkpoint yet")
@@ -76,20 +112,14 @@ def resume(trainer: Trainer) -> None:
     check_resumed(trainer.cfg, meta.config, trainer.out)
     _check_data(trainer, meta)
     training, averaged = meta.tensors("training.safetensors"), meta.tensors("model.safetensors")
-    check_tensors(training.tensors, _training_tensors(trainer), training.file)
+    state = _training_tensors(trainer)
+    check_tensors(training.tensors, state, training.file)
     check_tensors(averaged.tensors, trainer.ema.weights, averaged.file)
     _load_numbers(trainer, meta)
-    raw = training.load()
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            parameter.copy_(raw[MODEL + name])
-        for name, tensor in averaged.load().items():
-            trainer.ema.weights[name].copy_(tensor)
-    trainer.optimizers.load(_part(raw, OPTIMIZER))
-    trainer.steps_done = trainer.saved_step = meta.step
-    trainer.checkpoints.prune(meta.step)
-    # The last validation of a run is made again where the run did not end.
-    trainer.metrics.rewind(meta.step, validated=meta.step < trainer.cfg.steps)
+    for opened, targets in ((training, state), (averaged, trainer.ema.weights)):
+        for name, tensor in opened.parts():
+            fill(targets[name], tensor)
+    return meta.step
 
 
 def start_from(trainer: Trainer, path: Path) -> None:
@@ -103,7 +133,11 @@ def start_from(trainer: Trainer, path: Path) -> None:
     """
     loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
     _check_same_function(trainer.cfg.model, loaded.config.model, path)
-    assign_weights(trainer.model, loaded.model.state_dict(), path)
+    weights = loaded.model.state_dict()
+    check_tensors(weights, trainer.model.state_dict(), path)
+    for name, parameter in trainer.model.named_parameters():
+        fill(parameter, weights[name])
+        fill(trainer.ema.weights[name], weights[name])
     if trainer.cfg.init_optimizer:
         opened = read_meta(loaded.path).tensors("training.safetensors")
         found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
@@ -114,8 +148,6 @@ def start_from(trainer: Trainer, path: Path) -> None:
             )
         check_tensors(found, needed, opened.file)
         trainer.optimizers.load(_part(opened.load(), OPTIMIZER))
-    for name, parameter in trainer.model.named_parameters():
-        trainer.ema.weights[name].copy_(parameter.detach())
 
 
 # --- tensors and numbers ------------------------------------------------------------------------
@@ -139,6 +171,7 @@ def _numbers(trainer: Trainer) -> dict[str, Any]:
         "last": trainer.last,
         "best": trainer.best,
         "system": trainer.system.state(),
+        "parts": trainer.system.parts.state(),
     }
 
 
@@ -163,10 +196,14 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.best = None if best is None else state.floating("best")
     state.record("system")
     restore_system(trainer.system, meta.learned, state.source)
+    if "parts" in state.values:  # older checkpoints have none
+        parts = state.record("parts")
+        trainer.system.parts.load_state({name: parts.floats(name, 2) for name in parts.values})
 
 
 def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
-    name = first_not_finite(tensors.items())
+    own = first_not_finite((name, local(tensor)) for name, tensor in tensors.items())
+    name = next((found for found in trainer.ranks.gather(own) if found is not None), None)
     if name is None:
         try:
             json.dumps(trainer.system.state(), allow_nan=False)
@@ -204,7 +241,7 @@ def _check_data(trainer: Trainer, meta: Meta) -> None:
             data = trainer.train if split == "train" else trainer.valid
             raise CheckpointError(
                 f"{data.path} is not the data that this run was trained on (its digest differs); "
-                f"restore it, or begin another run with --init-from {meta.path}"
+                f"restore it, or begin another run with --init-from {shlex.quote(str(meta.path))}"
             )
 
 

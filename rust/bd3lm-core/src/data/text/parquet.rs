@@ -292,7 +292,7 @@ fn column(path: &Path, schema: &SchemaDescriptor, name: &str) -> Result<usize> {
     }
     let count = names.len();
     Err(refuse(format!(
-        "it has no column {name}, only {}",
+        "it has no column {name}, only {}; name another with --text-field",
         list(names.into_iter(), count)
     )))
 }

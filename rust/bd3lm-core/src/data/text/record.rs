@@ -55,7 +55,7 @@ pub(super) fn read_record<'a>(json: &'a [u8], options: &ReadOptions) -> Result<R
         Some(Value::Text(text)) => Ok(Record::Text(text)),
         Some(Value::Null) => Ok(Record::Null),
         Some(_) => Err(format!("its field {name} is not a string")),
-        None => Err(format!("it has no field {name}, only {}", names_of(json))),
+        None => Err(format!("it has no field {name}, only {}; name another with --text-field", names_of(json))),
     }
 }
 
@@ -367,7 +367,7 @@ mod tests {
         );
         assert_eq!(
             read(r#"{"a": {"b": 1}}"#, "a.c", None),
-            "it has no field a.c, only a"
+            "it has no field a.c, only a; name another with --text-field"
         );
         assert_eq!(
             read(r#"{"text": "a", "text": "b"}"#, "text", None),

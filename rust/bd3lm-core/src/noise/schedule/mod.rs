@@ -1,5 +1,5 @@
-//! Noise schedules: mask probability, NELBO weight and inverse (docs/math.md §2). Every formula of
-//! a schedule is here.
+//! Noise schedules: mask probability, NELBO weight and inverse (docs/math.md §2). Formulas of
+//! Gaussians and tables are in `gaussian` and `table`, all others here.
 
 mod gaussian;
 mod table;

@@ -1,0 +1,476 @@
+"""Runs on several ranks: they are the run of one rank, and end together.
+
+The ranks are processes on this machine that exchange tensors by gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.steps import find_checkpoint
+from bd3lm.config import TrainConfig, preset, to_dict
+from bd3lm.model.scaling import rank_cost
+from bd3lm.training import read_metrics
+from tests.reliability.test_kills import assert_same_run
+from tests.reliability.zygote import Zygote, free_port
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+
+IMPORTS = """
+import torch.distributed.fsdp, torch.distributed.tensor, torch.nn.parallel
+from torch.distributed.device_mesh import init_device_mesh
+"""
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    server = Zygote(IMPORTS)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def exact(small: TrainConfig) -> TrainConfig:
+    """In float32, whose sums differ by rounding alone."""
+    return dataclasses.replace(small, precision="fp32")
+
+
+def finish(zygote, processes):
+    """Exit codes of a job."""
+    return [zygote.wait(process) for process in processes]
+
+
+def run(zygote, ranks, config, out, *, patch=""):
+    """Train on so many ranks."""
+    log = out.with_suffix(".log")
+    codes = finish(zygote, zygote.job(ranks, to_dict(config), out, log, patch=patch))
+    assert codes == [0] * ranks, log.read_text()
+    return out
+
+
+def stopped(zygote, ranks, config, out):
+    """Train on so many ranks until rank 0 gets a signal in step 6."""
+    patch = """
+import signal
+from bd3lm.training.trainer import Trainer
+after = Trainer._after_step
+def signalled(self, window):
+    after(self, window)
+    if self.steps_done == 6 and self.ranks.first:
+        os.kill(os.getpid(), signal.SIGTERM)
+Trainer._after_step = signalled
+"""
+    log = out.with_suffix(".log")
+    codes = finish(zygote, zygote.job(ranks, to_dict(config), out, log, patch=patch))
+    assert codes == [128 + signal.SIGTERM] * ranks, log.read_text()
+    assert load_checkpoint(out).step == 6
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    return [m["loss"] for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
+
+
+def assert_same_curve(one: Path, many: Path, tolerance: float = 1e-5) -> None:
+    first, second = losses(one), losses(many)
+    assert len(first) == len(second)
+    assert second == pytest.approx(first, rel=0, abs=tolerance)
+    bounds = [json.loads((out / "summary.json").read_text())["val_nelbo"] for out in (one, many)]
+    assert bounds[1] == pytest.approx(bounds[0], rel=0, abs=10 * tolerance)
+    files = [load_file(find_checkpoint(out) / "training.safetensors") for out in (one, many)]
+    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+
+
+def parallel(config, **changes):
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **changes))
+
+
+def optimized(config, name):
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=name))
+
+
+# --- the same run -------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_and_one_goes_on(zygote, exact, tmp_path):
+    """DDP, learned noise, validation on both; then the second half on one rank."""
+    noise = dataclasses.replace(exact.noise, fit_counts=True)
+    config = optimized(dataclasses.replace(exact, noise=noise, batch_size=5), "adamw")
+    one = run(zygote, 1, config, tmp_path / "one")
+    many = run(zygote, 2, config, tmp_path / "many")
+    assert_same_curve(one, many)
+    assert_same_curve(one, run(zygote, 1, config, stopped(zygote, 2, config, tmp_path / "half")))
+
+
+def test_three_ranks_share_one_model_and_begin_where_one_ended(zygote, exact, tmp_path):
+    """FSDP2 and Muon; eight rows in two micro-batches for each of three ranks."""
+    config = dataclasses.replace(optimized(exact, "muon"), batch_size=8)
+    one = run(zygote, 1, config, tmp_path / "one")
+    half = stopped(zygote, 1, config, tmp_path / "half")
+    shared = dataclasses.replace(parallel(config, strategy="fsdp"), micro_batch=2)
+    assert_same_curve(one, run(zygote, 3, shared, half))
+
+
+COUNT = """
+import json
+from torch.utils._python_dispatch import TorchDispatchMode
+from bd3lm.training.trainer import Trainer
+from bd3lm.training.shards import local
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d."):
+            name = str(func).split(".")[1].strip("_")
+            tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            size = max([x.nbytes for x in tensors if isinstance(x, torch.Tensor)] or [0])
+            if name == "allreduce":
+                size = sum(x.nbytes for x in args[0])
+            if name == "alltoall_base":  # bytes to the others
+                size = sum(args[4]) - args[4][int(os.environ["RANK"])]
+            self.found[name] = self.found.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+step = Trainer.step
+def counted(self):
+    if self.steps_done != 3:
+        return step(self)
+    with Count() as count:
+        result = step(self)
+    kept = [*self.model.parameters(), *self.ema.weights.values()]
+    kept += self.optimizers.state().values()
+    held = sum(local(tensor).nbytes for tensor in kept)
+    held += sum(local(p).nbytes for p in self.model.parameters())  # a gradient each
+    file = order["out"] + f"/count-{os.environ['RANK']}"
+    open(file, "w").write(json.dumps({"held": held, **count.found}))
+    return result
+Trainer.step = counted
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy):
+    ranks = 2
+    config = dataclasses.replace(parallel(optimized(exact, "muon"), strategy=strategy), steps=4)
+    out = run(zygote, ranks, config, tmp_path / "run", patch=COUNT)
+    model = load_checkpoint(out).model
+    paper = rank_cost(config, model, ranks, item=4)
+    counts = [json.loads((out / f"count-{rank}").read_text()) for rank in range(ranks)]
+    assert max(c.pop("held") for c in counts) == pytest.approx(paper.state, rel=0.02)
+    for count in counts:
+        # In a ring of two a rank sends half of the bytes, and all of them for an all-reduce.
+        gathered = sum(v for k, v in count.items() if "allgather" in k or "reduce_scatter" in k)
+        exchanged = count.get("alltoall_base", 0)
+        added = count.get("allreduce", 0)
+        sent = gathered // 2 + exchanged + added
+        assert sent == pytest.approx(paper.sent + paper.sent_far, rel=0.05), count
+
+
+SYSTEMS = ("bd3lm", "mdlm", "sedd", "ar")
+
+
+def of_system(config, system):
+    theirs = preset("demo", system)
+    model = dataclasses.replace(theirs.model, width=16, depth=2, heads=2)
+    return dataclasses.replace(
+        config, system=system, block_size=theirs.block_size, noise=theirs.noise, model=model
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fifty_steps_on_two_three_and_four_ranks(zygote, exact, tmp_path, system, optimizer):
+    config = dataclasses.replace(exact, steps=50, batch_size=9, checkpoint_every=50)
+    config = optimized(of_system(config, system), optimizer)
+    one = run(zygote, 1, config, tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        for ranks in (2, 3, 4):
+            name = f"{strategy}{ranks}"
+            shared = parallel(config, strategy=strategy)
+            assert_same_curve(one, run(zygote, ranks, shared, tmp_path / name))
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(zygote, exact, tmp_path):
+    config = optimized(dataclasses.replace(exact, steps=50), "muon")
+    one = run(zygote, 1, config, tmp_path / "one")
+    shared = parallel(config, strategy="fsdp", replicas=2)
+    assert_same_curve(one, run(zygote, 4, shared, tmp_path / "four"))
+
+
+# --- scores and samples -------------------------------------------------------------------------
+
+
+def printed(zygote, ranks, command, words, log):
+    """Lines that a command prints on so many ranks, as JSON."""
+    main = f"""
+def main():
+    from bd3lm.cli.{command} import main as command
+    command({[str(word) for word in words]!r})
+"""
+    codes = finish(zygote, zygote.job(ranks, {}, log, log, patch=main))
+    assert codes == [0] * ranks, log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--estimator exact --variance", "--likelihood confidence", "--estimator stratified --rows 7"],
+)
+def test_scores_are_those_of_one_rank(zygote, trained, tmp_path, options):
+    words = [trained, "--json", "--batch-size", 2, "--device", "cpu", *options.split()]
+    one, many = (
+        printed(zygote, ranks, "evaluate", words, tmp_path / f"{ranks}.log") for ranks in (1, 3)
+    )
+    assert one == many
+    assert len(one) == 1
+
+
+def test_samples_are_those_of_one_rank(zygote, trained, tmp_path):
+    words = [trained, "--json", "--batch-size", 2, "--num", 7, "--length", 12, "--device", "cpu"]
+    one, many = (
+        printed(zygote, ranks, "sample", words, tmp_path / f"{ranks}.log") for ranks in (1, 2)
+    )
+    assert one == many
+    assert [line["index"] for line in one] == list(range(7))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_every_command(exact, tmp_path):
+    """The commands of docs/guides/several-gpus.md, in processes that torchrun starts."""
+
+    def torchrun(*words):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        port = ["--master-port", str(free_port())]
+        return subprocess.run(
+            [sys.executable, *launcher, *port, "-m", "--", "bd3lm", *words],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    small = ["--data", str(exact.data), "--steps", "3", "--batch-size", "4", "--seq-len", "16"]
+    small += ["--device", "cpu", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"]
+    small += ["--eval.every", "0", "--sample.num", "1", "--sample.length", "8"]
+    done = torchrun("train", "demo", "--out", "runs/two", *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val_") <= 1
+    scored = torchrun("eval", "runs/two/checkpoint", "--json")
+    assert json.loads(scored.stdout)["step"] == 3, scored.stderr
+    drawn = torchrun("sample", "runs/two/checkpoint", "--num", "3", "--length", "8", "--json")
+    assert len(drawn.stdout.splitlines()) == 3, drawn.stderr
+    again = torchrun("train", "demo", "--out", "runs/two", *small)
+    assert again.returncode != 0
+    assert again.stderr.count("error: runs/two already holds a run") == 1
+    nowhere = torchrun("train", "demo", *small)
+    assert "error: out (not given): must be given where several ranks train" in nowhere.stderr
+
+
+# --- ends ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endless(exact):
+    return dataclasses.replace(exact, steps=100_000, checkpoint_every=2, log_every=1)
+
+
+def begun(zygote, ranks, config, out, *, patch=""):
+    """A job that has saved its first checkpoint."""
+    processes = zygote.job(ranks, to_dict(config), out, out.with_suffix(".log"), patch=patch)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint" / "latest").exists():
+        assert time.monotonic() < deadline, out.with_suffix(".log").read_text()
+        time.sleep(0.01)
+    return processes
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 2, endless, out)
+    os.kill(processes[1], signal.SIGTERM)
+    assert finish(zygote, processes) == [128 + signal.SIGTERM] * 2
+    message = (tmp_path / "run.log").read_text()
+    assert message.count("the run is saved. Continue it with: bd3lm-train --out") == 2
+    last = read_metrics(out / "metrics.jsonl")[-1]["step"]
+    assert load_checkpoint(out).step == last
+
+
+def test_a_rank_that_dies_ends_the_others(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 2, endless, out)
+    os.kill(processes[1], signal.SIGKILL)
+    assert finish(zygote, processes) == [2, -signal.SIGKILL]
+    assert (
+        "error: another rank has ended or cannot be reached" in (tmp_path / "run.log").read_text()
+    )
+    assert load_checkpoint(out).step > 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_run_is_named(zygote, endless, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 3, parallel(endless, timeout_minutes=0.1), out)
+    os.kill(processes[1], signal.SIGSTOP)
+    assert zygote.wait(processes[0]) == zygote.wait(processes[2]) == 2
+    os.kill(processes[1], signal.SIGKILL)
+    zygote.wait(processes[1])
+    message = (tmp_path / "run.log").read_text()
+    assert "error: no progress for 6 s: rank 1 " in message
+    assert "its process has ended or does not run" in message
+
+
+def test_a_rank_that_hangs_in_its_own_code_is_named(zygote, endless, tmp_path):
+    patch = """
+import time
+from bd3lm.systems import BlockDiffusion
+loss = BlockDiffusion.loss
+def stuck(self, model, batch):
+    if os.environ["RANK"] == "1" and os.path.exists(order["out"] + "/stop"):
+        time.sleep(1000)
+    return loss(self, model, batch)
+BlockDiffusion.loss = stuck
+"""
+    out = tmp_path / "run"
+    config = parallel(endless, timeout_minutes=0.1)
+    processes = begun(zygote, 2, config, out, patch=patch)
+    (out / "stop").touch()
+    assert finish(zygote, processes) == [2, 2]
+    message = (tmp_path / "run.log").read_text()
+    assert "error: no progress for 6 s: rank 1 after step" in message
+    assert "working in stuck" in message
+    assert "rank 0" not in message
+
+
+def test_a_full_disk_of_rank_0_is_the_error_of_all(zygote, exact, tmp_path):
+    patch = """
+import errno
+from bd3lm.training import persistence
+write = persistence.write_checkpoint
+def full(folder, *args, step, **options):
+    if step == 8:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(folder, *args, step=step, **options)
+persistence.write_checkpoint = full
+"""
+    out = tmp_path / "run"
+    processes = zygote.job(2, to_dict(exact), out, tmp_path / "run.log", patch=patch)
+    assert finish(zygote, processes) == [2, 2]
+    assert (
+        "no space left on the device. The last checkpoint is of step 4"
+        in (tmp_path / "run.log").read_text()
+    )
+    assert load_checkpoint(out).step == 4
+
+
+def test_bad_steps_of_one_rank_are_those_of_all(zygote, exact, tmp_path):
+    """One gradient of rank 1 is NaN at two steps in a row: skipped, and gone back, by both."""
+    patch = """
+from bd3lm.training.trainer import Trainer
+accumulate, left = Trainer._accumulate, {5: 1, 6: 1}
+def poisoned(self, batches):
+    step = self.steps_done + 1
+    if self.ranks.rank == 1 and left.pop(step, 0):
+        batches[0].weight[0] = torch.nan
+    return accumulate(self, batches)
+Trainer._accumulate = poisoned
+"""
+    out = run(zygote, 2, exact, tmp_path / "run", patch=patch)
+    (line,) = [m for m in read_metrics(out / "metrics.jsonl") if "rewound_from" in m]
+    assert line == {"step": 4, "rewound_from": 6}
+    assert_same_run(run(zygote, 2, exact, tmp_path / "clean"), out)
+
+
+def test_a_directory_in_use_is_refused_on_every_rank(zygote, endless, exact, tmp_path):
+    out = tmp_path / "run"
+    processes = begun(zygote, 1, endless, out)
+    second = zygote.job(2, to_dict(exact), out, tmp_path / "second.log")
+    assert finish(zygote, second) == [2, 2]
+    assert "that another process" in (tmp_path / "second.log").read_text()
+    os.kill(processes[0], signal.SIGKILL)
+    zygote.wait(processes[0])
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long(exact):
+    return dataclasses.replace(exact, steps=60, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, long, tmp_path_factory):
+    """The run on two ranks that nothing interrupts, and how long it takes."""
+    begun = time.perf_counter()
+    out = run(zygote, 2, long, tmp_path_factory.mktemp("whole") / "run")
+    return out, time.perf_counter() - begun
+
+
+def killed(zygote, long, whole, tmp_path, count, seed):
+    """Kill one rank at a random moment, resume, compare; returns how many were met."""
+    reference, seconds = whole
+    draw, met = random.Random(seed), 0
+    for index in range(count):
+        out, log = tmp_path / f"run{index}", tmp_path / f"run{index}.log"
+        processes = zygote.job(2, to_dict(long), out, log)
+        time.sleep(draw.uniform(0, seconds))
+        victim = draw.randrange(2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(processes[victim], signal.SIGKILL)
+        codes = finish(zygote, processes)
+        assert codes[victim] in (0, -signal.SIGKILL), log.read_text()
+        assert codes[1 - victim] in (0, 2), log.read_text()
+        met += codes[victim] != 0
+        assert_same_run(reference, run(zygote, 2, long, out))
+    return met
+
+
+def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
+    killed(zygote, long, whole, tmp_path, 1, seed=1)
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_25_random_moments(zygote, long, whole, tmp_path):
+    assert killed(zygote, long, whole, tmp_path, 25, seed=2) >= 15
+
+
+@pytest.mark.slow
+def test_two_ranks_preempted_ten_times_and_always_resumed(zygote, long, whole, tmp_path):
+    """Every rank gets the signal, as Slurm and torchrun send it, at moments of its own."""
+    reference, seconds = whole
+    draw, out, log = random.Random(3), tmp_path / "run", tmp_path / "run.log"
+    codes = []
+    for _ in range(10):
+        processes = zygote.job(2, to_dict(long), out, log)
+        time.sleep(draw.uniform(0.2, 0.4) * seconds)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+            time.sleep(draw.uniform(0, 0.05))
+        codes += finish(zygote, processes)
+    run(zygote, 2, long, out)
+    assert set(codes) <= {0, 2, 128 + signal.SIGTERM}, log.read_text()
+    assert_same_run(reference, out)
