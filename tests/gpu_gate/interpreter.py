@@ -52,7 +52,9 @@ class Child:
     def finish(self) -> dict[str, Any]:
         """Wait, and give the results by name."""
         code = self.process.wait()
-        assert code == 0, "the interpreter failed; its traceback is above"
+        assert code == 0, (
+            f"the interpreter ended with {code}; a traceback is above, a signal has none"
+        )
         return json.loads(self.results.read_text())
 
     def kill(self) -> None:
