@@ -58,7 +58,7 @@ OLD := .venv-transformers-4
 
 $(OLD)/.packages: pyproject.toml $(VENV)/.packages
 	test -x $(OLD)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(OLD)
-	$(BIN)/uv pip install -q --python $(OLD)/bin/python 'transformers==4.57.*' 'pytest>=8'
+	$(BIN)/uv pip install -q --python $(OLD)/bin/python 'transformers==4.57.*' 'pytest>=8.2'
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	  > $$($(OLD)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz-shared.pth
 	@touch $@
@@ -84,12 +84,13 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-BENCHES := training_step cpu_attention growth sampling data_path cold_rows compression
+BENCHES := training_step presets cpu_attention growth sampling data_path cold_rows compression
 
 bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench
 	for bench in $(BENCHES); do $(BIN)/python benches/python/$$bench.py || exit 1; done
 	$(BIN)/python benches/python/report.py
+	$(BIN)/python benches/python/pictures.py
 
 TARGETS := aarch64-unknown-linux-gnu aarch64-apple-darwin
 

@@ -106,7 +106,7 @@ def overview() -> Figure:
 
 
 def mask() -> Figure:
-    """Which keys a query attends to in training, L = 12 and S = 4."""
+    """Training mask: the keys that each query sees, L = 12 and S = 4."""
     figure, axes = blank(6.6, 6.2, 33, 31)
     draw_mask(axes, 12, 4)
     legend = (
@@ -220,12 +220,12 @@ def schedules() -> Figure:
         "square": (Schedule("square"), BLUE, "-."),
         "square_root": (Schedule("square_root"), SKY, ":"),
         "logarithmic": (Schedule("logarithmic"), GREEN, "--"),
-        "cosine": (Schedule("cosine"), VERMILION, "-"),
-        "gaussian": (Schedule("gaussian", mu=0.5, sigma=0.2), PURPLE, "-"),
+        "cosine": (Schedule("cosine"), VERMILION, (0, (7, 2, 1.5, 2, 1.5, 2))),
+        "gaussian": (Schedule("gaussian", mu=0.5, sigma=0.2), PURPLE, (0, (9, 3))),
         "bimodal_gaussian": (
             Schedule("bimodal_gaussian", mu=0.3, sigma=0.2, mu2=0.8, sigma2=0.2, mixture=0.6),
             ORANGE,
-            "-",
+            (0, (3, 1)),
         ),
     }
     t = np.linspace(1e-3, 1.0, 400)
@@ -318,7 +318,7 @@ def first_hitting() -> Figure:
 
 
 def record(checkpoint: str) -> None:
-    """Draw one row and store what each forward revealed.
+    """Draw one row and store the tokens of each forward.
 
     The row is the first that has no break of a line in it; nothing else is chosen.
     """
@@ -418,7 +418,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main(arguments: list[str], folder: Path = IMAGES) -> None:
-    """Record a sample if asked, then draw everything."""
+    """Record a sample with ``--record``, then draw everything."""
     if arguments:
         option, checkpoint = arguments
         assert option == "--record"

@@ -2,7 +2,7 @@
 
 Run: python examples/infill.py [CHECKPOINT]
 
-A block sees what is given in it and in the blocks before it. A model with S = L (`--system mdlm`)
+A block sees its given tokens and in the blocks before it. A model with S = L (`--system mdlm`)
 sees everything that is given.
 """
 

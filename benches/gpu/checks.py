@@ -1,4 +1,4 @@
-"""Sections that ask whether results are right: smoke, numerics, and the tests of the repository."""
+"""Sections that check results: smoke, numerics, and the tests of the repository."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def one_case(
     name: str | Any, width: int, dtype: str, length: int = 0, block: int = 0, batch: int = 1,
     heads: int = 2, kv_heads: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
-    """Errors of one shape; outputs are poisoned first, so that what is not written shows."""
+    """Errors of one shape; outputs are poisoned first, so unwritten elements show."""
     from unittest import mock
 
     import torch
@@ -222,7 +222,7 @@ def numerics(shard: int, shards: int) -> None:
 
 
 def same_bits() -> dict[str, Any]:
-    """Whether three runs give the same bits."""
+    """Return whether three runs give the same bits."""
     import torch
 
     from bd3lm.model.attention import BlockMask
@@ -240,7 +240,7 @@ def same_bits() -> dict[str, Any]:
 
 
 def pytests() -> None:
-    """What tests/gpu has beside its oracle over all shapes, which is done above."""
+    """The tests of tests/gpu except its oracle over all shapes, which runs above."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=9", "-p", "no:cacheprovider",
                "-m", "not slow", "tests/gpu", "-k", "not equals_float64"]  # fmt: skip
     with (OUT / "pytest.txt").open("w") as file:
@@ -255,7 +255,7 @@ def head_case() -> dict[str, Any]:
     """The head's loss and gradients, by chunks and our kernel, against float64."""
     import torch
 
-    from bd3lm.model.head import head_cross_entropy
+    from bd3lm.model.head import HeadInputs, head_cross_entropy
 
     positions, width, vocab = (70, 16, 40) if REHEARSE else (9000, 256, 50258)
     torch.manual_seed(0)
@@ -265,7 +265,8 @@ def head_case() -> dict[str, Any]:
     weight = torch.rand(positions, device=DEVICE)
     found = {}
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss, _ = head_cross_entropy(features, weights, None, target, weight, vocab - 1)
+        inputs = HeadInputs(features, weights, None, target, weight, vocab - 1)
+        loss, _ = head_cross_entropy(inputs)
     gradients = torch.autograd.grad(loss, (features, weights))
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in (features, weights)]
     log_p = (rounded[0] @ rounded[1][:-1].T).log_softmax(-1)  # without the mask token
@@ -279,7 +280,7 @@ def head_case() -> dict[str, Any]:
 
 
 def draw_case() -> dict[str, Any]:
-    """Tokens of our kernel beside those of PyTorch's operations, way by way."""
+    """Tokens of our kernel against those of PyTorch's operations, way by way."""
     import torch
 
     from bd3lm.config import SampleConfig

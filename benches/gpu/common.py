@@ -1,4 +1,4 @@
-"""What all sections of the first run share: results line by line, timing, and the rehearsal."""
+"""Shared parts of the sections of the first run: results by line, timing, the rehearsal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attempt(section: str, what: str, run: Callable[[], Any], **also: Any) -> Any
     begun = time.perf_counter()
     try:
         found = run()
-    except Exception as error:  # whatever it is, it is a finding
+    except Exception as error:  # any exception is a finding
         record(section, what=what, ok=False, error=f"{type(error).__name__}: {error}"[:600],
                trace=traceback.format_exc()[-1500:], **also)  # fmt: skip
         return None
@@ -67,24 +67,14 @@ def pretend_gpu() -> None:
     """Let a CPU take every branch that a GPU takes, except streams, events and graphs."""
     import bd3lm.model.attention as attention
     from bd3lm.model import cross_entropy_triton, fused, head, inference, layers, transformer
-    from bd3lm.model.cross_entropy_triton import run_cross_entropy
+    from bd3lm.model.cross_entropy import triton_cross_entropy_
     from bd3lm.sample import block
     from bd3lm.sample.draw_triton import run_draw
-
-    def cross_entropy(
-        logits: Any, bias: Any, target: Any, weight: Any, mask_id: int, d_bias: Any
-    ) -> Any:
-        if bias is not None:
-            logits.add_(bias)
-        nats = run_cross_entropy(logits, target, weight, mask_id)
-        if weight is not None and d_bias is not None:
-            d_bias.add_(logits.sum(0))
-        return nats
 
     # The interpreter takes as long for a large block as for a small one.
     cross_entropy_triton.BLOCK = 4096
     fused.on_cpu = layers.on_cpu = lambda *tensors: False
-    head.cross_entropy_ = cross_entropy
+    head.cross_entropy_ = triton_cross_entropy_
     block.draw = run_draw
     transformer.wants_last_clean = lambda device: True
     inference._pack = lambda *a: None
@@ -132,7 +122,7 @@ def live_pairs(mask: Any) -> int:
 
 
 def errors(found: Any, wanted: Any) -> dict[str, float]:
-    """Largest difference over largest value, and relative norm; infinite for what is no number."""
+    """Largest difference over largest value, and relative norm; infinite for NaN."""
     if not found.isfinite().all():
         return {"max": math.inf, "norm": math.inf, "nan": int((~found.isfinite()).sum())}
     difference = found.double() - wanted

@@ -63,7 +63,7 @@ def die_with_parent() -> None:
 
 
 class Worker:
-    """Process that has imported everything and waits for its turn."""
+    """Process that has imported everything and waits to be started."""
 
     def __init__(self, name: str, cap: int, shard: int, shards: int) -> None:
         self.name, self.label = name, f"{name}.{shard}"

@@ -77,7 +77,7 @@ def flex_peer(mask: Any) -> Callable[..., Any]:
 
 
 def contenders(mask: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
-    """What is timed, made when its turn comes."""
+    """Inputs of a timed call, made when it is timed."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -137,7 +137,7 @@ def measured(
 
 
 def attention() -> None:
-    """Ours beside compiled FlexAttention, SDPA over the dense mask, and a plain causal kernel."""
+    """Ours, compiled FlexAttention, SDPA over the dense mask, and a plain causal kernel."""
     from bd3lm.model.attention import BlockMask
 
     # Ours first, over all shapes, so that a slow compiler cannot keep them from being timed.
@@ -187,7 +187,7 @@ CANDIDATES: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {
 
 
 def candidates() -> list[tuple[str, int, tuple[int, int, int, int]]]:
-    """All of them; those of a power of two rows alone, which Triton asks for."""
+    """All of them; those of a power of two rows alone, which Triton needs."""
     if REHEARSE:
         return [("forward", 16, (32, 16, 4, 1)), ("keys", 16, (16, 32, 4, 1))]
     return [

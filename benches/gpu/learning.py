@@ -1,4 +1,4 @@
-"""Sections that train and sample small models, beside the losses that a CPU gets."""
+"""Sections that train and sample small models, against the losses of a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Quiet:
 
 
 def curve_configs() -> dict[str, Any]:
-    """What is trained on both devices; without dropout, whose generators differ."""
+    """Model that is trained on both devices; without dropout, whose generators differ."""
     from bd3lm.config import preset
 
     tiny = preset("tiny")
@@ -74,7 +74,7 @@ def losses(cfg: Any, data: Any, device: str) -> tuple[list[float], float, float 
 
 
 def curve(only: list[str] | None) -> None:
-    """Write the losses of the CPU beside this file."""
+    """Write the losses of the CPU next to this file."""
     WORK.mkdir(parents=True, exist_ok=True)
     data = splits()
     path = HERE / "cpu_curve.json"
@@ -89,7 +89,7 @@ def curve(only: list[str] | None) -> None:
 
 
 def train() -> None:
-    """Train in fp32 and bf16, each loss beside the CPU's."""
+    """Train in fp32 and bf16, each loss next to the CPU's."""
     data = splits()
     path = HERE / "cpu_curve.json"
     known = json.loads(path.read_text()) if path.exists() else {}

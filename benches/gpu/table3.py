@@ -1,4 +1,4 @@
-"""Train the six systems of the paper's Table 3 as it asks, one after the other.
+"""Train the six systems of the paper's Table 3 by its recipe, one after the other.
 
 The settings are those of ``bd3lm-paper`` at full scale: AR, SEDD and MDLM for 500 steps, BD3-LMs
 for 400 at S = L and 100 at S = 16, 8 and 4, of 512 rows of 128 tokens. ``table3.py prepare --text
@@ -25,7 +25,7 @@ from common import DEVICE, OUT, REHEARSE
 from learning import Quiet
 
 MOST_BYTES = 50 << 20
-"""Of the prepared text, which travels to the machine."""
+"""Folder of the prepared text, which is copied to the machine."""
 
 
 class Recording(Quiet):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, statistics of ratios, the file they write."""
+"""Shared parts of the benchmarks: their machine, statistics of ratios, their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parents[1] / "results"
-"""Where ``make bench`` puts one JSON file a benchmark, and where report.py reads them."""
+"""Folder of one JSON file a benchmark, which ``make bench`` writes and report.py reads."""
 
 
 def machine() -> dict[str, Any]:
@@ -45,7 +45,7 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, least and greatest of what was measured, and how many there were."""
+    """Median, least and greatest of the measurements, and their number."""
     return {
         "median": statistics.median(values),
         "low": min(values),
@@ -55,7 +55,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def write(path: Path, results: Any) -> None:
-    """Write ``results`` beside the machine's description, and say where."""
+    """Write ``results`` with the machine's description, and print the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     print(f"written to {path}")

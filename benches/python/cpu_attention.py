@@ -59,7 +59,7 @@ def hierarchy(seq_len: int, block: int, leaf: int = 64) -> Iterator[Part]:
     """The training mask as unmasked rectangles of doubling size and masked diagonal tiles.
 
     Within each pair of neighbouring x0 segments the later one, in both streams, attends to all
-    of the earlier one; what is left are tiles along the diagonal.
+    of the earlier one; the rest are tiles along the diagonal.
     """
     tile = max(leaf, block)
     if seq_len % tile or (seq_len // tile) & (seq_len // tile - 1):

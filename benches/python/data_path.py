@@ -1,4 +1,4 @@
-"""The data path against what one would otherwise use: ours and the peer in turn, ratio by ratio.
+"""The data path against other libraries: interleaved runs of ours and the peer, ratio by ratio.
 
 Peers, each skipped with a sentence where it is not installed:
   * text: Hugging Face ``datasets`` and ``tokenizers``, mapped and grouped as language-model scripts
@@ -319,7 +319,7 @@ def bench_preparing(shared: Path | None, work: Path, repeats: int) -> Iterator[R
 # Batches
 
 BATCHES = 20
-"""In one call."""
+"""Rows of one call."""
 BATCH_GOALS = {1024: (40.0, 20.0), 128: (90.0, 50.0)}
 
 
@@ -353,7 +353,7 @@ def bench_batches(data: Dataset, repeats: int) -> Iterator[Result]:
             for _ in range(BATCHES):
                 next(batches)
 
-        # What was set out to be reached is of clean rows, which is what the peer makes.
+        # The target is for clean rows, which the peer makes.
         for work, mine, wanted in (
             ("shuffled", ours, bounds),
             ("shuffled and noised", noised, (None, None)),

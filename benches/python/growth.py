@@ -1,9 +1,9 @@
-"""How attention grows: time a token over L and over S, memory over L, forward and backward.
+"""Growth of attention: time a token over L and over S, memory over L, forward and backward.
 
 bf16 and float32, H = 8, D = 32, on one thread and on two; times are medians, from L = 4096 on
-single runs. Memory is what is
-allocated between the inputs and the gradients, in a process of its own for each L. Writes a picture
-into docs/.
+single runs. Memory counts
+allocations between inputs and gradients, in its own process for each L. pictures.py draws the
+figures.
 
 Run: python benches/python/growth.py [--rounds N] [--out FILE]
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from common import RESULTS, seconds, write
 
@@ -25,7 +24,6 @@ from bd3lm.model.attention import BlockMask, rust
 LENGTHS = [128 << i for i in range(8)]
 BLOCKS = [1 << i for i in range(11)]
 HEADS, WIDTH = 8, 32
-PICTURE = Path(__file__).parents[2] / "docs" / "growth.png"
 
 
 def leaves(rows: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -35,7 +33,7 @@ def leaves(rows: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def microseconds(length: int, block: int, dtype: torch.dtype, rounds: int) -> float:
-    """Of one token of x0, forward and backward."""
+    """Time of one token of x0, forward and backward."""
     rows = max(1, 4096 // length)
     q, k, v, d_out = leaves(rows, length, dtype)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -71,33 +69,6 @@ def extra_memory(length: int) -> int:
     return resident("VmHWM") - before
 
 
-def plot(results: list[dict], memory: dict[int, int]) -> None:
-    """Three panels: over L, over S, memory."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, (over_l, over_s, of_memory) = plt.subplots(1, 3, figsize=(11, 3.2), dpi=80)
-    for axis, what in ((over_l, "length"), (over_s, "block")):
-        for threads in (1, 2):
-            for dtype in ("bfloat16", "float32"):
-                mine = [
-                    r
-                    for r in results
-                    if r["over"] == what and r["threads"] == threads and r["dtype"] == dtype
-                ]
-                x, y = [r[what] for r in mine], [r["microseconds"] for r in mine]
-                axis.loglog(x, y, marker=".", label=f"{dtype}, {threads} thread(s)", base=2)
-        axis.set_ylabel("µs a token")
-    over_l.set_xlabel("L (S = 16)")
-    over_s.set_xlabel("S (L = 1024)")
-    over_s.legend(fontsize=7)
-    of_memory.loglog(memory.keys(), [m / 1e6 for m in memory.values()], marker=".", base=2)
-    of_memory.set_xlabel("L (S = 16, one row, bf16)")
-    of_memory.set_ylabel("MB beyond the inputs")
-    figure.tight_layout()
-    figure.savefig(PICTURE)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -124,7 +95,6 @@ def main() -> None:
         memory[length] = int(subprocess.run(command, capture_output=True, check=True).stdout)
         print(f"L={length}: {memory[length] / 1e6:.1f} MB beyond the inputs")
     write(args.out, {"times": results, "memory": memory})
-    plot(results, memory)
 
 
 if __name__ == "__main__":

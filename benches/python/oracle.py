@@ -1,7 +1,7 @@
-"""What each decoding rule costs by itself: total variation to a known source, against forwards.
+"""Cost of each decoding rule by itself: total variation to a known source, against forwards.
 
-The exact posterior of a Markov chain takes the place of the network (bd3lm.evaluate.oracle). Writes
-a picture into docs/.
+The exact posterior of a Markov chain takes the place of the network (bd3lm.evaluate.oracle).
+pictures.py draws the figures.
 
 Run: python benches/python/oracle.py [--num N] [--out FILE]
 """
@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from common import RESULTS, write
 
 from bd3lm.config import SampleConfig
@@ -21,7 +20,6 @@ from bd3lm.evaluate.oracle import MarkovSource, compare_decoding
 from bd3lm.sample.strategies import Strategy
 from bd3lm.sample.strategies.ordered import by_confidence, left_to_right
 
-PICTURE = Path(__file__).parents[2] / "docs" / "oracle.png"
 SIZE = 8
 STAY = 0.9
 RULES: dict[str, list[tuple[dict[str, Any], Strategy | None]]] = {
@@ -34,23 +32,6 @@ RULES: dict[str, list[tuple[dict[str, Any], Strategy | None]]] = {
     "entropy bound": [({"entropy_bound": b}, None) for b in (0.1, 0.3, 0.6, 1.0, 2.0)],
     "greedy, confidence": [({"temperature": 0.0}, by_confidence)],
 }
-
-
-def plot(found: list[dict[str, Any]], title: str) -> None:
-    """One panel; a rule is told apart by its marker as well as its colour."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=90, layout="constrained")
-    for rule, marker in zip(RULES, "*<^ovsDX", strict=True):
-        mine = [r for r in found if r["rule"] == rule]
-        x, y = [r["forwards"] for r in mine], [r["total_variation"] for r in mine]
-        axes.plot(x, y, marker=marker, linewidth=1, label=rule, alpha=0.85)
-    axes.axhline(found[0]["floor"], color="0.4", linestyle=":", label="exact draws, expected")
-    axes.set(xlabel="forwards a token", ylabel="total variation to the source", ylim=(0, None))
-    axes.legend(fontsize=8, frameon=False)
-    axes.set_title(title, fontsize=9)
-    figure.savefig(PICTURE)
 
 
 def main() -> None:
@@ -74,7 +55,6 @@ def main() -> None:
                 f"total variation {point.total_variation:.4f} (exact draws: {point.floor:.4f})"
             )
     write(args.out, {"states": 2, "stay": STAY, "size": SIZE, "num": args.num, "found": found})
-    plot(found, f"two states, {STAY:.0%} to stay, one block of {SIZE}, {args.num:,} rows")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def functions(file: str, *names: str) -> dict[str, Callable[..., Any]] | None:
 
 
 def masks() -> Callable[[int, int, int, tuple[float, float] | None], Any] | None:
-    """Its levels and masks of (rows, L, S, clip), as methods of a stand-in with their settings."""
+    """Levels and masks of (rows, L, S, clip), as methods of a stand-in with its settings."""
     methods = functions("diffusion.py", "_sample_t", "q_xt", "_resample_q_xt")
     if methods is None:
         return None
@@ -53,6 +53,6 @@ def masks() -> Callable[[int, int, int, tuple[float, float] | None], Any] | None
 
 
 def group_texts() -> Callable[..., Any] | None:
-    """Its grouping of (examples, L, BOS, EOS)."""
+    """Grouping of (examples, L, BOS, EOS)."""
     found = functions("dataloader.py", "_group_texts")
     return None if found is None else found["_group_texts"]

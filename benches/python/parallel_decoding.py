@@ -1,9 +1,9 @@
-"""What parallel decoding costs in quality: forwards a token against generative perplexity.
+"""Cost of parallel decoding in quality: forwards a token against generative perplexity.
 
 A trained checkpoint draws the same number of rows by first hitting, by a confidence threshold, by
 an entropy bound and by a fixed number of tokens a forward, from the same random streams; a causal
 language model judges them. A repeated sentence has the best perplexity of all, so the entropy of a
-row's own tokens stands beside it. Writes a picture into docs/.
+row's own tokens is shown with it. pictures.py draws the figures.
 
 Run: python benches/python/parallel_decoding.py CHECKPOINT [--evaluator NAME] [--num N] [--out FILE]
 """
@@ -15,7 +15,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from common import RESULTS, write
 
@@ -27,7 +26,6 @@ from bd3lm.evaluate.generative import CausalLM, generative_perplexity
 from bd3lm.sample import Sampler
 from bd3lm.sample.stopping import token_entropy
 
-PICTURE = Path(__file__).parents[2] / "docs" / "parallel_decoding.png"
 CPU = torch.device("cpu")
 WAYS: dict[str, list[dict[str, Any]]] = {
     "first hitting": [{}],
@@ -40,7 +38,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 def measure(
     sampler: Sampler, decode: Any, judge: CausalLM, num: int, length: int, way: dict[str, Any]
 ) -> dict[str, float]:
-    """Forwards a token, and what the judge and the tokens themselves say."""
+    """Forwards a token, and the judge's and the tokens' own figures."""
     samples = []
     for first in range(0, num, 16):
         rows = min(16, num - first)
@@ -48,34 +46,13 @@ def measure(
         samples += sampler.generate(config, [[]] * rows, first=first)
     tokens = sum(max(len(s.ids), 1) for s in samples)
     judged = generative_perplexity(judge, [decode(s.ids) for s in samples])
+    entropies = [token_entropy(s.ids) if s.ids else 0.0 for s in samples]
     return {
         "forwards": sum(s.nfe for s in samples) / tokens,
         "gen_ppl": judged.gen_ppl,
-        "entropy": statistics.fmean(token_entropy(s.ids) if s.ids else 0.0 for s in samples),
+        "entropy": statistics.fmean(entropies),
+        "entropy_error": statistics.stdev(entropies) / len(entropies) ** 0.5,
     }
-
-
-def plot(found: list[dict[str, Any]], title: str) -> None:
-    """Two panels over forwards a token."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), dpi=80)
-    for axis, what, label in zip(
-        axes, ("gen_ppl", "entropy"), ("Gen. PPL", "entropy, nats"), strict=True
-    ):
-        for way in WAYS:
-            mine = [r for r in found if r["way"] == way]
-            style = "*" if way == "first hitting" else ".-"
-            size = 14 if way == "first hitting" else 7
-            x, y = [r["forwards"] for r in mine], [r[what] for r in mine]
-            axis.plot(x, y, style, markersize=size, label=way)
-        axis.set_xlabel("forwards a token")
-        axis.set_ylabel(label)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(PICTURE)
 
 
 def main() -> None:
@@ -116,7 +93,6 @@ def main() -> None:
         "length": args.length,
     }
     write(args.out, {**facts, "found": found})
-    plot(found, f"{args.num} rows of {args.length} tokens, S = {sampler.block_size}, top-p 1")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Its code and settings are imported from the folder that ``BD3LM_PEER`` names and run by the
 interpreter that ``BD3LM_PEER_PYTHON`` names: first hitting, key/value cache, nucleus 0.9, one row.
 
-Reads a line for each row to draw; answers with seconds and forwards as JSON.
+Reads a line for each row to draw; prints seconds and forwards as JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peer(length: int, block: int, vocab: int):
     tokenizer = SimpleNamespace(
         vocab_size=vocab, bos_token_id=vocab - 1, eos_token_id=vocab - 1, pad_token="[PAD]"
     )
-    # Its metrics would download the tokenizer of a judge of samples, which drawing never asks.
+    # Its metrics would download the tokenizer of a judge of samples, which drawing never uses.
     transformers.AutoTokenizer.from_pretrained = lambda *_, **__: tokenizer
     settings = [
         "mode=sample_eval",
@@ -57,7 +57,7 @@ def peer(length: int, block: int, vocab: int):
 
 
 def _empty_cache(backbone: Any, **_: object) -> None:
-    """Its own makes the cache on a GPU, and is not called as it is defined."""
+    """Method that replaces the original's, which makes the cache on a GPU."""
     for block in backbone.blocks:
         shape = (1, backbone.max_seqlen, 3 * backbone.config.model.hidden_size)
         block.kv_cache = torch.zeros(shape)

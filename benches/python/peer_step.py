@@ -1,12 +1,12 @@
 """A training step of the original implementation on the CPU: a child of training_step.py.
 
-It runs a step whenever it is asked to.
+It runs a step for each line of input.
 
 Its own code and settings are imported from the folder that ``BD3LM_PEER`` names and run by the
-interpreter that ``BD3LM_PEER_PYTHON`` names. What its trainer does in a step is done here in the
+interpreter that ``BD3LM_PEER_PYTHON`` names. A step does the same as its trainer, in the
 same order: loss, metric, backward pass, clipping, AdamW, weight average.
 
-Reads a line for each step to run; answers with seconds and peak memory as JSON.
+Reads a line for each step to run; prints seconds and peak memory as JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def peer(args: argparse.Namespace):
     tokenizer = SimpleNamespace(vocab_size=args.vocab, pad_token="[PAD]", pad_token_id=0)
     if args.vocab == 30522:  # BERT has a mask token, GPT-2 gets one
         tokenizer.mask_token, tokenizer.mask_token_id = "[MASK]", 103
-    # Its metrics would download the tokenizer of a judge of samples, which training never asks.
+    # Its metrics would download the tokenizer of a judge of samples, which training never uses.
     transformers.AutoTokenizer.from_pretrained = lambda *_, **__: tokenizer
     with hydra.initialize_config_dir(os.path.join(os.environ["BD3LM_PEER"], "configs"), "1.3"):
         config = hydra.compose(

@@ -37,7 +37,7 @@ def millions(value: float) -> str:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """One sentence on what ran it."""
+    """One sentence on the machine."""
     flags = ", ".join(flag.upper().replace("AVX512F", "AVX-512") for flag in machine["flags"])
     return (
         f"{machine['cores']} cores of an {machine['processor']} ({flags}), "
@@ -47,14 +47,14 @@ def where(machine: dict[str, Any]) -> str:
 
 
 class Section(NamedTuple):
-    """A marker's file in ``benches/results`` and what makes its Markdown."""
+    """A marker's file in ``benches/results`` and the function that makes its Markdown."""
 
     file: str
     render: Callable[[Any], str]
 
 
 def training_step(results: list[dict[str, Any]]) -> str:
-    """Ours and the original's, a row a shape and precision of the original."""
+    """Table of ours and the original's, a row a shape and precision of the original."""
     rows = []
     for r in results:
         peer = ["–", "–", "–", "–"]
@@ -76,7 +76,7 @@ def training_step(results: list[dict[str, Any]]) -> str:
 
 
 def attention(results: dict[str, Any]) -> str:
-    """Milliseconds of ours, and what the peers take in multiples of it."""
+    """Milliseconds of ours, and the peers' as multiples of it."""
     rows = []
     for r in results["cases"]:
         c = r["case"]
@@ -94,8 +94,10 @@ def attention(results: dict[str, Any]) -> str:
         )
     head = "shape | threads | ours | GF/s | dense SDPA (quartiles) | hierarchical PyTorch"
     notes = [
-        f"Matrix products of {m['products_ms']:.1f} ms and attention of {m['attention_ms']:.1f} ms "
-        f"in turn take {m['together_over_sum']:.2f} of their sum on {m['threads']} thread(s)."
+        f"Matrix products of {m['products_ms']:.1f} ms and attention of "
+        f"{m['attention_ms']:.1f} ms, "
+        f"interleaved, take {m['together_over_sum']:.2f} of their sum on "
+        f"{m['threads']} thread(s)."
         for m in results["alternation"]
     ]
     return table(head, rows) + "\n\n" + "\n".join(notes)
@@ -152,6 +154,32 @@ def sampling(results: dict[str, Any]) -> str:
     return table("what | speed | forwards | of the original (least–most)", rows)
 
 
+def speculation(results: dict[str, Any]) -> str:
+    """Tokens a forward and a second of each way, temperature and number of rows."""
+
+    def accepted(r: dict[str, Any]) -> str:
+        places = zip(r.get("accepted", []), r.get("tried", []), strict=True)
+        return ", ".join(f"{share:.2f}" for share, tried in places if tried >= 30) or "–"
+
+    rows = [
+        (
+            r["way"],
+            f"{r['temperature']:g}",
+            r["rows"],
+            f"{r['tokens_per_forward']:.2f}",
+            f"{r['ceiling']:.2f}" if "ceiling" in r else "–",
+            accepted(r),
+            f"{r['tokens_per_second']:,.0f}",
+        )
+        for r in results["found"]
+    ]
+    head = (
+        "way | temperature | rows | tokens a forward | ceiling | accepted, by place (30 tries or "
+        "more) | tokens/s"
+    )
+    return f"{results['length']} tokens a row, top-p 1.\n\n" + table(head, rows)
+
+
 def parallel_decoding(results: dict[str, Any]) -> str:
     """Forwards, perplexity and entropy of every way."""
     rows = [
@@ -168,6 +196,48 @@ def parallel_decoding(results: dict[str, Any]) -> str:
         f"top-p 1, judged by {results['evaluator']}."
     )
     return note + "\n\n" + table("way | forwards a token | Gen. PPL | entropy, nats", rows)
+
+
+GPUS = {"A100": 312e12, "H100": 989e12}
+"""Dense bf16 operations a second, of NVIDIA's data sheets."""
+GPU_MFU = 0.4
+"""A usual share of them; nothing here was measured on a GPU."""
+
+
+def lasting(seconds: float) -> str:
+    """A time in its largest unit."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def presets(results: dict[str, Any]) -> str:
+    """Size, memory and time of every preset."""
+    rows = []
+    for r in results["presets"]:
+        memory = f"{r['memory'] / 1e9:.1f} GB"
+        if r["measured_rows"] < r["rows"]:
+            few = f"{r['micro_batch_memory'] / 1e9:.1f} with --micro-batch {r['measured_rows']}"
+            memory = f"{memory} ({few})"
+        step = r["seconds"]["median"]
+        gpus = [r["flops"] / (GPU_MFU * peak) for peak in GPUS.values()]
+        rows.append(
+            [
+                r["preset"],
+                f"{r['parameters'] / 1e6:.1f}M",
+                f"{r['rows']} × {r['length']}",
+                f"{r['flops'] / 1e12:.2g}",
+                memory,
+                f"{step:.2g} s" if step < 100 else lasting(step),
+                f"{lasting(step * r['steps'])} ({r['steps']:,} steps)",
+                *(lasting(seconds * r["steps"]) for seconds in gpus),
+            ]
+        )
+    names = [f"the run on one {name}, estimated" for name in GPUS]
+    head = ["preset", "parameters", "rows × L a step", "TFLOP a step", "memory, estimated"]
+    head += ["a step", "the run", *names]
+    return table(" | ".join(head), rows)
 
 
 def cold_rows(results: dict[str, Any]) -> str:
@@ -188,7 +258,7 @@ def cold_rows(results: dict[str, Any]) -> str:
 
 
 def data_path(results: dict[str, Any]) -> str:
-    """Text to rows, masks, packing and batches against their peers, and what preparing takes."""
+    """Text to rows, masks, packing and batches against their peers, and the cost of preparing."""
     compared = [r for r in results["rows"] if r["peer_name"] is not None]
 
     def cells(r: dict[str, Any]) -> list[str]:
@@ -222,7 +292,8 @@ def data_path(results: dict[str, Any]) -> str:
     runs = min(r["runs"] for r in compared)
     return "\n\n".join(
         [
-            f"{versions}. Medians of {runs} pairs or more in turn; other processes took at most "
+            f"{versions}. Medians of {runs} interleaved pairs or more; other processes took "
+            "at most "
             f"{disturbed:.0%} of the machine.",
             table(f"{head} | bytes on disk | the peer's", texts),
             table("preparing | time (least–most) | Mtokens/s | peak memory", prepared),
@@ -237,7 +308,9 @@ SECTIONS: dict[str, Section] = {
     "growth": Section("growth.json", growth),
     "sampling": Section("sampling.json", sampling),
     "data-path": Section("data_path.json", data_path),
+    "presets": Section("presets.json", presets),
     "cold-rows": Section("cold_rows.json", cold_rows),
+    "speculation": Section("speculation.json", speculation),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
 

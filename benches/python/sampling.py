@@ -40,7 +40,7 @@ DRAWN = LENGTH - 1  # BOS is given
 
 
 def our_sampler(dtype: torch.dtype) -> tuple[Sampler, int]:
-    """Ours with random weights everywhere, and the bytes of matrices that a forward reads."""
+    """Our model with random weights everywhere, and the bytes of matrices that a forward reads."""
     torch.manual_seed(0)
     model = Transformer(dataclasses.replace(tiny().model, dropout=0.0), IDS + 1)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def read_rate() -> float:
 
 
 def timed(step: Callable[[], object]) -> tuple[float, object]:
-    """Wall time of one call, and what it gave."""
+    """Wall time of one call, and its result."""
     start = time.perf_counter()
     result = step()
     return time.perf_counter() - start, result

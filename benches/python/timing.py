@@ -1,4 +1,4 @@
-"""Ours and the peer in turn, on a machine that others may use meanwhile."""
+"""Interleaved runs of ours and the peer, on a machine that others may use meanwhile."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Result:
         return [getattr(b, of) / a for a, b in zip(beside, self.peer, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """What a table shows: medians, and the least and the largest ratio."""
+        """Figures of a table: medians, and the least and the largest ratio."""
         ratios, others = self.ratios(), [c.others for c in (*self.ours, *self.peer)]
         return {
             "work": self.work,
@@ -102,7 +102,7 @@ def undisturbed(step: Step, calls: int, tries: int) -> Cost:
     """The least disturbed of some tries; the first that others left alone."""
     runs: list[Cost] = []
     for _ in range(tries):
-        os.sync()  # what earlier runs left for the disk is not to be written during this one
+        os.sync()  # writes that earlier runs left pending must not fall into this one
         runs.append(measure(step, calls))
         if runs[-1].others <= OTHERS:
             break
@@ -110,7 +110,7 @@ def undisturbed(step: Step, calls: int, tries: int) -> Cost:
 
 
 def enough(step: Step, seconds: float) -> int:
-    """How many calls take about so long; they warm up as well."""
+    """Number of calls that take about so long; they warm up as well."""
     calls = 1
     while (run := measure(step, calls)).wall * calls < seconds / 2:
         calls *= 2
@@ -128,9 +128,9 @@ def compare(
     bounds: tuple[float | None, float | None] = (None, None),
     cold: bool = False,
 ) -> Result:
-    """Run both in turn, ours first and last; a run that others disturbed is made again.
+    """Interleave runs of both, ours first and last; a run that others disturbed is made again.
 
-    A run repeats what it measures for about half a second. With ``cold``, for work that is never
+    A run repeats its call for about half a second. With ``cold``, for work that is never
     repeated in practice, nothing is warmed up, a run of ours is three calls and one of the peer's
     a single one, made once whoever disturbs it.
     """

@@ -2,10 +2,9 @@
 
 Both take the shapes and the recipe of ``bd3lm-train tiny`` (width 256, depth 8, adaLN, dropout,
 AdamW, weight average) and run in processes of their own, so that each has its own peak of resident
-memory; their steps take turns, and a ratio is of neighbours. The original is run in fp32, which is
-what its code does on a CPU (its autocasts are for CUDA), and under a bf16 autocast that we put
-around it, which is what ours uses. It is imported from the
-folder that ``BD3LM_PEER`` names, by the interpreter that ``BD3LM_PEER_PYTHON`` names (with
+memory; their steps take turns, and a ratio is of neighbours. The original is run in fp32, as its
+code does on a CPU (its autocasts are for CUDA), and under a bf16 autocast around it. It is imported
+from the folder that ``BD3LM_PEER`` names, by the interpreter that ``BD3LM_PEER_PYTHON`` names (with
 hydra-core, lightning, transformers, einops and timm); without them its columns are left out.
 
 MFU is the share of the fastest large bf16 matrix product of the same run, counted by
@@ -41,7 +40,7 @@ from bd3lm.training.trainer import Trainer, frozen
 
 
 class Case(NamedTuple):
-    """One shape, and what the original does not fall below on this work."""
+    """One shape, and the least time of the original on this work."""
 
     name: str
     length: int
@@ -55,7 +54,7 @@ CASES = {
     "b": Case("L=1024 S=16 B=4 V=50257", 1024, 16, 4, 50257),
 }
 STEPS = 4
-"""Of ours between two of the original."""
+"""Runs of ours between two of the original."""
 
 
 def config(case: Case) -> TrainConfig:
@@ -76,7 +75,7 @@ class RandomText(TokenArrays):
 
 
 def serve(case: Case, threads: int) -> None:
-    """Ours, a step a line; the peak of the machine is measured before each."""
+    """Run our trainer, a step a line; the peak of the machine is measured before each."""
     torch.set_num_threads(threads)
     text, cfg = RandomText(case), config(case)
     with tempfile.TemporaryDirectory() as out:
@@ -99,7 +98,7 @@ def peak_memory() -> int:
 
 
 class Child:
-    """A process that runs a step whenever it is asked to."""
+    """A process that runs a step for each line of input."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -127,7 +126,7 @@ class Child:
 
 
 def peer_command(case: Case, threads: int, precision: str) -> list[str] | None:
-    """How to start the original; None where it is not there."""
+    """Command that starts the original; None where it is not there."""
     folder = os.environ.get("BD3LM_PEER")
     if folder is None or not Path(folder, "diffusion.py").is_file():
         print("the original is skipped: BD3LM_PEER does not name a folder with diffusion.py")
@@ -140,7 +139,7 @@ def peer_command(case: Case, threads: int, precision: str) -> list[str] | None:
 
 
 def measure(key: str, threads: int, rounds: int, precision: str) -> dict[str, Any]:
-    """Both in turn, after one unmeasured step of each."""
+    """Interleaved steps of both, after one unmeasured step of each."""
     case = CASES[key]
     mine = Child([sys.executable, __file__, "--serve", key, "--threads", str(threads)])
     command = peer_command(case, threads, precision)

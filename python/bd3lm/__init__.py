@@ -4,7 +4,7 @@ Core objects:
 
 - :class:`TrainConfig` holds every setting of a run; :func:`preset` returns one by name.
 - :func:`train` runs it: data, training, likelihood, samples.
-- :func:`load_checkpoint` opens what it wrote; :class:`Checkpoint` generates and scores text.
+- :func:`load_checkpoint` opens its checkpoint; :class:`Checkpoint` generates and scores text.
 - :class:`Sampler` draws many rows at once; :func:`score` returns likelihoods.
 - :class:`Schedule` is a noise schedule, built in or your own.
 
@@ -19,8 +19,9 @@ Quick start::
 Names are imported when they are first used, so ``import bd3lm`` does not import PyTorch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from bd3lm.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from bd3lm import errors
@@ -48,32 +49,25 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "Checkpoint": "api",
-    "Sample": "sample",
-    "SampleConfig": "config",
-    "Sampler": "sample",
-    "Schedule": "data",
-    "TrainConfig": "config",
-    "__version__": "_version",
-    "load_checkpoint": "api",
-    "load_tokenizer": "data",
-    "prepare": "data",
-    "preset": "config",
-    "score": "evaluate",
-    "train": "api",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first used."""
-    if name == "errors":
-        return import_module("bd3lm.errors")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'bd3lm' has no attribute {name!r}")
-    value = getattr(import_module(f"bd3lm.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = imported_on_use(
+    "bd3lm",
+    {
+        "Checkpoint": "api",
+        "Sample": "sample",
+        "SampleConfig": "config",
+        "Sampler": "sample",
+        "Schedule": "data",
+        "TrainConfig": "config",
+        "__version__": "_version",
+        "errors": "",
+        "load_checkpoint": "api",
+        "load_tokenizer": "data",
+        "prepare": "data",
+        "preset": "config",
+        "score": "evaluate",
+        "train": "api",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,8 @@ from bd3lm.config import SampleConfig, TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.device import inference, resolve_device
 from bd3lm.sample import Sample, Sampler
-from bd3lm.sample.sampler import Progress, Prompt
+from bd3lm.sample.replay import Recording, record
+from bd3lm.sample.sampler import BlockEvent, Prompt
 from bd3lm.training import Reporter, run_training
 
 
@@ -36,7 +37,9 @@ class Checkpoint(checkpoint.Checkpoint):
     ) -> list[Sample]:
         """Draw samples that begin with a prompt.
 
-        >>> bd3lm.load_checkpoint("runs/demo").generate("The old house", num=3)  # doctest: +SKIP
+        Examples:
+            >>> run = bd3lm.load_checkpoint("runs/demo")  # doctest: +SKIP
+            >>> run.generate("The old house", num=3)  # doctest: +SKIP
 
         Args:
             prompt: a text, or a sequence of token ids, texts and holes (None) to fill.
@@ -56,11 +59,23 @@ class Checkpoint(checkpoint.Checkpoint):
 
     def stream(
         self, prompt: Prompt = "", *, block_size: int | None = None, **settings: Any
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield each forward and each finished block of :meth:`generate`; same arguments."""
         cfg = _sample_config(settings)
         with self._arithmetic():
             yield from self._sampler(block_size).stream(cfg, [prompt], every_step=True)
+
+    def record(
+        self, prompt: Prompt = "", *, block_size: int | None = None, **settings: Any
+    ) -> Recording:
+        """Draw one sample and keep each forward; same arguments and errors as :meth:`generate`.
+
+        Returns:
+            A recording, which a notebook plays and ``save`` writes as ``.html`` or ``.gif``.
+        """
+        cfg = _sample_config(settings)
+        with self._arithmetic():
+            return Recording(list(record(self._sampler(block_size), cfg, prompt)))
 
     def _arithmetic(self) -> Any:
         return inference(self.config, self._device)[1]
@@ -111,7 +126,7 @@ def train(
         reporter: receives progress (:class:`bd3lm.training.Reporter`); None: a progress bar.
 
     Returns:
-        What ``out/summary.json`` holds: steps, speed, NELBO, bits per byte and where the
+        Content of ``out/summary.json``: steps, speed, NELBO, bits per byte and where the
         checkpoint is.
 
     Raises:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from bd3lm.config import TrainConfig, check
+from bd3lm.data.prepare import available_threads
 from bd3lm.model.attention import BlockMask, choose
 
 
 def resolve_device(name: str) -> torch.device:
     """Resolve a device name; ``auto`` is CUDA if there is one.
 
+    PyTorch's threads are limited to those that this process may run at once.
+
     Raises:
         ConfigError: a device that PyTorch does not know or that is not there.
     """
+    limit_threads()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allowed = "auto, cpu, cuda or cuda:N"
@@ -34,8 +39,20 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None and device.type == "cuda":
         count = torch.cuda.device_count()
         check(device.index < count, "device", name, f"below cuda:{count}")
-        torch.cuda.set_device(device)  # what is allocated without a device's name goes there, too
+        torch.cuda.set_device(device)  # allocations that name no device go there, too
     return device
+
+
+def limit_threads() -> None:
+    """Give PyTorch no more threads than the process may run at once.
+
+    PyTorch counts the cores of the affinity mask. It does not see the quota of a container, which
+    stops all threads for the rest of a period once they have used it up. A number of threads in
+    ``OMP_NUM_THREADS`` is kept.
+    """
+    limit = available_threads()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > limit:
+        torch.set_num_threads(limit)
 
 
 def check_attention(cfg: TrainConfig, device: torch.device) -> None:
@@ -66,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32 on this device."""
+    """Return whether matrix products in bf16 are faster than in fp32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than our oldest torch

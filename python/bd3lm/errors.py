@@ -10,7 +10,7 @@ class Bd3lmError(Exception):
 
 
 class ConfigError(Bd3lmError, ValueError):
-    """A setting is outside what is allowed: ``field = value: must be allowed``.
+    """A setting is not allowed: ``field = value: must be allowed``.
 
     Attributes:
         field: name of the setting, as the command line spells it.
@@ -74,7 +74,7 @@ class StorageError(Bd3lmError, OSError):
 
 
 class CheckpointError(Bd3lmError, ValueError):
-    """A checkpoint cannot be loaded, or does not fit what was asked of it."""
+    """A checkpoint cannot be loaded, or does not fit the request."""
 
 
 class OutOfMemoryError(Bd3lmError, MemoryError):
@@ -82,7 +82,7 @@ class OutOfMemoryError(Bd3lmError, MemoryError):
 
 
 class InterruptedRunError(Bd3lmError):
-    """A signal stopped a run; the message says what was saved and how to go on.
+    """A signal stopped a run; the message names the checkpoint and how to continue.
 
     Args:
         message: the sentence.
@@ -99,8 +99,28 @@ class LostRankError(Bd3lmError):
 
 
 class DivergedError(Bd3lmError):
-    """Losses, gradients or weights are no longer finite; what was saved before is finite."""
+    """Losses, gradients or weights are no longer finite; earlier checkpoints are finite."""
 
 
 class MissingPackageError(Bd3lmError, ImportError):
     """A feature needs an optional package; the message says how to install it."""
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate",
+    "not enough memory",
+    "out of memory",
+    "could not create a memory object",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""How PyTorch's allocators, oneDNN and Python's threads say so: in a plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of the host or of a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = " ".join(str(error).split())
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _NO_MEMORY)

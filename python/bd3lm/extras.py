@@ -19,7 +19,7 @@ def require(package: str, extra: str, purpose: str) -> ModuleType:
     Args:
         package: its import name.
         extra: of pyproject.toml, that lists it.
-        purpose: beginning of the error's sentence: what needs it.
+        purpose: beginning of the error's sentence, the caller's name.
 
     Raises:
         MissingPackageError: it is not installed.

@@ -60,7 +60,7 @@ def list_files(repo: str, *, kind: str = "dataset", revision: str | None = None)
 
 
 def connect() -> None:
-    """Try the hub once; if it does not answer, let this process read its local cache alone.
+    """Try the hub once; without a reply, let this process read its local cache alone.
 
     The libraries of the hub try again for half a minute before they say that there is no network.
     A proxy is not probed, and ``HF_HUB_OFFLINE=1`` needs no probe.

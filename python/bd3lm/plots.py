@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +33,13 @@ LOG_RATIO = 3.0
 """An axis of points is logarithmic from this ratio of largest to smallest value on."""
 
 
-def save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path | str) -> None:
     """Write a figure as PNG, SVG or PDF, by the ending of the file's name.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    with storage_errors(file):
+    with storage_errors(Path(file)):
         figure.savefig(file, dpi=DPI)
 
 
@@ -69,7 +71,7 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Fi
         title: of the figure.
     """
     figure = _figure(12, 4.2)
-    panels = figure.subplots(1, 2)
+    panels = figure.subplots(1, 2, sharex=True)
     for axes, field, name in zip(
         panels, ("loss", "val_nelbo"), ("training loss", "validation NELBO"), strict=True
     ):
@@ -230,11 +232,13 @@ def _series(metrics: Sequence[Mapping[str, Any]], field: str) -> tuple[list[floa
 
 
 def _line(index: int) -> dict[str, Any]:
-    """Style of the n-th curve."""
+    """Style of the n-th curve. Dashes lie above solid lines, so that equal curves are both seen."""
+    dashes = DASHES[index % len(DASHES)]
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[index % len(DASHES)],
+        "linestyle": dashes,
         "linewidth": 1.5,
+        "zorder": 2.0 if dashes == "-" else 2.1,
     }
 
 
@@ -296,17 +300,19 @@ def _figure_class() -> type[Figure]:
 
 
 def _import(name: str) -> Any:
-    """Import a module of matplotlib, whatever MPLBACKEND says.
+    """Import a module of matplotlib under any MPLBACKEND.
 
     Notebooks set MPLBACKEND for the commands that they start, to a backend that the command's
     environment may not have. matplotlib then fails to import, although no backend is needed here.
     """
-    try:
-        return require(name, "plots", "a picture")
-    except ValueError:
+    if "matplotlib" not in sys.modules:
         backend = os.environ.pop("MPLBACKEND", None)
         try:
-            return require(name, "plots", "a picture")
+            matplotlib: Any = require("matplotlib", "plots", "a picture")
         finally:
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend
+        if backend:  # the user's own figures are to be shown there
+            with suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    return require(name, "plots", "a picture")

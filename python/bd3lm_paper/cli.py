@@ -106,18 +106,18 @@ class Watch:
         self._progress.stop()
 
     def planned(self, steps: int, measurements: int) -> None:
-        """Say what is left to do, and start the bars."""
+        """Print the remaining work, and start the bars."""
         self._progress.start()
         self._console.print(f"{steps:,} training steps and {measurements} measurements to make")
         self._train = self._progress.add_task("training", total=steps, now="")
         self._measure = self._progress.add_task("measuring", total=measurements, now="")
 
     def training(self, run: Run, steps: int) -> None:
-        """After a step, or when another sweep has trained a run."""
+        """Advance after a step, or after a run of another sweep."""
         self._progress.update(self._train, advance=steps, now=run.label)
 
     def measured(self, run: Run, measure: Measure, seconds: float) -> None:
-        """After a measurement."""
+        """Advance after a measurement."""
         self._progress.update(self._measure, advance=1, now=measure.kind)
         if not self._console.is_terminal:
             self._console.print(f"{run.label}: {measure.kind} in {seconds:.1f} s")

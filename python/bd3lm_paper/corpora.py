@@ -21,7 +21,7 @@ class Texts:
 
     Args:
         corpora: where it is, and the tokenizers.
-        work: directory for what has to be tokenized.
+        work: directory for text that has to be tokenized.
     """
 
     def __init__(self, corpora: Corpora, work: Path) -> None:

@@ -32,8 +32,8 @@ class Formula:
         markdown: the table.
         title: of the picture.
         x: its horizontal axis.
-        panels: its curves by name, by what the vertical axis shows.
-        band: part of the horizontal axis to shade, and what it is.
+        panels: its curves by name, by vertical axis.
+        band: part of the horizontal axis to shade, and its name.
     """
 
     markdown: str
@@ -76,8 +76,8 @@ def table12() -> Formula:
         [name, *(f"{x:.4g}" for x in Weighting(name).at(loglinear, LEVELS))] for name in WEIGHTINGS
     ]
     note = (
-        "The paper's last column stands one row too low and its EDM lacks a bracket; these are the "
-        "formulas it names. sigmoid (k = 0) and simple are the same function here."
+        "The paper's last column is printed one row too low and its EDM lacks a bracket; these are "
+        "the formulas it names. sigmoid (k = 0) and simple are the same function here."
     )
     t = np.linspace(0.02, 0.98, 97)
     lines = {name: Weighting(name).at(loglinear, t) for name in WEIGHTINGS}

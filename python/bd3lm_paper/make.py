@@ -50,7 +50,7 @@ def make_tables(
 
     Raises:
         ConfigError: an unknown table, scale or role, or no such page, before anything is run.
-        Bd3lmError: a run that cannot be made; what was finished stays.
+        Bd3lmError: a run that cannot be made; finished ones stay.
     """
     check(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
     check(page is None or page.is_file(), "page", page, "a Markdown file that exists")

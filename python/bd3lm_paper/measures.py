@@ -237,7 +237,7 @@ class Cost:
     def take(self, trained: Trained) -> Values:
         """Return ``steps``, ``tokens`` and ``seconds`` (median time of a step times their number).
 
-        What else the machine did for a while does not count.
+        The median ignores other work of the machine.
         """
         cfg = trained.loaded.config
         lines = read_metrics(trained.folder / "metrics.jsonl")

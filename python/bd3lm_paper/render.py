@@ -40,7 +40,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a row differs from another, in nats a token, on the same text and seeds.
+    """Difference of two rows in nats a token, on the same text and seeds.
 
     Attributes:
         mean: negative is better.

@@ -40,7 +40,7 @@ class Sweep:
     """Runs and measurements of a set of tables, below one directory.
 
     ``runs/KEY/`` holds a run and ``cells/KEY.json`` a measurement; a file or folder with that name
-    is complete. The sweep makes what is missing, so a killed sweep continues where it stopped.
+    is complete. The sweep makes the missing ones, so a killed sweep continues where it stopped.
     Sweeps that run at the same time share the work: each claims a piece by a lock in ``claims/``,
     which its process holds. ``cells.jsonl`` archives finished measurements, one a line, sorted by
     key.
@@ -96,7 +96,7 @@ class Sweep:
         """Make every run and measurement that is missing.
 
         Raises:
-            Bd3lmError: a run that cannot be made; what was finished stays.
+            Bd3lmError: a run that cannot be made; finished ones stay.
         """
         self.open_texts()
         todo = [

@@ -23,9 +23,9 @@ class Corpora:
     """Text and tokenizer of each role.
 
     Attributes:
-        paths: by role, what ``--data`` takes; a training role that is missing is played by the
+        paths: by role, values for ``--data``; a training role that is missing is played by the
             shipped text, a zero-shot role that is missing leaves its column empty.
-        tokenizers: by training role, what ``--tokenizer`` takes; zero-shot texts have the one of
+        tokenizers: by training role, values for ``--tokenizer``; zero-shot texts have the one of
             ``owt``, on which the models that score them were trained.
     """
 

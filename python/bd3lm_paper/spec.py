@@ -80,7 +80,7 @@ class Measure(Protocol):
 
     @property
     def kind(self) -> str:
-        """Its name in records."""
+        """Name in records."""
         ...
 
     @property
@@ -94,9 +94,9 @@ class Cell:
     """One number of a table.
 
     Attributes:
-        run: what is measured.
-        measure: how.
-        field: which of the measurement's numbers.
+        run: the run to measure.
+        measure: the measurement.
+        field: one of the measurement's numbers.
         paper: the figure of the reproduction (Kordas et al.), if it has one.
         original: the figure of the original paper (Arriola et al.), if it is known here.
     """
@@ -130,12 +130,12 @@ class Table:
 
     Attributes:
         name: table1 … table13, figure1, figure2, combined, budgets, speed.
-        title: what it shows.
+        title: its heading.
         labels: names of the label columns.
         columns: names of the number columns, in order.
         rows: its lines.
         seeds: every run is made once for each.
-        remark: what must be known to read the paper's own figures.
+        remark: a note on reading the paper's own figures.
         drawing: how the picture is drawn: dots of the first column, training curves, or the
             second and third columns over the first.
         scale: that it was made at: smoke, cpu or full.

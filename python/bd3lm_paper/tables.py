@@ -39,7 +39,7 @@ class Recipes:
     def train(
         self, system: System, corpus: str, block: int, phases: tuple[int, ...], **noise: Any
     ) -> TrainConfig:
-        """Settings of a run as long as these phases of the paper; ``block`` 0 stands for L."""
+        """Settings of a run as long as these phases of the paper; ``block`` 0 means L."""
         scale = self.scale
         seq_len = scale.seq_len(corpus)
         base = scale.base
@@ -234,7 +234,7 @@ def table5(r: Recipes) -> Table:
 
 
 def table6(r: Recipes) -> Table:
-    """How long generated documents are."""
+    """Length of generated documents."""
     steps = (800, 500)
     measure = Lengths(num=r.scale.long_samples, length=r.scale.long_length)
     fixed = Lengths(num=r.scale.long_samples, length=r.scale.owt_seq_len)
@@ -588,8 +588,8 @@ def speed(r: Recipes) -> Table:
         ("model", "way"),
         ("ms a token", "Gen. PPL", "entropy", "forwards", "ms a token, one row"),
         tuple(rows),
-        remark=f"{scale.samples} rows at once, and one alone. Times mean something only where "
-        "nothing else ran beside.",
+        remark=f"{scale.samples} rows at once, and one alone. Times are valid only if nothing "
+        "else ran.",
         drawing="scatter",
     )
 
@@ -621,6 +621,6 @@ TABLES: dict[str, Callable[[Recipes], Table]] = {
 
 
 def interval(clip: Clip) -> str:
-    """How a clip is written: U[a, b]."""
+    """Notation of a clip: U[a, b]."""
     low, high = clip or (0.0, 1.0)
     return f"U[{low:g}, {high:g}]"

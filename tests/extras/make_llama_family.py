@@ -15,7 +15,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
-from tests.unit.test_llama_family import GOLDEN, IDS, VOCAB, weight
+from tests.checkpoints import weight
+from tests.unit.test_llama_family import GOLDEN, IDS, VOCAB
 
 BASE = {
     "vocab_size": VOCAB,

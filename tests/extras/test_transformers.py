@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +22,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import bd3lm.hf as hf
 from bd3lm.checkpoint import Checkpoint, load_checkpoint, save_hf, save_original, save_sdar
-from bd3lm.config import RopeScaling, SampleConfig, preset
-from bd3lm.data import load_tokenizer
-from bd3lm.model import KVCache, Transformer
+from bd3lm.config import RopeScaling, SampleConfig
+from bd3lm.model import KVCache
 from bd3lm.sample import Sampler
+from tests.checkpoints import random_checkpoint
 from tests.unit.test_llama_family import CASES, golden, write_folder
 from tests.unit.test_sdar import SHAPE, trained
 
@@ -59,14 +58,7 @@ SHAPES = {
 
 
 def made(name: str, system: str, shape: dict[str, object]) -> Checkpoint:
-    cfg = preset(name, system, seq_len=LENGTH, model=SHAPE | shape)
-    tokenizer = load_tokenizer("default")
-    torch.manual_seed(0)
-    model = Transformer(cfg.model, tokenizer.vocab_size).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return Checkpoint(cfg, model, tokenizer, 0, Path("."))
+    return random_checkpoint(name, system, SHAPE | shape)
 
 
 def tokens(rows: int = 2, length: int = 24) -> torch.Tensor:

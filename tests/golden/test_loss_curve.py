@@ -1,4 +1,4 @@
-"""Twenty steps of training, pinned: whoever changes these numbers changes what is trained.
+"""Twenty steps of training, pinned: a change of these numbers is a change of training.
 
 After a change that is meant to: ``python -m tests.golden.test_loss_curve`` writes them anew.
 """

@@ -1,4 +1,4 @@
-"""What the kernels are run on without a GPU, and the float64 attention they are held against."""
+"""Cases for the kernels without a GPU, and the float64 attention to compare with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Case:
     kv_heads: int = 1
     first: int = 0
     documents: tuple[tuple[int, ...], ...] = ()
-    """Lengths of the documents of each row; what is left of the row is padding."""
+    """Lengths of the documents of each row; the rest of the row is padding."""
+    causal_end: int = 0
+    """Leading x0 positions that attend causally."""
     far: bool = False
     """Rows so far apart that their offsets need 64 bits."""
 
@@ -43,9 +45,12 @@ class Case:
             for row, lengths in enumerate(self.documents):
                 ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
                 doc_ids[row, : len(ids)] = ids.int()
+        shape, causal = (self.seq_len, self.block_size, doc_ids), self.causal_end
         if self.form == "clean":
-            return BlockMask.clean(self.seq_len, self.block_size, doc_ids, first=self.first)
-        return getattr(BlockMask, self.form)(self.seq_len, self.block_size, doc_ids)
+            return BlockMask.clean(*shape, first=self.first, causal_end=causal)
+        if self.form == "training":
+            return BlockMask.training(*shape, causal_end=causal)
+        return BlockMask.denoise(*shape)
 
     def inputs(self, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of the output, each inside a buffer of NaN, or far apart."""
@@ -134,6 +139,8 @@ QUICK = (
     PACKED,
     Case("training", 96, 4, 32),
     Case("training", 70, 70, 16),
+    Case("training", 50, 8, 16, batch=2, causal_end=50, documents=((13, 21, 9), (50,))),
+    Case("clean", 67, 6, 16, heads=2, first=54, causal_end=60),
     Case("denoise", 45, 7, 32, heads=2),
     Case("denoise", 40, 8, 16, batch=2, documents=((40,), (17, 3))),
     Case("clean", 45, 1, 16),

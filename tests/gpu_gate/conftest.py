@@ -24,7 +24,7 @@ JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def child(request: pytest.FixtureRequest) -> Iterator[Child]:
-    """At work on what some collected test will wait for."""
+    """Child process that works on the results that collected tests wait for."""
     pytest.importorskip("triton", reason="the kernels are written in Triton, which is not here")
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     running = Child({name: jobs() for name, jobs in JOBS.items() if name in wanted})
@@ -34,7 +34,7 @@ def child(request: pytest.FixtureRequest) -> Iterator[Child]:
 
 @pytest.fixture(scope="session")
 def answers(child: Child) -> dict[str, Any]:
-    """Its results."""
+    """Results of the child."""
     return child.finish()
 
 
@@ -58,11 +58,11 @@ def mutated(answers: dict[str, Any]) -> list[list[dict[str, float]]]:
 
 @pytest.fixture(scope="session")
 def traced(answers: dict[str, Any]) -> dict[str, Any]:
-    """What :mod:`traced` found."""
+    """Findings of :mod:`traced`."""
     return answers["traced"]
 
 
 @pytest.fixture(scope="session")
 def logits(answers: dict[str, Any]) -> dict[str, Any]:
-    """What :mod:`logits` found."""
+    """Findings of :mod:`logits`."""
     return answers["logits"]

@@ -3,7 +3,7 @@
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Standard
 input holds named lists of jobs, each ``{"mutation": null or [file, old, new], "cases": [...],
 "decode": [...], "order": bool, "backward": bool}``. Their results have the same names and are
-lists of lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" stand for the
+lists of lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" select the
 checks of those modules.
 """
 
@@ -54,7 +54,7 @@ def load(mutation: list[str] | None, folder: Path) -> ModuleType:
 
 
 def poisoned(x: torch.Tensor) -> torch.Tensor:
-    """Output buffer of NaN: what a kernel does not write shows."""
+    """Output buffer of NaN: elements that a kernel does not write show."""
     return guarded(torch.full(x.shape, float("nan")), x.dtype)
 
 
@@ -64,7 +64,7 @@ def poisoned_afar(x: torch.Tensor) -> torch.Tensor:
 
 
 def borders_are_nan(view: torch.Tensor) -> bool:
-    """Whether nothing was written around a view made by :func:`guarded`."""
+    """Return whether nothing was written around a view made by :func:`guarded`."""
     buffer = view._base
     assert buffer is not None
     outside = torch.ones(buffer.shape, dtype=torch.bool)
@@ -91,7 +91,7 @@ def attention(launch: ModuleType, case: Case, backward: bool = True) -> dict[str
 
 
 def checked(launch: ModuleType, case: Case, backward: bool) -> dict[str, float]:
-    """As :func:`attention`, with every 32-bit sum and product checked for overflow."""
+    """Run :func:`attention` with every 32-bit sum and product checked for overflow."""
     options = interpreter.InterpreterOptions(debug=True)
     with mock.patch.object(interpreter.interpreter_builder, "options", options):
         try:
@@ -116,7 +116,7 @@ def decoding(launch: ModuleType, spec: dict[str, Any]) -> dict[str, float]:
         for _ in range(2)
     )
     key = torch.arange(count * page)
-    for x in (k, v):  # beyond a row's length lies whatever the cache held before
+    for x in (k, v):  # beyond a row's length the cache holds old values
         x.masked_fill_((key >= lengths[:, None])[:, None, :, None], float("nan"))
     order = torch.randperm(batch * count, generator=generator)
     pages = torch.empty(batch * count, dtype=torch.int32)

@@ -93,7 +93,7 @@ def mutation_jobs() -> list[dict[str, Any]]:
 
 
 def too_large(errors: Errors, dtype: str) -> dict[str, float]:
-    """Those that exceed the limit of their kind."""
+    """Errors that exceed the limit of their kind."""
     forward = ("out", "paged", "plain")
     return {
         name: value

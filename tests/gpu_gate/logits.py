@@ -70,7 +70,7 @@ def cross_entropy() -> dict[str, dict[str, float]]:
 
 
 def draws() -> dict[str, dict[str, float]]:
-    """Tokens and log-probabilities beside those of the Rust kernel, way by way."""
+    """Tokens and log-probabilities against those of the Rust kernel, way by way."""
     found = {}
     for number, way in enumerate(WAYS):
         cfg = SampleConfig(**way)
@@ -94,7 +94,7 @@ def draws() -> dict[str, dict[str, float]]:
 
 
 def law() -> dict[str, list[float]]:
-    """How often each token is drawn in :data:`LAW_ROWS` rows, and its exact probability."""
+    """Number of draws of each token in :data:`LAW_ROWS` rows, and its exact probability."""
     cfg = SampleConfig(top_p=0.85, top_k=9, temperature=1.3, forbidden=(2,), repetition_penalty=1.4)
     torch.manual_seed(5)
     logits = torch.randn(1, 12)
@@ -113,6 +113,6 @@ def law() -> dict[str, list[float]]:
 
 
 def run() -> dict[str, Any]:
-    """What ``test_logits.py`` asserts."""
+    """Figures that ``test_logits.py`` asserts."""
     torch.manual_seed(0)
     return {"cross_entropy": cross_entropy(), "draws": draws(), "law": law()}

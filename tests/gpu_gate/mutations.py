@@ -1,6 +1,6 @@
 """Ways to break the kernels that the gate has to notice: (what, file, old text, new text)."""
 
-# ruff: noqa: E501  (the text of the kernels is quoted as it stands)
+# ruff: noqa: E501  (the text of the kernels is quoted)
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
@@ -27,11 +27,11 @@ class Mutation(NamedTuple):
     old: str
     new: str
     probe: Case | Literal["decode", "order"] = PROBE
-    """What it is run on: a case, :data:`DECODE`, or the order of launches."""
+    """Probe that it is run on: a case, :data:`DECODE`, or the order of launches."""
 
     @property
     def backward(self) -> bool:
-        """Whether it can only show in the gradients, which cost most of a probe."""
+        """Return whether it can only show in the gradients, which cost most of a probe."""
         return self.file == "backward.py" or self.probe is ONE_BLOCK or "lse" in self.what
 
 

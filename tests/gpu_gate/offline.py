@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not there, and read what the compiler made of them."""
+"""Compile the kernels for GPUs that are not there, and read registers, spills and instructions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FLOATS = {"scale", "inv_sqrt", "inv_temperature", "penalty"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became."""
+    """Figures of one compiled kernel."""
 
     tiles: Tiles
     registers: int

@@ -59,7 +59,7 @@ def sound(
     pairs: int,
     section: int,
 ) -> bool:
-    """Whether one grid is a permutation, and its weights fall within each section."""
+    """Return whether one grid is a permutation, and its weights fall within each section."""
     streams, tiles = rows.shape[2] // per_stream, -(-per_stream // OWN)
     programs = streams * tiles * pairs
     out = torch.full((programs, 3), -1, dtype=torch.int32)

@@ -43,7 +43,7 @@ def numerics(answers: dict[str, Any]) -> str:
 
 
 def compiled() -> str:
-    """What each kernel became on each part."""
+    """Table of each kernel on each part."""
     limits = [f"{arch} ({SHARED_LIMIT[arch] // 1024} KiB)" for arch in ARCHS]
     lines = [
         "| " + " | ".join(["kernel", "D", *limits, "spills"]) + " |",
@@ -64,7 +64,7 @@ def cell(found: Compiled) -> str:
 
 
 def mutations(answers: dict[str, Any]) -> str:
-    """What each mutation did to the probe, against the limits it had to break."""
+    """Errors of the probe under each mutation, against the limits they had to break."""
     lines = ["| mutation | largest error | caught |", "| --- | --- | --- |"]
     for mutation, (errors,) in zip(MUTATIONS, answers["mutated"][1:], strict=True):
         worst = max(errors.values())

@@ -1,4 +1,4 @@
-"""The kernels' roofline on paper: operations, bytes and tiles, and what bounds them.
+"""The kernels' roofline on paper: operations, bytes and tiles, and their bounds.
 
 Peaks are NVIDIA's data sheets'. Nothing here was measured.
 """
@@ -34,8 +34,8 @@ class Part:
 A100 = Part("A100 SXM 80 GB", "sm_80", 312e12, 2.04e12, 16 * 108 * 1.41e9, 64 * 108 * 1.41e9)
 H100 = Part("H100 SXM", "sm_90", 989e12, 3.35e12, 16 * 132 * 1.83e9, 128 * 132 * 1.83e9)
 
-# Per score: multiply-adds in units of D (two operations each), and float32 instructions beside
-# the exponential: forward scale-subtract, max, sum, half a conversion, rescaling; backward
+# Per score: multiply-adds in units of D (two operations each), and float32 instructions
+# without the exponential: forward scale-subtract, max, sum, half a conversion, rescaling; backward
 # scale-subtract, subtract delta, multiply, and a half or a whole conversion.
 PRODUCTS: dict[str, int] = {"forward": 2, "keys": 4, "queries": 3}
 INSTRUCTIONS: dict[str, float] = {"forward": 4.0, "keys": 4.0, "queries": 3.5}
@@ -125,7 +125,7 @@ def row(kernel: Kernel, part: Part, mask: BlockMask, width: int) -> str:
 def streamed_row(
     name: str, part: Part, width: int, length: int, operations: float, traffic: float
 ) -> str:
-    """A kernel that reads everything once and does little with it: memory is what bounds it."""
+    """A kernel that reads everything once and does little with it: memory bounds it."""
     bound = operations / traffic * part.bytes / part.tensor
     return (
         f"| {name} | – | {part.name} | {width} | {length} | – | {operations / 1e9:.4f} "

@@ -35,7 +35,7 @@ SPILLS_ALLOWED = 16 if OLD_TRITON else 0
 
 
 def check(kernel: Kernel, arch: str, width: int, compiled: Compiled) -> None:
-    """What every chosen launch has to be."""
+    """Assert the limits of every chosen launch."""
     assert compiled.spills <= (SPILLS_ALLOWED if kernel == "keys" else 0)
     assert compiled.shared <= SHARED_LIMIT[arch]
     # A warp group's instruction takes 64 rows. A decoding tile has 16, and dK and dV of a wide
@@ -89,7 +89,7 @@ def test_decoding_from_a_plain_cache(arch: str, width: int) -> None:
 
 
 def test_what_is_compiled_here_is_what_runs_there() -> None:
-    """Triton compiles anew for an integer of 1 or a multiple of 16, unless it is told not to."""
+    """Triton compiles anew for an integer of 1 or a multiple of 16, if not forbidden."""
     kernels = [*FUNCTIONS.values(), *(function for function, _ in PLAIN.values())]
     for function in kernels:
         for parameter in function.params:

@@ -32,7 +32,7 @@ def test_heads_are_padded_to_what_a_product_takes() -> None:
 
 
 def test_rows_begin_where_wide_loads_may() -> None:
-    """Views of a fused projection are taken as they are; what is not aligned is copied."""
+    """Views of a fused projection are taken as they are; others are copied."""
     qkv = torch.randn(2, 10, 3 * 4 * 80)
     q, k, v = (x.unflatten(-1, (4, 80)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
     for view in (q, k, v):

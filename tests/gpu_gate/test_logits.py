@@ -27,7 +27,7 @@ def test_cross_entropy_and_its_gradient(logits: dict[str, Any], dtype: str) -> N
 
 
 def test_draws_are_those_of_the_cpu(logits: dict[str, Any]) -> None:
-    """Token by token, whatever the settings, ties between equal logits included."""
+    """Token by token, under all settings, ties between equal logits included."""
     assert len(logits["draws"]) >= 12
     for way, found in logits["draws"].items():
         assert found["same"] == 1.0, way

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,19 +17,6 @@ import bd3lm.model.attention as attention
 from bd3lm.config import ModelConfig
 from bd3lm.model import KVCache, Transformer, head
 from bd3lm.model.attention import triton
-
-
-def fakes_a_gpu() -> bool:
-    """Whether fake CUDA tensors work without a driver; PyTorch 2.9 asks it when one is indexed."""
-    try:
-        with FakeTensorMode():
-            torch.zeros(2, device="cuda")[:1].add_(1)
-    except RuntimeError:
-        return False
-    return True
-
-
-fake_gpu = pytest.mark.skipif(not fakes_a_gpu(), reason="this PyTorch fakes no GPU without one")
 
 
 @fake_gpu
@@ -100,8 +88,9 @@ def test_the_head_on_a_fake_gpu_sums_in_float32_over_wide_chunks(
         weights = torch.empty(vocab, width, requires_grad=True)
         target = torch.zeros(positions, dtype=torch.int64)
         bias = torch.empty(vocab, requires_grad=True)
+        weight = torch.empty(positions)
         loss, nats = head.head_cross_entropy(
-            features, weights, bias, target, torch.empty(positions), vocab - 1
+            head.HeadInputs(features, weights, bias, target, weight, vocab - 1)
         )
     assert loss.shape == ()
     assert nats.shape == (positions,)
@@ -129,7 +118,7 @@ class Operations(TorchDispatchMode):
 
 @contextmanager
 def bf16_autocast() -> Iterator[None]:
-    """What ``torch.autocast`` sets; itself it does nothing where there is no GPU."""
+    """Set the state of ``torch.autocast``, which does nothing where there is no GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)
@@ -142,7 +131,7 @@ def bf16_autocast() -> Iterator[None]:
 
 
 class Called(TorchDispatchMode):
-    """Counts what computes attention."""
+    """Counts the operators that compute attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +144,7 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def take(self) -> dict[str, int]:
-        """What was called since the last time."""
+        """Operators called since the last time."""
         seen, self.seen = dict(self.seen), Counter()
         return seen
 

@@ -160,7 +160,7 @@ def padded() -> float:
 
 
 def run() -> dict[str, Any]:
-    """What ``test_tracing.py`` asserts."""
+    """Figures that ``test_tracing.py`` asserts."""
     attention.AUTO["cpu"] = ("dense",)
     wanted = gradients(step)
     here = attention.BACKENDS["triton"]._replace(supports=lambda *_: True, available=lambda: True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bd3lm.config import TrainConfig, preset
-from bd3lm.data import load_tokenizer, prepare
+from bd3lm.data import Tokenizer, load_tokenizer, prepare
 
 WORDS = "the old house stood by the river and no one knew who had built it or when".split()
 
@@ -21,16 +21,21 @@ def story(seed: int, words: int = 400) -> str:
     return " ".join(WORDS[(seed * 7 + i * i * 5 + i // 3) % len(WORDS)] for i in range(words))
 
 
+def write_splits(root: Path, tokenizer: Tokenizer, *, rows: tuple[int, int], words: int) -> Path:
+    """Prepare train/ and valid/ of so many stories each below ``root``."""
+    train, valid = rows
+    for split, seeds in (("train", range(train)), ("valid", range(train, train + valid))):
+        text = root / f"{split}.txt"
+        text.write_text("\n".join(story(seed, words) for seed in seeds), encoding="utf-8")
+        prepare([text], tokenizer, root / "data" / split, lines=True)
+    return root / "data"
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared directory with train/ and valid/."""
     root = tmp_path_factory.mktemp("corpus")
-    tokenizer = load_tokenizer("default")
-    for split, seeds in (("train", range(30)), ("valid", range(30, 33))):
-        text = root / f"{split}.txt"
-        text.write_text("\n".join(story(seed) for seed in seeds), encoding="utf-8")
-        prepare([text], tokenizer, root / "data" / split, lines=True)
-    return root / "data"
+    return write_splits(root, load_tokenizer("default"), rows=(30, 3), words=400)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ class Silent:
 
 
 def command(name: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does, without what is set here."""
+    """Run a command as a user does, without the variables set here."""
     code = f"from bd3lm.cli.{name} import main; main()"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BD3LM_")}
     return subprocess.run(

@@ -56,7 +56,7 @@ def blocks(page):
 
 
 def commands(text):
-    """Command lines of a console block as words, without what a shell does with them."""
+    """Command lines of a console block as words, without a shell's expansions."""
     text = re.sub(r"\\\n\s*", "", text)
     for line in re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE):
         words = shlex.split(line, comments=True)

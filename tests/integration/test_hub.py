@@ -1,4 +1,4 @@
-"""Data sets by name: a local folder stands for the hub."""
+"""Data sets by name: a local folder replaces the hub."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The paper's tables: what they hold, and that a stopped sweep goes on where it was."""
+"""The paper's tables: their content, and that a stopped sweep continues where it was."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext
 
 
 class Silent:
-    """Counts what was made; may raise after a number of measurements."""
+    """Counts runs and measurements; may raise after a number of measurements."""
 
     def __init__(self, stop_after=None):
         self.steps, self.measured_runs, self.stop_after = 0, [], stop_after
@@ -110,7 +110,7 @@ def test_operations_of_a_step_follow_from_the_shape():
     expected = length * 3 * width**2 + half * 9 * width**2 + 2 * width * length**2
     assert mdlm == 6 * rows * (expected + half * width * vocab)
     # Two streams: keys and values of all positions but the last clean block's. With one layer, no
-    # clean position asks; in another one, they and their MLP are all there.
+    # clean position is a query; in another one, they and their MLP are all there.
     recipe = recipes.train("bd3lm", "lm1b", 4, (1,))
     expected = length * width**2 + (2 * length - 4) * 2 * width**2 + half * 9 * width**2
     expected += 2 * width * length * (length + 4) / 2
@@ -194,7 +194,7 @@ def test_names_of_runs_follow_what_made_them():
 
 
 def test_differences_are_paired_by_row_and_seed(tmp_path, roles):
-    """Two rows of known nats: the mean by hand, and an error of the differences alone."""
+    """Two rows of known nats: the mean written out, and an error of the differences alone."""
     table = TABLES["table1"](Recipes(scale_named("smoke")))
     sweep = Sweep(tmp_path, Texts(roles, tmp_path / "data"))
     fingerprints = sweep.texts.fingerprints

@@ -1,4 +1,4 @@
-"""The published page says what the published measurements say."""
+"""The published page agrees with the published measurements."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from bd3lm_paper.tables import Recipes
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = {"zero_lm1b": "lm1b_heldout.txt", "wikitext": "wikitext_raw_test.jsonl"}
-"""Of table 5, in ``zero_shot`` of the folder that BD3LM_TEST_DATA names; they are not shipped."""
+"""Texts of table 5, in ``zero_shot`` of the folder that BD3LM_TEST_DATA names; not shipped."""
 
 
 def test_the_page_is_made_from_the_cells(tmp_path):

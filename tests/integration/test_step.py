@@ -73,7 +73,7 @@ def test_what_is_made_ahead_is_what_would_be_made_later(config, splits):
     # The noise changes while batches with the old one are already made; then steps are repeated.
     asked = [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 0), (2, 0), (8, 1), (9, 1)]
     for step, which in asked:
-        found = batches.get(step, specs[which])
+        found = batches.get(step, lambda step, which=which: specs[which])
         for i in range(2):
             assert_same_batch(found[i], loader.batch(step, specs[which], part=(i, 2)))
     batches.close()
@@ -89,8 +89,8 @@ def test_a_run_without_prefetching_is_the_same_run(config, splits, tmp_path, mon
         trainer = Trainer(config, splits.train, splits.valid, tmp_path / str(ahead), Silent())
         if not ahead:
             parts = [(i, 2) for i in range(2)]
-            trainer.batches.get = lambda step, spec, loader=trainer.loader, parts=parts: [
-                loader.batch(step, spec, part=part) for part in parts
+            trainer.batches.get = lambda step, noise, loader=trainer.loader, parts=parts: [
+                loader.batch(step, noise(step), part=part) for part in parts
             ]
         trainer.run()
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
@@ -103,7 +103,7 @@ def test_no_more_is_made_than_the_bound_and_nothing_past_the_last_step(config, s
     spec = build_system(config, 1).noise(0)
     batches = Prefetcher(loader, steps=5)
     for step in range(5):
-        batches.get(step, spec)
+        batches.get(step, lambda step: spec)
         assert max(loader.made) <= step + AHEAD
     batches.close()
     assert loader.made == [0, 1, 2, 3, 4]
@@ -113,9 +113,9 @@ def test_a_mistake_in_the_thread_is_raised_where_the_batch_is_asked_for(config, 
     loader = Counting(Rows(splits.train, seq_len=32, block_size=4), 8, seed=3, refuses=1)
     batches = Prefetcher(loader, steps=5)
     spec = build_system(config, 1).noise(0)
-    batches.get(0, spec)
+    batches.get(0, lambda step: spec)
     with pytest.raises(ConfigError, match="another one"):
-        batches.get(1, spec)
+        batches.get(1, lambda step: spec)
     batches.close()
     assert not prefetching_threads()
 
@@ -222,7 +222,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once(
         trainer = Trainer(changed, splits.train, splits.valid, tmp_path, Silent())
         losses[on] = []
         for step in range(4):
-            (batch,) = trainer.batches.get(step, trainer.system.noise(step))
+            (batch,) = trainer.batches.get(step, trainer.system.noise)
             numbers.add(len(batch.masked))
             losses[on].append(trainer.step()[0].item())
             compiled.append(len(graphs))
@@ -231,7 +231,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once(
     assert len(numbers) > 1
     assert compiled[0] > 0
     assert set(compiled) == {compiled[0]}
-    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and what lies between
+    assert compiled[0] <= 6  # two parts of a middle block, of the last one, and the rest between
 
 
 def test_a_compiler_that_fails_costs_a_sentence(config, splits, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_loss_and_gradients_need_no_value_on_the_host(config, splits, system, mo
     monkeypatch.setattr(head, "compute_dtype", lambda features: features.dtype)  # no autocast there
     config = of_system(config, system)
     trained = build_system(config, splits.train.tokenizer.mask_id)
-    rows = Rows(splits.train, seq_len=32, block_size=config.block, plan="aligned")
+    rows = Rows(splits.train, seq_len=32, block_size=config.block, packing="aligned")
     batch = Loader(rows, 8, seed=0).batch(0, trained.noise(0)).to(torch.device("meta"))
     with torch.device("meta"):
         model = Transformer(config.model, splits.train.tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""What people give to the commands who have not read the code, each kind with inputs of its own."""
+"""Inputs of people who have not read the code, kind by kind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bd3lm.cli import compare, evaluate, judge, main, prepare, sample, train
+from bd3lm.cli import compare, evaluate, export, judge, main, prepare, sample, train
 from bd3lm.cli.common import PlainConsole, error_sentence, run
 from bd3lm.cli.summary import command as command_line
 from bd3lm.cli.summary import duration, facts
 from bd3lm.config import TrainConfig
 from bd3lm.errors import ConfigError, MissingPackageError
 from bd3lm.extras import require
+from bd3lm_paper import cli as paper
 
 TINY = (
     "--seq-len 32 --batch-size 4 --model.width 32 --model.depth 1 --model.heads 2 --log-every 1 "
@@ -31,6 +33,8 @@ TINY = (
 ).split()
 ODD = "the old [b]house[/b] :key: 1:100:5 [red] [/INST] x[i] 'quoted' [/"
 """Text that rich would read as markup, emoji codes and links."""
+SAMPLE = {"text": "a", "ids": [1], "stop": "eos", "nfe": 1, "nfe_paper": 1, "seconds": 0.1}
+"""A record of ``bd3lm sample --json``."""
 MAINS = {
     "bd3lm-train": train.main,
     "bd3lm-prepare": prepare.main,
@@ -91,9 +95,11 @@ import sys
 from bd3lm.cli.main import COMMANDS, main
 lines = [[name, "--help"] for name in COMMANDS] + [["--help"], ["--version"], ["nothing"], [],
     ["train", "--steps", "0"], ["train", "--model.heads", "5"], ["train", "--data", "not there"],
+    ["train", "--resume", "--out", "not there"],
     ["sample", "not there"], ["eval", "not there"],
     ["prepare", "x", "--out", "o", "--threads", "0"], ["judge", "not there"],
-    ["paper", "table1", "--out", "o", "--seeds", "0"]]
+    ["paper", "table1", "--out", "o", "--seeds", "0"],
+    ["compare", "not there"], ["compare", "."], ["export", "not there", "o", "--layout", "hf"]]
 for line in lines:
     try:
         main(line)
@@ -136,6 +142,108 @@ def test_a_value_is_no_preset():
     assert train._preset_of(["--noise.clip", "0.3", "0.8", "small"])[0] == "small"
 
 
+# --- text and tokenizers as people have them ------------------------------------------------------
+
+
+def test_one_text_file_works_from_anywhere(tmp_path, capsys, monkeypatch):
+    """A lone book, named by a relative path: trained, scored and sampled, also from elsewhere."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    book = " ".join(f"the old house of {i} stood by the river" for i in range(400))
+    (here / "book.txt").write_text("\ufeff" + book, encoding="utf-8")
+    monkeypatch.chdir(here)
+    train.main(["--data", "book.txt", "--out", "run", *TINY])
+    capsys.readouterr()
+    os.rename(here / "run", elsewhere / "moved")
+    (here / "book.txt").unlink()
+    monkeypatch.chdir(elsewhere)
+    evaluate.main(["moved", "--json"])  # the text is part of the run
+    assert json.loads(capsys.readouterr().out)["tokens"] > 100
+    sample.main(["moved", "--length", "16", "--prompt", "the old"])
+    assert "the old" in capsys.readouterr().out
+    train.main(["--out", "moved", "--resume", "--steps", "3"])
+    assert "3 steps" in capsys.readouterr().out
+
+
+def test_prepared_data_is_found_from_any_folder(folder, tmp_path, capsys, monkeypatch):
+    """A run that was given relative paths; and what is said when the data has moved too."""
+    monkeypatch.chdir(folder)
+    out = tmp_path / "run"
+    train.main(["--data", "data [v2]", "--out", str(out), *TINY])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    evaluate.main(["moved", "--json"])
+    scored = json.loads(capsys.readouterr().out)
+    train.main(["--out", "moved", "--resume", "--steps", "3"])
+    capsys.readouterr()
+    data = folder / "data [v2]"
+    elsewhere = folder / "data"
+    data.rename(elsewhere)
+    try:
+        sentence = refused(capsys, evaluate.main, "moved")
+        assert f" no {data}/valid; name it with --data" in sentence
+        evaluate.main(["moved", "--json", "--data", str(elsewhere)])
+        assert json.loads(capsys.readouterr().out)["tokens"] == scored["tokens"]
+        more = ["--out", "moved", "--resume", "--steps", "4"]
+        sentence = refused(capsys, train.main, *more)
+        assert "name the place where the same data is now with --data" in sentence
+        train.main([*more, "--data", str(elsewhere)])
+        assert "4 steps" in capsys.readouterr().out
+    finally:
+        elsewhere.rename(data)
+
+
+def test_text_as_people_have_it(tmp_path, capsys):
+    """One bad record costs one record, counted and shown; --strict refuses it."""
+    lines = [
+        '{"text": "the old house", "score": NaN, "meta": {"lang": "en"}}',
+        '{"text": null, "meta": {"lang": "en"}}',
+        '{"text": "half \\ud83d of an emoji", "meta": {"lang": "en"}}',
+        '{"text": "it says <|mask|> and [MASK]", "meta": {"lang": "en"}}',
+        '{"text": "cut off',
+        '{"text": "la vieille maison", "meta": {"lang": "fr"}}',
+        '{"text": 7, "meta": {"lang": "en"}}',
+    ]
+    file = tmp_path / "x.ndjson"
+    file.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    words = [file, "--where", "meta.lang=en"]
+    prepare.main([*map(str, words), "--out", str(tmp_path / "o")])
+    shown = capsys.readouterr().out
+    assert "3 documents" in shown
+    assert "1 with half a surrogate pair" in shown
+    records = json.loads((tmp_path / "o" / "manifest.json").read_text())["records"]
+    counts = {name: records[name] for name in ("read", "filtered", "null", "bad", "repaired")}
+    assert counts == {"read": 7, "filtered": 1, "null": 1, "bad": 2, "repaired": 1}
+    sentence = refused(capsys, prepare.main, *words, "--out", tmp_path / "s", "--strict")
+    assert "record 5" in sentence
+
+
+def test_a_tokenizer_as_people_have_it(tmp_path, capsys, tokenizer):
+    """Dropout left on, a hole among the ids, one special token, another name of the mask."""
+    definition = json.loads(tokenizer.json)
+    model = definition["model"]
+    model["dropout"] = 0.3
+    kept = [token for token in definition["added_tokens"] if token["id"] == tokenizer.eos_id]
+    last = max(model["vocab"].values())
+    kept.append(dict(kept[0], id=last + 7, content="<|mdm_mask|>"))
+    model["vocab"] = {k: v for k, v in model["vocab"].items() if v != tokenizer.mask_id}
+    model["vocab"]["<|mdm_mask|>"] = last + 7
+    (tmp_path / "t.json").write_text(json.dumps(definition | {"added_tokens": kept}))
+    (tmp_path / "t.txt").write_text("the old house stood by the river\n" * 50)
+    words = [str(tmp_path / "t.txt"), "--tokenizer", str(tmp_path / "t.json"), "--out"]
+    contents = []
+    for name in "ab":
+        prepare.main([*words, str(tmp_path / name)])
+        contents.append((tmp_path / name / "tokens.bin").read_bytes())
+    assert contents[0] == contents[1]
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert (manifest["mask_id"], manifest["vocab_size"]) == (last + 7, last + 8)
+    assert manifest["bos_id"] == manifest["eos_id"] == tokenizer.eos_id
+
+
 # --- output as it is ------------------------------------------------------------------------------
 
 
@@ -166,7 +274,7 @@ def test_a_sample_is_written_byte_for_byte(checkpoint, capsys):
 
 
 def test_suggested_commands_run(folder, capsys):
-    """As they are printed after training, in a folder whose name a shell would take apart."""
+    """Commands printed after training, run in a folder whose name a shell would split."""
     summary = json.loads((folder / "r [1]" / "summary.json").read_text())
     from bd3lm.cli.summary import training_summary
 
@@ -213,6 +321,17 @@ def test_any_encoding_of_the_terminal(tmp_path, encoding):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"Prepared \u0432\u044b\u0445" in done.stdout
+
+
+def test_a_notebook_gets_lines(monkeypatch):
+    """Its stream says that it is a terminal, and shows escape codes as they are."""
+    stream = type("OutStream", (io.StringIO,), {"isatty": lambda self: True})
+    stream.__module__ = "ipykernel.iostream"
+    monkeypatch.setattr("sys.stdout", stream())
+    console = PlainConsole()
+    assert not console.is_terminal
+    console.print("a line")
+    assert sys.stdout.getvalue() == "a line\n"
 
 
 def test_progress_of_a_run_survives_a_closed_pipe():
@@ -262,7 +381,7 @@ def test_times_have_two_units():
 
 
 class PanicException(BaseException):
-    """As the extension raises it: no Exception."""
+    """Error of the extension that is no Exception."""
 
 
 @pytest.mark.parametrize(
@@ -305,7 +424,7 @@ def test_a_bug_shows_where_it_is_and_asks_for_a_report(capsys):
 
 
 def test_ctrl_c_while_importing_is_one_line(tmp_path):
-    """A module that is interrupted stands for a slow import."""
+    """A module that is interrupted imitates a slow import."""
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
     code = """
 import sys
@@ -533,13 +652,15 @@ def test_runs_are_compared(folder, capsys, tmp_path):
 
 def test_forwards_are_recorded_and_saved(checkpoint, capsys, tmp_path):
     page = tmp_path / "live.html"
-    words = [checkpoint, "--length", "16", "--prompt", "</script> the", "--save-live", str(page)]
+    prompt = "</script> <!--<script> the"
+    words = [checkpoint, "--length", "24", "--prompt", prompt, "--save-live", str(page)]
     sample.main([*words, "--json", "--num", "2"])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     text = page.read_text(encoding="utf-8")
-    assert text.count("</script>") == 1  # the page's own
+    assert text.count("<script>") == text.count("</script>") == 1  # the page's own
+    assert "<!--" not in text
     assert "http" not in text
-    frames = json.loads(re.search(r"const frames = (.*);", text)[1].replace("<\\/", "</"))
+    frames = json.loads(re.search(r"const frames = (.*);", text)[1])
     last = [frame for frame in frames if "ended by" in frame["caption"]]
     assert ["".join(piece[0] for piece in frame["pieces"]) for frame in last] == [
         record["text"] for record in records
@@ -563,22 +684,108 @@ def test_live_text_is_the_sample(checkpoint, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
+# --- sharing the machine --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="masks of Linux")
+def test_threads_follow_affinity_and_quota():
+    code = """
+import os
+os.environ.pop("OMP_NUM_THREADS", None)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from bd3lm.data.prepare import available_threads
+from bd3lm.device import resolve_device
+assert available_threads() == 1
+torch.set_num_threads(2)  # as in a container whose quota is smaller than its mask
+resolve_device("cpu")
+assert torch.get_num_threads() == 1
+os.environ["OMP_NUM_THREADS"] = "2"
+torch.set_num_threads(2)
+resolve_device("cpu")
+assert torch.get_num_threads() == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_streams_watch_for_busy_cores_too(checkpoint, monkeypatch):
+    from bd3lm import load_checkpoint
+    from bd3lm.model.threads import _State
+
+    assert _State.users == 0
+    events = load_checkpoint(checkpoint).stream("the", length=16)
+    next(events)
+    assert _State.users == 1
+    events.close()
+    assert _State.users == 0
+
+
+# --- settings before work -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--sample.forbidden", "not one token"], "forbidden = 'not one token': must be one token"),
+        (["--sample.forbidden", "99999999"], "forbidden = 99999999: must be ids in [0, "),
+        (["--block-size", "32", "--sample.length", "64"], "length = 64: must be at most 32"),
+        (["--system", "sedd", "--sample.threshold", "0.5"], "must be left out for sedd"),
+    ],
+)
+def test_sampling_settings_are_checked_before_training(corpus, capsys, tmp_path, words, sentence):
+    out = tmp_path / "run"
+    base = [w for w in TINY if w not in ("--sample.length", "16")]
+    line = ["--data", corpus, "--out", out, *base, *words]
+    assert sentence in refused(capsys, train.main, *line)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "judge"])
+def test_data_is_verified_where_that_is_wanted(folder, command, capsys, tmp_path, monkeypatch):
+    from bd3lm.data import store
+
+    seen = []
+    real = store._core.TokenStore.open
+    fake = SimpleNamespace(open=lambda path, verify: seen.append(verify) or real(path, verify))
+    monkeypatch.setattr(store._core, "TokenStore", fake)
+    data = str(folder / "data [v2]")
+    (tmp_path / "s.jsonl").write_text(json.dumps(SAMPLE | {"text": "the old house"}))
+    lines = {
+        "train": ["--data", data, "--out", str(tmp_path / "run"), *TINY],
+        "eval": [str(folder / "r [1]"), "--rows", "2"],
+        "judge": [str(tmp_path / "s.jsonl"), "--reference", f"{data}/valid"],
+    }
+    MAINS[f"bd3lm-{command}"]([*lines[command], "--verify"])
+    assert seen
+    assert set(seen) == {True}
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def test_pictures_leave_pyplot_and_the_environment_alone():
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg", "nothing"])
+def test_pictures_leave_pyplot_and_the_environment_alone(backend):
+    """Notebooks name a backend that the environment of a command may not have."""
     code = """
 import os, sys
+sys.modules["matplotlib_inline"] = None  # not installed
+backend = os.environ["MPLBACKEND"]
 from bd3lm.plots import plot_loss
 figure = plot_loss([{"step": 1, "loss": 2.0}, {"step": 20000, "loss": 1.0}], "title [b]")
 assert type(figure).__mro__[1].__name__ == "Figure"
 assert figure._repr_png_()[:4] == b"\\x89PNG"
 assert "matplotlib.pyplot" not in sys.modules
-assert os.environ["MPLBACKEND"] == "module://not_installed.backend"
+assert os.environ["MPLBACKEND"] == backend
+import matplotlib
+assert backend != "svg" or matplotlib.get_backend() == "svg"
 """
-    environment = os.environ | {"MPLBACKEND": "module://not_installed.backend"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | {"MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
@@ -653,7 +860,7 @@ EXAMPLES = settings(  # more of them in `make check-slow`
 def test_any_setting_of_train(words, corpus, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("any") / "run"
     base = [*TINY, "--data", str(corpus), "--out", str(out), "--eval.rows", "2"]
-    # `steps` and sizes that are right would take minutes: what is not refused is a small run.
+    # `steps` and sizes that are right would take minutes: accepted ones give a small run.
     check_line(capsys, train.main, [*base, *words])
 
 
@@ -683,9 +890,29 @@ def test_any_setting_of_prepare(words, tmp_path_factory, capsys):
 @given(words=lines_of(judge.JudgeArgs, {"--samples"}))
 def test_any_setting_of_judge(words, tmp_path_factory, capsys):
     file = tmp_path_factory.getbasetemp() / "any.jsonl"
-    record = {"text": "a", "ids": [1], "stop": "eos", "nfe": 1, "nfe_paper": 1, "seconds": 0.1}
-    file.write_text(json.dumps(record) + "\n")
+    file.write_text(json.dumps(SAMPLE) + "\n")
     check_line(capsys, judge.main, [str(file), *words])
+
+
+@EXAMPLES
+@given(words=lines_of(compare.CompareArgs, {"--runs", "--out"}))
+def test_any_setting_of_compare(words, folder, tmp_path_factory, capsys):
+    picture = tmp_path_factory.mktemp("any") / "c.png"
+    check_line(capsys, compare.main, [str(folder / "r [1]"), "--out", str(picture), *words])
+
+
+@EXAMPLES
+@given(words=lines_of(export.ExportArgs, {"--checkpoint", "--out"}))
+def test_any_setting_of_export(words, checkpoint, tmp_path_factory, capsys):
+    out = tmp_path_factory.mktemp("any") / "o"
+    check_line(capsys, export.main, [checkpoint, str(out), "--layout", "bd3lm", *words])
+
+
+@EXAMPLES
+@given(words=lines_of(paper.PaperArgs, {"--tables", "--out", "--page"}))
+def test_any_setting_of_paper(words, tmp_path_factory, capsys):
+    out = str(tmp_path_factory.mktemp("any") / "o")
+    check_line(capsys, paper.main, ["table9", "--scale", "smoke", "--out", out, *words])
 
 
 # --- no waiting for nothing -----------------------------------------------------------------------
@@ -727,3 +954,23 @@ def test_the_final_scoring_has_a_size(corpus, capsys, tmp_path):
     train.main([*TINY, "--data", str(corpus), "--out", str(out), "--eval.final-rows", "2"])
     assert "Trained in" in capsys.readouterr().out
     assert 0 < json.loads((out / "summary.json").read_text())["val_tokens"] <= 2 * 32
+
+
+# --- saying what things are -----------------------------------------------------------------------
+
+
+def test_sources_are_named():
+    """The paper and its reproduction by title, authors and link; the shipped texts by source."""
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "Block Diffusion: Interpolating Between Autoregressive and" in readme
+    assert "https://arxiv.org/abs/2503.09573" in readme
+    results = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    for text in (readme, results):
+        assert "Kordas" in text
+    notice = (root / "NOTICE").read_text(encoding="utf-8")
+    for file in ("default_corpus.jsonl.xz", "tokenizer.json"):
+        assert (root / "python/bd3lm/assets" / file).is_file()
+        assert file in notice
+    settings = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"NOTICE"' in settings

@@ -86,7 +86,7 @@ def test_a_system_by_the_command_line(corpus, tmp_path, capsys, monkeypatch, sys
 
 @pytest.mark.parametrize("packing", [{"row_eos": True}, {"packing": "aligned"}])
 def test_rows_are_scored_as_they_are_trained(config, tmp_path, capsys, packing):
-    """By validation and by the command: every token once, EOS of rows besides."""
+    """Score by validation and by the command: every token once, EOS of rows besides."""
     cfg = dataclasses.replace(config, **packing)
     summary = run_training(cfg, tmp_path / "run", Silent())
     assert summary["val_coverage"] == 1.0

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, and that stopping changes nothing."""
+"""Whole runs: their files, and that stopping changes nothing."""
 
 import dataclasses
 import errno

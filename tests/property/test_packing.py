@@ -100,14 +100,14 @@ def test_strides_score_every_token_once(
 
 
 @given(lengths, shapes, st.sampled_from(["aligned", "best_fit"]))
-def test_segments(lengths: Lengths, shape: tuple[int, int], plan: str) -> None:
+def test_segments(lengths: Lengths, shape: tuple[int, int], packing: str) -> None:
     blocks, block_size = shape
     seq_len = blocks * block_size
-    batch = every_row(Rows(store(lengths), seq_len=seq_len, block_size=block_size, plan=plan))
+    batch = every_row(Rows(store(lengths), seq_len=seq_len, block_size=block_size, packing=packing))
     assert batch.doc_ids is not None
     scored = batch.x0[batch.noisable]
     assert sorted(scored.tolist()) == list(range(FIRST, FIRST + sum(lengths)))
-    if plan == "aligned":
+    if packing == "aligned":
         assert scored.tolist() == sorted(scored.tolist())
     document = document_of(lengths)
     segments = []
@@ -126,7 +126,7 @@ def test_segments(lengths: Lengths, shape: tuple[int, int], plan: str) -> None:
             assert ids.tolist() == list(range(int(ids[0]), int(ids[-1]) + 1))
             assert len(set(document[ids])) == 1
             segments.append(ids)
-    if plan == "best_fit":  # cut only where no row could hold the document
+    if packing == "best_fit":  # cut only where no row could hold the document
         room = seq_len - 1
         assert len(segments) == sum(-(-n // room) for n in lengths)
 
@@ -148,7 +148,7 @@ def test_wrap_can_tell_documents_apart(lengths: Lengths, shape: tuple[int, int])
 @given(lengths, shapes, st.data())
 def test_any_order_of_rows(lengths: Lengths, shape: tuple[int, int], data: st.DataObject) -> None:
     seq_len = shape[0] * shape[1]
-    rows = Rows(store(lengths), seq_len=seq_len, block_size=shape[1], plan="best_fit")
+    rows = Rows(store(lengths), seq_len=seq_len, block_size=shape[1], packing="best_fit")
     whole = every_row(rows)
     picked = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
     some = rows.batch(np.array(picked, dtype=np.uint64))
@@ -167,8 +167,8 @@ def test_any_order_of_rows(lengths: Lengths, shape: tuple[int, int], data: st.Da
         ({"stride": 3}, "stride = 3: must be a multiple of 2 below 8"),
         ({"stride": 8}, "stride = 8"),
         ({"stride": 2, "row_eos": True}, "stride = 2: must be left out where rows close"),
-        ({"plan": "first_fit"}, "packing = first_fit: must be one of wrap, aligned, best_fit"),
-        ({"plan": "aligned", "row_eos": True}, "packing = aligned: must be wrap"),
+        ({"packing": "first_fit"}, "packing = first_fit: must be one of wrap, aligned, best_fit"),
+        ({"packing": "aligned", "row_eos": True}, "packing = aligned: must be wrap"),
     ],
 )
 def test_what_is_not_allowed_names_itself(kwargs: dict[str, object], message: str) -> None:

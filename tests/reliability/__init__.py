@@ -1,1 +1,1 @@
-"""What is promised in docs/reliability.md, attacked: short forms here, long ones marked slow."""
+"""Attacks on the promises of docs/reliability.md: short forms here, long ones marked slow."""

@@ -12,21 +12,16 @@ import pytest
 
 from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.config import TrainConfig, preset
-from bd3lm.data import prepare, train_tokenizer
+from bd3lm.data import train_tokenizer
 from bd3lm.training import run_training
-from tests.integration.conftest import Silent, story
+from tests.integration.conftest import Silent, story, write_splits
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared directory with train/ and valid/, and a tokenizer of 300 ids."""
     root = tmp_path_factory.mktemp("small")
-    tokenizer = train_tokenizer([story(1)], 300)
-    for split, seeds in (("train", range(12)), ("valid", range(12, 14))):
-        text = root / f"{split}.txt"
-        text.write_text("\n".join(story(seed, 120) for seed in seeds), encoding="utf-8")
-        prepare([text], tokenizer, root / "data" / split, lines=True)
-    return root / "data"
+    return write_splits(root, train_tokenizer([story(1)], 300), rows=(12, 2), words=120)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +60,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(copy: Path) -> Path:
-    """As version 1 had it: no digests, so that each check behind them is reached."""
+    """Checkpoint of version 1: no digests, so that each check behind them is reached."""
 
     def strip(meta: dict) -> None:
         meta["version"] = 1

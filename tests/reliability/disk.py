@@ -61,14 +61,14 @@ class Folder:
 
 
 class PowerCut:
-    """Follows what is durable below a folder while a program writes there.
+    """Tracks the durable files below a folder while a program writes there.
 
     Durable are the content of a file at its last sync and the names in a folder at its last sync,
     no more: no rename, no removal and no byte lives on by itself. This is the least that POSIX
     gives; ext4 gives more.
 
     Args:
-        root: of the tree; what it holds now is durable.
+        root: of the tree; its present content is durable.
         after: called after every operation, when power could be cut.
     """
 

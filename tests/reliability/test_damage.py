@@ -48,7 +48,7 @@ def resume(small, folder, run):
 
 
 def flips(folder, count, seed):
-    """Flip random bits, one at a time, spread over the files by turns."""
+    """Flip random bits, one at a time, spread over the files."""
     draw = random.Random(seed)
     for number in range(count):
         file = folder / FILES[number % len(FILES)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 
 from bd3lm.data import Dataset, Tokenizer, prepare
 from bd3lm.errors import ExistsError
+from tests.reliability.large import sparse_data_set
 
+FILES = ("tokens.bin", "tokens.idx", "manifest.json", "tokenizer.json")
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="signals and pipes of Unix")
 
 
@@ -77,7 +80,7 @@ def test_standard_input_that_stops(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_in_the_middle_of_a_long_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Only the library can encode it, for many seconds."""
+    """Text that only the library can encode, for many seconds."""
     definition = json.loads(tokenizer.json)
     definition["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "slow.json").write_text(json.dumps(definition))
@@ -85,6 +88,65 @@ def test_a_tokenizer_in_the_middle_of_a_long_document(tokenizer: Tokenizer, tmp_
     running = started(tmp_path, tmp_path / "x.txt", "--tokenizer", tmp_path / "slow.json")
     time.sleep(0.5)
     check_stopped(running, signal.SIGINT, tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.5])
+def test_a_tokenizer_that_is_trained(seconds: float, tmp_path: Path) -> None:
+    """While it is given text, and while the library learns merges from it."""
+    draw = random.Random(0)
+    words = " ".join(f"{draw.randrange(10**9):x}" for _ in range(800_000))
+    (tmp_path / "x.txt").write_text(words)
+    running = subprocess.Popen(
+        command(tmp_path / "x.txt", "--tokenizer", "train:30000", "--out", tmp_path / "set"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith("training a byte-level BPE")
+    time.sleep(seconds)
+    sent = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert message == "stopped; nothing half-written was kept\n"
+    assert time.monotonic() - sent < 10  # less than a second on a quiet machine
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+VERIFIES = """
+import signal, sys
+from bd3lm.data import Dataset
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("opening", flush=True)
+{work}
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    ["Dataset(sys.argv[1], verify=True)", "Dataset(sys.argv[1], verify=False).token_counts()"],
+)
+def test_a_large_data_set_that_is_read_whole(
+    work: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """It would take half a minute."""
+    path = sparse_data_set(tmp_path / "set", tokenizer, 6_000_000_000, 3_000_000)
+    running = subprocess.Popen(
+        [sys.executable, "-c", VERIFIES.format(work=work), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    running.stdout.readline()
+    time.sleep(0.3)
+    sent = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=30)
+    assert time.monotonic() - sent < 10  # less than a second on a quiet machine
+    assert message.splitlines()[-1] == "KeyboardInterrupt"
 
 
 def test_one_output_is_made_by_one_process(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -99,6 +161,45 @@ def test_one_output_is_made_by_one_process(tokenizer: Tokenizer, tmp_path: Path)
     prepare([tmp_path / "y.txt"], tokenizer, tmp_path / "set")
     assert Dataset(tmp_path / "set").num_documents == 1
     assert not (tmp_path / ".set.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "count", [2, pytest.param(25, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_killed_and_made_again(count: int, tmp_path: Path) -> None:
+    """SIGKILL at random moments: the next preparation gives the same files and removes the rest."""
+    lines = (f"the old house of {i} stood by the river " * 20 for i in range(4000))
+    (tmp_path / "x.txt").write_text("\n".join(lines))
+    words = [tmp_path / "x.txt", "--lines", "--valid-fraction", "0.1", "--out"]
+
+    def contents(out: Path) -> dict[str, bytes]:
+        files = (out / side / name for side in ("train", "valid") for name in FILES)
+        return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+    seconds = 0.0
+    for name in ("first", "whole"):  # the first also reads what later ones find in memory
+        begun = time.monotonic()
+        subprocess.run(command(*words, tmp_path / name), check=True, capture_output=True)
+        seconds = time.monotonic() - begun
+    whole, draw, met = contents(tmp_path / "whole"), random.Random(count), 0
+    for attempt in range(count):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        running = subprocess.Popen(
+            command(*words, folder / "set"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # Half of them aim at the end, where files are synced and renamed.
+        time.sleep(draw.uniform(0.8 if attempt % 2 else 0.2, 1.0) * seconds)
+        running.kill()
+        running.wait()
+        if (folder / "set").exists():
+            met += 1
+        else:
+            subprocess.run(command(*words, folder / "set"), check=True, capture_output=True)
+        assert contents(folder / "set") == whole
+        assert [path.name for path in folder.iterdir()] == ["set"]
+        shutil.rmtree(folder)
+    assert count < 10 or met < count  # some were killed before they were whole
 
 
 @pytest.mark.parametrize("where", ["dot", "link", "empty"])

@@ -1,4 +1,4 @@
-"""Trainers that are killed, stopped or started twice; readers beside a writer."""
+"""Trainers that are killed, stopped or started twice; readers during a write."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.config import to_dict
 from bd3lm.training import read_metrics
@@ -39,7 +40,7 @@ def long(small):
 def whole(zygote, long, tmp_path_factory):
     """The run that nothing interrupts, and how long it takes."""
     root = tmp_path_factory.mktemp("whole")
-    for name in ("first", "run"):  # the first also reads what later ones find in memory
+    for name in ("first", "run"):  # the first also reads files that later ones find in memory
         begun = time.perf_counter()
         number = zygote.start(to_dict(long), root / name, root / "log")
         assert zygote.wait(number) == 0, (root / "log").read_text()
@@ -141,8 +142,48 @@ def test_two_trainers_of_one_run(zygote, long, whole, tmp_path):
     assert_same_run(reference, tmp_path / "run")
 
 
+def runs_short_of_memory(zygote, small, tmp_path, megabytes):
+    """Runs with so much address space beyond that of their imports; returns their exit codes.
+
+    With each of them another allocation is the first that fails: of PyTorch, oneDNN, the
+    interpreter, a thread's stack. What is saved then is whole.
+    """
+    wide = dataclasses.replace(
+        small,
+        seq_len=128,
+        batch_size=32,
+        steps=4,
+        checkpoint_every=1,
+        model=dataclasses.replace(small.model, width=64, depth=2),
+    )
+    codes = []
+    for index, size in enumerate(megabytes):
+        out, log = tmp_path / f"run{index}", tmp_path / f"log{index}"
+        codes.append(zygote.wait(zygote.start(to_dict(wide), out, log, memory=size << 20)))
+        message = log.read_text()
+        assert codes[-1] in (0, 2), (size, message)
+        if codes[-1]:
+            assert message.startswith("error: ")
+            assert message.count("\n") == 1
+            assert "memory" in message
+            if (out / "checkpoint" / "latest").exists():
+                load_checkpoint(out)
+    return codes
+
+
+def test_runs_short_of_memory(zygote, small, tmp_path):
+    codes = runs_short_of_memory(zygote, small, tmp_path, (0, 20, 100))
+    assert codes[0] == 2
+
+
+@pytest.mark.slow
+def test_runs_short_of_memory_at_40_places(zygote, small, tmp_path):
+    sizes = [*range(0, 40, 2), *range(40, 240, 10)]
+    assert set(runs_short_of_memory(zygote, small, tmp_path, sizes)) >= {2}
+
+
 def reads_beside_a_writer(tmp_path, reads):
-    """Read again and again while another process saves; returns what was read."""
+    """Read again and again while another process saves; returns the results."""
     root = tmp_path / "run" / "checkpoint"
     root.mkdir(parents=True)
     save(root, 1)

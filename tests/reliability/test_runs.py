@@ -171,7 +171,7 @@ def stopped(config, out, after):
 
 
 def test_resume_is_always_safe_to_say(small, trained, tmp_path):
-    """Where there is no run; where nothing was saved; in the middle; and at the end."""
+    """Resume without a run, before the first save, in the middle, and at the end."""
     out = tmp_path / "run"
     stopped(small, out, 5)
     shutil.rmtree(out / "checkpoint")  # as if killed before the first checkpoint
@@ -259,6 +259,16 @@ def test_a_directory_in_use_is_refused(small, tmp_path):
             with pytest.raises(ExistsError, match=rf"another process \(process {os.getpid()} on"):
                 run_training(small, out, Silent(), resume=resume)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_fails_to_start_removes_nothing_else(small, tmp_path, resume):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    bad = dataclasses.replace(small, data=str(tmp_path / "gone"))
+    with pytest.raises(ExistsError, match="is not empty and holds no run"):
+        run_training(bad, tmp_path / "out", Silent(), resume=resume)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
 def test_directories_that_hold_something_else(small, tmp_path):
@@ -366,6 +376,8 @@ def test_a_disk_that_fills_while_logging(small, trained, tmp_path, monkeypatch):
             "micro",
         ),
         (MemoryError(), OutOfMemoryError, "not enough memory for this run"),
+        (RuntimeError("could not create a primitive"), OutOfMemoryError, "not enough memory"),
+        (RuntimeError("can't start new thread"), OutOfMemoryError, "not enough memory"),
         (
             OSError(errno.EIO, "Input/output error", "/x/y"),
             StorageError,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, sys
+import faulthandler, json, os, resource, sys
 import torch
 from pathlib import Path
 from bd3lm.config import TrainConfig, from_dict
@@ -25,9 +25,13 @@ torch.set_num_threads(1)
 def train(order):
     log = open(order["log"], "a", buffering=1)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    faulthandler.enable()
     os.environ.update(order["env"])
     names = globals() | {"order": order}
     exec(order["patch"], names)
+    if order["memory"] is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
     try:
         if "main" in names:
             names["main"]()
@@ -82,15 +86,23 @@ class Zygote:
         log: Path,
         *,
         resume: bool = True,
+        memory: int | None = None,
         env: dict[str, str] | None = None,
         patch: str = "",
     ) -> int:
         """Begin or resume a run; returns the process's number.
 
-        ``patch`` is run in the process before it; if it defines ``main``, that is run instead.
+        Args:
+            config: the settings.
+            out: directory of the run.
+            log: file for its output.
+            resume: continue what is there.
+            memory: bytes of address space that it may add to those of the server.
+            env: variables of its environment.
+            patch: Python code that it runs first. If it defines ``main``, that is run instead.
         """
         order = {"config": config, "out": str(out), "log": str(log), "resume": resume}
-        return self._ask(order | {"env": env or {}, "patch": patch})
+        return self._ask(order | {"memory": memory, "env": env or {}, "patch": patch})
 
     def job(
         self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, patch: str = ""

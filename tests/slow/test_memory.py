@@ -2,7 +2,7 @@
 
 Measured (Linux, two threads): 50 MB in one document take about 130 MB above the imports, most of
 it the text and its copies; 400,000 documents of 100 bytes take about 90 MB. The bounds leave room
-for other allocators, and both are far below what holding everything would take.
+for other allocators, and both are far below the size of everything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MB = 1 << 20
 def prepared(
     text: Path, out: Path, tokenizer: Path | str = "default", lines: bool = False
 ) -> tuple[float, int, int]:
-    """MB above what the imports took, tokens, documents."""
+    """MB above the imports' own, tokens, documents."""
     done = subprocess.run(
         [sys.executable, "-c", PREPARE, text, out, tokenizer, "lines" if lines else "whole"],
         capture_output=True,

@@ -42,7 +42,7 @@ def test_killed_at_random_moments(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         found = cells(killed)
-        assert found.items() >= kept.items()  # what was finished stays as it was
+        assert found.items() >= kept.items()  # finished files stay unchanged
         assert all(json.loads(text)["values"] for text in found.values())
         kept = found
     assert 0 < len(kept) < len(cells(whole))

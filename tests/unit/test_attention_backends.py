@@ -39,6 +39,8 @@ MASKS = {
     "training, documents": BlockMask.training(33, 4, DOCUMENTS),
     "training, no last block": BlockMask.training(33, 4).without_last_clean(),
     "training, no last block, documents": BlockMask.training(33, 5, DOCUMENTS).without_last_clean(),
+    "training, causal": BlockMask.training(33, 5, causal_end=33),
+    "training, causal, documents": BlockMask.training(33, 5, DOCUMENTS, causal_end=33),
     "denoise": BlockMask.denoise(33, 4),
     "denoise, no last block": BlockMask.denoise(33, 16).without_last_clean(),
     "denoise, documents": BlockMask.denoise(33, 1, DOCUMENTS),
@@ -46,6 +48,7 @@ MASKS = {
     "clean, S=L": BlockMask.clean(33, 33),
     "clean, documents": BlockMask.clean(33, 6, DOCUMENTS),
     "clean, cached": BlockMask.clean(33, 4, first=28),
+    "clean, causal but the last block": BlockMask.clean(32, 4, first=24, causal_end=28),
     "long": BlockMask.training(300, 16),
 }
 
@@ -69,7 +72,7 @@ def test_equals_dense(name: str, grad: bool, backend: str) -> None:
     if not found.supports(*mine, mask):
         pytest.skip(f"{backend} {found.limits}")
     theirs = inputs(mask, grad)
-    # What is under test is the mask, not the compiler, which would take a minute a shape.
+    # The mask is under test, not the compiler, which would take a minute a shape.
     with torch.compiler.set_stance("force_eager"):
         out = attend(*mine, mask, backend=backend)
     wanted = attend(*theirs, mask, backend="dense")
@@ -96,8 +99,12 @@ def masks(draw: st.DrawFn) -> BlockMask:
         doc_ids[0, length - padding :] = -1
     form = draw(st.sampled_from(["training", "denoise", "clean"]))
     if form == "clean":
-        return BlockMask.clean(length, block, doc_ids, first=draw(st.integers(0, length - 1)))
-    return getattr(BlockMask, form)(length, block, doc_ids)
+        first, causal = draw(st.integers(0, length - 1)), draw(st.integers(0, length))
+        return BlockMask.clean(length, block, doc_ids, first=first, causal_end=causal)
+    if form == "training":
+        causal = draw(st.sampled_from([0, length]))
+        return BlockMask.training(length, block, doc_ids, causal_end=causal)
+    return BlockMask.denoise(length, block, doc_ids)
 
 
 @given(masks())
@@ -297,7 +304,7 @@ def test_on_a_gpu_auto_decodes_with_triton() -> None:
 def test_flex_compiles_every_shape_once_and_never_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After eight recompilations of one function PyTorch runs it uncompiled, without a word."""
+    """PyTorch runs a function uncompiled after eight recompilations, without a word."""
     compiled: list[tuple[bool, ...]] = []
 
     def count(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:

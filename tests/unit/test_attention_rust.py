@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.bfloat16: (1e-2, 1e-2)}
 
 @pytest.fixture(params=rust.available_isas())
 def isa(request):
-    """Each instruction set of this processor in turn."""
+    """Each instruction set of this processor."""
     rust.force_isa(request.param)
     yield request.param
     rust.force_isa(None)

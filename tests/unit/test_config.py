@@ -1,11 +1,27 @@
-"""Settings: the JSON round trip, presets, and what is refused."""
+"""Settings: the JSON round trip, presets, and refusals."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 from bd3lm.config import PRESETS, EvalConfig, TrainConfig, from_dict, preset, to_dict
+from bd3lm.config.names import AttentionName, EstimatorName, LikelihoodName, SystemName
 from bd3lm.errors import ConfigError
+from bd3lm.evaluate.likelihood import Measure
+from bd3lm.model.attention import BACKENDS
+from bd3lm.systems import SYSTEMS, BlockDiffusion
+from tests.conftest import MASK_ID, tiny_model
+
+
+def test_names_are_those_of_the_code():
+    assert list(get_args(AttentionName)) == ["auto", *BACKENDS]
+    assert list(get_args(SystemName)) == list(SYSTEMS)
+    model, system = tiny_model(), BlockDiffusion(4, MASK_ID)
+    for likelihood in get_args(LikelihoodName):
+        Measure(likelihood, "exact", 2, 0, None).check(system, model)
+    for estimator in get_args(EstimatorName):
+        Measure("nelbo", estimator, 2, 0, None).check(system, model)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -51,7 +67,7 @@ def test_wrong_values_name_field_value_and_range(changes, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match="one of demo, tiny, small, medium"):
+    with pytest.raises(ConfigError, match="one of demo, joint, tiny, small, medium"):
         preset("huge")
     values = to_dict(preset("demo"))
     values["colour"] = "blue"

@@ -1,4 +1,4 @@
-"""What the documentation refers to exists: links, anchors, sections, and the pictures' program."""
+"""References of the documentation exist: links, anchors, sections, and the pictures' program."""
 
 import re
 from pathlib import Path
@@ -107,6 +107,13 @@ def test_cited_sections_exist():
     assert cited > 0
 
 
+def test_help_cites_no_section():
+    """Texts of ``--help`` are docstrings of settings; a reader there has no page at hand."""
+    for room in ("config", "cli"):
+        for path in sorted((ROOT / "python" / "bd3lm" / room).glob("*.py")):
+            assert "§" not in path.read_text(encoding="utf-8"), path
+
+
 def test_nothing_cites_what_a_stranger_does_not_have():
     absent = re.compile(r"\bMATH\b(?!_)|\bPROTOCOL\b|\bBD3LM_SHARED\b|\.\./shared\b|/work/")
     for path in sources():
@@ -139,7 +146,7 @@ def test_paths_that_the_architecture_names_exist():
         indent = len(line) - len(line.lstrip())
         names = line[indent:].split("  ")[0].split()
         if indent > 20 or not all("." in n or n.endswith("/") for n in names):
-            continue  # the line before goes on
+            continue  # the line before continues
         folders = folders[: indent // 2]
         for name in names:
             assert (ROOT / "".join(folders) / name).exists(), line

@@ -1,4 +1,4 @@
-"""What stands between products: the Rust kernels against PyTorch's own operations in float64."""
+"""Fused operations: the Rust kernels against PyTorch's own operations in float64."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def check(ours, exact, inputs, limit, seed=1):
         upstream = [torch.randn(out.shape).to(out.dtype) for out in outs]
         results.append([*outs, *torch.autograd.grad(outs, leaves, upstream)])
     for got, want in zip(*results, strict=True):
-        size = max(want.abs().max().item(), 0.01)  # what cancels is no smaller
+        size = max(want.abs().max().item(), 0.01)  # sums that cancel are as large
         assert_close(got.double(), want, rtol=0, atol=limit * size)
 
 
@@ -91,7 +91,7 @@ def test_norms_and_what_goes_on_beside_them(kind, shape):
         return normalised(x, weight, bias, kind, 1e-2)
 
     check(ours, exact, inputs, 5e-6)
-    check(lambda *x: ours(*x)[1:], lambda *x: exact(*x)[1:], inputs, 5e-6)  # nothing beside
+    check(lambda *x: ours(*x)[1:], lambda *x: exact(*x)[1:], inputs, 5e-6)  # nothing else
 
 
 @pytest.mark.parametrize(("dtype", "limit"), DTYPES)

@@ -15,7 +15,7 @@ V = 7
 
 
 class Bigram:
-    """p(next | previous) from a table: windows cannot change what it says."""
+    """p(next | previous) from a table: windows cannot change it."""
 
     name, eos_id = "bigram", 3
 
@@ -30,7 +30,7 @@ class Bigram:
 
 
 class Depth(Bigram):
-    """Says how much context it was given: the logit of token 0 grows with the position."""
+    """Model that reveals its length of context: the logit of token 0 grows with the position."""
 
     def logits(self, ids):
         out = torch.zeros(*ids.shape, V)

@@ -70,13 +70,13 @@ def test_the_thread_that_pins_memory_chooses_its_device_first() -> None:
 
     events: list[str] = []
     batches = Prefetcher(Made(), 1, on_start=lambda: events.append("device"))
-    assert batches.get(0, None) == [0]  # type: ignore[arg-type]
+    assert batches.get(0, lambda step: None) == [0]  # type: ignore[arg-type]
     batches.close()
     assert events == ["device", "batch"]
 
 
 def test_a_replayed_forward_past_the_cache_is_refused_on_the_host() -> None:
-    """On a GPU it would be an assertion on the device, after which no call works."""
+    """A GPU would fail an assertion on the device, after which no call works."""
     model = tiny_model()
     with torch.inference_mode():
         cache = KVCache(model.cfg, 1, 8, torch.device("cpu"))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bd3lm.model import HeadInputs, head_cross_entropy
 from bd3lm.model import head as head_module
-from bd3lm.model import head_cross_entropy
-from bd3lm.model.cross_entropy import composed_cross_entropy_, cross_entropy_
+from bd3lm.model.cross_entropy import LossInputs, composed_cross_entropy_, cross_entropy_
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -29,7 +29,7 @@ def test_loss_and_gradients_equal_autograd(bias, rows, monkeypatch):
     expected = (expected_nll * weight).sum()
     expected_grads = torch.autograd.grad(3 * expected, inputs)
 
-    total, nll = head_cross_entropy(features, weights, offset, target, weight, mask_id)
+    total, nll = head_cross_entropy(HeadInputs(features, weights, offset, target, weight, mask_id))
     grads = torch.autograd.grad(3 * total, inputs)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(nll, expected_nll)
@@ -39,14 +39,9 @@ def test_loss_and_gradients_equal_autograd(bias, rows, monkeypatch):
 
 
 def test_nothing_masked_is_zero():
-    total, nll = head_cross_entropy(
-        torch.zeros(0, 4, requires_grad=True),
-        torch.ones(9, 4, requires_grad=True),
-        None,
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(0),
-        8,
-    )
+    features, head = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.int64)
+    total, nll = head_cross_entropy(HeadInputs(features, head, None, target, torch.zeros(0), 8))
     total.backward()
     assert total.item() == 0
     assert nll.shape == (0,)
@@ -61,9 +56,9 @@ def test_the_kernel_equals_the_composed_operations(dtype, weighted):
     weight = torch.rand(37) if weighted else None
     bias = torch.randn(203)
     ours, theirs = logits.clone(), logits.clone()
-    d_ours, d_theirs = torch.ones(203), torch.ones(203)  # what is there is added to
-    nll = cross_entropy_(ours, bias, target, weight, 5, d_ours)
-    expected = composed_cross_entropy_(theirs, bias, target, weight, 5, d_theirs)
+    d_ours, d_theirs = torch.ones(203), torch.ones(203)  # the kernels add to these
+    nll = cross_entropy_(LossInputs(ours, bias, target, weight, 5, d_ours))
+    expected = composed_cross_entropy_(LossInputs(theirs, bias, target, weight, 5, d_theirs))
     # The composed operations round the sum of logits and bias to their dtype.
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(nll, expected, rtol=tolerance, atol=tolerance)
@@ -76,8 +71,8 @@ def test_the_kernel_equals_the_composed_operations(dtype, weighted):
 
 def test_scoring_forms_no_gradient():
     features, head = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    args = features, head, None, torch.tensor([1, 2, 3]), torch.ones(3), 8
+    inputs = HeadInputs(features, head, None, torch.tensor([1, 2, 3]), torch.ones(3), 8)
     with torch.no_grad():
-        total, nll = head_cross_entropy(*args)
+        total, nll = head_cross_entropy(inputs)
     assert not total.requires_grad
-    torch.testing.assert_close(nll, head_cross_entropy(*args)[1])
+    torch.testing.assert_close(nll, head_cross_entropy(inputs)[1])

@@ -1,4 +1,4 @@
-"""What training learns of its own noise: clips, laws of counts, token rarity; and its variance."""
+"""Noise that training learns: clips, distributions of counts, token rarity; and its variance."""
 
 import dataclasses
 import itertools
@@ -40,7 +40,7 @@ def rows_of(num, seq_len=16, block_size=S):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_estimates_the_same_bound(name):
-    """bernoulli under each schedule against exact, within its error and what lies below 1e-3."""
+    """bernoulli under each schedule against exact, within its error and the part below 1e-3."""
     model, rows = tiny_model(), rows_of(300)
     system, schedule = BlockDiffusion(S, MASK_ID), Schedule(name, **SCHEDULES[name])
     exact = evaluate_likelihood(system, model, rows, estimator="exact")
@@ -122,7 +122,7 @@ def test_monotone_weightings_are_told():
     assert Weighting("simple").keeps_bound(loglinear)
     assert Weighting("sigmoid", k=1.0).keeps_bound(loglinear)
     assert Weighting("flow_matching").keeps_bound(loglinear)
-    assert not Weighting("iddpm").keeps_bound(loglinear)  # 2√(α(1-α)) turns at one half
+    assert not Weighting("iddpm").keeps_bound(loglinear)  # 2√(α(1-α)) has its maximum at one half
     assert not Weighting("edm").keeps_bound(loglinear)
     # simple is 1/w(t): under the gaussian w rises again towards t = 1.
     assert not Weighting("simple").keeps_bound(Schedule("gaussian", mu=0.5, sigma=0.2))
@@ -240,7 +240,7 @@ def test_one_pass_picks_the_interval_of_36_passes(trained, estimator):
 
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_a_search_with_resample_leaves_out_what_holds_no_share(block_size):
-    """At S = 1 an interval below 1 would mask nothing, and nothing has no variance."""
+    """An interval at S = 1 below 1 would mask nothing, and nothing has no variance."""
     share, moments = np.zeros(block_size + 1), np.zeros((2, block_size + 1, block_size + 1))
     share[-1] = 1.0
     moments[0, :, 1:], moments[1, :, 1:] = 2.0, 5.0
@@ -425,7 +425,7 @@ def test_a_model_that_is_told_the_level_has_no_clip_search():
 
 
 def test_paper_weights_are_for_training_alone():
-    """They count the bound twice, and their p(t) is not monotone: samplers take the same law."""
+    """Paper weights count the bound twice; p(t) is not monotone, and samplers take the same law."""
     noise = NoiseConfig(
         estimator="bernoulli", schedule="bimodal_gaussian", mu=0.3, paper_weights=True
     )

@@ -94,7 +94,7 @@ def test_sampled_estimators_agree_with_exact(estimator, repeats):
 
 
 def test_bernoulli_misses_only_the_mass_below_its_lowest_level():
-    """On [1e-3, 1] the estimate lacks ∫_0^1e-3 w p ... <= 1e-3 of the largest CE, each token."""
+    """The estimate on [1e-3, 1] lacks ∫_0^1e-3 w p ... <= 1e-3 of the largest CE, each token."""
     model, rows = tiny_model(), rows_of(150, 16, 4)
     exact = score(model, rows, estimator="exact")
     sampled = score(model, rows, estimator="bernoulli", repeats=256)
@@ -103,7 +103,7 @@ def test_bernoulli_misses_only_the_mass_below_its_lowest_level():
 
 
 def test_stratified_masks_every_count_equally_often():
-    """Of 2·S draws each half has every count k = 1..S once in every whole block."""
+    """Each half of 2·S draws has every count k = 1..S once in every whole block."""
     rows = rows_of(150, 16, 8)
     batch = rows.batch(np.arange(len(rows), dtype=np.uint64))
     draws = sampled_draws(
@@ -164,7 +164,7 @@ def test_bits_per_byte_counts_all_nats_over_all_bytes():
 
 
 def test_full_size_block_equals_a_brute_force_mdlm():
-    """S = L: full attention over xt alone; the exact sum by hand."""
+    """S = L: full attention over xt alone; the exact sum written out."""
     model, length = tiny_model(), 4
     x0 = random_ids(1, length)
     rows = Rows(_arrays(x0), seq_len=length, block_size=length, keep_last=True)

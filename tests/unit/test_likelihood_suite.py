@@ -329,7 +329,7 @@ def test_a_long_row_has_the_sampler_s_own_probability():
     [("left-to-right", ordered.left_to_right), ("confidence", ordered.by_confidence)],
 )
 def test_samples_of_an_order_have_its_likelihood(kind, strategy):
-    """The sampler's own log p is the score of what it drew, prompts and long rows included."""
+    """The sampler's own log p is the score of its own rows, prompts and long rows included."""
     model, system = tiny_model(), BlockDiffusion(4, MASK_ID)
     sampler = Sampler(model, system, window=16, bos_id=0, eos_id=99)
     cfg = SampleConfig(num=2, length=28, top_p=1.0)

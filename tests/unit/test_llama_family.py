@@ -1,14 +1,14 @@
 """Checkpoints of the Llama family: the logits of transformers, at every rotation and bias.
 
-``tests/golden/llama_family.npz`` holds what transformers computed in float32 for small models at
-every weight set to :func:`weight` of its name, each with the ``config.json`` that the library
-wrote (``_v4``: by its version 4.57, the others by 5.24). ``tests/extras`` writes it.
+``tests/golden/llama_family.npz`` holds logits of transformers in float32 for small models at
+every weight set to :func:`tests.checkpoints.weight` of its name, each with the ``config.json``
+that the library wrote (``_v4``: by its version 4.57, the others by 5.24). ``tests/extras`` writes
+it.
 """
 
 import dataclasses
 import json
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,29 +24,13 @@ from bd3lm.data import load_tokenizer
 from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.evaluate import distinct_n  # noqa: F401 - the package imports without the extra
 from bd3lm.training import run_training
+from tests.checkpoints import weight
 from tests.integration.conftest import Silent, config, corpus  # noqa: F401 - fixtures
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_family.npz"
 VOCAB = 20
 IDS = torch.tensor([0, 5, 17, 3, 3, 9, 12, 1, 19, 7, 6, 14])
 SPECIAL = ["<|endoftext|>", "<|spare|>"]
-
-
-def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pseudo-random weights by name, of a size that lets every part of the network matter."""
-    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.uint64(zlib.crc32(name.encode()) << 16)
-    x ^= x >> np.uint64(31)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(29)
-    u = ((x >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0).reshape(shape)
-    if len(shape) == 2:
-        u *= 1.0 if "embed" in name else 1.5 * shape[1] ** -0.5
-    elif "norm" in name:
-        u = 1 + 0.25 * u
-    else:
-        u *= 0.25
-    return torch.from_numpy(u.astype(np.float32))
 
 
 def golden() -> dict[str, np.ndarray]:

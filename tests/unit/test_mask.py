@@ -18,7 +18,7 @@ def documents(seq_len, docs):
     return torch.tensor([first, second], dtype=torch.int32)
 
 
-def allowed(q, k, block_size, seq_len, doc, *, noised):
+def allowed(q, k, block_size, seq_len, doc, *, noised, causal_end=0):
     """docs/math.md §7, literally; with an xt stream, index < L is xt and the rest is x0."""
     q_clean, k_clean = (not noised or q >= seq_len), (not noised or k >= seq_len)
     i, j = q % seq_len, k % seq_len
@@ -30,7 +30,7 @@ def allowed(q, k, block_size, seq_len, doc, *, noised):
     if not q_clean and k_clean:
         return bq > bk
     if q_clean and k_clean:
-        return bq >= bk
+        return i >= j if i < causal_end else bq >= bk
     return False
 
 
@@ -38,11 +38,16 @@ def allowed(q, k, block_size, seq_len, doc, *, noised):
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("form", ["training", "denoise", "clean"])
 @pytest.mark.parametrize("last", [True, False], ids=["", "no last block"])
-def test_dense_is_the_definition(seq_len, block_size, docs, form, last):
+@pytest.mark.parametrize("causal_end", [0, 3, 99], ids=["", "causal at first", "causal"])
+def test_dense_is_the_definition(seq_len, block_size, docs, form, last, causal_end):
     if form == "clean" and not last:
         pytest.skip("x0 alone is whole")
     doc_ids = documents(seq_len, docs)
-    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids)
+    if form == "denoise" and causal_end:
+        pytest.skip("no x0 position is a query")
+    causal_end = min(causal_end, seq_len)
+    options = {"causal_end": causal_end} if causal_end else {}
+    mask = getattr(BlockMask, form)(seq_len, block_size, doc_ids, **options)
     mask = mask if last else mask.without_last_clean()
     dense = mask.dense()
     assert dense.shape[1:] == (mask.num_queries, mask.num_keys)
@@ -50,7 +55,10 @@ def test_dense_is_the_definition(seq_len, block_size, docs, form, last):
         doc = None if doc_ids is None else doc_ids[row].tolist()
         for q in range(mask.num_queries):
             for k in range(mask.num_keys):
-                expected = allowed(q, k, block_size, seq_len, doc, noised=form != "clean")
+                noised = form != "clean"
+                expected = allowed(
+                    q, k, block_size, seq_len, doc, noised=noised, causal_end=causal_end
+                )
                 assert bool(dense[row, q, k]) == expected, (row, q, k)
 
 

@@ -1,4 +1,4 @@
-"""Noise: what it is a function of, and the law it follows."""
+"""Noise: its arguments, and the law it follows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blocks(mask: Tensor) -> Tensor:
 def loader(batch_size: int, seed: int = 3) -> Loader:
     documents = [list(range(4, 4 + n)) for n in (900, 40, 1, 700)]
     data = TokenArrays(documents, vocab_size=5000, bos_id=1, eos_id=2, mask_id=3)
-    return Loader(Rows(data, seq_len=L, block_size=S, plan="aligned"), batch_size, seed)
+    return Loader(Rows(data, seq_len=L, block_size=S, packing="aligned"), batch_size, seed)
 
 
 def equal(a: Batch, b: Batch) -> bool:

@@ -33,7 +33,7 @@ def test_posteriors_are_sums_over_all_rows():
             if x < 0:
                 want = [p[fits & (rows[:, i] == v)].sum() / p[fits].sum() for v in range(3)]
                 np.testing.assert_allclose(found[i], want, rtol=1e-12)
-    # After a known token the chain goes on by its transitions.
+    # After a known token the chain follows its transitions.
     after = source.posterior(np.array([[-1, -1]]), np.array([2]))[0]
     np.testing.assert_allclose(after[0], source.transition[2])
 

@@ -1,9 +1,10 @@
 """The original implementation's checkpoints: same logits, same losses, same files.
 
-``tests/golden/original.npz`` holds what the original computed on a CPU in float32, with scaled
+``tests/golden/original.npz`` holds results of the original on a CPU in float32, with scaled
 dot-product attention and dropout off, for a network of V=24, L=32, width 32, two layers, two heads
-and a conditioning of 8, at every weight set to :func:`weight` of its name. ``bd3lm_S``, ``mdlm``,
-``ar``, ``sedd``: logits of its Hugging Face model (its own training code gives the same bits).
+and a conditioning of 8, at every weight set to :func:`tests.checkpoints.weight` of its name.
+``bd3lm_S``, ``mdlm``, ``ar``, ``sedd``: logits of its Hugging Face model (its own training code
+gives the same bits).
 ``cached_4``: the same block by block through its cache, allocated in float32: a block's noised ids
 are scored, then its clean ids stored. ``told_4``: its training network with one noise level a
 position, 0 for the clean half. ``loss_*``: noised ids, loss weight, mask probability and nats that
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from bd3lm.data.resolve import open_splits
 from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.training import Trainer, run_training
+from tests.checkpoints import weight
 from tests.integration.conftest import Silent, story
 
 VOCAB, LENGTH, WIDTH, HEADS, DEPTH, COND = 24, 32, 32, 2, 2, 8
@@ -49,23 +49,6 @@ SYSTEMS = {
 
 
 # --- a checkpoint in the original's layout, without its code ------------------------------------
-
-
-def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pseudo-random weights by name, of a size that lets every part of the network matter."""
-    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.uint64(zlib.crc32(name.encode()) << 16)
-    x ^= x >> np.uint64(31)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(29)
-    u = ((x >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0).reshape(shape)
-    if len(shape) == 2:
-        u *= 1.0 if "embed" in name else 1.5 * shape[1] ** -0.5
-    elif "norm" in name:
-        u = 1 + 0.25 * u
-    else:
-        u *= 0.25
-    return torch.from_numpy(u.astype(np.float32))
 
 
 def original_shapes(adaln: bool, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
@@ -202,7 +185,7 @@ def test_logits_of_the_other_systems(load, attention):
 
 
 def test_a_level_a_block_and_none_for_the_clean_stream(load):
-    """The original's network can do it, though its training never asks for it."""
+    """The original's network can do it, though its training never uses it."""
     plain = load().model
     model = Transformer(dataclasses.replace(plain.cfg, time_conditioning=True), VOCAB).eval()
     model.load_state_dict(plain.state_dict())
@@ -212,7 +195,7 @@ def test_a_level_a_block_and_none_for_the_clean_stream(load):
 
 @pytest.mark.parametrize("name", ["bd3lm_4", "bd3lm_16", "mdlm", "sedd", "sedd_full"])
 def test_losses(load, name):
-    """Our loss and our likelihood, on what the original drew."""
+    """Loss and likelihood on the noise that the original drew."""
     system, _, size = name.partition("_")
     loaded = load(system, int(size) if size.isdigit() else LENGTH)
     xt = torch.from_numpy(GOLDEN[f"loss_{name}_xt"].astype(np.int64))
@@ -225,7 +208,10 @@ def test_losses(load, name):
         weight=weight.flatten()[masked],
         mask_prob=prob[:, :: loaded.config.block].contiguous(),
         doc_ids=None,
+        noisable=torch.ones_like(xt, dtype=torch.bool),
         num_noisable=2 * (LENGTH - 1),
+        block_size=loaded.config.block,
+        step=0,
     )
     with torch.no_grad():
         total = loaded.system().loss(loaded.model, batch)
@@ -264,7 +250,7 @@ def test_saving_gives_back_every_bit(load, tmp_path, words, system):
     block = {"bd3lm": 4, "ar": 1}.get(system, LENGTH)
     cond = 0 if system == "ar" else COND
     assert after.items() >= (before | {"block_size": block, "cond_dim": cond}).items()
-    again = load_checkpoint(tmp_path / "back")  # its tokenizer lies beside it
+    again = load_checkpoint(tmp_path / "back")  # its tokenizer lies next to it
     assert again.tokenizer.sha256 == words.sha256
     assert again.config == loaded.config
 
@@ -387,7 +373,7 @@ def test_training_starts_from_it(tmp_path):
 
 
 def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
-    """The hub itself is not asked here: what is asked of it is."""
+    """Requests to the hub, without the hub itself."""
     asked = []
     folder = write_original(tmp_path / "hub")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -418,7 +404,7 @@ def test_a_hub_name_is_fetched_without_its_code(tmp_path, words, monkeypatch):
         load_checkpoint("runs/typo")  # a folder that exists is never looked for on the hub
 
 
-# --- what cannot be loaded or saved -------------------------------------------------------------
+# --- models that cannot be loaded or saved --------------------------------------------------------
 
 
 class RunsCode:

@@ -1,4 +1,4 @@
-"""Text files to data sets: every kind the same, and nothing half-made whatever happens."""
+"""Text files to data sets: every kind the same, and nothing half-made after any failure."""
 
 from __future__ import annotations
 

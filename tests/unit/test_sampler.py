@@ -18,7 +18,7 @@ from tests.conftest import MASK_ID, VOCAB_SIZE, tiny_model
 
 
 def sampler(model=None, *, block_size=4, window=16, eos_id=VOCAB_SIZE + 5, replay=None):
-    """No id is EOS unless a test asks for one."""
+    """No id is EOS unless a test sets one."""
     system = BlockDiffusion(block_size, MASK_ID)
     return Sampler(
         model or tiny_model(), system, window=window, bos_id=0, eos_id=eos_id, replay=replay
@@ -234,7 +234,7 @@ def test_eos_ends_a_row_and_only_that_row():
     for x in samples:
         assert 7 not in x.ids
         assert (len(x.ids) == 19) == (x.stop == "length")
-    # What came before the EOS is what it is without one.
+    # Tokens before the EOS are the same without one.
     endless = sampler().generate(config(length=20, seed=3), [[]] * 12)
     for x, y in zip(samples, endless, strict=True):
         assert y.ids[: len(x.ids)] == x.ids

@@ -1,4 +1,4 @@
-"""The ways to sample beside first hitting: their laws by enumeration, and what they cost."""
+"""Other ways to sample than first hitting: their laws by enumeration, and their cost."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def two_step_joint(model):
 
 
 class Normalised(ScoreEntropy):
-    """A SEDD whose scores sum to one, whatever the network says."""
+    """A SEDD whose scores sum to one for any weights."""
 
     def logits(self, model, features):
         logits = super().logits(model, features).double()
@@ -78,7 +78,7 @@ def test_ancestral_samples_follow_the_enumerated_joint(system):
 
 @torch.inference_mode()
 def test_infilling_follows_the_enumerated_joint():
-    """[0, x, 2, y]: what is given between the holes is context for both."""
+    """[0, x, 2, y]: tokens between the holes are context for both."""
     model, num = small_model(M + 1), 4000
     joint = first_hitting_joint(model, [0, M, 2, M], 4, M, 4)
     s = Sampler(model, MaskedDiffusion(4, M), window=4, bos_id=0, eos_id=99)
@@ -98,7 +98,7 @@ def test_ar_samples_follow_the_chain_rule():
     s = Sampler(model, Autoregressive(M), window=8, bos_id=0, eos_id=99)
     samples = s.generate(SampleConfig(num=num, length=3, top_p=1.0))
     assert fits(samples, joint)
-    assert {x.nfe for x in samples} == {2}  # BOS asks for the first token: no other forward
+    assert {x.nfe for x in samples} == {2}  # BOS predicts the first token: no other forward
 
 
 def test_ar_through_the_cache_and_past_the_window():

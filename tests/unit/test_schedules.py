@@ -19,7 +19,7 @@ from bd3lm.config import NoiseConfig, from_dict, to_dict
 from bd3lm.config.names import DetokenizerName, PackingName, ScheduleName, WeightingName
 from bd3lm.data import NoiseSpec, Schedule, Weighting, draw_noise
 from bd3lm.errors import ConfigError
-from bd3lm.systems.block_diffusion import schedule_of
+from bd3lm.systems.sized_noise import schedule_of
 
 EPS, MU, SIGMA, MU2, SIGMA2, MIXTURE = 1e-3, 0.3, 0.2, 0.8, 0.15, 0.6
 BIMODAL = {"mu": MU, "sigma": SIGMA, "mu2": MU2, "sigma2": SIGMA2, "mixture": MIXTURE}

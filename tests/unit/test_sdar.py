@@ -10,26 +10,19 @@ from safetensors.torch import load_file
 
 from bd3lm.checkpoint import Checkpoint, load_checkpoint, save_hf, save_sdar
 from bd3lm.checkpoint.sdar import ENGINE_MASK, ENGINE_ROWS
-from bd3lm.config import ModelConfig, RopeScaling, SampleConfig, preset
+from bd3lm.config import ModelConfig, RopeScaling, SampleConfig
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.sample import Sampler
+from tests.checkpoints import random_checkpoint
 
 SHAPE = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 24}
 
 
 def trained(system: str = "bd3lm", *, direction: float = 1.0, **shape: object) -> Checkpoint:
     """A small model with the common direction of its features that training gives."""
-    cfg = preset("qwen", system, seq_len=32, model=SHAPE | shape)
-    tokenizer = load_tokenizer("default")
-    torch.manual_seed(0)
-    model = Transformer(cfg.model, tokenizer.vocab_size).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        model.embed.weight.mul_(4).add_(direction * torch.randn(cfg.model.width))
-    return Checkpoint(cfg, model, tokenizer, 0, Path("."))
+    return random_checkpoint("qwen", system, SHAPE | shape, spread=0.2, direction=direction)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +143,7 @@ def test_ids_may_stay_for_engines_that_take_any(checkpoint, tmp_path):
 
 
 def test_a_mask_without_a_name_gets_one(checkpoint, tmp_path):
-    """As of a converted model, whose mask is the id after the tokenizer's last."""
+    """Checkpoint of a converted model, whose mask is the id after the tokenizer's last."""
     definition = json.loads(checkpoint.tokenizer.json)
     del definition["model"]["vocab"]["<|mask|>"]
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] != 1]
@@ -226,14 +219,9 @@ def test_ids_that_could_win_are_refused(checkpoint, tmp_path):
     ],
 )
 def test_every_shape_has_a_layout_for_transformers(tmp_path, name, system, shape):
-    cfg = preset(name, system, seq_len=32, model=SHAPE | shape)
-    tokenizer = load_tokenizer("default")
-    torch.manual_seed(0)
-    model = Transformer(cfg.model, tokenizer.vocab_size).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_hf(tmp_path / "hf", Checkpoint(cfg, model, tokenizer, 0, Path(".")))
+    checkpoint = random_checkpoint(name, system, SHAPE | shape)
+    cfg, model, tokenizer = checkpoint.config, checkpoint.model, checkpoint.tokenizer
+    save_hf(tmp_path / "hf", checkpoint)
     loaded = load_checkpoint(tmp_path / "hf")
     assert loaded.config.system == system
     assert loaded.tokenizer.special == tokenizer.special

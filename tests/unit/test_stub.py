@@ -1,4 +1,4 @@
-"""The stub of the extension says what the extension is, and everything in it has its wrapper."""
+"""The stub matches the extension, and everything in it has its wrapper."""
 
 from __future__ import annotations
 

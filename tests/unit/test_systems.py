@@ -1,4 +1,4 @@
-"""What each system is, as identities: with itself written out, and with the others."""
+"""Identities of each system: with itself written out, and with the others."""
 
 import dataclasses
 import math
@@ -12,7 +12,8 @@ from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
-from bd3lm.model import Transformer, head_cross_entropy, head_score_entropy
+from bd3lm.model import HeadInputs, Transformer, head_cross_entropy, head_score_entropy
+from bd3lm.model.cross_entropy import LossInputs
 from bd3lm.model.head import score_entropy_
 from bd3lm.systems import (
     Autoregressive,
@@ -62,21 +63,21 @@ def test_ar_is_the_chain_rule_of_its_own_next_tokens():
     assert result.nelbo * 20 == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["aligned", "best_fit"])
-def test_ar_reads_no_document_beside_it(plan):
+@pytest.mark.parametrize("packing", ["aligned", "best_fit"])
+def test_ar_reads_no_document_beside_it(packing):
     """Several documents a row, each with a BOS of its own, and padding: Σ nats as one by one."""
     model, system = tiny_model(), Autoregressive(MASK_ID)
     documents = [[3, 4, 5], [6, 2], [7, 3, 2, 5]]
 
-    def nats(documents, plan):
+    def nats(documents, packing):
         special = {"bos_id": 0, "eos_id": 1, "mask_id": MASK_ID}
         data = TokenArrays(documents, vocab_size=VOCAB_SIZE, **special)
-        rows = Rows(data, seq_len=16, block_size=1, plan=plan)
+        rows = Rows(data, seq_len=16, block_size=1, packing=packing)
         result = evaluate_likelihood(system, model, rows, estimator="exact")
         return result.nelbo * result.tokens, result.tokens, len(rows)
 
-    total, tokens, rows = nats(documents, plan)
-    apart = [nats([document], plan) for document in documents]
+    total, tokens, rows = nats(documents, packing)
+    apart = [nats([document], packing) for document in documents]
     assert (tokens, rows) == (9, 1)
     assert total == pytest.approx(sum(value for value, *_ in apart), rel=1e-5)
 
@@ -101,7 +102,7 @@ def test_ar_loss_is_its_likelihood_and_its_gradient_is_autograds():
 
 
 def test_ar_differs_from_block_size_one():
-    """They are different functions of the same weights (docs/math.md §5)."""
+    """Systems are different functions of the same weights (docs/math.md §5)."""
     model, rows = tiny_model(), Rows(token_arrays(40), seq_len=8, block_size=1)
     ar = evaluate_likelihood(Autoregressive(MASK_ID), model, rows, estimator="exact")
     bd = evaluate_likelihood(BlockDiffusion(1, MASK_ID), model, rows, estimator="exact")
@@ -130,22 +131,27 @@ def test_mdlm_is_full_attention_over_the_noised_row():
 # --- sedd ------------------------------------------------------------------------------------
 
 
+def score_entropy(raw, target):
+    """Values [R] of raw scores [R, V], without a gradient."""
+    return score_entropy_(LossInputs(raw, None, target, None, MASK_ID, None))
+
+
 def test_score_entropy_is_cross_entropy_where_the_scores_sum_to_one():
     torch.manual_seed(0)
     raw = torch.randn(7, VOCAB_SIZE, dtype=torch.float64)
     raw[:, MASK_ID] = -torch.inf
     raw = raw.log_softmax(-1) + math.log(VOCAB_SIZE - 1)
     target = torch.randint(0, MASK_ID, (7,))
-    finite = score_entropy_(raw.clone(), None, target, None, MASK_ID, None)
+    finite = score_entropy(raw.clone(), target)
     ce = -(raw - math.log(VOCAB_SIZE - 1)).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(finite, ce.float(), rtol=1e-6, atol=1e-6)
-    shifted = score_entropy_(raw + 0.5, None, target, None, MASK_ID, None)
+    shifted = score_entropy(raw + 0.5, target)
     assert (shifted > finite).all()
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
 def test_finite_form_is_the_papers_score_entropy(p):
-    """With scores s_y = e^raw / ((V-1)(e^σ-1)) and the absorbing graph's rates (docs/math.md §5).
+    """Scores s_y = e^raw / ((V-1)(e^σ-1)) under the absorbing graph's rates (docs/math.md §5).
 
     The paper's term for a masked position, at noise rate σ'(t), is
     σ' [ Σ_y s_y - r log s_{x0} + r (log r - 1) ] with the true ratio r = 1/(e^σ - 1); and
@@ -162,7 +168,7 @@ def test_finite_form_is_the_papers_score_entropy(p):
     entropy = score.sum(1) - ratio * chosen.log() + ratio * (math.log(ratio) - 1)
     # loglinear: σ(t) = -log(1-t), σ' = 1/(1-p), w = 1/p.
     papers = entropy / (1 - p)
-    ours = score_entropy_(raw.clone(), None, target, None, MASK_ID, None).double() / p
+    ours = score_entropy(raw.clone(), target).double() / p
     torch.testing.assert_close(ours, papers, rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +181,7 @@ def test_score_entropy_gradient_is_autograds():
     for run in ("ours", "plain"):
         x, w, b = (t.clone().requires_grad_() for t in (features, head, bias))
         if run == "ours":
-            loss = head_score_entropy(x, w, b, target, weight, MASK_ID)[0]
+            loss = head_score_entropy(HeadInputs(x, w, b, target, weight, MASK_ID))[0]
         else:
             raw = x @ w.T + b - math.log(VOCAB_SIZE - 1)
             keep = torch.arange(VOCAB_SIZE) != MASK_ID
@@ -188,7 +194,7 @@ def test_score_entropy_gradient_is_autograds():
 
 
 def test_sedd_is_told_the_level_it_is_scored_at():
-    """Its score under a draw is the forward at that draw's own sigma, and nothing else's."""
+    """The score under a draw is the forward at that draw's own sigma."""
     model = tiny_model(**TOLD)
     x0, system = random_ids(2, 8), ScoreEntropy(8, MASK_ID)
     mask = torch.zeros(2, 8, dtype=torch.bool)
@@ -200,7 +206,7 @@ def test_sedd_is_told_the_level_it_is_scored_at():
         sigma = -torch.log1p(-level[row : row + 1])
         features = model.encode(xt[row : row + 1], 8, sigma=sigma)[0, [2, 5]]
         raw, truth = model.logits(features).detach(), x0[row, [2, 5]]
-        values = score_entropy_(raw, None, truth, None, MASK_ID, None)
+        values = score_entropy(raw, truth)
         torch.testing.assert_close(found[2 * row : 2 * row + 2], values, rtol=1e-5, atol=1e-5)
     other = system.scorer(model, x0, None)(xt, select, level.flip(0))
     assert not torch.allclose(found, other)
@@ -287,9 +293,10 @@ def test_settings_that_a_system_cannot_have(changes, sentence):
 def test_the_head_losses_leave_no_gradient_under_no_grad():
     features, head = torch.randn(3, 4), torch.randn(VOCAB_SIZE, 4, requires_grad=True)
     target, weight = torch.tensor([1, 2, 3]), torch.ones(3)
+    inputs = HeadInputs(features, head, None, target, weight, MASK_ID)
     for loss in (head_cross_entropy, head_score_entropy):
         with torch.no_grad():
-            assert not loss(features, head, None, target, weight, MASK_ID)[0].requires_grad
+            assert not loss(inputs)[0].requires_grad
 
 
 def test_presets_follow_the_system():

@@ -37,7 +37,7 @@ else:
 
 
 def test_a_forked_child_works_alone():
-    """Its copy of the runtime believes in threads that were not copied, and would wait for them."""
+    """A child's copy of the runtime would wait for threads that were not copied."""
     done = subprocess.run(
         [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120, check=False
     )

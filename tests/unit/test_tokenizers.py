@@ -1,4 +1,4 @@
-"""Tokenizers: what they are made from, and that a data set holds exactly what they say."""
+"""Tokenizers: their sources, and that a data set holds exactly their ids."""
 
 from __future__ import annotations
 

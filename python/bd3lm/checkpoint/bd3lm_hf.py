@@ -1,8 +1,8 @@
 """Export for the transformers package.
 
 An autoregressive model of the Llama family becomes a causal language model of that library. Any
-other model becomes a BD3-LM for its Auto classes. That is the original's layout, with more keys in
-``config.json`` so that it holds every shape, and the sources of :mod:`bd3lm.hf` beside the weights.
+other model becomes a BD3-LM for its Auto classes, in the original's layout with more keys in
+``config.json`` so that it holds every shape, and with the sources of :mod:`bd3lm.hf`.
 :func:`bd3lm.checkpoint.load_checkpoint` reads both.
 """
 
@@ -31,14 +31,14 @@ from bd3lm.files import replaced_directory, write_json
 
 
 def save_hf(path: Path | str, checkpoint: Checkpoint) -> None:
-    """Write any model for the transformers package, float32, with its tokenizer beside it.
+    """Write any model for the transformers package, float32, with its tokenizer.
 
     Args:
         path: directory, replaced as a whole.
         checkpoint: the model.
 
     Raises:
-        ConfigError: a block-diffusion model that is told the noise level.
+        ConfigError: a time-conditioned block-diffusion model.
     """
     if family_kind(checkpoint.config) is not None:
         save_llama_family(path, checkpoint)
@@ -62,7 +62,7 @@ def their_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Content of ``config.json``: the original's keys, and those that describe other shapes.
 
     Raises:
-        ConfigError: a block-diffusion model that is told the noise level.
+        ConfigError: a time-conditioned block-diffusion model.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     _check_representable(config)
@@ -111,4 +111,11 @@ def _check_representable(config: TrainConfig) -> None:
         "model.time-conditioning",
         told,
         "False where the clean stream is not told the level; --layout bd3lm holds it",
+    )
+    check(
+        not (config.model.causal_clean and two_streams),
+        "model.clean-stream",
+        config.model.clean_stream,
+        "block; --layout bd3lm holds a causal one, and with --as-ar this layout holds the "
+        "autoregressive model that it also is",
     )

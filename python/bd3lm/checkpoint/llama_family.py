@@ -48,24 +48,24 @@ LAYER = {
     "mlp.up": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.down": ["mlp.down_proj"],
 }
-"""Our name of a part of a block, and theirs of the matrices that it stacks."""
+"""Name of a part of a block, and the layout's names of the matrices that it stacks."""
 
 
 def is_llama_family(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of this layout."""
+    """Return whether a ``config.json`` is of this layout."""
     return config.get("model_type") in FAMILY
 
 
 def load_llama_family(
     path: Path, device: torch.device | str = "cpu", tokenizer: Tokenizer | str | None = None
 ) -> Checkpoint:
-    """Load a checkpoint of this layout; no code that lies beside it is run.
+    """Load a checkpoint of this layout; no code in its folder is run.
 
     Args:
         path: its directory.
-        device: where the weights go; they are float32 whatever the file holds.
+        device: where the weights go; they become float32.
         tokenizer: one with the same ids, e.g. with another token as its mask
-            (:func:`bd3lm.data.load_tokenizer`). None: the ``tokenizer.json`` beside the weights.
+            (:func:`bd3lm.data.load_tokenizer`). None: its ``tokenizer.json``.
 
     Raises:
         CheckpointError: weights that are missing or of another shape; a model that this
@@ -192,7 +192,7 @@ def _shape(meta: Mapping[str, Any], *, tied: bool) -> ModelConfig:
 
 
 def _check_supported(meta: Mapping[str, Any]) -> None:
-    """Refuse what the Transformer does not compute."""
+    """Refuse settings that the Transformer does not compute."""
     act = meta.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ConfigError("hidden_act", act, "silu")

@@ -1,4 +1,4 @@
-"""One way to open a checkpoint, whatever its layout and wherever it lies."""
+"""One way to open a checkpoint of any layout, from a directory or the hub."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _load(path: Path, device: torch.device | str, tokenizer: Tokenizer | str | N
 
 
 def is_foreign(source: Path | str) -> bool:
-    """Whether a checkpoint brings its own shape: one of the Llama family, or a GGUF file.
+    """Return whether a checkpoint brings its own shape: one of the Llama family, or a GGUF file.
 
     Raises:
         MissingFileError: there is no such directory.

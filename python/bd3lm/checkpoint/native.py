@@ -10,7 +10,7 @@
 ``config.json`` has the digest of every other file, of the data, and of itself (with that one field
 empty).
 
-The folder without ``training.safetensors`` is what is published.
+Publish the folder without ``training.safetensors``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import Bd3lmError, CheckpointError, ConfigError
 from bd3lm.files import digest_file, replaced_directory, write_text
 from bd3lm.model import Transformer
-from bd3lm.systems import System, build_system
+from bd3lm.systems import BlockDiffusion, System, build_system
 
 FORMAT = "bd3lm-checkpoint"
 VERSION = 2
@@ -50,7 +50,7 @@ class Checkpoint:
         tokenizer: the one it was trained with.
         step: optimizer steps it has seen.
         path: the folder it came from.
-        learned: what its system has learned of its noise.
+        learned: noise that its system has learned.
     """
 
     config: TrainConfig
@@ -70,14 +70,23 @@ class Checkpoint:
 
         Raises:
             ConfigError: a block size that its system cannot have.
-            CheckpointError: what its system has learned does not fit the system.
+            CheckpointError: the learned noise does not fit the system.
         """
-        same = block_size is None or block_size == self.config.block
-        cfg = self.config if same else replace(self.config, block_size=block_size)
+        size = self.config.block if block_size is None else block_size
+        trained = size in (self.config.block, *self.config.objective.block_sizes)
+        cfg = self.config if trained else self.config.with_block(size)
         system = build_system(cfg, self.tokenizer.mask_id)
-        if same and self.learned:  # what was learned is of that block size
+        if trained and self.learned:  # learned noise is of the trained block sizes
             restore_system(system, self.learned, self.path / "config.json")
-        return system
+        return system.at(size) if isinstance(system, BlockDiffusion) else system
+
+    def as_autoregressive(self) -> Checkpoint:
+        """The same weights as the autoregressive model that a causal clean stream makes them.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        return replace(self, config=self.config.autoregressive(), learned=None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class Meta:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What the system had learned of its noise; empty where a converted model has none.
+        """Noise that the system had learned; empty where a converted model has none.
 
         Raises:
             CheckpointError: the field is of another type.
@@ -174,7 +183,7 @@ def save_checkpoint(
     Args:
         path: directory.
         config: settings of the run.
-        tokenizer: saved beside the weights.
+        tokenizer: saved with the weights.
         step: optimizer steps taken.
         averaged: EMA weights by parameter name.
         training: raw weights and optimizer tensors, by names of the trainer's choosing.
@@ -290,10 +299,10 @@ def _check_own_digest(content: bytes, digest: str, file: Path) -> None:
 
 
 def restore_system(system: System, learned: dict[str, Any], source: object) -> None:
-    """Give a system what it had learned of its noise.
+    """Restore the noise that a system had learned.
 
     Raises:
-        CheckpointError: what was saved does not fit the system.
+        CheckpointError: the saved noise does not fit the system.
     """
     try:
         system.load_state(learned)
@@ -322,7 +331,7 @@ def load_native(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     check_tensors(opened.tensors, dict(model.named_parameters()), source)
     model = fill(model, opened.load(), device)
     loaded = Checkpoint(meta.config, model.eval(), tokenizer, meta.step, path, meta.learned)
-    loaded.system()  # refuses what was learned where it does not fit
+    loaded.system()  # refuses learned noise that does not fit
     return loaded
 
 

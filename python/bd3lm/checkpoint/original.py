@@ -1,9 +1,9 @@
-"""The original implementation's checkpoints: its DiT as it stands on the Hugging Face hub.
+"""The original implementation's checkpoints: its DiT on the Hugging Face hub.
 
 A directory with ``config.json`` and the weights, as ``model.safetensors`` or
 ``pytorch_model.bin``, in one file or in parts with an index. The shape of the network is the same
-as that of :class:`Transformer` with LayerNorm, GELU and adaLN; only the names differ, so that
-nothing is converted: what is loaded and saved again is the same, bit for bit.
+as that of :class:`Transformer` with LayerNorm, GELU and adaLN. Only the names differ, so weights
+that are loaded and saved again keep their bits.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ CLIP = ("sampling_eps_min", "sampling_eps_max")
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of this layout."""
+    """Return whether a ``config.json`` is of this layout."""
     return "model_type" in config and "hidden_dim" in config
 
 
 def their_name(name: str) -> str:
     """The original's name of one of :class:`Transformer`'s parameters.
 
-    >>> their_name("blocks.3.mlp.up.weight")
-    'backbone.blocks.3.mlp.0.weight'
+    Examples:
+        >>> their_name("blocks.3.mlp.up.weight")
+        'backbone.blocks.3.mlp.0.weight'
     """
     module, _, leaf = name.rpartition(".")
     if module == "embed":
@@ -75,13 +76,13 @@ def their_name(name: str) -> str:
 def load_original(
     path: Path, device: torch.device | str = "cpu", tokenizer: Tokenizer | str | None = None
 ) -> Checkpoint:
-    """Load a checkpoint of this layout; no code that lies beside it is run.
+    """Load a checkpoint of this layout; no code in its folder is run.
 
     Args:
         path: its directory.
-        device: where the weights go; they are float32 whatever the file holds.
-        tokenizer: the one it was trained with, or its name. None: a ``tokenizer.json`` beside
-            it, else GPT-2's from the hub.
+        device: where the weights go; they become float32.
+        tokenizer: the one it was trained with, or its name. None: its ``tokenizer.json``,
+            else GPT-2's from the hub.
 
     Raises:
         CheckpointError: weights that are missing, of another shape or not plain tensors; a
@@ -123,7 +124,7 @@ def load_original(
 
 
 def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
-    """Write a model in this layout, with its tokenizer beside it.
+    """Write a model in this layout, with its tokenizer.
 
     Args:
         path: directory, replaced as a whole.
@@ -153,7 +154,7 @@ def save_original(path: Path | str, checkpoint: Checkpoint) -> None:
 def _settings(
     path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[TrainConfig, int]:
-    """What our settings say of a model that theirs describes, and V."""
+    """Settings of the model that ``meta`` describes, and V."""
     try:
         told = bool(meta.get("time_conditioning", False))
         conditioned = "backbone.sigma_map.mlp.0.weight" in tensors
@@ -201,11 +202,10 @@ def _extension(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _system(path: Path, meta: Mapping[str, Any], *, conditioned: bool, told: bool) -> SystemName:
-    """What the model is: its attention says most of it, the rest is convention.
+    """System of the model, by its attention and, where that is the same, by convention.
 
-    AR is the only one without adaLN. A model over the whole row that is told the noise level is
-    SEDD unless ``parameterization`` says otherwise: the layout itself does not tell it from a
-    time-conditioned MDLM.
+    AR is the only one without adaLN. A time-conditioned model over the whole row is SEDD unless
+    ``parameterization`` says otherwise; a time-conditioned MDLM has the same layout.
     """
     if meta.get("causal", not conditioned):
         return "ar"
@@ -253,7 +253,7 @@ def original_config(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _check_representable(config: TrainConfig) -> None:
-    """Refuse what the layout has no place for."""
+    """Refuse settings that the layout cannot hold."""
     shape = config.model
     kept = ModelConfig(
         width=shape.width,

@@ -69,6 +69,20 @@ class Record:
             self._refuse(name, value, f"must be a list of {length} whole numbers")
         return value
 
+    def floats(self, name: str, length: int) -> list[float]:
+        """Read a list of finite numbers.
+
+        Raises:
+            CheckpointError: it is missing, of another type or length, or not finite.
+        """
+        value = self._get(name)
+        finite = isinstance(value, list) and all(
+            type(v) in (int, float) and abs(v) < 2.0**1023 for v in value
+        )
+        if not finite or len(value) != length:
+            self._refuse(name, value, f"must be a list of {length} finite numbers")
+        return [float(v) for v in value]
+
     def text(self, name: str) -> str:
         """Read a string.
 
@@ -145,7 +159,7 @@ def parse_json(content: bytes, source: object) -> dict[str, Any]:
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what is no regular file: opening a pipe or a device can wait for ever.
+    """Refuse anything but a regular file: opening a pipe or a device can wait for ever.
 
     Raises:
         CheckpointError: it is missing, or a folder, pipe or device.

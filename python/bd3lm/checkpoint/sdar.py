@@ -53,7 +53,7 @@ def save_sdar(
     vocab: Vocab = "engines",
     text: list[str] | None = None,
 ) -> None:
-    """Write a block-diffusion model in this layout, float32, with its tokenizer beside it.
+    """Write a block-diffusion model in this layout, float32, with its tokenizer.
 
     Args:
         path: directory, replaced as a whole.
@@ -100,7 +100,7 @@ def save_sdar(
 
 
 def _check_representable(config: TrainConfig) -> None:
-    """Refuse what the layout has no place for, and what engines would decode wrongly."""
+    """Refuse settings that the layout cannot hold or engines would decode wrongly."""
     shape = config.model
     told = shape.time_conditioning
     two_streams = config.system == "bd3lm" and config.block < config.seq_len
@@ -110,6 +110,7 @@ def _check_representable(config: TrainConfig) -> None:
         ("system", config.system, "bd3lm", system_layout),
         ("model.time-conditioning", told, False, "bd3lm" if two_streams else "hf"),
         ("model.cond-width", shape.cond_width, 0, "hf"),
+        ("model.clean-stream", shape.clean_stream, "block", "bd3lm"),
         ("model.qk-norm", shape.qk_norm, True, "hf"),
         ("model.norm", shape.norm, "rmsnorm", "hf"),
         ("model.mlp", shape.mlp, "swiglu", "hf"),

@@ -7,8 +7,8 @@
 | ``best`` | the name of the folder of the best validation so far, if there were any |
 
 A folder gets its name when all its files are on the disk, and the pointer is replaced after that.
-An older folder is removed after the pointer is on the disk too. So whatever moment the machine
-stops at, ``latest`` names a whole checkpoint. Readers rename and remove nothing.
+An older folder is removed after the pointer is on the disk too. The machine may stop at any
+moment: ``latest`` names a whole checkpoint. Readers rename and remove nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bd3lm.files import (
 T = TypeVar("T")
 
 FOLDER = "checkpoint"
-"""Of a run's checkpoints, inside the run."""
+"""Folder of a run's checkpoints, inside the run."""
 LATEST, BEST = "latest", "best"
 FILES = ("config.json", "model.safetensors", "training.safetensors", "tokenizer.json")
 """Files of one checkpoint."""
@@ -88,7 +88,7 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
     while True:
         try:
             return read(folder)
-        except CheckpointError:
+        except (CheckpointError, MissingFileError):
             newer = find_checkpoint(path)
             if newer == folder:
                 raise
@@ -164,7 +164,7 @@ class StepFolders:
             step: of the last checkpoint; later folders stay.
         """
         pointed = {self._pointed(LATEST), self._pointed(BEST)}
-        with suppress(OSError):  # what cannot be removed now is removed by a later save
+        with suppress(OSError):  # a later save removes the folders that cannot be removed now
             names = sorted(os.listdir(self.root))
             steps = sorted(int(m[1]) for name in names if (m := _STEP.fullmatch(name)))
             old = [s for s in steps if s <= step][: -self._keep]

@@ -35,7 +35,7 @@ def read_weights(path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _parts(index: Path) -> list[str]:
-    """Files of a checkpoint in parts, each a plain name beside its index."""
+    """Files of a checkpoint in parts, each a plain file name next to its index."""
     files = read_json(index).get("weight_map")
     names = list(files.values()) if isinstance(files, dict) else []
     if not names or not all(isinstance(name, str) for name in names):

@@ -21,6 +21,7 @@ from bd3lm.errors import (
     FormatError,
     InterruptedRunError,
     MissingFileError,
+    is_out_of_memory,
 )
 from bd3lm.ranks.place import Place, find_place
 
@@ -34,8 +35,12 @@ class PlainConsole(Console):
     """A console that prints text as it is: no markup, no emoji codes, no line breaks added."""
 
     def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        # The stream of a notebook says that it is a terminal, and shows escape codes as they are.
+        notebook = type(stream).__module__.startswith("ipykernel")
         super().__init__(
             stderr=stderr,
+            force_terminal=False if notebook else None,
             markup=False,
             emoji=False,
             highlight=False,
@@ -109,8 +114,7 @@ def error_sentence(error: BaseException) -> str | None:
         return str(error)
     if kind == "PanicException":
         return f"a bug of bd3lm, or a damaged tokenizer; please report it ({text})"
-    allocation = isinstance(error, RuntimeError) and "allocate memory" in text
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or allocation:
+    if is_out_of_memory(error):
         return (
             "out of memory; use a smaller --batch-size, a smaller model or shorter rows "
             "(in training also --micro-batch or --recompute)"
@@ -190,7 +194,7 @@ def read_text(path: Path) -> str:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere, so that the interpreter can end in silence."""
+    """Discard buffered output, so that the interpreter can end in silence."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

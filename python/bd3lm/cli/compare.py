@@ -78,7 +78,8 @@ def compare(args: CompareArgs) -> None:
         for line in _table(records):
             console.print(line)
     try:
-        save(plot_runs(found, f"{len(found)} runs"), args.out)
+        title = f"{len(found)} runs" if len(found) > 1 else next(iter(found))
+        save(plot_runs(found, title), args.out)
         console.print(f"wrote {args.out}")
     except MissingPackageError as error:
         console.print(f"no picture: {error}")

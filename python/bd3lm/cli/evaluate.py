@@ -39,7 +39,7 @@ class EvalArgs:
     """A run, a checkpoint in it, or a checkpoint of another implementation (a directory or a name
     on the Hugging Face hub)."""
     tokenizer: str | None = None
-    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
+    """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: str | None = None
     """A prepared data set (or a folder with its valid/), a text file or hub:NAME. None: the
     validation data of the checkpoint's run."""
@@ -60,10 +60,12 @@ class EvalArgs:
     (2^S - 1 forwards a row). left-to-right, confidence: exact for a sampler that reveals in that
     order (S forwards). orders: an upper bound on the marginal from --repeats random orders."""
     estimator: Literal["auto"] | EstimatorName = "auto"
-    """Of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in the BD3-LM
-    paper."""
+    """Estimator of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in
+    the BD3-LM paper."""
     block_size: int | None = None
     """Score with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score a model with a causal clean stream as the autoregressive model that it also is."""
     repeats: int = 8
     """Forwards a row of the sampled estimators, or orders a row; the standard error falls with the
     root."""
@@ -87,6 +89,9 @@ class EvalArgs:
     """Arithmetic of the forwards."""
     attention: AttentionName = "auto"
     """Attention backend."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare a prepared data set with its digests even if that was done before and nothing
+    changed."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
 
@@ -122,6 +127,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
 
     console = PlainConsole(stderr=args.json)
     loaded = load_checkpoint(args.checkpoint, resolve_device(args.device), args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     named = args.estimator if args.estimator in ("count", "bernoulli") else None
     with tempfile.TemporaryDirectory() as work:
         data = open_text(
@@ -133,6 +139,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
             lines=args.lines,
             detokenizer=args.detokenizer,
             eos=args.eos,
+            verify=args.verify or "auto",
         )
         scoring = Scoring.prepare(
             loaded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -41,6 +41,8 @@ class ExportArgs:
     None: the English text shipped with the package."""
     mask_token: str | None = None
     """Added token of an autoregressive model that becomes the mask. None: a new id."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write a model with a causal clean stream as the autoregressive model that it also is."""
 
     def __post_init__(self) -> None:
         for name, default in (("vocab", "engines"), ("text", None)):
@@ -66,6 +68,7 @@ def export(args: ExportArgs) -> None:
     if args.mask_token is not None:
         tokenizer = loaded.tokenizer.with_mask(args.mask_token)
         loaded = load_checkpoint(args.checkpoint, tokenizer=tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     _write(args, loaded)
     count = sum(p.numel() for p in loaded.model.parameters())
     shape = f"{loaded.config.system}, {count / 1e6:.1f}M parameters"

@@ -45,6 +45,9 @@ class JudgeArgs:
     it, in nats, with that of the text from itself as a floor."""
     mauve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also MAUVE against the reference, by the evaluator's hidden states (extra mauve)."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare a prepared reference with its digests even if that was done before and nothing
+    changed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -69,7 +72,7 @@ def judge(args: JudgeArgs) -> None:
         check_exists(args.reference)
         from bd3lm.evaluate.divergence import reference_texts
 
-        reference = reference_texts(args.reference)
+        reference = reference_texts(args.reference, args.verify or "auto")
         found |= divergences(texts, reference)
     if args.evaluator is not None:
         found = _by_evaluator(args, texts, reference) | found

@@ -13,7 +13,7 @@ from bd3lm.sample.replay import Frame
 
 STYLES = {"given": "dim", "drawn": "", "masked": "bright_black"}
 NEW = {"sure": "bold blue", "likely": "bold cyan underline", "unsure": "bold yellow underline"}
-"""Of new tokens by the model's confidence; an underline sets the two less certain ones apart."""
+"""Styles of new tokens by the model's confidence; the two less certain ones are underlined."""
 
 
 def show(frames: Iterable[Frame], console: PlainConsole, fps: float) -> None:

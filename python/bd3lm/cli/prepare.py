@@ -148,7 +148,7 @@ def _reading(args: PrepareArgs) -> _Reading:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Leave nothing behind when the process is told to end: exit code 128 + number.
+    """Remove partial files when a signal ends the process; exit with 128 + its number.
 
     A signal that is ignored, as by nohup, stays ignored.
     """
@@ -193,8 +193,9 @@ def _report(
 
     names = ["train", "valid"] if len(manifests) == 2 else ["documents"]
     rows = {
-        name: f"{m.num_documents:,} documents, {m.num_tokens:,} tokens ({m.dtype}), "
-        f"{m.num_bytes:,} bytes of text, {m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
+        name: f"{m.num_documents:,} {'document' if m.num_documents == 1 else 'documents'}, "
+        f"{m.num_tokens:,} tokens ({m.dtype}), {m.num_bytes:,} bytes of text, "
+        f"{m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
         for name, m in zip(names, manifests, strict=True)
     }
     tokens = sum(m.num_tokens for m in manifests)

@@ -35,7 +35,7 @@ class SampleArgs:
     """A run, a checkpoint in it, or a checkpoint of the original implementation (a directory or a
     name on the Hugging Face hub)."""
     tokenizer: str | None = None
-    """For a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
+    """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     prompt: str = ""
     """Text that every sample begins with."""
     prompts: Path | None = None
@@ -48,6 +48,8 @@ class SampleArgs:
     draw: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     block_size: int | None = None
     """Sample with blocks of another size than the trained one."""
+    as_ar: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Sample a model with a causal clean stream as the autoregressive model that it also is."""
     batch_size: int = 16
     """Samples drawn at once."""
     device: str = "auto"
@@ -110,6 +112,7 @@ def _sample(args: SampleArgs, prompts: Sequence[Prompt], ranks: Ranks) -> None:
 
     device = resolve_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device, args.tokenizer)
+    loaded = loaded.as_autoregressive() if args.as_ar else loaded
     how = dataclasses.replace(loaded.config, precision=args.precision, attention=args.attention)
     check_attention(how, device)
     loaded.model.use_attention(args.attention)

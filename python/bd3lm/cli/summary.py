@@ -53,8 +53,9 @@ def command(*words: object) -> str:
 def duration(seconds: float) -> str:
     """A time in the two largest units that it has.
 
-    >>> duration(7.2), duration(200), duration(7300), duration(200_000)
-    ('7 s', '3 min 20 s', '2 h 1 min', '2 d 7 h')
+    Examples:
+        >>> duration(7.2), duration(200), duration(7300), duration(200_000)
+        ('7 s', '3 min 20 s', '2 h 1 min', '2 d 7 h')
     """
     left, parts = round(seconds), []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -26,7 +26,7 @@ Every option below overrides the preset."""
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What the command line adds to a run's settings."""
+    """Options of the command line besides a run's settings."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -36,6 +36,8 @@ class TrainArgs:
     there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also measure where the time of a step went, for the summary and profile.json."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare prepared data with its digests even if that was done before and nothing changed."""
 
 
 def main(argv: list[str] | None = None, prog: str = "bd3lm-train") -> None:
@@ -57,6 +59,9 @@ def train(argv: list[str], prog: str) -> None:
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
         if name is None and cfg == base.config:  # only --out and --resume: there must be a run
+            from bd3lm.training.directory import check_holds_run
+
+            check_holds_run(out)
             from bd3lm.training import saved_config
 
             cfg = saved_config(out)
@@ -79,13 +84,20 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
 
     console = PlainConsole()
     with RichReporter(console, cfg.steps) as reporter:
-        summary = run_training(cfg, out, reporter, resume=args.resume, profile=args.profile)
+        summary = run_training(
+            cfg,
+            out,
+            reporter,
+            resume=args.resume,
+            profile=args.profile,
+            verify=args.verify or "auto",
+        )
     _plot(cfg, out, console)
     training_summary(console, summary, out)
 
 
 def _plot(cfg: TrainConfig, out: Path, console: PlainConsole) -> None:
-    """Write loss.png, or say what it needs: a run does not fail for want of a picture."""
+    """Write loss.png, or name the package it needs: a run does not fail for want of a picture."""
     from bd3lm.errors import MissingPackageError
     from bd3lm.plots import plot_loss, save
     from bd3lm.training import read_metrics
@@ -107,12 +119,16 @@ def _check_inputs(cfg: TrainConfig, out: Path) -> None:
 
 
 def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfig:
-    """What options override: the preset, or a run to resume, or a checkpoint to begin with."""
+    """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
     if "--resume" in argv and name is None and out is not None:
-        from bd3lm.training import holds_run, saved_config
+        from bd3lm.training import holds_run
 
-        return saved_config(Path(out)) if holds_run(Path(out)) else cfg
+        if holds_run(Path(out)):
+            from bd3lm.training import saved_config
+
+            return saved_config(Path(out))
+        return cfg
     if source is not None and "--resume" not in argv:
         return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
     return cfg

@@ -24,6 +24,7 @@ from bd3lm.config.names import (
     WeightingName,
 )
 from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
 from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.presets import PRESETS, preset
@@ -42,6 +43,7 @@ __all__ = [
     "LikelihoodName",
     "ModelConfig",
     "NoiseConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "PackingName",
     "ParallelConfig",

@@ -18,7 +18,7 @@ class RopeScaling:
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     """none; linear: every frequency divided by the factor; llama3, yarn: low frequencies only."""
     factor: float = 1.0
-    """How many times longer the context has become."""
+    """Factor by which the context has become longer."""
     original_length: int | None = None
     """Positions that the model was trained on before (llama3, yarn)."""
     low_freq_factor: float = 1.0
@@ -111,6 +111,9 @@ class ModelConfig:
     """Width of the adaLN conditioning vector; 0 removes adaLN."""
     time_conditioning: bool = False
     """Feed the noise level to adaLN; otherwise adaLN sees a constant."""
+    clean_stream: Literal["block", "causal"] = "block"
+    """Attention among clean tokens: block: they see their whole block, as in the BD3-LM paper;
+    causal: no later token, so the model is an autoregressive one as well (objective.ar-weight)."""
     dropout: float = 0.0
     """Dropout after attention and MLP, while training."""
 
@@ -165,6 +168,11 @@ class ModelConfig:
             self.time_conditioning,
             "False where model.cond-width = 0",
         )
+
+    @property
+    def causal_clean(self) -> bool:
+        """Whether clean tokens attend causally."""
+        return self.clean_stream == "causal"
 
     @property
     def hidden(self) -> int:

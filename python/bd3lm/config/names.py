@@ -1,4 +1,4 @@
-"""Name every choice that settings offer; each list here is tested against the code it names."""
+"""Names of every choice that settings offer; tests compare each list with the code it names."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ class SampleConfig:
     length: int | None = None
     """Largest number of tokens, prompt and BOS included. None: the trained length."""
     steps: int | None = None
-    """None: first hitting, one forward a token. N: ancestral sampling on a grid of N levels a
-    block; sedd always samples on a grid, by default of seq_len levels."""
+    """Levels of the grid of ancestral sampling, a block. None: first hitting, one forward a token;
+    sedd always samples on a grid, by default of seq_len levels."""
     tokens_per_forward: int = 1
     """First hitting: tokens that one forward reveals. More than 1 is faster and not exact, because
     tokens of one forward do not see each other."""
@@ -34,12 +34,16 @@ class SampleConfig:
     entropy_bound: float | None = None
     """Parallel decoding: each forward also reveals the positions of lowest entropy, as long as
     their entropies without the largest sum to at most this many nats."""
+    speculate: bool = False
+    """Draw from the autoregressive model of a causal clean stream, several tokens a forward: the
+    noised stream drafts block-size - 1 tokens, the clean stream accepts or replaces them. The law
+    is that of drawing token by token."""
     top_p: float = 0.9
     """Nucleus sampling; 1 samples from the whole distribution."""
     top_k: int | None = None
-    """Only the k most probable tokens. None: all."""
+    """Draw from the k most probable tokens only. None: from all."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """Temperature of the softmax; 0 is greedy."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens already in the row, multiplies negative ones; 1: off."""
     forbidden: tuple[int | str, ...] = ()
@@ -64,6 +68,7 @@ class SampleConfig:
             "tokens-per-forward": per > 1,
             "threshold": self.threshold is not None,
             "entropy-bound": self.entropy_bound is not None,
+            "speculate": self.speculate,
         }
         given = [name for name, is_set in ways.items() if is_set]
         check(
@@ -78,6 +83,18 @@ class SampleConfig:
             self.steps,
             "None with order = confidence, which has no levels",
         )
+        check(
+            not self.speculate or self.order == "random",
+            "speculate",
+            True,
+            "False with order = confidence",
+        )
+        check(
+            not self.speculate or self.repetition_penalty == 1,
+            "repetition-penalty",
+            self.repetition_penalty,
+            "1 with speculate",
+        )
         check_number("top-p", self.top_p, 0, 1, interval="(]")
         if self.top_k is not None:
             check_whole("top-k", self.top_k, 1)
@@ -87,6 +104,6 @@ class SampleConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the model decides which positions, and how many, a forward reveals."""
+        """Return whether the model decides which positions, and how many, a forward reveals."""
         sure = self.threshold is not None or self.entropy_bound is not None
         return sure or self.order == "confidence"

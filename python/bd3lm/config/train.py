@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
@@ -10,6 +10,7 @@ from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
 from bd3lm.config.noise import NoiseConfig
+from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
 from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.sample import SampleConfig
@@ -48,14 +49,14 @@ class TrainConfig:
     """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
     None: 4 for bd3lm; mdlm and sedd have seq_len, ar has 1."""
     init_from: str | None = None
-    """Start from the averaged weights of this checkpoint, whatever its system or block size: one
+    """Start from the averaged weights of this checkpoint, of any system and block size: one
     of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
     .gguf file or by its name on the hub. The last kinds bring their own shape and tokenizer."""
     mask_token: str | None = None
-    """With init_from of an autoregressive model: the added token that becomes the mask. None: the
+    """Added token that becomes the mask, with init_from of an autoregressive model. None: the
     tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
-    """With init_from: also take over its optimizer's state."""
+    """Also take over the optimizer's state of init_from."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -89,6 +90,7 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -102,6 +104,7 @@ class TrainConfig:
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
         self._check_block()
+        self._check_objective()
         check(
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
@@ -138,6 +141,22 @@ class TrainConfig:
             f"False with packing = {self.packing}; it goes with wrap",
         )
 
+    def _check_objective(self) -> None:
+        weight = self.objective.ar_weight
+        check(
+            not weight or (self.model.causal_clean and self.system == "bd3lm"),
+            "objective.ar-weight",
+            weight,
+            "0 unless system = bd3lm and model.clean-stream = causal",
+        )
+        sizes, field_name = self.objective.block_sizes, "objective.block-sizes"
+        check(not sizes or self.system == "bd3lm", field_name, sizes, "empty unless system = bd3lm")
+        own = f"empty, or sizes of which block-size = {self.block} is one"
+        check(not sizes or self.block in sizes, field_name, sizes, own)
+        for size in sizes:
+            fits = self.seq_len % size == 0
+            check(fits, field_name, size, f"a divisor of seq-len = {self.seq_len}")
+
     def _check_block(self) -> None:
         own = _own_block(self.system, self.seq_len)
         check(
@@ -154,12 +173,47 @@ class TrainConfig:
             f"a divisor of seq-len = {self.seq_len}",
         )
 
+    def autoregressive(self) -> TrainConfig:
+        """Settings of the autoregressive model that a causal clean stream also is.
+
+        Raises:
+            ConfigError: the clean stream is not causal.
+        """
+        if self.system == "ar":
+            return self
+        stream, told = self.model.clean_stream, self.model.time_conditioning
+        causal = "causal, for scoring and sampling as an autoregressive model"
+        check(self.system == "bd3lm" and stream == "causal", "model.clean-stream", stream, causal)
+        check(not told, "model.time-conditioning", told, "False, which is " + causal)
+        return replace(
+            self,
+            system="ar",
+            block_size=None,
+            noise=NoiseConfig(),
+            objective=ObjectiveConfig(),
+            eval=replace(self.eval, estimator="auto"),
+        )
+
     @property
     def block(self) -> int:
-        """S: ``block_size``, or what the system has where nothing was said."""
+        """S: ``block_size``, or the system's own where it is None."""
         if self.block_size is not None:
             return self.block_size
         return _own_block(self.system, self.seq_len) or DEFAULT_BLOCK
+
+    def with_block(self, size: int) -> TrainConfig:
+        """The same settings with this block size alone.
+
+        Raises:
+            ConfigError: it does not divide the row, or the system has another.
+        """
+        objective = replace(self.objective, block_sizes=())
+        return replace(self, block_size=size, objective=objective)
+
+    @property
+    def largest_block(self) -> int:
+        """The largest S of the run, to which rows are aligned."""
+        return max((self.block, *self.objective.block_sizes))
 
     @property
     def estimator(self) -> EstimatorName:

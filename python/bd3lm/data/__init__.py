@@ -1,11 +1,11 @@
 """Text to tokens to packed rows to noised batches; all of the work is done in Rust."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from bd3lm.data.prepare import detokenize, prepare, read_documents
 from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from bd3lm.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from bd3lm.data.noise import NoiseSpec, Schedule, Weighting, draw_noise
@@ -33,21 +33,16 @@ __all__ = [
 
 # These hold tensors. PyTorch takes seconds and hundreds of megabytes to import, and preparing text
 # does not need it, so they are imported on first use.
-_WITH_TENSORS = {
-    "Batch": "rows",
-    "Loader": "rows",
-    "Prefetcher": "prefetch",
-    "Rows": "rows",
-    "NoiseSpec": "noise",
-    "Schedule": "noise",
-    "Weighting": "noise",
-    "draw_noise": "noise",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a name on first use."""
-    module = _WITH_TENSORS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+__getattr__ = imported_on_use(
+    "bd3lm.data",
+    {
+        "Batch": "rows",
+        "Loader": "rows",
+        "Prefetcher": "prefetch",
+        "Rows": "rows",
+        "NoiseSpec": "noise",
+        "Schedule": "noise",
+        "Weighting": "noise",
+        "draw_noise": "noise",
+    },
+)

@@ -28,7 +28,7 @@ TEXT_FILE = re.compile(r"\.(parquet|((txt|jsonl|ndjson|json)(\.(gz|xz|zst))?))$"
 
 @dataclass(frozen=True)
 class HubData:
-    """Where a data set is and how it is read.
+    """Place and format of a data set.
 
     Attributes:
         path: name on the hub, or a local folder.

@@ -33,8 +33,7 @@ class Schedule:
     """A noise schedule on t in (0, 1] (docs/math.md §2).
 
     Args:
-        name: loglinear, square, square_root, logarithmic, cosine, gaussian, bimodal_gaussian or
-            table.
+        name: one of :data:`bd3lm.config.names.ScheduleName`, such as ``loglinear`` or ``cosine``.
         eps: cosine: p(0), in [0, 1).
         mu: gaussian, bimodal_gaussian: mean of the (first) component.
         sigma: its standard deviation, greater than 0.
@@ -48,8 +47,9 @@ class Schedule:
     Raises:
         ConfigError: an unknown name, or a parameter that is missing or out of range.
 
-    >>> float(Schedule("square").mask_prob(0.5))
-    0.25
+    Examples:
+        >>> float(Schedule("square").mask_prob(0.5))
+        0.25
     """
 
     def __init__(
@@ -97,8 +97,9 @@ class Schedule:
         Raises:
             ConfigError: points that are no such table.
 
-        >>> round(float(Schedule.table([0, 0.5, 1], [0, 0.25, 1]).loss_weight(0.1)), 9)
-        20.0
+        Examples:
+            >>> round(float(Schedule.table([0, 0.5, 1], [0, 0.25, 1]).loss_weight(0.1)), 9)
+            20.0
         """
         levels = np.asarray(t, dtype=np.float64).reshape(-1).tolist()
         values = np.asarray(p, dtype=np.float64).reshape(-1).tolist()
@@ -127,8 +128,9 @@ class Schedule:
         Raises:
             ConfigError: a function that is no such schedule.
 
-        >>> round(float(Schedule.from_callable(lambda t: t**3).loss_weight(0.1)), 6)
-        30.0
+        Examples:
+            >>> round(float(Schedule.from_callable(lambda t: t**3).loss_weight(0.1)), 6)
+            30.0
         """
         odds = np.linspace(np.log(_FIRST_LEVEL), -np.log(_LAST_GAP), _TABLE_SIZE)
         points = [(0.0, float(p(0.0)))]
@@ -165,8 +167,9 @@ class Weighting:
         name: nelbo, edm, iddpm, sigmoid, flow_matching or simple.
         k: shift of the sigmoid.
 
-    >>> float(Weighting("sigmoid").at(Schedule("loglinear"), 0.25))
-    0.25
+    Examples:
+        >>> float(Weighting("sigmoid").at(Schedule("loglinear"), 0.25))
+        0.25
     """
 
     def __init__(self, name: str = "nelbo", *, k: float = 0.0) -> None:
@@ -178,7 +181,7 @@ class Weighting:
         return _each(lambda x: self._core.at(schedule._core, x), t)
 
     def keeps_bound(self, schedule: Schedule) -> bool:
-        """Whether the factor does not fall with t, on a fine grid of levels (docs/math.md §3).
+        """Return whether the factor never falls with t, on a fine grid (docs/math.md §3).
 
         Only then is the weighted loss still a bound of its kind.
         """
@@ -204,6 +207,7 @@ class NoiseSpec:
         strata: bernoulli: spread the levels over equal strata of the global batch.
         time_conditioned: the model reads the levels, so ``count`` takes a weighting at the level
             of each block, not its mean given the count (docs/math.md §3).
+        block_size: S of the blocks to noise; None: that of the rows.
 
     Raises:
         ConfigError: values or combinations that are not allowed; the message names them.
@@ -222,7 +226,9 @@ class NoiseSpec:
         stratum: tuple[int, int] | None = None,
         strata: bool = True,
         time_conditioned: bool = False,
+        block_size: int | None = None,
     ) -> None:
+        self.block_size = block_size
         weighting = weighting or Weighting()
         settings = {
             "schedule": schedule.settings,
@@ -239,7 +245,7 @@ class NoiseSpec:
         self._core = _core.NoiseSpec(settings, gamma)
 
     def check(self, seq_len: int, block_size: int) -> None:
-        """Check what depends on the rows.
+        """Check the settings that depend on the rows.
 
         Raises:
             ConfigError: S does not divide L, a clip that no k/S fits, or q(k) of another length.
@@ -310,7 +316,7 @@ def buffer(
 
 
 def flat(tensor: Tensor) -> NDArray[Any]:
-    """One-dimensional NumPy view of a contiguous CPU tensor; booleans as bytes."""
+    """View as one-dimensional NumPy array of a contiguous CPU tensor; booleans as bytes."""
     view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     return view.numpy().reshape(-1)
 

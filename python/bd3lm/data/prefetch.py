@@ -53,12 +53,17 @@ class Prefetcher:
         self._made: deque[_Made] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
-    def get(self, step: int, spec: NoiseSpec) -> list[Batch]:
-        """Get the parts of one step's batch, and begin the next steps with the same noise.
+    def get(self, step: int, noise: Callable[[int], NoiseSpec]) -> list[Batch]:
+        """Get the parts of one step's batch, and begin the next steps with their present noise.
+
+        Args:
+            step: from 0.
+            noise: of each step; the same object as long as it does not change.
 
         Raises:
             ConfigError: noise that these rows do not allow.
         """
+        spec = noise(step)
         while self._made and (self._made[0].step != step or self._made[0].spec is not spec):
             self._made.popleft().batches.cancel()
         if not self._made:
@@ -66,7 +71,7 @@ class Prefetcher:
         wanted = self._made.popleft()
         after = self._made[-1].step if self._made else step
         for later in range(after + 1, min(step + AHEAD, self._steps - 1) + 1):
-            self._begin(later, spec)
+            self._begin(later, noise(later))
         return wanted.batches.result()
 
     def close(self) -> None:

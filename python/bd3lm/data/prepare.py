@@ -121,8 +121,9 @@ def detokenize(name: str, text: str) -> str:
     Raises:
         ConfigError: there are no such rules.
 
-    >>> detokenize("lm1b", "It 's late , isn 't it ?")
-    "It's late, isn't it?"
+    Examples:
+        >>> detokenize("lm1b", "It 's late , isn 't it ?")
+        "It's late, isn't it?"
     """
     return _core.detokenize(name, text)
 

@@ -1,4 +1,4 @@
-"""From the data that a user names (nothing, a prepared directory, text) to opened data sets."""
+"""Opening of the data that a user names: nothing, a prepared directory or text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT = 0.05
 MANIFEST = "manifest.json"
 
 Verify = bool | Literal["auto"]
-"""When a data set is verified; see :class:`bd3lm.data.Dataset`."""
+"""Time of a data set's verification; see :class:`bd3lm.data.Dataset`."""
 
 
 class _Options(TypedDict):
@@ -89,8 +89,8 @@ def open_splits(
         raise ConfigError(
             "valid", None, f"a path: {train} holds no train/ and valid/ to choose from"
         )
-    _check_exists(train)
-    if not (work / "train").is_dir():
+    if not (work / "train").is_dir():  # otherwise the text itself may be gone
+        _check_exists(train)
         note(f"tokenizing {_named(train)}, {HELD_OUT:.0%} of it held out for validation")
         loaded = load_tokenizer(tokenizer)
         made = prepare([train], loaded, work, text_field=text_field, valid_fraction=HELD_OUT)
@@ -179,15 +179,16 @@ def open_data(
     source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
     if source is not None and detokenizer is not None:
         source = replace(source, detokenizer=detokenizer)
-    if source is None:
-        _check_exists(path)
-        if _is_prepared(path) or _is_prepared(path / "train") or _is_prepared(path / "valid"):
-            opened = Dataset(path, verify=verify)
-            if isinstance(tokenizer, str):
-                _check_tokenizer(opened, tokenizer)
-            return opened
+    prepared = (path, path / "train", path / "valid")
+    if source is None and any(map(_is_prepared, prepared)):
+        opened = Dataset(path, verify=verify)
+        if isinstance(tokenizer, str):
+            _check_tokenizer(opened, tokenizer)
+        return opened
     if work.is_dir():
         return Dataset(work, verify=verify)
+    if source is None:
+        _check_exists(path)
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if source is None:
         note(f"tokenizing {_named(path)}")

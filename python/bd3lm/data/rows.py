@@ -42,7 +42,10 @@ class Batch:
         weight: loss weight of each of them, float32 [M].
         mask_prob: noise level p of each block, float32 [B, K].
         doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
-        num_noisable: tokens that could have been masked: the loss is per such token.
+        noisable: whether a token could have been masked, bool [B, L].
+        num_noisable: how many could: the loss is per such token.
+        block_size: S of the noise.
+        step: of the run, from 0.
     """
 
     x0: Tensor
@@ -51,7 +54,10 @@ class Batch:
     weight: Tensor
     mask_prob: Tensor
     doc_ids: Tensor | None
+    noisable: Tensor
     num_noisable: int
+    block_size: int
+    step: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; from pinned memory, without waiting for the copy."""
@@ -69,16 +75,16 @@ class Rows:
         data: the documents.
         seq_len: L >= 2.
         block_size: S, dividing L.
-        plan: ``wrap`` (concatenate and cut), ``aligned`` (documents start on block boundaries,
+        packing: ``wrap`` (concatenate and cut), ``aligned`` (documents start on block boundaries,
             each behind a BOS) or ``best_fit`` (the same, documents whole where they fit).
         row_eos: wrap: close every row with an EOS of its own, as the paper's code does.
         stride: wrap: only the last so many tokens of a row are noisable; rows overlap by the
             rest, so that every token is scored once with more context.
         keep_last: wrap: keep a last row that is not full, padded; for scoring.
-        documents: attention stays inside documents; None: in every plan but ``wrap``.
+        documents: attention stays inside documents; None: in every packing but ``wrap``.
 
     Raises:
-        ConfigError: S does not divide L, a stride or plan that is not allowed, or a data set too
+        ConfigError: S does not divide L, a stride or packing that is not allowed, or a data set too
             short for one row.
     """
 
@@ -88,19 +94,19 @@ class Rows:
         *,
         seq_len: int,
         block_size: int,
-        plan: Literal["wrap", "aligned", "best_fit"] = "wrap",
+        packing: Literal["wrap", "aligned", "best_fit"] = "wrap",
         row_eos: bool = False,
         stride: int | None = None,
         keep_last: bool = False,
         documents: bool | None = None,
     ) -> None:
         self.seq_len, self.block_size, self.row_eos = seq_len, block_size, row_eos
-        self.documents = plan != "wrap" if documents is None else documents
+        self.documents = packing != "wrap" if documents is None else documents
         self.core = _core.RowPlan(
             data.core,
             seq_len=seq_len,
             block_size=block_size,
-            packing=plan,
+            packing=packing,
             row_eos=row_eos,
             stride=stride,
             keep_last=keep_last,
@@ -138,7 +144,8 @@ class Loader:
     """Noised batches of a shuffled data set.
 
     Order and noise are functions of (seed, step, row of the global batch): never of how a batch
-    is cut into parts, nor of threads. There is no state to save; a step number is all it takes.
+    is cut into parts, nor of threads. Strata also read its number of rows. There is no state to
+    save; a step number is all it takes.
 
     Args:
         rows: to draw from.
@@ -170,10 +177,12 @@ class Loader:
         size = (index + 1) * self.batch_size // parts - first
         order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
-        blocks = (size, self.rows.seq_len // self.rows.block_size)
+        block_size = spec.block_size or self.rows.block_size
+        blocks = (size, self.rows.seq_len // block_size)
         pin = self.pinned
         x0, x0_out = buffer(shape, np.int64, pinned=pin)
         xt, xt_out = buffer(shape, np.int64, pinned=pin)
+        noisable, noisable_out = buffer(shape, np.bool_, pinned=pin)
         masked, masked_out = buffer((x0_out.size,), np.int64, pinned=pin)
         masked_weight, masked_weight_out = buffer((x0_out.size,), np.float32, pinned=pin)
         mask_prob, mask_prob_out = buffer(blocks, np.float32, pinned=pin)
@@ -182,7 +191,9 @@ class Loader:
             spec._core,
             (self.seed, step, first, self.batch_size),
             order,
+            block_size,
             x0=x0_out,
+            noisable=noisable_out,
             doc_ids=doc_ids_out,
             xt=xt_out,
             mask_prob=mask_prob_out,
@@ -196,5 +207,8 @@ class Loader:
             weight=masked_weight[:count],
             mask_prob=mask_prob,
             doc_ids=doc_ids if padded or self.rows.documents else None,
+            noisable=noisable,
             num_noisable=num_noisable,
+            block_size=block_size,
+            step=step,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -343,8 +345,43 @@ def train_tokenizer(
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(_batched(texts, max_bytes), trainer)
+    _train(inner, _batched(texts, max_bytes), trainer)
     return Tokenizer(inner.to_str(), "trained")
+
+
+def _train(inner: hf.Tokenizer, batches: Iterator[list[str]], trainer: hf.trainers.Trainer) -> None:
+    """Train on a thread of its own, because the library does not look for signals.
+
+    Ctrl-C leaves that thread behind; it does not keep the process alive.
+    """
+    stopped, fed = threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+
+    def feed() -> Iterator[list[str]]:
+        try:
+            yield from takewhile(lambda _: not stopped.is_set(), batches)
+        finally:
+            fed.set()
+
+    def run() -> None:
+        try:
+            inner.train_from_iterator(feed(), trainer)
+        except BaseException as error:  # a panic of the library is no Exception
+            raised.append(error)
+        finally:
+            fed.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except BaseException:
+        stopped.set()
+        fed.wait(1.0)  # from then on the thread does not need the interpreter, which may end
+        raise
+    if raised:
+        raise raised[0]
 
 
 def _batched(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:

@@ -1,7 +1,7 @@
-"""How far sampled text is from held-out text: n-grams, and MAUVE.
+"""Divergence of sampled text from held-out text: n-grams, and MAUVE.
 
 Generative perplexity can be lowered by samplers that have learned nothing, for it rewards text
-that is too probable. A divergence from held-out text rises when samples are too narrow as it does
+that is too probable. A divergence from held-out text rises both when samples are too narrow and
 when they are too wild.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from bd3lm.config import check
 from bd3lm.data import Dataset, read_documents
+from bd3lm.data.resolve import Verify
 from bd3lm.errors import ConfigError, MissingFileError
 from bd3lm.evaluate.generative import CausalLM
 from bd3lm.evaluate.quality import words
@@ -65,8 +66,9 @@ def ngram_divergence(samples: Sequence[str], reference: Sequence[str], n: int = 
 def jensen_shannon(left: Iterable[object], right: Iterable[object]) -> float:
     """Jensen-Shannon divergence of two empirical distributions, in nats.
 
-    >>> round(jensen_shannon("aabb", "ccdd"), 6), jensen_shannon("ab", "ba")
-    (0.693147, 0.0)
+    Examples:
+        >>> round(jensen_shannon("aabb", "ccdd"), 6), jensen_shannon("ab", "ba")
+        (0.693147, 0.0)
     """
     a, b = Counter(left), Counter(right)
     names = sorted(a.keys() | b.keys(), key=repr)
@@ -105,8 +107,12 @@ def mauve(evaluator: CausalLM, samples: Sequence[str], reference: Sequence[str])
     return float(compute_mauve(p_features=features[0], q_features=features[1]).mauve)
 
 
-def reference_texts(path: Path) -> list[str]:
+def reference_texts(path: Path, verify: Verify = "auto") -> list[str]:
     """Documents of a text file or of a prepared directory, decoded.
+
+    Args:
+        path: of the file or directory.
+        verify: when a prepared directory is verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         MissingFileError: there is nothing at that path.
@@ -115,15 +121,16 @@ def reference_texts(path: Path) -> list[str]:
         raise MissingFileError(f"{path}: no such file or directory")
     if not path.is_dir():
         return read_documents(path)
-    data = Dataset(path)
+    data = Dataset(path, verify=verify)
     return [data.tokenizer.decode(data.document(i).tolist()) for i in range(data.num_documents)]
 
 
 def pieces(texts: Iterable[str], size: int, count: int) -> list[str]:
     """The first texts cut into at most ``count`` pieces of ``size`` words each.
 
-    >>> pieces(["a b c d e", "f g"], 2, 3)
-    ['a b', 'c d', 'f g']
+    Examples:
+        >>> pieces(["a b c d e", "f g"], 2, 3)
+        ['a b', 'c d', 'f g']
     """
     found: list[str] = []
     for text in texts:

@@ -40,7 +40,7 @@ class FrontierPoint:
     texts: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Convert to plain JSON types."""
         return asdict(self)
 
 

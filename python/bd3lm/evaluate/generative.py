@@ -58,7 +58,7 @@ class GenerativePerplexity:
     texts: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Convert to plain JSON types."""
         return asdict(self)
 
 
@@ -142,7 +142,7 @@ class CausalLM:
         folder, options = _located(name)
         if not Path(folder).exists():
             hub.connect()
-        options |= {"trust_remote_code": False}  # else the library asks on stdin
+        options |= {"trust_remote_code": False}  # else the library prompts on stdin
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(

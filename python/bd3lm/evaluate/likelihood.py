@@ -92,7 +92,7 @@ class Likelihood:
     row_greedy: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, without rows and tokens."""
+        """Convert to plain JSON types, without rows and tokens."""
         return {k: v for k, v in vars(self).items() if not k.startswith(("row_", "token_"))}
 
 
@@ -119,7 +119,7 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Measure:
-    """What to compute of a row, and from which randomness.
+    """Likelihood to compute of each row, and its randomness.
 
     Attributes:
         likelihood: which one.

@@ -58,7 +58,7 @@ class MarkovSource:
         return cls(np.full(states, 1.0 / states), transition, length)
 
     def probabilities(self) -> NDArray[np.float64]:
-        """Of every row [V^length], the first token the most significant digit."""
+        """Probability of every row [V^length], the first token the most significant digit."""
         p = self.initial
         for _ in range(self.length - 1):
             p = (p.reshape(-1, self.states)[:, :, None] * self.transition).reshape(-1)

@@ -11,8 +11,9 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 def words(text: str) -> list[str]:
     """Words of a text, lower case: runs of letters, inner apostrophes included.
 
-    >>> words("Don't panic, it's 42!")
-    ["don't", 'panic', "it's"]
+    Examples:
+        >>> words("Don't panic, it's 42!")
+        ["don't", 'panic', "it's"]
     """
     return [word.lower() for word in _WORD.findall(text)]
 

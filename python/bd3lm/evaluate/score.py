@@ -15,7 +15,7 @@ from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.config import EstimatorName, EvalConfig, LikelihoodName, TrainConfig, check
 from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule
 from bd3lm.data.hub import PREFIX
-from bd3lm.data.resolve import open_data
+from bd3lm.data.resolve import Verify, open_data
 from bd3lm.data.store import TokenArrays
 from bd3lm.device import autocast, check_attention
 from bd3lm.errors import ConfigError, MissingFileError
@@ -23,7 +23,7 @@ from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
 from bd3lm.ranks.group import ALONE, Ranks
-from bd3lm.systems.block_diffusion import schedule_of
+from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
 """A prepared data set; a path of one, or of a text file; or one or several texts."""
@@ -72,7 +72,8 @@ def score(
     Examples:
         >>> result = score("runs/demo/checkpoint", "The old house stood by the river.",
         ...                likelihood="marginal")  # doctest: +SKIP
-        >>> result.nll, result.bpb  # doctest: +SKIP
+        Examples:
+            >>> result.nll, result.bpb  # doctest: +SKIP
     """
     loaded = _loaded(checkpoint)
     with tempfile.TemporaryDirectory() as work:
@@ -175,7 +176,7 @@ def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
         data,
         seq_len=cfg.seq_len,
         block_size=cfg.block,
-        plan=cfg.packing,
+        packing=cfg.packing,
         row_eos=cfg.row_eos,
         stride=cfg.eval.stride,
         keep_last=True,
@@ -235,6 +236,7 @@ class Scoring:
         same = loaded.config
         changes: dict[str, object] = {
             "block_size": same.block_size if block_size is None else block_size,
+            "objective": dataclasses.replace(same.objective, block_sizes=()),
             "precision": precision,
             "attention": attention,
             "row_eos": same.row_eos or row_eos,
@@ -354,6 +356,7 @@ def open_text(
     lines: bool = False,
     detokenizer: str | None = None,
     eos: bool = True,
+    verify: Verify = "auto",
 ) -> Dataset:
     """Open the text to score, or tokenize it.
 
@@ -367,6 +370,7 @@ def open_text(
         lines: a text file holds a document a line.
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
+        verify: when a prepared data set is verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         Bd3lmError: it cannot be read, or was prepared with another tokenizer.
@@ -395,6 +399,7 @@ def open_text(
         lines=lines,
         detokenizer=detokenizer,
         eos=eos,
+        verify=verify,
     )
     check(
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
@@ -420,8 +425,10 @@ def validation_path(loaded: Checkpoint) -> Path:
     for place in places:
         if place.exists():
             return place
-    where = f" ({' or '.join(map(str, places))})" if places else ""
-    raise MissingFileError(f"{loaded.path}: no validation data{where}; name it with --data")
+    where = f": there is no {' and no '.join(map(str, places))}" if places else ""
+    raise MissingFileError(
+        f"{loaded.path}: no validation data of its run was found{where}; name it with --data"
+    )
 
 
 def _loaded(checkpoint: Checkpoint | Path | str) -> Checkpoint:

@@ -203,8 +203,9 @@ def search_clip(
 def clip_candidates(block_size: int) -> list[Clip]:
     """Everything, and all [a, a + δ] of δ = .5 … .9 and a on a grid of 0.05 (docs/math.md §6).
 
-    >>> len(clip_candidates(4)), len(clip_candidates(1))
-    (36, 37)
+    Examples:
+        >>> len(clip_candidates(4)), len(clip_candidates(1))
+        (36, 37)
     """
     clips = [(MIN_LEVEL, 1.0)]
     for width in (50, 60, 70, 80, 90):
@@ -282,5 +283,5 @@ def _fits(share: NDArray[np.float64], clip: Clip) -> NDArray[np.bool_]:
 
 
 def _holds_a_share(clip: Clip, block_size: int) -> bool:
-    """Whether some k >= 1 fits; an interval that holds k = 0 alone has no loss."""
+    """Return whether some k >= 1 fits; an interval that holds k = 0 alone has no loss."""
     return bool(_fits(np.arange(1, block_size + 1) / block_size, clip).any())

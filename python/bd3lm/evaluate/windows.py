@@ -35,7 +35,7 @@ class Windows:
     """Rows that score answers given prompts (a :class:`~bd3lm.evaluate.likelihood.RowSource`).
 
     A prompt's tail in the answer's first block is clean. Positions behind the answer in its last
-    block stay masked: the likelihood is that of a sampler which fills them last.
+    block stay masked: this is the likelihood of a sampler that fills them last.
 
     Args:
         parts: prompts and answers.
@@ -116,7 +116,7 @@ class Windows:
         return rows
 
     def _window(self, position: int) -> tuple[int, int]:
-        """Begin of the window in which a position is drawn, and the end of what is drawn in it.
+        """Begin of the window in which a position is drawn, and the end of its drawn positions.
 
         With S = L a window is one block without context: BOS and the next L - 1 tokens.
         """

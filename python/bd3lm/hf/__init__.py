@@ -37,7 +37,7 @@ AutoConfig.register("sdar", SDARConfig, exist_ok=True)
 AutoModelForMaskedLM.register(BD3LMConfig, BD3LM, exist_ok=True)
 AutoModel.register(SDARConfig, SDARModel, exist_ok=True)
 AutoModelForCausalLM.register(SDARConfig, SDARForCausalLM, exist_ok=True)
-# What they save carries these sources, so that it also loads where bd3lm is not installed.
+# Saved models carry these sources, so that they also load where bd3lm is not installed.
 BD3LMConfig.register_for_auto_class()
 SDARConfig.register_for_auto_class()
 BD3LM.register_for_auto_class("AutoModelForMaskedLM")

@@ -1,6 +1,6 @@
 """Generation by block diffusion for models of the transformers package.
 
-This file is copied beside exported weights, so it imports nothing but PyTorch.
+This file is copied into the folder of exported weights, so it imports nothing but PyTorch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class BlockDiffusionGeneration:
 
 @dataclass
 class _Draw:
-    """Which positions a forward reveals, and with which tokens."""
+    """Rule for the positions that a forward reveals, and for their tokens."""
 
     temperature: float
     top_k: int | None
@@ -258,7 +258,7 @@ class _Run:
         return total
 
     def _fill_block(self, start: int) -> None:
-        # Positions behind the last one asked for are masks of the block, and are dropped.
+        # Positions behind the last requested one are masks of the block, and are dropped.
         rows = self.tokens.new_full((len(self.tokens), self.size), self.mask_id)
         known = self.tokens[:, start : start + self.size]
         rows[:, : known.shape[1]] = known

@@ -1,6 +1,6 @@
 """Configuration of a BD3-LM, with the keys of the published checkpoints and some more.
 
-This file is copied beside exported weights.
+This file is copied into the folder of exported weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class BD3LMConfig(PretrainedConfig):
         block_size: S; model_length is diffusion over the whole row.
         vocab_size: V, the mask token included.
         model_length: L, positions of a row.
-        cross_attn: trained with a clean stream beside the noised one.
+        cross_attn: trained with a clean stream next to the noised one.
         causal: autoregressive; then the logits of a position are those of the next token.
         adaln: adaptive LayerNorm.
         attn_backend: read by the original's code only.

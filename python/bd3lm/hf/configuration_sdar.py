@@ -1,6 +1,6 @@
 """Configuration of an SDAR model: Qwen3 with attention that is bidirectional within blocks.
 
-This file is copied beside exported weights.
+This file is copied into the folder of exported weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model of the transformers package, in memory."""
+"""Conversion of a checkpoint to a model of the transformers package, in memory."""
 
 from __future__ import annotations
 

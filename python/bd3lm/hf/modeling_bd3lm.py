@@ -1,8 +1,8 @@
 """BD3-LM in plain PyTorch, for transformers 4.57 and 5.
 
 Modules have the names of the published checkpoints, so their weights load as they are. This file
-is copied beside exported weights, so it imports nothing but PyTorch, transformers and the files
-beside it.
+is copied next to exported weights, so it imports nothing but PyTorch, transformers and the other
+copied files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SDAR in plain PyTorch, for transformers 4.57 and 5: block diffusion on the tensors of Qwen3.
 
-This file is copied beside exported weights, so it imports nothing but PyTorch, transformers and
-the files beside it.
+This file is copied into the folder of exported weights, so it imports nothing but PyTorch,
+transformers and the files next to it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class BD3LM(LM):
         return self.loaded.tokenizer.sha256
 
     def get_model_info(self) -> dict[str, Any]:
-        """Facts that the harness writes beside its results."""
+        """Facts that the harness writes into its results."""
         return {
             "bd3lm_likelihood": self.likelihood,
             "bd3lm_estimator": self.estimator,
@@ -170,7 +170,7 @@ class BD3LM(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continue each context up to a stop string, EOS or ``max_gen_toks`` tokens.
 
-        Greedy unless the task asks for samples. Request i draws the random numbers of row i,
+        Greedy unless the task samples. Request i draws the random numbers of row i,
         in any batch.
         """
         texts: list[str] = []

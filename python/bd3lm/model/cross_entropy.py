@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,40 +13,37 @@ from bd3lm.model.fused import flat, row
 from bd3lm.model.threads import kernel_threads
 
 
-def cross_entropy_(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    mask_id: int,
-    d_bias: Tensor | None,
-) -> Tensor:
+class LossInputs(NamedTuple):
+    """Logits of R positions and the inputs of their loss."""
+
+    logits: Tensor
+    """[R, V], contiguous (on a GPU each row is enough); overwritten."""
+    bias: Tensor | None
+    """[V], added to the logits first; or None."""
+    target: Tensor
+    """True ids, int64 [R], never ``mask_id``."""
+    weight: Tensor | None
+    """float32 [R]; with it the logits become the gradient of Σ weight·loss. None: no gradient."""
+    mask_id: int
+    """Id of the mask token."""
+    d_bias: Tensor | None
+    """float32 [V], to which the sum of the gradients over rows is added; or None."""
+
+
+def cross_entropy_(inputs: LossInputs) -> Tensor:
     """Compute −log p of the targets; the mask token has probability zero (docs/math.md §5).
 
-    Overwrites the logits. On the CPU a Rust kernel processes one row at a time in the cache, on an
-    NVIDIA GPU a Triton kernel does.
-
-    Args:
-        logits: [R, V], contiguous (on a GPU each row is enough); with ``weight``, replaced by
-            weight·(softmax − one-hot).
-        bias: [V], added to them first; or None.
-        target: true ids, int64 [R], never ``mask_id``.
-        weight: float32 [R], or None if no gradient is needed.
-        mask_id: the id whose probability is zero.
-        d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
+    Overwrites the logits: with a weight, by weight·(softmax − one-hot). On the CPU a Rust kernel
+    processes one row at a time in the cache, on an NVIDIA GPU a Triton kernel does.
 
     Returns:
         float32 [R], in nats.
     """
+    logits, bias, target, weight, mask_id, d_bias = inputs
     if logits.is_cuda and triton.available() and logits.dtype in triton.DTYPES:
-        if bias is not None:
-            logits.add_(bias)
-        nll = fused_cross_entropy(logits, target, weight, mask_id)
-        if weight is not None and d_bias is not None:
-            d_bias.add_(logits.sum(0, dtype=torch.float32))
-        return nll
+        return triton_cross_entropy_(inputs)
     if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16):
-        return composed_cross_entropy_(logits, bias, target, weight, mask_id, d_bias)
+        return composed_cross_entropy_(inputs)
     nll, total = torch.empty(logits.shape[0]), torch.empty(logits.shape[1])
     _core.cross_entropy(
         flat(logits),
@@ -61,30 +60,35 @@ def cross_entropy_(
     return nll
 
 
+def triton_cross_entropy_(inputs: LossInputs) -> Tensor:
+    """Compute :func:`cross_entropy_` by the Triton kernel."""
+    logits, bias, target, weight, mask_id, d_bias = inputs
+    if bias is not None:
+        logits.add_(bias)
+    nll = fused_cross_entropy(logits, target, weight, mask_id)
+    if weight is not None and d_bias is not None:
+        d_bias.add_(logits.sum(0, dtype=torch.float32))
+    return nll
+
+
 @torch.library.custom_op("bd3lm::cross_entropy", mutates_args={"logits"})
 def fused_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int
 ) -> Tensor:
-    """As :func:`bd3lm.model.cross_entropy_triton.run_cross_entropy`, traceable."""
+    """Operator of :func:`bd3lm.model.cross_entropy_triton.run_cross_entropy`, for tracing."""
     from bd3lm.model.cross_entropy_triton import run_cross_entropy
 
     return run_cross_entropy(logits, target, weight, mask_id)
 
 
 @fused_cross_entropy.register_fake
-def _(logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int) -> Tensor:
+def _(logits: Tensor, *_inputs: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def composed_cross_entropy_(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    mask_id: int,
-    d_bias: Tensor | None,
-) -> Tensor:
+def composed_cross_entropy_(inputs: LossInputs) -> Tensor:
     """Compose :func:`cross_entropy_` of PyTorch operations, on any device and in any dtype."""
+    logits, bias, target, weight, mask_id, d_bias = inputs
     if bias is not None:
         logits.add_(bias)
     logits[:, mask_id] = -torch.inf

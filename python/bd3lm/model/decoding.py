@@ -1,8 +1,8 @@
 """One forward of block decoding with fixed shapes and addresses, which a GPU can replay.
 
 A forward of a few tokens is hundreds of small kernels, and a host launches them more slowly than a
-GPU runs them. Here whatever changes from one forward to the next lies in buffers on the device, the
-position where it begins included: on CUDA it is recorded once as a graph, and replayed by one call.
+GPU runs them. Here all inputs of a forward, its position included, lie in buffers on the device. On
+CUDA the forward is recorded once as a graph and replayed by one call.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class DecodeStep:
     def __call__(
         self, ids: Tensor, select: Tensor, *, commit: int = 0, sigma: Tensor | None = None
     ) -> Tensor:
-        """One forward; nothing is read back from the device.
+        """Run one forward; nothing is read back from the device.
 
         Args:
             ids: [B, T], the positions after the cached ones.
-            select: flat indices b*T+i of the positions asked about [M].
+            select: flat indices b*T+i of the positions to predict [M].
             commit: how many of the T positions to keep in the cache.
             sigma: -log(alpha) of every block of ``ids``, for time-conditioned models.
 
@@ -66,9 +66,9 @@ class DecodeStep:
                 f"{ids.shape[1]} positions after {self.cache.length} cached ones need a capacity "
                 f"of {end}; the cache's is {self.cache.capacity}"
             )
-        shape = (*ids.shape, *select.shape)
+        shape = (*ids.shape, *select.shape, commit)
         if shape not in self._forwards:
-            self._forwards[shape] = StaticForward(self, ids, select, sigma)
+            self._forwards[shape] = StaticForward(self, ids, select, sigma, commit)
         scores = self._forwards[shape].run(ids, select, sigma, self.cache.length)
         self.cache.length += commit
         return scores
@@ -77,8 +77,10 @@ class DecodeStep:
 class StaticForward:
     """The forward of one shape: buffers, and on CUDA the graph over them."""
 
-    def __init__(self, step: DecodeStep, ids: Tensor, select: Tensor, sigma: Tensor | None) -> None:
-        self.step = step
+    def __init__(
+        self, step: DecodeStep, ids: Tensor, select: Tensor, sigma: Tensor | None, commit: int
+    ) -> None:
+        self.step, self.commit = step, commit
         self.ids, self.select = torch.empty_like(ids), torch.empty_like(select)
         self.sigma = None if sigma is None else torch.empty_like(sigma)
         self.start = torch.zeros((), dtype=torch.int64, device=ids.device)
@@ -104,7 +106,13 @@ class StaticForward:
         """Scores [M, V], a function of the buffers, the weights and the cache alone."""
         step = self.step
         features = step.model.encode_at(
-            self.ids, self.start, step.block_size, self.select, step.cache, sigma=self.sigma
+            self.ids,
+            self.start,
+            step.block_size,
+            self.select,
+            step.cache,
+            commit=self.commit,
+            sigma=self.sigma,
         )
         return step.logits(features)
 

@@ -17,28 +17,43 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     A multiply-add counts as two; the backward pass costs twice the forward pass. Only necessary
     work counts: unmasked pairs of the attention; the clean stream without its last block, and of
     its last layer only keys and values; in the last layer and the output head only predicted
-    positions (half of them under loglinear levels). Norms, rotations and adaLN are left out.
+    positions (half of them under loglinear levels). With a next-token loss the clean stream is
+    computed whole. Norms, rotations and adaLN are left out.
 
     Args:
         cfg: the run.
         vocab_size: V.
     """
-    model, length, block = cfg.model, cfg.seq_len, cfg.block
+    sizes = cfg.objective.block_sizes or (cfg.block,)
+    joint = sum(_of_block(cfg, vocab_size, size) for size in sizes) / len(sizes)
+    if not cfg.objective.ar_steps:
+        return joint
+    warm = min(cfg.objective.ar_steps / cfg.steps, 1.0)
+    return warm * _of_block(cfg.autoregressive(), vocab_size, 1) + (1.0 - warm) * joint
+
+
+def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
+    """:func:`step_flops` of a step with blocks of this size."""
+    model, length = cfg.model, cfg.seq_len
     q_width, kv_width = (n * model.head_width for n in (model.heads, model.num_kv_heads))
     to_queries, to_keys = model.width * q_width, 2 * model.width * kv_width
     up = 2 if model.mlp == "swiglu" else 1
     after = model.width * q_width + (up + 1) * model.width * model.hidden  # projection and MLP
     predicted = length if cfg.system == "ar" else length / 2
-    two_streams = cfg.system == "bd3lm" and block < length
-    clean = length - block if two_streams else 0
+    clean, queries, clean_depth = 0, length, model.depth - 1
+    if cfg.objective.ar_weight > 0:
+        clean, queries, clean_depth = length, 2 * length, model.depth
+        predicted += length if cfg.objective.ar_tokens == "all" else length / 2
+    elif cfg.system == "bd3lm" and block < length:
+        clean = length - block
     positions = length + clean
     layer = positions * (to_queries + to_keys + after)
-    last = length * to_queries + positions * to_keys + predicted * after
+    last = queries * to_queries + positions * to_keys + predicted * after
     products = (model.depth - 1) * layer + last + predicted * model.width * vocab_size
     # Blocks of either stream see their own and the clean ones before them.
     pairs = length * (length + block) / 2
-    clean_pairs = clean * (clean + block) / 2
-    attention = 2 * q_width * (pairs * model.depth + clean_pairs * (model.depth - 1))
+    clean_pairs = clean * (clean + (1 if model.causal_clean else block)) / 2
+    attention = 2 * q_width * (pairs * model.depth + clean_pairs * clean_depth)
     return 6.0 * cfg.batch_size * (products + attention)
 
 

@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def on_cpu(*tensors: Tensor) -> bool:
-    """Whether the CPU kernels take these tensors now."""
+    """Return whether the CPU kernels take these tensors now."""
     return not torch.compiler.is_compiling() and all(
         x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors
     )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bd3lm.model.cross_entropy import cross_entropy_
+from bd3lm.model.cross_entropy import LossInputs, cross_entropy_
 from bd3lm.model.fused import add_to, compute_dtype
 
 CHUNK_BYTES = 64 << 20
@@ -30,39 +30,47 @@ SLICE = 8192
 """Rows of the head's gradient that the CPU forms at once and adds while they are in its cache."""
 
 
-Kernel = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, int, Tensor | None], Tensor]
-"""``(logits [R, V], bias [V] or None, target [R], weight [R] or None, mask_id, d_bias [V] or None)
--> values [R]``, float32; with a weight, the logits become the gradient of Σ weight·value, and
-``d_bias`` grows by their sum."""
+class HeadInputs(NamedTuple):
+    """The output head, M features and the targets of the loss between them."""
+
+    features: Tensor
+    """Normalised features [M, D]."""
+    head: Tensor
+    """Output matrix [V, D]."""
+    bias: Tensor | None
+    """Output bias [V], or None."""
+    target: Tensor
+    """True ids, int64 [M], never ``mask_id``."""
+    weight: Tensor
+    """Loss weight of each position, float32 [M]."""
+    mask_id: int
+    """Id of the mask token."""
+
+
+Kernel = Callable[[LossInputs], Tensor]
+"""Loss of each row of logits, float32 [R], in nats; overwrites the logits."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Σ weight·value with its gradients formed chunk by chunk in the forward pass.
 
-    The loss is linear in the incoming gradient (a scalar), so the backward pass only scales what
-    the forward pass left. Peak memory is one chunk of logits and the gradients themselves.
+    The loss is linear in the incoming gradient (a scalar), so the backward pass only scales them.
+    Peak memory is one chunk of logits and the gradients themselves.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor,
-        mask_id: int,
-        kernel: Kernel,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kernel: Kernel, *fields: Any) -> tuple[Tensor, Tensor]:
+        inputs = HeadInputs(*fields)  # autograd sees tensors only as arguments of their own
+        features, head, bias = inputs[:3]
         grads = _Gradients(
             torch.empty_like(features),
             torch.empty_like(head) if len(features) else torch.zeros_like(head),
             None if bias is None else torch.zeros_like(bias),
         )
-        values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, grads)
+        values = _in_chunks(inputs, kernel, grads)
         ctx.grads = grads
         ctx.mark_non_differentiable(values)
-        return (values * weight).sum(), values
+        return (values * inputs.weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,28 +78,20 @@ class _ChunkedLoss(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("the gradient of this loss was already taken, and is not kept")
         scaled = (None if grad is None else grad.mul_(upstream[0]) for grad in grads)
-        return (*scaled, None, None, None, None)
+        return (None, *scaled, None, None, None)
 
 
 class _Gradients(NamedTuple):
-    """Of Σ weight·value, filled on the way."""
+    """Gradients of Σ weight·value, filled chunk by chunk."""
 
     features: Tensor
     head: Tensor
     bias: Tensor | None
 
 
-def _in_chunks(
-    features: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    mask_id: int,
-    kernel: Kernel,
-    grads: _Gradients | None,
-) -> Tensor:
+def _in_chunks(inputs: HeadInputs, kernel: Kernel, grads: _Gradients | None) -> Tensor:
     """Value of each position, float32 [M]; fills ``grads`` where they are wanted."""
+    features, head, bias, target, weight, mask_id = inputs
     dtype = compute_dtype(features)
     matrix = head.to(dtype)
     # On the CPU the kernel adds the bias on its way; elsewhere the product does.
@@ -113,10 +113,11 @@ def _in_chunks(
         else:
             torch.addmm(offset, x, matrix.T, out=logits)
         if grads is None:
-            values[part] = kernel(logits, left, target[part], None, mask_id, None)
+            values[part] = kernel(LossInputs(logits, left, target[part], None, mask_id, None))
             continue
         scale = weight[part].float()
-        values[part] = kernel(logits, left, target[part], scale, mask_id, grads.bias)
+        chunk = LossInputs(logits, left, target[part], scale, mask_id, grads.bias)
+        values[part] = kernel(chunk)
         # The logits have become their own gradient.
         grads.features[part] = logits @ matrix
         assert product is not None
@@ -161,72 +162,42 @@ def _chunk_rows(matrix: Tensor) -> int:
     return 1 << rows.bit_length() - 1 if rows >= TILE_ROWS else rows
 
 
-def head_cross_entropy(
-    features: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    mask_id: int,
-) -> tuple[Tensor, Tensor]:
+def head_cross_entropy(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of the head at M positions, without the mask token (docs/math.md §5).
 
     Args:
-        features: normalised features [M, D].
-        head: output matrix [V, D].
-        bias: output bias [V], or None.
-        target: true ids, int64 [M], never ``mask_id``.
-        weight: loss weight of each position, float32 [M].
-        mask_id: the id whose probability is zero.
+        inputs: features, head and targets.
 
     Returns:
         ``(sum, nll)``: Σ weight·CE in nats, differentiable; and the unweighted CE of each
         position, float32 [M], not differentiable. Logits are formed in the autocast dtype where
         autocast is on, in the features' dtype otherwise; the softmax is float32.
     """
-    return _head_loss(features, head, bias, target, weight, mask_id, cross_entropy_)
+    return _head_loss(inputs, cross_entropy_)
 
 
-def head_score_entropy(
-    features: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    mask_id: int,
-) -> tuple[Tensor, Tensor]:
+def head_score_entropy(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
     """Weighted score entropy of the head at M positions, in its finite form (docs/math.md §5).
 
     Arguments and results as of :func:`head_cross_entropy`; see :func:`score_entropy_`.
     """
-    return _head_loss(features, head, bias, target, weight, mask_id, score_entropy_)
+    return _head_loss(inputs, score_entropy_)
 
 
-def score_entropy_(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    mask_id: int,
-    d_bias: Tensor | None,
-) -> Tensor:
+def score_entropy_(inputs: LossInputs) -> Tensor:
     """Σ_{y≠mask} e^{raw_y}/(V-1) - raw_{x0} + log(V-1) - 1, in nats; overwrites the logits.
 
     At least the cross-entropy of the normalised scores, and equal to it where they sum to one:
     x - 1 >= log x.
 
     Args:
-        logits: the network's raw output [R, V], the mask token's included and not read; with
-            ``weight``, replaced by weight·(e^{raw}/(V-1) - one-hot).
-        bias: [V], added to them first; or None.
-        target: true ids, int64 [R], never ``mask_id``.
-        weight: float32 [R], or None where no gradient is wanted.
-        mask_id: id of the mask token.
-        d_bias: float32 [V], to which the sum of the gradients over rows is added; or None.
+        inputs: logits are the network's raw output, the mask token's included and not read. With
+            a weight they are replaced by weight·(e^{raw}/(V-1) - one-hot).
 
     Returns:
         float32 [R].
     """
+    logits, bias, target, weight, mask_id, d_bias = inputs
     others = math.log(logits.shape[1] - 1)
     goal = target[:, None]
     raw = logits.float() - others
@@ -244,17 +215,9 @@ def score_entropy_(
     return values
 
 
-def _head_loss(
-    features: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    mask_id: int,
-    kernel: Kernel,
-) -> tuple[Tensor, Tensor]:
-    learns = any(x is not None and x.requires_grad for x in (features, head, bias))
+def _head_loss(inputs: HeadInputs, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    learns = any(x is not None and x.requires_grad for x in inputs[:3])
     if torch.is_grad_enabled() and learns:
-        return _ChunkedLoss.apply(features, head, bias, target, weight, mask_id, kernel)
-    values = _in_chunks(features, head, bias, target, weight, mask_id, kernel, None)
-    return (values * weight).sum(), values
+        return _ChunkedLoss.apply(kernel, *inputs)
+    values = _in_chunks(inputs, kernel, None)
+    return (values * inputs.weight).sum(), values

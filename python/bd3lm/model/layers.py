@@ -175,7 +175,7 @@ class CacheAt:
     """A cache written at positions held on the device, and always read as a whole.
 
     Args:
-        cache: what is written and read.
+        cache: keys and values.
         position: positions of the next keys and values, int64 [T].
     """
 
@@ -192,3 +192,19 @@ class CacheAt:
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """All positions of one layer, [B, Hkv, capacity, Dh], unfilled ones included."""
         return self.cache.read(layer, self.cache.capacity)
+
+
+class CacheSlots(CacheAt):
+    """A cache written at slots of each row, and always read as a whole.
+
+    Args:
+        cache: what is written and read.
+        position: slots of the next keys and values, int64 [B, T].
+    """
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write [1, B·T, Hkv, Dh], one row after the other, at the slots of one layer."""
+        row = torch.arange(len(self.position), device=self.position.device)[:, None]
+        for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            values = new.view(*self.position.shape, *new.shape[2:])
+            kept.transpose(1, 2)[row, self.position] = values.to(kept.dtype)

@@ -14,7 +14,7 @@ the head. Fitted to the peak of resident memory on a CPU (3 and 8 layers, float3
 
 
 class Memory(NamedTuple):
-    """Estimated bytes of a training run, by what they hold.
+    """Estimated bytes of a training run, by content.
 
     Attributes:
         weights: the parameters, their gradients and their average.
@@ -49,6 +49,7 @@ def training_memory(cfg: TrainConfig, model: Transformer, item: int = 4) -> Memo
     matrices = sum(n for name, n, ndim in sizes if muon and ndim == 2 and name.startswith("blocks"))
     shape, length, block = cfg.model, cfg.seq_len, cfg.block
     clean = length - block if cfg.system == "bd3lm" and block < length else 0
+    clean = length if cfg.objective.ar_weight > 0 else clean
     rows = cfg.micro_batch or cfg.batch_size
     full = LAYER_WIDTHS * shape.width + LAYER_HIDDEN * shape.hidden
     layers = full + shape.depth * shape.width if cfg.recompute else shape.depth * full

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,8 +57,10 @@ def adaptive_waiting() -> Iterator[None]:
     with _LOCK:
         _State.users += 1
         if _State.users == 1 and _TASKS.is_dir():
-            _State.watch = Watch()
-            _State.watch.start()
+            watch = Watch()
+            with suppress(RuntimeError):  # no memory for one more thread: the work matters more
+                watch.start()
+                _State.watch = watch
     try:
         yield
     finally:
@@ -117,15 +119,20 @@ class Ballast:
         team = torch.get_num_threads()
         # The main team has `team` threads already; each further one adds all but its first.
         teams = 0 if team < 2 else -(-(_cores() - team + 1) // (team - 1))
-        started = [threading.Event() for _ in range(max(teams, 0))]
-        for event in started:
-            threading.Thread(target=self._hold, args=(event,), daemon=True).start()
+        started: list[threading.Event] = []
+        with suppress(RuntimeError):  # no more threads to be had
+            for _ in range(teams):
+                event = threading.Event()
+                threading.Thread(target=self._hold, args=(event,), daemon=True).start()
+                started.append(event)
         for event in started:
             event.wait()
 
     def _hold(self, started: threading.Event) -> None:
-        torch.ones(1 << 20).add_(1.0)  # large enough to open a team of this thread's own
-        started.set()
+        try:
+            torch.ones(1 << 20).add_(1.0)  # large enough to open a team of this thread's own
+        finally:
+            started.set()
         self._released.wait()
 
     def release(self) -> None:

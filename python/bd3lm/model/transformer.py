@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig, check
-from bd3lm.model.attention import BlockMask, CachedMask, attend
+from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
+from bd3lm.model.attention.mask import before_last
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
 from bd3lm.model.layers import (
     CacheAt,
+    CacheSlots,
     KVCache,
     Mlp,
     Norm,
@@ -108,7 +110,7 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,
-        mask: BlockMask | CachedMask,
+        mask: BlockMask | CachedMask | RangeMask,
         rope: tuple[Tensor, Tensor],
         cond: Tensor | None,
         *,
@@ -150,8 +152,10 @@ class Block(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             keys, values = torch.cat([keys, past[0]], dim=2), torch.cat([values, past[1]], dim=2)
+        if len(keys) != len(q):  # the rows lie one after the other, and each has its own cache
+            q = q.reshape(len(keys), -1, *q.shape[2:])
         attended = self.attend(q.transpose(1, 2), keys, values, mask, self.attention)
-        attended = attended.transpose(1, 2).flatten(2)
+        attended = attended.transpose(1, 2).reshape(len(h), -1, self.q_width)
         h = h[:, :queries]
         if select is not None:
             attended, h = attended.flatten(0, 1)[select], h.flatten(0, 1)[select]
@@ -186,7 +190,7 @@ def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
 
 
 def wants_last_clean(device: torch.device) -> bool:
-    """Whether the last clean block is computed, although no query sees it.
+    """Return whether the last clean block is computed, although no query sees it.
 
     GPU kernels need streams of equal length.
     """
@@ -208,8 +212,8 @@ def _pick(m: Tensor | None, queries: int | None, select: Tensor | None) -> Tenso
     return m if select is None else m[0]
 
 
-def _rows(cfg: ModelConfig, ids: int) -> int:
-    """V, with padding where the settings ask for it."""
+def _padded_vocab(cfg: ModelConfig, ids: int) -> int:
+    """V, padded where the settings say so."""
     if cfg.vocab_size is None:
         return ids
     allowed = f"at least {ids}, the tokenizer's ids with the mask token"
@@ -236,7 +240,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        vocab_size = _rows(cfg, vocab_size)
+        vocab_size = _padded_vocab(cfg, vocab_size)
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
@@ -328,20 +332,75 @@ class Transformer(nn.Module):
         Returns:
             Normalised features [M, D].
         """
-        seq_len = x0.shape[1]
-        mask = BlockMask.training(seq_len, block_size, doc_ids)
+        mask = self._training_mask(x0, block_size, doc_ids)
         if not wants_last_clean(x0.device):
             mask = mask.without_last_clean()
+        return self._both_streams(xt, x0, mask, sigma, select, queries=x0.shape[1])
+
+    def denoise_and_predict(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        block_size: int,
+        select: Tensor,
+        predict: Tensor,
+        *,
+        doc_ids: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Run :meth:`denoise`, and give features of clean positions too.
+
+        With a causal clean stream those are what an autoregressive model predicts the next token
+        from.
+
+        Args:
+            xt: noised ids [B, L].
+            x0: clean ids [B, L].
+            block_size: S.
+            select: flat indices b*L+i of noised positions [M].
+            predict: flat indices b*L+i of clean positions [N].
+            doc_ids: as for :meth:`denoise`.
+            sigma: as for :meth:`denoise`.
+
+        Returns:
+            Normalised features [M + N, D], those of noised positions first.
+        """
+        seq_len = x0.shape[1]
+        mask = self._training_mask(x0, block_size, doc_ids)
+        # Rows of both streams lie behind each other, 2L for every row of the batch.
+        noised, clean = (
+            at + at.div(seq_len, rounding_mode="floor") * seq_len for at in (select, predict)
+        )
+        rows = torch.cat([noised, clean + seq_len])
+        return self._both_streams(xt, x0, mask, sigma, rows)
+
+    def _training_mask(self, x0: Tensor, block_size: int, doc_ids: Tensor | None) -> BlockMask:
+        seq_len = x0.shape[1]
+        causal_end = seq_len if self.cfg.causal_clean else 0
+        return BlockMask.training(seq_len, block_size, doc_ids, causal_end=causal_end)
+
+    def _both_streams(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        mask: BlockMask,
+        sigma: Tensor | None,
+        select: Tensor,
+        queries: int | None = None,
+    ) -> Tensor:
+        """Features [M, D] of selected rows; the last layer computes the first ``queries`` alone."""
+        seq_len = x0.shape[1]
         x0 = x0[:, : mask.clean_len]
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
-        cond = self.condition(sigma, block_size, clean=mask.clean_len)
+        cond = self.condition(sigma, mask.block_size, clean=mask.clean_len)
         h = self.embed(torch.cat([xt, x0], dim=1))
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
-        mask = dataclasses.replace(mask, clean_queries=False)
-        h = self._run(self.blocks[-1], h, mask, rope, cond, queries=seq_len, select=select)
-        return self._finish(h, cond, seq_len, select)
+        if queries is not None:
+            mask = dataclasses.replace(mask, clean_queries=False)
+        h = self._run(self.blocks[-1], h, mask, rope, cond, queries=queries, select=select)
+        return self._finish(h, cond, queries, select)
 
     def encode(
         self,
@@ -366,7 +425,9 @@ class Transformer(nn.Module):
                 cache only fills the cache.
             doc_ids: int32 [B, T]; attention stays inside a document (not with a cache).
             cache: keys and values of earlier positions.
-            commit: number of the T positions to keep in the cache.
+            commit: number of the T positions to keep in the cache. They are clean, so with a
+                causal clean stream they attend causally. Without a cache all blocks but the last
+                are taken for clean.
             sigma: -log(alpha) of every block of ``ids``, for time-conditioned models; None: clean
                 (sigma 0).
 
@@ -377,7 +438,12 @@ class Transformer(nn.Module):
         first = cache.length if cache is not None else 0
         cos, sin = self.rotary.table(first + length, ids.device)
         rope = (cos[first:], sin[first:])
-        mask = BlockMask.clean(first + length, block_size, doc_ids, first=first)
+        causal_end = 0
+        if self.cfg.causal_clean:
+            causal_end = before_last(length, block_size) if cache is None else first + commit
+        mask = BlockMask.clean(
+            first + length, block_size, doc_ids, first=first, causal_end=causal_end
+        )
         cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
         h = self.embed(ids)
@@ -406,6 +472,7 @@ class Transformer(nn.Module):
         select: Tensor,
         cache: KVCache,
         *,
+        commit: int = 0,
         sigma: Tensor | None = None,
     ) -> Tensor:
         """Run :meth:`encode` with a cache whose length is held on the device.
@@ -419,14 +486,18 @@ class Transformer(nn.Module):
             block_size: S.
             select: flat indices b*T+i [M].
             cache: receives the keys and values of ``ids`` after those of earlier positions.
+            commit: number of leading positions of ``ids`` that are clean.
             sigma: as for :meth:`encode`.
 
         Returns:
             Normalised features [M, D].
         """
         length = ids.shape[1]
-        position = start + torch.arange(length, device=ids.device)
+        index = torch.arange(length, device=ids.device)
+        position = start + index
         last = ((position // block_size + 1) * block_size).minimum(start + length)
+        if self.cfg.causal_clean:
+            last = torch.where(index < commit, position + 1, last)
         mask = CachedMask(last.int()[None])
         table = self.rotary.table(cache.capacity, ids.device)
         rope = (table[0][position], table[1][position])
@@ -438,6 +509,36 @@ class Transformer(nn.Module):
             chosen = select if last_one else None
             h = block(h, mask, rope, cond, select=chosen, cache=here, layer=layer)
         return self._finish(h, cond, None, select)
+
+    def encode_ranges(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        slot: Tensor,
+        mask: RangeMask,
+        cache: KVCache,
+    ) -> Tensor:
+        """Run rows whose positions, cache slots and visible slots differ from row to row.
+
+        Args:
+            ids: [B, T].
+            position: of each token in its row, int64 [B, T].
+            slot: of the cache, where its keys and values go, int64 [B, T].
+            mask: slots that each token sees; the call writes its own first.
+            cache: read as a whole; ``cache.length`` is not used.
+
+        Returns:
+            Normalised features [B, T, D].
+        """
+        cos, sin = self.rotary.table(cache.capacity, ids.device)
+        flat = position.flatten()
+        rope = (cos[flat], sin[flat])
+        cond = self.condition(None, 1)
+        slots = CacheSlots(cache, slot)
+        h = self.embed(ids.flatten()[None])
+        for layer, block in enumerate(self.blocks):
+            h = block(h, mask, rope, cond, cache=slots, layer=layer)
+        return self._finish(h, cond, None, None).view(*ids.shape, -1)
 
     def denoise_cached(
         self,
@@ -492,7 +593,7 @@ class Transformer(nn.Module):
 
     @property
     def compiles_blocks(self) -> bool:
-        """Whether training steps run compiled blocks."""
+        """Return whether training steps run compiled blocks."""
         return self._compiled is not None
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:

@@ -99,7 +99,7 @@ class BlockDraw:
         """Draw the tokens of scored positions and keep them.
 
         Args:
-            scored: what :meth:`score` returned.
+            scored: result of :meth:`score`.
             chosen: which of its positions, bool [M]; None: all.
         """
         rows, pos = scored.rows, scored.pos

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -65,25 +67,83 @@ def _draw_on_cpu(
     return token, log_p
 
 
+class Distribution(NamedTuple):
+    """Distributions over the vocabulary, not normalised.
+
+    Attributes:
+        mass: multiples of the probabilities [R, V].
+        total: sum of each row, float64 [R].
+    """
+
+    mass: Tensor
+    total: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities, float64 [R, V]."""
+        return self.mass.double() / self.total[:, None]
+
+    def row(self, index: int) -> Tensor:
+        """Probabilities of one row, float64 [V]."""
+        return self.mass[index].double() / self.total[index]
+
+
+def distribution(logits: Tensor, cfg: SampleConfig) -> Distribution:
+    """The distributions from which :func:`draw` draws, without a repetition penalty.
+
+    Args:
+        logits: the model's own [R, V].
+        cfg: as of :func:`draw`.
+
+    Raises:
+        ConfigError: on the CPU, a row with a NaN or without a possible token.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        mass = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        total = torch.empty(len(logits), dtype=torch.float64)
+        _core.distribution(
+            logits.reshape(-1).numpy(),
+            mass.view(-1).numpy(),
+            total.numpy(),
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            forbidden=tuple(map(int, cfg.forbidden)),
+            threads=kernel_threads(),
+        )
+        return Distribution(mass, total)
+    mass = _mass(_allowed(logits, cfg), cfg)
+    return Distribution(mass, mass.sum(-1))
+
+
 def composed_draw(
     logits: Tensor, uniform: Tensor, cfg: SampleConfig, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compose :func:`draw` of PyTorch operations, on any device and in any dtype."""
     source = logits if seen is None else discourage(logits, seen, cfg.repetition_penalty)
-    if cfg.forbidden:
-        source = source.clone()
-        source[:, list(map(int, cfg.forbidden))] = -torch.inf
-    token = _choose(source, uniform, cfg)
+    source = _allowed(source, cfg)
+    greedy = cfg.temperature == 0
+    token = source.argmax(dim=-1) if greedy else invert(_mass(source, cfg), uniform)
     log_p = logits.gather(1, token[:, None]).squeeze(1).double()
     return token, log_p - torch.logsumexp(logits.double(), dim=-1)
 
 
-def _choose(logits: Tensor, uniform: Tensor, cfg: SampleConfig) -> Tensor:
+def _allowed(logits: Tensor, cfg: SampleConfig) -> Tensor:
+    if not cfg.forbidden:
+        return logits
+    logits = logits.clone()
+    logits[:, list(map(int, cfg.forbidden))] = -torch.inf
+    return logits
+
+
+def _mass(logits: Tensor, cfg: SampleConfig) -> Tensor:
+    """Probabilities after temperature, top-k and nucleus, not normalised again."""
     if cfg.temperature == 0:
-        return logits.argmax(dim=-1)
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, best, 1.0)
     prob = torch.softmax(logits.double() / cfg.temperature, dim=-1)
     if cfg.top_p >= 1 and cfg.top_k is None:
-        return _invert(prob, uniform)
+        return prob
     vocab = prob.shape[-1]
     # Sort the whole vocabulary: finding the nucleus' size first would need a host wait.
     top, order = prob.topk(min(cfg.top_k or vocab, vocab), dim=-1)
@@ -91,10 +151,10 @@ def _choose(logits: Tensor, uniform: Tensor, cfg: SampleConfig) -> Tensor:
     before = top.cumsum(dim=-1) - top
     kept = top.masked_fill(before >= goal, 0.0) if cfg.top_p < 1 else top
     # Back in the order of ids, as in the Rust kernel.
-    return _invert(torch.zeros_like(prob).scatter_(1, order, kept), uniform)
+    return torch.zeros_like(prob).scatter_(1, order, kept)
 
 
-def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
+def invert(mass: Tensor, uniform: Tensor) -> Tensor:
     """First index whose cumulative mass exceeds ``uniform`` times the total."""
     cumulative = mass.cumsum(dim=-1)
     goal = uniform[:, None] * cumulative[:, -1:]

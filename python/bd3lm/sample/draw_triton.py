@@ -49,7 +49,7 @@ def cut(mass_rows, padded, most, goal, lane):
     above = low
     weight = goal * 0.0
     for _ in range(0, 31):
-        # The last turn finds low + 1 = high, and counts what lies above the cut.
+        # The last iteration finds low + 1 = high, and sums the masses above the cut.
         middle = tl.where(high - low > 1, low + (high - low) // 2, high)
         above = low * 0
         weight = goal * 0.0
@@ -98,7 +98,7 @@ def draw_kernel(
     nowhere: tl.constexpr = 0x7FFFFFFF  # type: ignore[reportAssignmentType]
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)  # of the model's own logits
-    top = tl.full([ROWS], float("-inf"), tl.float32)  # of what is drawn from
+    top = tl.full([ROWS], float("-inf"), tl.float32)  # of the logits to draw from
     token = tl.zeros([ROWS], tl.int32)
     for start in range(0, vocab, BLOCK):
         col = start + lane
@@ -139,7 +139,7 @@ def draw_kernel(
             low, equal, total = cut(mass_rows, padded, top_k, total * 4.0, lane)
         if TOP_P:
             low, equal, total = cut(mass_rows, padded, top_k, tl.load(SHARE) * total, lane)
-        # The first token whose cumulative mass exceeds the uniform number's share of what is kept.
+        # The first token whose cumulative mass exceeds the uniform number's share of the kept mass.
         goal = tl.load(UNIFORM + row) * total
         before = tl.zeros([ROWS], tl.float64)
         ties = tl.zeros([ROWS], tl.int32)

@@ -17,12 +17,12 @@ from bd3lm.files import write_text
 from bd3lm.sample.sampler import Prompt, Sample, Sampler
 
 HIDDEN = "░"
-"""Stands for a masked token."""
+"""Sign of a masked token."""
 Kind = Literal["given", "drawn", "new", "masked"]
 SURE, LIKELY = 0.9, 0.5
 """Probabilities from which a new token is shown as sure, or as likely."""
 COLOURS = {"sure": "#0072b2", "likely": "#009e73", "unsure": "#d55e00"}
-"""Of new tokens, by confidence: three of Okabe and Ito's, which colour-blind people tell apart."""
+"""Colours of new tokens by confidence, from Okabe and Ito's palette for colour-blind readers."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Recording:
             self.frames.append(frame)
             yield frame
 
-    def save(self, path: Path, *, fps: float = 20.0) -> None:
+    def save(self, path: Path | str, *, fps: float = 20.0) -> None:
         """Write a page (.html) or an animated picture (.gif).
 
         Args:
@@ -180,6 +180,7 @@ class Recording:
             ConfigError: another ending.
             MissingPackageError: a .gif without Pillow and matplotlib's fonts.
         """
+        path = Path(path)
         if path.suffix == ".gif":
             _save_gif(self.frames, path, fps)
             return
@@ -196,8 +197,8 @@ class Recording:
             }
             for frame in self.frames
         ]
-        # "</" would end the script that holds the frames
-        data = json.dumps(frames).replace("</", "<\\/")
+        # A text may hold tags that end the script, or begin another inside it.
+        data = json.dumps(frames).replace("<", "\\u003c")
         rules = "".join(f".new.{name} {{ color: {value} }}\n" for name, value in COLOURS.items())
         return PAGE.replace("@RULES@", rules).replace("@FPS@", f"{fps:g}").replace("@FRAMES@", data)
 

@@ -15,14 +15,15 @@ from bd3lm.data import Tokenizer
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample.block import BlockDraw
-from bd3lm.sample.state import RowState, SampleState
+from bd3lm.sample.speculative import Acceptance, Speculation
+from bd3lm.sample.state import RowState, SampleState, window_start
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
 from bd3lm.sample.strategies import Strategy, choose
 from bd3lm.systems import System
 
 Prompt = str | Sequence[int | str | None]
-"""What follows BOS: a text, or a sequence of token ids, texts and holes (None). Holes are filled,
-and so is everything after the last token."""
+"""Text after BOS, or a sequence of token ids, texts and holes (None). Holes are filled, and so is
+everything after the last token."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BlockEvent:
     """Event of :meth:`Sampler.stream`: a forward or a finished block.
 
     Attributes:
@@ -81,7 +82,7 @@ class Sampler:
     The cache is exact: it holds the keys and values that a full forward would compute, because the
     clean stream is block-causal and its positions do not move. When a row outgrows ``window``
     positions, its last half is encoded again behind a BOS, just as training rows begin in the
-    middle of documents. What is drawn then is exact for that shorter context. A window begins at
+    middle of documents. Later tokens are exact for that shorter context. A window begins at
     positions that depend on the block alone, so a row is the same in any batch and at any length
     limit.
 
@@ -117,6 +118,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.replay = self.device.type == "cuda" if replay is None else replay
+        self.acceptance: Acceptance | None = None
 
     @classmethod
     def from_checkpoint(
@@ -145,7 +147,6 @@ class Sampler:
             tokenizer=loaded.tokenizer,
         )
 
-    @adaptive_waiting()
     def generate(
         self,
         cfg: SampleConfig,
@@ -186,14 +187,29 @@ class Sampler:
         first: int = 0,
         every_step: bool = False,
         strategy: Strategy | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[BlockEvent]:
         """Yield each finished block and, with ``every_step``, each forward before it.
 
         Arguments and errors as of :meth:`generate`.
         """
+        with adaptive_waiting():
+            yield from self._stream(cfg, prompts, first, every_step, strategy)
+
+    def _stream(
+        self,
+        cfg: SampleConfig,
+        prompts: Sequence[Prompt],
+        first: int,
+        every_step: bool,
+        strategy: Strategy | None,
+    ) -> Iterator[BlockEvent]:
         rows = [ids for ids in map(self.encode, prompts) for _ in range(cfg.num)]
         cfg = self.resolve(cfg)
         self._check(cfg, rows)
+        if cfg.speculate:
+            check(strategy is None, "strategy", strategy, "None with speculate")
+            yield from self._speculate(cfg, rows, first)
+            return
         fill = strategy or choose(cfg, self.system)
         state = self._start(cfg, rows, first)
         started = time.perf_counter()
@@ -202,7 +218,7 @@ class Sampler:
                 if every_step:
                     sums = zip(state.rows, state.log_prob.tolist(), strict=True)
                     log_prob = {row.number: total for row, total in sums}
-                    yield Progress(state.start, self._blocks(state), False, {}, log_prob)
+                    yield BlockEvent(state.start, self._blocks(state), False, {}, log_prob)
             blocks, start = self._blocks(state), state.start
             state.start += self.block_size
             ended = self._ended(state, cfg)
@@ -216,11 +232,62 @@ class Sampler:
                 )
             if state.end(ended) and state.rows:
                 state.step = self._step(state.cache)
-            yield Progress(start, blocks, True, samples)
+            yield BlockEvent(start, blocks, True, samples)
 
     def length(self, cfg: SampleConfig) -> int:
         """Largest number of tokens of a row, BOS included."""
         return cfg.length or self.window
+
+    def _speculate(
+        self, cfg: SampleConfig, prompts: Sequence[Sequence[int | None]], first: int
+    ) -> Iterator[BlockEvent]:
+        """Yield the new tokens of each forward of self-speculation."""
+        limit, started = self.length(cfg), time.perf_counter()
+        texts = [[self.bos_id, *(t for t in ids if t is not None)] for ids in prompts]
+        run = Speculation(
+            self.model,
+            self.system,
+            cfg,
+            texts,
+            first=first,
+            limit=limit,
+            window=self.window,
+            bos_id=self.bos_id,
+        )
+        self.acceptance = run.acceptance
+        while run.rows:
+            start = min(len(row.ids) for row in run.rows)
+            new = run.step()
+            blocks = {row.number: ids for row, ids in zip(run.rows, new, strict=True)}
+            log_prob = {row.number: row.log_prob for row in run.rows}
+            ended: dict[int, Sample] = {}
+            alive = []
+            for index, (row, tokens) in enumerate(zip(run.rows, new, strict=True)):
+                stop, end = self._stop(row.ids, len(tokens), row.given, limit)
+                if not stop:
+                    alive.append(index)
+                    continue
+                ids = row.ids[1:end]
+                text = None if self.tokenizer is None else self.tokenizer.decode(ids)
+                seconds = time.perf_counter() - started
+                ended[row.number] = Sample(
+                    ids, stop, row.nfe, row.nfe - row.fills, row.log_prob, seconds, text
+                )
+            if len(alive) < len(run.rows):
+                run.keep(alive)
+            yield BlockEvent(start, blocks, True, ended, log_prob)
+
+    def _stop(self, ids: list[int], fresh: int, given: int, limit: int) -> tuple[str, int]:
+        """Why a row ends with one of its ``fresh`` last tokens, and where; "" if it does not."""
+        for end in range(len(ids) - fresh + 1, len(ids) + 1):
+            if ids[end - 1] == self.eos_id:
+                return "eos", end - 1
+            window = ids[end - DEGENERATE_WINDOW : end]
+            if end - given >= DEGENERATE_WINDOW and is_degenerate(window):
+                return "degenerate", end - DEGENERATE_WINDOW
+            if end == limit:
+                return "length", end
+        return "", 0
 
     # --- rows -------------------------------------------------------------------------------
 
@@ -309,12 +376,7 @@ class Sampler:
         return DecodeStep(self.model, cache, self.block_size, scores)
 
     def _window_start(self, start: int) -> int:
-        """First position of the window in which the block at ``start`` is drawn."""
-        beyond = start + self.block_size - self.window
-        if beyond <= 0:
-            return 0
-        shift = max(self.window // 2 // self.block_size, 1) * self.block_size
-        return -(-beyond // shift) * shift
+        return window_start(start, self.block_size, self.window)
 
     def _context(self, start: int) -> range:
         """Positions that the cache holds before the block at ``start`` is drawn.
@@ -405,6 +467,17 @@ class Sampler:
         )
         vocab_size = self.model.vocab_size
         ids = f"ids in [0, {vocab_size}) other than the mask token {self.mask_id}"
+        if cfg.speculate:
+            model = self.model.cfg
+            check(
+                model.causal_clean and self.system.prediction_offset == 0,
+                "speculate",
+                True,
+                "False unless the model has a causal clean stream and is sampled as bd3lm",
+            )
+            check(not model.time_conditioning, "speculate", True, "False with time conditioning")
+            whole = not any(token is None for prompt in prompts for token in prompt)
+            check(whole, "prompt", "a text with holes", "without holes with speculate")
         for token in cfg.forbidden:
             assert isinstance(token, int)  # resolved
             check(0 <= token < vocab_size and token != self.mask_id, "forbidden", token, ids)

@@ -13,12 +13,27 @@ from torch import Tensor
 from bd3lm.model import DecodeStep, KVCache
 
 
+def window_start(start: int, block_size: int, window: int) -> int:
+    """First position of the window in which the block at ``start`` is drawn.
+
+    Args:
+        start: position of the block.
+        block_size: S.
+        window: L, positions of a training row. A row beyond it moves on by half of it.
+    """
+    beyond = start + block_size - window
+    if beyond <= 0:
+        return 0
+    shift = max(window // 2 // block_size, 1) * block_size
+    return -(-beyond // shift) * shift
+
+
 @dataclass
 class RowState:
     """Counters of one row; none of them depends on the other rows of the batch.
 
     Attributes:
-        number: key of its randomness, beside the seed.
+        number: key of its randomness, with the seed.
         start: first position of the first block that has a hole.
         nfe: forwards that scored one of its positions or filled its cache.
         fills: those of them that only filled the cache.
@@ -79,7 +94,7 @@ class SampleState:
 
     @property
     def running(self) -> bool:
-        """Whether any row has not ended."""
+        """Return whether any row has not ended."""
         return not all(row.finished for row in self.rows)
 
     def end(self, finished: Container[int]) -> bool:

@@ -51,7 +51,7 @@ class Autoregressive(System):
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Sum of the next-token cross-entropy, in nats."""
-        select, weight = whole_tiles(batch)
+        select, weight = whole_tiles(batch.masked, batch.weight)
         features = self._features(model, batch.x0, select, batch.doc_ids)
         return self.head_loss(model, features, flat_targets(batch.x0, select), weight)[0]
 

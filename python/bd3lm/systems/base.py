@@ -15,8 +15,9 @@ from torch import Tensor
 from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
-from bd3lm.model import Transformer, head_cross_entropy
+from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
 from bd3lm.model.head import TILE_ROWS
+from bd3lm.systems.parts import LossParts
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(xt [B, L], select [M], mask_prob [B, K]) -> features [M, D]`` of the selected positions; the
@@ -46,13 +47,18 @@ class System(ABC):
     """1 if the features at position i-1 predict token i (AR), 0 if those at i do."""
 
     unnormalized_scores: ClassVar[bool] = False
-    """Whether scores need not sum to one. An ancestral step then reads their sum to decide how many
+    """True if scores need not sum to one. An ancestral step then reads their sum to decide how many
     positions it reveals."""
+
+    chunked_loss: ClassVar = staticmethod(head_cross_entropy)
+    """Loss of the head, chunk by chunk: :func:`head_cross_entropy` or the score entropy."""
 
     def __init__(self, block_size: int, mask_id: int, schedule: Schedule | None = None) -> None:
         self.block_size = block_size
         self.mask_id = mask_id
         self.schedule = schedule or Schedule("loglinear")
+        self.parts = LossParts()
+        """Losses of the parts of the objective, where there are several."""
 
     @classmethod
     @abstractmethod
@@ -78,7 +84,7 @@ class System(ABC):
         return None
 
     def update_noise_after_step(self, step: int) -> None:
-        """Update the noise of later steps from what ``step`` optimizer steps have measured."""
+        """Update the noise of later steps from the measurements of ``step`` optimizer steps."""
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
         """Restrict noise levels to this clip from the next step on; None: all levels."""
@@ -102,9 +108,10 @@ class System(ABC):
     def head_loss(
         self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sum of weight·CE, and the CE of every position [M], from features [M, D]."""
+        """Sum of weight·loss, and the loss of every position [M], from features [M, D]."""
         head = model.head
-        return head_cross_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
+        inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
+        return self.chunked_loss(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
         """Unweighted loss of the selected positions [M], from their features [M, D]."""
@@ -159,8 +166,8 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
     return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
 
 
-def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Pad the masked positions to a multiple of the tile size, with weight 0.
+def whole_tiles(select: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad positions and weights [M] to a multiple of the tile size, with weight 0.
 
     PyTorch's CPU matrix products cache one compiled kernel per number of rows. Without padding,
     every step of the tiny model would add 6 MB, because each masks another number of tokens.
@@ -168,11 +175,11 @@ def whole_tiles(batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(select, weight)``, int64 and float32 [M rounded up].
     """
-    more = -len(batch.masked) % TILE_ROWS
+    more = -len(select) % TILE_ROWS
     if not more:
-        return batch.masked, batch.weight
-    select = torch.cat([batch.masked, batch.masked[-1:].expand(more)])
-    return select, torch.cat([batch.weight, batch.weight.new_zeros(more)])
+        return select, weight
+    padded = torch.cat([select, select[-1:].expand(more)])
+    return padded, torch.cat([weight, weight.new_zeros(more)])
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:

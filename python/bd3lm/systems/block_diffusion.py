@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -9,69 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3lm.config import NoiseConfig, TrainConfig
-from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule, Weighting
+from bd3lm.config import NoiseConfig, ObjectiveConfig, TrainConfig
+from bd3lm.data import Batch, Dataset, NoiseSpec
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
-from bd3lm.systems.learned_noise import CountDistribution, rarity_exponents
-
-
-def schedule_of(cfg: NoiseConfig, *, training: bool = False) -> Schedule:
-    """Build the noise schedule of these settings.
-
-    Args:
-        cfg: the settings.
-        training: apply ``paper_weights``. Likelihoods and samplers leave it out: they need the
-            exact weight and an inverse.
-
-    Raises:
-        ConfigError: a parameter out of range.
-    """
-    assert not isinstance(cfg.schedule_table, str), "NoiseConfig reads the file"
-    return Schedule(
-        cfg.schedule,
-        mu=cfg.mu,
-        sigma=cfg.sigma,
-        mu2=cfg.mu2,
-        sigma2=cfg.sigma2,
-        mixture=cfg.mixture,
-        paper_weights=cfg.paper_weights and training,
-        points=cfg.schedule_table,
-    )
-
-
-def noise_spec(
-    cfg: NoiseConfig,
-    clip: tuple[float, float] | None,
-    *,
-    count_probs: list[float] | None = None,
-    gamma: NDArray[np.float32] | None = None,
-    time_conditioned: bool = False,
-) -> NoiseSpec:
-    """Build the loader's noise from the settings and from what training has learned.
-
-    Args:
-        cfg: the settings.
-        clip: levels to train on.
-        count_probs: fitted q(k).
-        gamma: exponents of masking by frequency.
-        time_conditioned: whether the model reads the noise level.
-
-    Raises:
-        ConfigError: a schedule parameter, clip or combination outside docs/math.md §2–4.
-    """
-    return NoiseSpec(
-        schedule_of(cfg, training=True),
-        estimator=cfg.estimator,
-        clip=clip,
-        resample=cfg.resample and clip is not None,
-        weighting=Weighting(cfg.weighting, k=cfg.weighting_k),
-        count_probs=count_probs,
-        gamma=gamma,
-        time_conditioned=time_conditioned,
-    )
+from bd3lm.systems.learned_noise import rarity_exponents
+from bd3lm.systems.sized_noise import SizedNoise, schedule_of
 
 
 class BlockDiffusion(System):
@@ -90,103 +36,177 @@ class BlockDiffusion(System):
         noise: NoiseConfig | None = None,
         *,
         time_conditioned: bool = False,
+        objective: ObjectiveConfig | None = None,
+        seed: int = 1,
     ) -> None:
         self._cfg = noise or NoiseConfig()
-        self._time_conditioned = time_conditioned
+        self._objective = objective or ObjectiveConfig()
+        self._time_conditioned, self._seed = time_conditioned, seed
         super().__init__(block_size, mask_id, schedule_of(self._cfg))
         if self._cfg.resample and self._cfg.clip is None and not self._cfg.clip_search:
             raise ConfigError(
                 "noise.resample", True, "False without noise.clip or noise.clip-search"
             )
-        self.clip = self._cfg.clip
-        self._gamma: NDArray[np.float32] | None = None
-        self._counts = CountDistribution(block_size) if self._cfg.fit_counts else None
-        self._renew()
+        self.sizes = self._objective.block_sizes or (block_size,)
+        self._noises = {
+            size: SizedNoise(size, self._cfg, time_conditioned=time_conditioned)
+            for size in self.sizes
+        }
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
-        """Build the system with the run's block size and noise.
+        """Build the system with the run's block size, noise and objective.
 
         Raises:
-            ConfigError: a clip search for a model that is told the noise level.
+            ConfigError: a clip search for a time-conditioned model.
         """
         if cfg.noise.clip_search and cfg.model.time_conditioning:
             raise ConfigError("noise.clip-search", True, "False with model.time-conditioning")
-        return cls(cfg.block, mask_id, cfg.noise, time_conditioned=cfg.model.time_conditioning)
+        return cls(
+            cfg.block,
+            mask_id,
+            cfg.noise,
+            time_conditioned=cfg.model.time_conditioning,
+            objective=cfg.objective,
+            seed=cfg.seed,
+        )
+
+    def at(self, size: int) -> BlockDiffusion:
+        """This system at one of its block sizes; they share what is learned of that size."""
+        if self.sizes == (size,):
+            return self
+        objective = replace(self._objective, block_sizes=())
+        told = self._time_conditioned
+        alone = BlockDiffusion(
+            size, self.mask_id, self._cfg, time_conditioned=told, objective=objective
+        )
+        alone._noises = {size: self._noises[size]}
+        return alone
+
+    def size_of(self, step: int) -> int:
+        """S of a step: with several, drawn uniformly, a function of (seed, step) alone."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        bits = np.random.Philox(key=[self._seed, step], counter=[0, 0, 3, 0])
+        return self.sizes[int(np.random.Generator(bits).integers(len(self.sizes)))]
 
     def noise(self, step: int) -> NoiseSpec:
         """Noise of the settings, with the learned clip, counts and rarity."""
-        return self._noise
-
-    def _renew(self) -> None:
-        probs = None if self._counts is None else self._counts.probs
-        self._noise = noise_spec(
-            self._cfg,
-            self.clip,
-            count_probs=probs,
-            gamma=self._gamma,
-            time_conditioned=self._time_conditioned,
-        )
+        return self._noises[self.size_of(step)].spec
 
     def fit_to_data(self, data: Dataset | TokenArrays) -> None:
         """Rank the tokens by rarity, for masking by frequency."""
         if self._cfg.frequency_gap > 0:
-            self._gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
-            self._renew()
+            gamma = rarity_exponents(data.token_counts(), self._cfg.frequency_gap)
+            for noise in self._noises.values():
+                noise.set_rarity(gamma)
 
     def observations(self) -> Tensor | None:
         """Losses by masked count of this step, if the distribution of counts is fitted."""
-        return None if self._counts is None else self._counts.observed
+        every = (noise.observations for noise in self._noises.values())
+        return next((sums for sums in every if sums is not None), None)
 
     def update_noise_after_step(self, step: int) -> None:
         """Refit the distribution of counts every few steps, if it is fitted."""
-        if self._counts is not None and self._counts.update_noise_after_step(step):
-            self._renew()
+        for noise in self._noises.values():
+            noise.update_after_step(step)
+
+    @property
+    def _own(self) -> SizedNoise:
+        return self._noises[self.block_size]
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """Levels to train on at the system's block size; None: all."""
+        return self._own.clip
 
     def set_clip(self, clip: tuple[float, float] | None) -> None:
-        """Restrict noise levels to this clip from the next step on."""
-        self.clip = clip
-        self._renew()
+        """Restrict noise levels at the system's block size to this clip from the next step on."""
+        self._own.set_clip(clip)
 
     @property
     def count_probs(self) -> NDArray[np.float64] | None:
         """Fitted or uniform q(k) for k = 1..S; None if levels are drawn instead of counts."""
-        if self._cfg.estimator != "count":
-            return None
-        if self._counts is not None and self._counts.probs is not None:
-            return np.array(self._counts.probs)
-        return np.full(self.block_size, 1.0 / self.block_size)
+        return self._own.count_probs
 
     def state(self) -> dict[str, Any]:
-        """The clip and the fitted distribution of counts."""
-        counts = None if self._counts is None else self._counts.state()
-        return {"clip": self.clip, "counts": counts}
+        """The clip and the fitted distribution of counts, of every block size."""
+        others = {
+            str(s): noise.state() for s, noise in self._noises.items() if s != self.block_size
+        }
+        return self._own.state() | ({"sizes": others} if others else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state`."""
-        self.clip = None if state["clip"] is None else tuple(state["clip"])
-        if self._counts is not None:
-            self._counts.load_state(state["counts"])
-        self._renew()
+        self._own.load_state(state)
+        for size, noise in self._noises.items():
+            if size != self.block_size:
+                noise.load_state(state["sizes"][str(size)])
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
-        """Sum of weight·CE over the masked positions, in nats."""
+        """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
-        select, weight = whole_tiles(batch)
-        if self.block_size == batch.x0.shape[1]:
+        if batch.step < self._objective.ar_steps:
+            return self._ar_loss(model, batch)
+        if self._objective.ar_weight:
+            return self._joint_loss(model, batch, sigma)
+        size = batch.block_size
+        select, weight = whole_tiles(batch.masked, batch.weight)
+        if size == batch.x0.shape[1]:
             features = model.encode(
-                batch.xt, self.block_size, select=select, doc_ids=batch.doc_ids, sigma=sigma
+                batch.xt, size, select=select, doc_ids=batch.doc_ids, sigma=sigma
             )
         else:
             features = model.denoise(
-                batch.xt, batch.x0, self.block_size, select, doc_ids=batch.doc_ids, sigma=sigma
+                batch.xt, batch.x0, size, select, doc_ids=batch.doc_ids, sigma=sigma
             )
         target = flat_targets(batch.x0, select)
         loss, nats = self.head_loss(model, features, target, weight)
-        if self._counts is not None:
-            masked = batch.masked
-            self._counts.observe(nats[: len(masked)], masked, batch.mask_prob.numel())
+        self._observe(nats, batch)
+        if len(self.sizes) > 1:
+            self.parts.add(f"loss_S{size}", loss, batch.num_noisable)
         return loss
+
+    def _joint_loss(self, model: Transformer, batch: Batch, sigma: Tensor | None) -> Tensor:
+        """Add the next-token loss of the causal clean stream."""
+        objective, masked, noisable = self._objective, batch.masked, batch.num_noisable
+        chosen, number = batch.noisable.flatten(), noisable
+        if objective.ar_tokens == "unmasked":
+            chosen = chosen.index_fill(0, masked, False)
+            number -= len(masked)
+        after = torch.nonzero_static(chosen, size=number).flatten()
+        share = objective.ar_weight * noisable / max(number, 1)
+        after, ar_weight = whole_tiles(after, torch.full_like(after, share, dtype=torch.float32))
+        select, weight = whole_tiles(masked, batch.weight)
+        features = model.denoise_and_predict(
+            batch.xt,
+            batch.x0,
+            batch.block_size,
+            select,
+            after - 1,
+            doc_ids=batch.doc_ids,
+            sigma=sigma,
+        )
+        target = flat_targets(batch.x0, torch.cat([select, after]))
+        loss, nats = self.head_loss(model, features, target, torch.cat([weight, ar_weight]))
+        self._observe(nats, batch)
+        of_noised = (nats[: len(masked)] * batch.weight).sum()
+        self.parts.add(f"loss_S{batch.block_size}", of_noised, noisable)
+        self.parts.add("loss_ar", nats[len(select) :][:number].sum(), number)
+        return loss
+
+    def _ar_loss(self, model: Transformer, batch: Batch) -> Tensor:
+        """The next-token loss alone, of the clean stream alone."""
+        number = batch.num_noisable
+        after = torch.nonzero_static(batch.noisable.flatten(), size=number).flatten()
+        after, weight = whole_tiles(after, torch.ones_like(after, dtype=torch.float32))
+        features = model.encode(batch.x0, 1, select=after - 1, doc_ids=batch.doc_ids)
+        loss, _ = self.head_loss(model, features, flat_targets(batch.x0, after), weight)
+        self.parts.add("loss_ar", loss, number)
+        return loss
+
+    def _observe(self, nats: Tensor, batch: Batch) -> None:
+        self._noises[batch.block_size].observe(nats, batch.masked, batch.mask_prob.numel())
 
     def denoiser(self, model: Transformer, x0: Tensor, doc_ids: Tensor | None) -> Denoiser:
         """Encode the clean stream once; each call then runs one noised stream against its cache."""

@@ -60,16 +60,19 @@ class CountDistribution:
             self.observed[1].index_add_(0, count.long(), finite.float())
 
     def update_noise_after_step(self, step: int) -> bool:
-        """Decay the averages; refit q every :data:`EVERY` steps. Returns whether q changed."""
-        new, self.observed = self.observed, None
-        if new is not None:
-            self._sums = new if self._sums is None else self._sums.to(new.device) + new
-        if self._sums is None:
+        """Add this step's sums, if there are any, and refit q every :data:`EVERY` steps.
+
+        Returns:
+            Whether q changed.
+        """
+        added, sums = self.observed, self._sums
+        if added is not None:
+            sums = added + (0.0 if sums is None else sums.to(added.device))
+            self._sums, self.observed = sums * DECAY, None
+        if sums is None or step % EVERY:
             return False
-        if step % EVERY == 0:
-            self.probs = fitted(*self._sums[:, 1:].double().cpu().numpy())
-        self._sums = self._sums * DECAY
-        return step % EVERY == 0
+        self.probs = fitted(*sums[:, 1:].double().cpu().numpy())
+        return True
 
     def state(self) -> dict[str, Any]:
         """Averages and q as plain JSON."""
@@ -87,8 +90,9 @@ def fitted(squares: NDArray[np.float64], seen: NDArray[np.float64]) -> list[floa
 
     Counts without blocks get the mean of the others.
 
-    >>> [round(x, 3) for x in fitted(np.array([4.0, 1.0]), np.array([1.0, 1.0]))]
-    [0.65, 0.35]
+    Examples:
+        >>> [round(x, 3) for x in fitted(np.array([4.0, 1.0]), np.array([1.0, 1.0]))]
+        [0.65, 0.35]
     """
     known = seen > 0
     if not known.any():

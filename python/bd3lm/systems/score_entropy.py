@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.config import TrainConfig, check
-from bd3lm.model import Transformer, head_score_entropy
+from bd3lm.model import head_score_entropy
 from bd3lm.systems.block_diffusion import BlockDiffusion
 
 
@@ -23,6 +23,7 @@ class ScoreEntropy(BlockDiffusion):
 
     name = "sedd"
     unnormalized_scores = True
+    chunked_loss = staticmethod(head_score_entropy)
 
     @classmethod
     def from_config(cls, cfg: TrainConfig, mask_id: int) -> Self:
@@ -38,13 +39,6 @@ class ScoreEntropy(BlockDiffusion):
             "True for system = sedd, with model.cond-width > 0: its ratios depend on the level",
         )
         return super().from_config(cfg, mask_id)
-
-    def head_loss(
-        self, model: Transformer, features: Tensor, target: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of weight·(score entropy), and that of every position [M], from features [M, D]."""
-        head = model.head
-        return head_score_entropy(features, head.weight, head.bias, target, weight, self.mask_id)
 
     def reveal_mass(self, logits: Tensor) -> Tensor:
         """Sum of e^{raw_y} / (V-1) over all tokens y but the mask, float64 [R].

@@ -1,10 +1,15 @@
 """The training loop, and the life of a run on disk."""
 
-from bd3lm.training.directory import holds_run
-from bd3lm.training.metrics import read_metrics
-from bd3lm.training.reporter import Reporter
-from bd3lm.training.run import run_training, saved_config, train_only
-from bd3lm.training.trainer import Trainer
+from typing import TYPE_CHECKING
+
+from bd3lm.lazy import imported_on_use
+
+if TYPE_CHECKING:
+    from bd3lm.training.directory import holds_run
+    from bd3lm.training.metrics import read_metrics
+    from bd3lm.training.reporter import Reporter
+    from bd3lm.training.run import run_training, saved_config, train_only
+    from bd3lm.training.trainer import Trainer
 
 __all__ = [
     "Reporter",
@@ -15,3 +20,16 @@ __all__ = [
     "saved_config",
     "train_only",
 ]
+
+__getattr__ = imported_on_use(
+    "bd3lm.training",
+    {
+        "Reporter": "reporter",
+        "Trainer": "trainer",
+        "holds_run": "directory",
+        "read_metrics": "metrics",
+        "run_training": "run",
+        "saved_config": "run",
+        "train_only": "run",
+    },
+)

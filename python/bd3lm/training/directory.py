@@ -1,4 +1,4 @@
-"""The directory of a run: who may write to it, and what is left of a failed start."""
+"""The directory of a run: its lock, and cleaning up after a failed start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bd3lm.errors import ExistsError, InterruptedRunError, LostRankError
+from bd3lm.errors import CheckpointError, ExistsError, InterruptedRunError, LostRankError
 from bd3lm.files import storage_errors
 
 LOCK = ".lock"
@@ -18,8 +18,22 @@ LOCK = ".lock"
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run was begun in a directory."""
+    """Return whether a run was begun in a directory."""
     return (out / "config.json").is_file()
+
+
+def check_holds_run(out: Path) -> None:
+    """Refuse to resume where no run was begun.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if holds_run(out):
+        return
+    way = "give the settings of a new run, or start it without --resume"
+    if _foreign(out):
+        way = "empty it, and start the run without --resume"
+    raise CheckpointError(f"{out} holds no run to resume (no config.json); {way}")
 
 
 @contextmanager
@@ -44,7 +58,7 @@ def run_directory(out: Path, *, resume: bool) -> Iterator[None]:
         _check_free(out, resume)
         yield
     finally:
-        if not any(path.name != LOCK for path in _entries(out)):
+        if not _foreign(out):
             with suppress(OSError):  # nothing was made in it
                 (out / LOCK).unlink()
             if fresh:
@@ -74,16 +88,21 @@ def removed_on_failure(out: Path) -> Iterator[None]:
 
 
 def _check_free(out: Path, resume: bool) -> None:
-    if resume:
-        return
     if holds_run(out):
+        if resume:
+            return
         raise ExistsError(
             f"{out} already holds a run; choose another --out, or continue it with --resume"
         )
     if out.exists() and not out.is_dir():
         raise ExistsError(f"{out} is a file; choose another --out")
-    if any(path.name != LOCK for path in _entries(out)):
+    if _foreign(out):  # a run that fails to start would remove it
         raise ExistsError(f"{out} is not empty and holds no run; empty it, or choose another --out")
+
+
+def _foreign(out: Path) -> list[Path]:
+    """What a directory holds that no run has left, killed before it wrote its settings."""
+    return [path for path in _entries(out) if path.name not in (LOCK, ".config.json.partial")]
 
 
 def _entries(out: Path) -> list[Path]:

@@ -6,13 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from bd3lm.errors import Bd3lmError, OutOfMemoryError
+from bd3lm.errors import Bd3lmError, OutOfMemoryError, is_out_of_memory
 from bd3lm.files import storage_errors
-
-_ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate")
-"""How PyTorch's allocators say that there is no memory: a plain RuntimeError on the CPU."""
 
 
 @contextmanager
@@ -35,10 +30,9 @@ def explained(out: Path) -> Iterator[None]:
         with storage_errors(Path(error.filename) if isinstance(error.filename, str) else out):
             raise
     except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        host = isinstance(error, MemoryError) or any(phrase in text for phrase in _ALLOCATION)
-        if not host and not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
+        text = " ".join(str(error).split())
         raise OutOfMemoryError(
             "there is not enough memory for this run; lower micro-batch, eval.batch-size or "
             f"sample.num, or set recompute ({text[:200] or 'MemoryError'})"

@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 
 class StepGuard:
-    """Tells finite steps from others without a wait of the host for the device.
+    """Detects steps that are not finite, without a wait of the host for the device.
 
     Sums and counts stay on the device until :meth:`look` fetches them in one transfer.
 

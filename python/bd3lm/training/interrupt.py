@@ -11,7 +11,7 @@ from typing import Any
 from bd3lm.errors import InterruptedRunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Slurm, Kubernetes and spot machines send SIGTERM (Slurm also SIGUSR1, where asked) and wait a
+"""Slurm, Kubernetes and spot machines send SIGTERM (Slurm also SIGUSR1, if configured) and wait a
 while; a closed terminal sends SIGHUP."""
 
 

@@ -56,7 +56,7 @@ class MetricsLog:
             write_text(self.file, text)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path | str) -> list[dict[str, Any]]:
     """Read the lines of a ``metrics.jsonl``.
 
     A crash of the machine or a full disk can leave half a line, or NUL bytes. Lines that are no
@@ -65,7 +65,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     Raises:
         StorageError: the system refuses to read it.
     """
-    return list(_lines(file))
+    return list(_lines(Path(file)))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -18,9 +18,10 @@ from bd3lm.training.shards import fill, gradient_norms, is_sharded, local
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
     """Share of the peak learning rate at a step: linear warm-up, constant, linear decay to 0.
 
-    >>> cfg = OptimConfig(warmup_steps=10, decay_fraction=0.5)
-    >>> [round(lr_factor(s, 100, cfg), 2) for s in (0, 9, 50, 75, 99)]
-    [0.1, 1.0, 1.0, 0.5, 0.02]
+    Examples:
+        >>> cfg = OptimConfig(warmup_steps=10, decay_fraction=0.5)
+        >>> [round(lr_factor(s, 100, cfg), 2) for s in (0, 9, 50, 75, 99)]
+        [0.1, 1.0, 1.0, 0.5, 0.02]
     """
     warm = min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
     decay_steps = cfg.decay_fraction * steps
@@ -54,7 +55,7 @@ class Driver(Protocol):
     param_groups: list[dict[str, Any]]
     """Each with ``params`` and ``weight_decay``; ``lr`` is set before every step."""
     state: dict[Tensor, dict[str, Tensor]]
-    """Of every parameter, complete from the start."""
+    """State of every parameter, complete from the start."""
 
     def step(self, finite: Tensor | None = None) -> None:
         """Update every parameter that has a gradient.

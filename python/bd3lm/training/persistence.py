@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,9 +123,10 @@ def _read(trainer: Trainer) -> int:
 
 
 def start_from(trainer: Trainer, path: Path) -> None:
-    """Begin with the averaged weights of another run (and its optimizer's state, if asked).
+    """Begin with the averaged weights of another run.
 
-    The learning-rate schedule, the data order and the average begin anew.
+    With ``init_optimizer`` its optimizer's state is loaded too. The learning-rate schedule, the
+    data order and the average begin anew.
 
     Raises:
         CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
@@ -169,6 +171,7 @@ def _numbers(trainer: Trainer) -> dict[str, Any]:
         "last": trainer.last,
         "best": trainer.best,
         "system": trainer.system.state(),
+        "parts": trainer.system.parts.state(),
     }
 
 
@@ -193,6 +196,9 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     trainer.best = None if best is None else state.floating("best")
     state.record("system")
     restore_system(trainer.system, meta.learned, state.source)
+    if "parts" in state.values:  # older checkpoints have none
+        parts = state.record("parts")
+        trainer.system.parts.load_state({name: parts.floats(name, 2) for name in parts.values})
 
 
 def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
@@ -235,7 +241,7 @@ def _check_data(trainer: Trainer, meta: Meta) -> None:
             data = trainer.train if split == "train" else trainer.valid
             raise CheckpointError(
                 f"{data.path} is not the data that this run was trained on (its digest differs); "
-                f"restore it, or begin another run with --init-from {meta.path}"
+                f"restore it, or begin another run with --init-from {shlex.quote(str(meta.path))}"
             )
 
 

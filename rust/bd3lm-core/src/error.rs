@@ -53,7 +53,7 @@ pub enum Error {
     EmptyCorpus {
         /// The inputs, joined by commas.
         inputs: String,
-        /// What became of the records that were read.
+        /// Outcome of the records that were read.
         reason: String,
     },
     /// A split of a corpus of which one side would be empty.
@@ -105,7 +105,7 @@ pub enum Error {
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// Which check failed.
+        /// The check that failed.
         reason: String,
     },
     /// A token id that the vocabulary does not hold.
@@ -113,7 +113,7 @@ pub enum Error {
     TokenOutOfRange {
         /// The offending id.
         id: i64,
-        /// Where it was met.
+        /// The place of the id.
         place: String,
         /// Ids allowed are `0..vocab_size`.
         vocab_size: u64,

@@ -10,7 +10,7 @@ pub enum In<'py> {
     Bf16(PyReadonlyArray1<'py, i16>),
 }
 
-/// As [`In`], writable.
+/// Writable form of [`In`].
 pub enum Out<'py> {
     F32(PyReadwriteArray1<'py, f32>),
     Bf16(PyReadwriteArray1<'py, i16>),

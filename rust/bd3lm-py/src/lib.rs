@@ -4,6 +4,7 @@ mod arrays;
 mod attention;
 mod errors;
 mod fused;
+mod interrupt;
 mod logits;
 mod noise;
 mod packed;

@@ -10,6 +10,7 @@ use crate::errors::to_py;
 /// Adds this module's functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cross_entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(distribution, m)?)?;
     m.add_function(wrap_pyfunction!(draw, m)?)
 }
 
@@ -70,5 +71,36 @@ fn draw(
         forbidden: &forbidden,
     };
     py.detach(|| categorical::draw(logits, shaped, uniform, shaping, token, log_p, threads))
+        .map_err(to_py)
+}
+
+/// Multiples of the probabilities that [`draw`] draws from, [R, V], and their sums (see
+/// `bd3lm_core::kernels::categorical`).
+#[pyfunction]
+#[pyo3(signature = (logits, mass, total, *, temperature, top_k, top_p, forbidden, threads))]
+#[allow(clippy::too_many_arguments)]
+fn distribution(
+    py: Python<'_>,
+    logits: PyReadonlyArray1<'_, f32>,
+    mut mass: PyReadwriteArray1<'_, f32>,
+    mut total: PyReadwriteArray1<'_, f64>,
+    temperature: f32,
+    top_k: Option<usize>,
+    top_p: f64,
+    forbidden: Vec<usize>,
+    threads: usize,
+) -> PyResult<()> {
+    let (logits, mass, total) = (
+        logits.as_slice()?,
+        mass.as_slice_mut()?,
+        total.as_slice_mut()?,
+    );
+    let shaping = categorical::Shaping {
+        temperature,
+        top_k,
+        top_p,
+        forbidden: &forbidden,
+    };
+    py.detach(|| categorical::distribution(logits, shaping, mass, total, threads))
         .map_err(to_py)
 }

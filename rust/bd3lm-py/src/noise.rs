@@ -45,7 +45,7 @@ pub struct PySchedule(Schedule);
 
 #[pymethods]
 impl PySchedule {
-    /// From the settings of one: its name and its parameters.
+    /// Builds a schedule from its name and its parameters.
     #[new]
     fn new(settings: &Bound<'_, PyAny>) -> PyResult<Self> {
         let settings: ScheduleSettings = depythonize(settings)?;
@@ -124,7 +124,8 @@ pub struct PyNoiseSpec(pub NoiseSpec);
 
 #[pymethods]
 impl PyNoiseSpec {
-    /// From all settings, and a factor for each token id where masking goes by frequency.
+    /// Builds a specification from its settings, and a factor for each token id where masking goes
+    /// by frequency.
     #[new]
     fn new(
         settings: &Bound<'_, PyAny>,

@@ -102,8 +102,8 @@ impl PackedBlock {
         block.checked().map(Self).map_err(to_py)
     }
 
-    /// From the residual stream `h` [B, T, D] to queries `q` [B, T, H·Dh], and to keys and values
-    /// in the cache, each [B, Hkv, capacity, Dh], from position `first` on; all flat.
+    /// Projects the residual stream `h` [B, T, D] to queries `q` [B, T, H·Dh], and to keys and
+    /// values in the cache, each [B, Hkv, capacity, Dh], from position `first` on; all flat.
     #[expect(clippy::too_many_arguments, reason = "buffers")]
     fn project(
         &self,

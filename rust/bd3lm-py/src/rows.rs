@@ -35,7 +35,6 @@ pub struct PyRowPlan {
     ahead: ReadAhead,
     /// Batches that were gathered.
     batches: AtomicU64,
-    block_size: usize,
     documents: bool,
 }
 
@@ -43,7 +42,7 @@ pub struct PyRowPlan {
 const BATCHES_BETWEEN_LOOKS: u64 = 64;
 
 impl PyRowPlan {
-    /// Now and then, checks that nobody wrote to the token file.
+    /// Checks from time to time that nobody wrote to the token file.
     fn check_unchanged(&self) -> PyResult<()> {
         let batch = self.batches.fetch_add(1, Ordering::Relaxed);
         if !batch.is_multiple_of(BATCHES_BETWEEN_LOOKS) {
@@ -79,7 +78,6 @@ impl PyRowPlan {
             plan,
             ahead: ReadAhead::default(),
             batches: AtomicU64::new(0),
-            block_size,
             documents,
         })
     }
@@ -144,10 +142,13 @@ impl PyRowPlan {
         Ok((x0, noisable, doc_ids.filter(|_| padded || self.documents)))
     }
 
-    /// Fills a training batch: ids `x0` and `xt` [B, L], levels `mask_prob` [B, K], and the flat
-    /// positions and weights of masked tokens, of which the first so many are written; `doc_ids`
-    /// [B, L] may be empty where no row pads. Returns (noisable tokens, masked tokens, any padding).
-    #[pyo3(signature = (spec, key, rows, *, x0, doc_ids, xt, mask_prob, masked, masked_weight))]
+    /// Fills a training batch noised in blocks of S: ids `x0` and `xt` [B, L], `noisable` flags
+    /// [B, L], levels `mask_prob` [B, K], and the flat positions and weights of masked tokens, of
+    /// which the first so many are written; `doc_ids` [B, L] may be empty where no row pads.
+    /// Returns (noisable tokens, masked tokens, any padding).
+    #[pyo3(signature = (
+        spec, key, rows, block_size, *, x0, noisable, doc_ids, xt, mask_prob, masked, masked_weight
+    ))]
     #[allow(clippy::too_many_arguments)]
     fn gather_noised(
         &self,
@@ -155,7 +156,9 @@ impl PyRowPlan {
         spec: &PyNoiseSpec,
         key: Key,
         rows: PyReadonlyArray1<'_, u64>,
+        block_size: usize,
         mut x0: PyReadwriteArray1<'_, i64>,
+        mut noisable: PyReadwriteArray1<'_, u8>,
         mut doc_ids: PyReadwriteArray1<'_, i32>,
         mut xt: PyReadwriteArray1<'_, i64>,
         mut mask_prob: PyReadwriteArray1<'_, f32>,
@@ -164,17 +167,18 @@ impl PyRowPlan {
     ) -> PyResult<(u64, usize, bool)> {
         let rows = rows.as_slice()?;
         let (x0, doc_ids) = (x0.as_slice_mut()?, doc_ids.as_slice_mut()?);
+        let noisable = noisable.as_slice_mut()?;
         let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
         let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
         self.check_unchanged()?;
         let filled = py
             .detach(|| {
                 // These stay here.
-                let (mut noisable, mut mask) = (vec![0; x0.len()], vec![0; x0.len()]);
+                let mut mask = vec![0; x0.len()];
                 let mut weight = vec![0.0; mask_prob.len()];
                 let clean = CleanBatch {
                     x0,
-                    noisable: &mut noisable,
+                    noisable,
                     doc_ids,
                 };
                 let noise = NoiseBatch {
@@ -189,7 +193,7 @@ impl PyRowPlan {
                     masked_weight,
                 };
                 let (store, plan) = (&self.store, &self.plan);
-                let (s, documents) = (self.block_size, self.documents);
+                let (s, documents) = (block_size, self.documents);
                 self.ahead.around(store, plan, rows, || {
                     let key = noise_key(key);
                     batch::gather_noised(store, plan, &spec.0, key, rows, s, documents, clean, out)

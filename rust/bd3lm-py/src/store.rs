@@ -17,6 +17,7 @@ use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
+use crate::interrupt::interruptible;
 
 /// Adds this module's classes and functions to `_core`.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -56,9 +57,9 @@ impl PyTokenStore {
             Some(true) => Verify::Always,
             Some(false) => Verify::Never,
         };
-        py.detach(|| TokenStore::open(&path, verify))
+        let stop = AtomicBool::new(false);
+        interruptible(py, &stop, || TokenStore::open_unless(&path, verify, &stop))
             .map(|store| PyTokenStore(Arc::new(store)))
-            .map_err(to_py)
     }
 
     #[staticmethod]
@@ -97,9 +98,10 @@ impl PyTokenStore {
         Some(serde_json::to_string(manifest).expect("a manifest is plain JSON"))
     }
 
-    /// How often each id occurs.
+    /// Number of occurrences of each id.
     fn token_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
-        let counts = py.detach(|| self.0.token_counts()).map_err(to_py)?;
+        let stop = AtomicBool::new(false);
+        let counts = interruptible(py, &stop, || self.0.token_counts(&stop))?;
         Ok(PyArray1::from_vec(py, counts))
     }
 
@@ -116,7 +118,7 @@ impl PyTokenStore {
     }
 }
 
-/// How text files are read, as keyword arguments in Python.
+/// Options of reading text files, as keyword arguments in Python.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct Reading {
@@ -168,15 +170,16 @@ fn parquet_rows(path: PathBuf) -> PyResult<u64> {
 #[pyfunction]
 #[pyo3(signature = (inputs, *, reading))]
 fn count_records(py: Python<'_>, inputs: Vec<PathBuf>, reading: Reading) -> PyResult<u64> {
+    let options = reading.options().map_err(to_py)?;
+    let mut reader = Reader::new(&options);
+    let stop = reader.stop.clone();
     let count = || {
-        let options = reading.options()?;
-        let mut reader = Reader::new(&options);
         for input in text::expand(&inputs, &options)? {
             reader.read(&input, &mut |_| Ok(()))?;
         }
         Ok(reader.records().read)
     };
-    py.detach(count).map_err(to_py)
+    interruptible(py, &stop, count)
 }
 
 /// Threads that this process may run at once.

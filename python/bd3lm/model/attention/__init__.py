@@ -1,6 +1,6 @@
 """Block-diffusion attention: one mask description, several backends, one entry point."""
 
-from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals
+from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals, RangeMask
 from bd3lm.model.attention.registry import AUTO, BACKENDS, Backend, attend, choose
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "BlockMask",
     "CachedMask",
     "Intervals",
+    "RangeMask",
     "attend",
     "choose",
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3lm.model.attention.mask import BlockMask, CachedMask
+from bd3lm.model.attention.mask import BlockMask, CachedMask, RangeMask
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -29,6 +29,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     empty = ~allowed.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, enable_gqa=gqa)
     return out.masked_fill(empty, 0.0)
+
+
+def dense_ranges(q: Tensor, k: Tensor, v: Tensor, mask: RangeMask) -> Tensor:
+    """Run :func:`dense_attention` over any ranges; every query sees a key."""
+    allowed = mask.dense(k.shape[2])[:, None]
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=gqa)
 
 
 def dense_cached(q: Tensor, k: Tensor, v: Tensor, mask: CachedMask) -> Tensor:

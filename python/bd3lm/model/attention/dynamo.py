@@ -1,4 +1,4 @@
-"""What ``torch.compile`` is told about this package, without importing the compiler."""
+"""Marks for ``torch.compile``, set without importing the compiler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 MARK = "_dynamo_marked_constant"
-"""Where the compiler looks for it."""
+"""Attribute of a function that the compiler reads."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 

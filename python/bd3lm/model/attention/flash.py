@@ -19,7 +19,7 @@ LIMITS = (
 
 @fixed_while_compiling
 def available() -> bool:
-    """Whether there is a GPU and the package is installed; the package is not imported."""
+    """Return whether there is a GPU and the package is installed; the package is not imported."""
     return torch.cuda.is_available() and find_spec("flash_attn") is not None
 
 
@@ -29,18 +29,22 @@ def is_causal(mask: BlockMask) -> bool | None:
     None: neither, or documents, which take another entry point of the package.
     """
     if mask.doc_ids is not None or mask.clean_queries == mask.noised:
-        # Only one stream may ask; of two, xt can be alone with itself (below).
+        # Only one stream may have queries; of two, xt can be alone with itself (below).
         return None
     last_block = before_last(mask.seq_len, mask.block_size)
     if mask.noised:
         return False if last_block == 0 else None
+    if mask.causal_end >= mask.seq_len:
+        return True
+    if mask.causal_end > mask.first:
+        return None
     if mask.first >= last_block:
         return False
     return True if mask.block_size == 1 else None
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
-    """Whether the package takes these inputs."""
+    """Return whether the package takes these inputs."""
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)

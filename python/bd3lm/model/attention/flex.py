@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.model.attention.mask import BlockMask, Intervals
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask_cache import cached_per_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as TileMask
@@ -27,12 +27,12 @@ LIMITS = (
 
 
 def available() -> bool:
-    """PyTorch has had FlexAttention since 2.5; this package asks for a newer one."""
+    """Return True: every PyTorch that this package allows has FlexAttention."""
     return True
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
-    """Whether FlexAttention takes these inputs.
+    """Return whether FlexAttention takes these inputs.
 
     Not inside another ``torch.compile``: there the block mask would be built in the graph, and
     PyTorch 2.15 on the CPU then computes wrong values without a word.
@@ -44,10 +44,10 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
-    """Whether ``auto`` takes it: in training and scoring, where the same shapes come again.
+    """Return whether ``auto`` takes it: in training and scoring, where the same shapes come again.
 
-    It compiles for seconds when a shape is new, and while decoding most are. Heads of a power of
-    two features are those that others have run it on.
+    It compiles for seconds when a shape is new, and while decoding most are. Other users run it on
+    heads of a power of two features.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     width = q.shape[-1]
@@ -85,7 +85,7 @@ def _compiled(
     return torch.compile(own, dynamic=False, backend=COMPILER)
 
 
-@derived
+@cached_per_mask
 def tile_mask(mask: BlockMask, device: str) -> TileMask:
     """FlexAttention's block mask, without ever holding Tq·Tk booleans."""
     from torch.nn.attention.flex_attention import BlockMask as TileMask
@@ -134,7 +134,7 @@ def _per_tile(bound: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of keys each tile of queries meets, and which; int32, one head."""
+    """Number and list of the tiles of keys that each tile of queries meets; int32, one head."""
     count = tiles.sum(dim=-1, dtype=torch.int32)
     order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
     return count[:, None], order[:, None]

@@ -7,6 +7,8 @@ Every backend derives its own form from them. Training with L = 8 and S = 4, que
     xt 4-7               █        █
     x0 0-3                        █
     x0 4-7                        █        █
+
+With a causal clean stream, an x0 query sees no x0 key after its own position.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Intervals(NamedTuple):
     noised_hi: Tensor
 
 
-Shape = tuple[int, int, bool, bool, int, bool]
+Shape = tuple[int, int, bool, bool, int, bool, int]
 """Fields of a :class:`BlockMask` without the documents."""
 
 
@@ -48,6 +50,8 @@ class BlockMask:
     With an xt stream, x0 may end before its last block, which no xt position sees
     (``last_clean=False``).
 
+    Queries of x0 before ``causal_end`` see no later position of x0; the others see their block.
+
     Use the constructors :meth:`training`, :meth:`denoise` and :meth:`clean`.
 
     Attributes:
@@ -57,6 +61,8 @@ class BlockMask:
         clean_queries: whether x0 positions are queries.
         first: position of the first query; 0 unless ``noised`` is False.
         last_clean: whether the last block of x0 is there; True unless ``noised``.
+        causal_end: number of leading x0 positions that attend causally; 0 where they attend to
+            their whole block.
         doc_ids: int32 [B, L] or None; attention stays inside a document, and -1 is padding.
             The positions of a document are contiguous.
     """
@@ -67,12 +73,27 @@ class BlockMask:
     clean_queries: bool
     first: int = 0
     last_clean: bool = True
+    causal_end: int = 0
     doc_ids: Tensor | None = None
 
     @classmethod
-    def training(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
+    def training(
+        cls,
+        seq_len: int,
+        block_size: int,
+        doc_ids: Tensor | None = None,
+        *,
+        causal_end: int = 0,
+    ) -> BlockMask:
         """Queries and keys of both streams: Tq = Tk = 2L."""
-        return cls(seq_len, block_size, noised=True, clean_queries=True, doc_ids=doc_ids)
+        return cls(
+            seq_len,
+            block_size,
+            noised=True,
+            clean_queries=True,
+            causal_end=causal_end,
+            doc_ids=doc_ids,
+        )
 
     @classmethod
     def denoise(cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None) -> BlockMask:
@@ -85,7 +106,13 @@ class BlockMask:
 
     @classmethod
     def clean(
-        cls, seq_len: int, block_size: int, doc_ids: Tensor | None = None, first: int = 0
+        cls,
+        seq_len: int,
+        block_size: int,
+        doc_ids: Tensor | None = None,
+        first: int = 0,
+        *,
+        causal_end: int = 0,
     ) -> BlockMask:
         """Block-causal attention of one stream: Tq = L - first, Tk = L.
 
@@ -93,7 +120,13 @@ class BlockMask:
         number of cached positions while decoding.
         """
         return cls(
-            seq_len, block_size, noised=False, clean_queries=True, first=first, doc_ids=doc_ids
+            seq_len,
+            block_size,
+            noised=False,
+            clean_queries=True,
+            first=first,
+            causal_end=causal_end,
+            doc_ids=doc_ids,
         )
 
     @property
@@ -115,9 +148,10 @@ class BlockMask:
 
     @property
     def shape(self) -> Shape:
-        """L, S, noised, clean queries, first, last clean: everything but the documents."""
+        """Every field but the documents, in their order."""
         streams = self.noised, self.clean_queries
-        return self.seq_len, self.block_size, *streams, self.first, self.last_clean
+        sizes = self.seq_len, self.block_size
+        return *sizes, *streams, self.first, self.last_clean, self.causal_end
 
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """Keys of every query, as ranges; cached if there are no documents."""
@@ -147,6 +181,25 @@ class CachedMask(NamedTuple):
     """int32 [B or 1, Tq], each at least 1."""
 
 
+class RangeMask(NamedTuple):
+    """Any ranges of keys, e.g. those of drafts of a text and of the text itself in one cache.
+
+    Keys are ``offset`` noised ones, then clean ones; keys that no query sees may hold any finite
+    values.
+    """
+
+    intervals: Intervals
+    offset: int
+
+    def dense(self, num_keys: int) -> Tensor:
+        """The mask as booleans [B or 1, Tq, Tk]."""
+        key = torch.arange(num_keys, dtype=torch.int32, device=self.intervals.clean_lo.device)
+        clean_lo, clean_hi, noised_lo, noised_hi = (bound[..., None] for bound in self.intervals)
+        noised = (key >= noised_lo) & (key < noised_hi) & (key < self.offset)
+        clean = (key - self.offset >= clean_lo) & (key - self.offset < clean_hi)
+        return noised | (clean & (key >= self.offset))
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for later calls, which may want gradients
 def _intervals_of(shape: Shape, device: str) -> Intervals:
@@ -174,7 +227,8 @@ def _intervals(mask: BlockMask, device: torch.device | str) -> Intervals:
         asking.append((slice(None), (doc_start, before, own_lo, own_hi)))
     if mask.clean_queries:
         part = slice(mask.first, mask.clean_len)
-        asking.append((part, (doc_start, own_hi, zero, zero)))
+        hi = torch.where(position < mask.causal_end, position + 1, own_hi)
+        asking.append((part, (doc_start, hi, zero, zero)))
     columns = [
         torch.cat([(stream[i] * live)[:, part] for part, stream in asking], dim=1).contiguous()
         for i in range(4)

@@ -1,4 +1,4 @@
-"""Computed once for a mask, used by every layer: what a backend derives from a BlockMask."""
+"""Cache of the forms that backends derive from a BlockMask: built once, used by every layer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bd3lm.model.attention.mask import BlockMask, Shape
 T = TypeVar("T")
 
 
-def derived(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], T]:
+def cached_per_mask(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask, str], T]:
     """Cache ``build(mask, device)``: by shape where there are no documents, else with the mask.
 
-    Under ``torch.compile`` nothing is kept, since what is built there are nodes of a graph; the
+    Under ``torch.compile`` nothing is kept, since the forms built there are nodes of a graph; the
     compiler merges the copies of the layers itself.
     """
     # Autograd refuses to save tensors born in inference mode, and these outlive it.

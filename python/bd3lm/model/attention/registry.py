@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import flash, flex, rust, triton
-from bd3lm.model.attention.dense import dense_attention, dense_cached
-from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals
+from bd3lm.model.attention.dense import dense_attention, dense_cached, dense_ranges
+from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals, RangeMask
 
 __all__ = [
     "AUTO",
@@ -19,31 +19,40 @@ __all__ = [
     "BlockMask",
     "CachedMask",
     "Intervals",
+    "RangeMask",
     "attend",
     "choose",
 ]
+
+
+Mask = BlockMask | CachedMask | RangeMask
 
 
 class Backend(NamedTuple):
     """A way to compute attention; probed and loaded only when it is used."""
 
     available: Callable[[], bool]
-    """Whether this machine can run it."""
+    """True if this machine can run it."""
     supports: Callable[[Tensor, Tensor, Tensor, Any], bool]
-    """Whether it takes these inputs."""
+    """True if it takes these inputs."""
     run: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
+    """Attention under a :class:`BlockMask`, with gradients."""
     needs: str
     """Error text for a machine that cannot run it."""
     limits: str
     """Error text for inputs that it does not take."""
     run_cached: Callable[[Tensor, Tensor, Tensor, CachedMask], Tensor] | None = None
     """Attention over a cache whose length is held on the device; None: not supported."""
+    run_ranges: Callable[[Tensor, Tensor, Tensor, RangeMask], Tensor] | None = None
+    """Attention over any ranges of keys, without gradients; None: not supported."""
     suits: Callable[[Tensor, Tensor, Tensor, Any], bool] = lambda q, k, v, mask: True
-    """Whether ``auto`` may take it for inputs that it supports."""
+    """True if ``auto`` may take it for inputs that it supports."""
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
-        """Whether it computes this."""
+    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
+        """Return whether it computes this."""
         if isinstance(mask, CachedMask) and self.run_cached is None:
+            return False
+        if isinstance(mask, RangeMask) and self.run_ranges is None:
             return False
         return self.supports(q, k, v, mask)
 
@@ -66,9 +75,22 @@ BACKENDS: dict[str, Backend] = {
         flex.LIMITS,
         suits=flex.suits,
     ),
-    "rust": Backend(lambda: True, rust.supports, rust.rust_attention, "", rust.LIMITS),
+    "rust": Backend(
+        lambda: True,
+        rust.supports,
+        rust.rust_attention,
+        "",
+        rust.LIMITS,
+        run_ranges=rust.range_attention,
+    ),
     "dense": Backend(
-        lambda: True, lambda q, k, v, mask: True, dense_attention, "", "", dense_cached
+        lambda: True,
+        lambda q, k, v, mask: True,
+        dense_attention,
+        "",
+        "",
+        dense_cached,
+        dense_ranges,
     ),
 }
 # Backends that "auto" tries on each kind of device, in order; dense takes every input. On CUDA
@@ -79,9 +101,7 @@ AUTO: dict[str, tuple[str, ...]] = {
 }
 
 
-def choose(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
-) -> Backend:
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto") -> Backend:
     """Return the backend of that name, or with ``auto`` the first of :data:`AUTO` that fits.
 
     Raises:
@@ -104,17 +124,15 @@ def choose(
     return found
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask, backend: str = "auto"
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto") -> Tensor:
     """Attention of ``q`` over ``k, v`` under a block-diffusion mask.
 
     Args:
         q: queries [B, H, Tq, Dh]; with a :class:`BlockMask`, ``Tq = mask.num_queries``.
         k: keys [B, Hkv, Tk, Dh], ``Tk = mask.num_keys``; H is a multiple of Hkv.
         v: values, shaped as the keys.
-        mask: the mask (docs/math.md §7), or the end of each query's keys in a cache
-            (``triton`` and ``dense`` only).
+        mask: the mask (docs/math.md §7); or the end of each query's keys in a cache (``triton``
+            and ``dense`` only); or any ranges (``rust`` and ``dense`` only).
         backend: a name in :data:`BACKENDS`, or ``auto`` (see :data:`AUTO`).
 
     Returns:
@@ -127,4 +145,7 @@ def attend(
     if isinstance(mask, CachedMask):
         assert found.run_cached is not None
         return found.run_cached(q, k, v, mask)
+    if isinstance(mask, RangeMask):
+        assert found.run_ranges is not None
+        return found.run_ranges(q, k, v, mask)
     return found.run(q, k, v, mask)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bd3lm import _core
-from bd3lm.model.attention.mask import BlockMask, Intervals
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask import BlockMask, Intervals, RangeMask
+from bd3lm.model.attention.mask_cache import cached_per_mask
 from bd3lm.model.threads import kernel_threads
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -25,8 +25,8 @@ _MAX_HEAD_WIDTH = 256
 LIMITS = f"takes float32 or bf16 tensors on the CPU, heads up to {_MAX_HEAD_WIDTH} wide"
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
-    """Whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
+def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | RangeMask) -> bool:
+    """Return whether :func:`rust_attention` takes these arguments: float32 or bf16 on the CPU."""
     on_cpu = q.device.type == k.device.type == v.device.type == "cpu"
     return (
         on_cpu
@@ -34,7 +34,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
         and k.dtype in _DTYPES
         and v.dtype in _DTYPES
         and 0 < q.shape[-1] <= _MAX_HEAD_WIDTH
-        and (mask.doc_ids is None or mask.doc_ids.device.type == "cpu")
+        and (isinstance(mask, RangeMask) or mask.doc_ids is None or mask.doc_ids.is_cpu)
     )
 
 
@@ -71,6 +71,11 @@ def rust_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     return _forward(q, k, v, ranges, clean_offset)[0]
 
 
+def range_attention(q: Tensor, k: Tensor, v: Tensor, mask: RangeMask) -> Tensor:
+    """Run :func:`rust_attention` over any ranges, without gradients."""
+    return _forward(q, k.to(q.dtype), v.to(q.dtype), mask.intervals, mask.offset)[0]
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
         return (*_gradients(upstream[0], *ctx.saved_tensors, *ctx.mask), None, None)
 
 
-@derived
+@cached_per_mask
 def _ranges(mask: BlockMask, device: str) -> Intervals:
     return mask.intervals(device)
 
@@ -101,18 +106,20 @@ def block_intervals(
     clean_queries: bool,
     first: int,
     last_clean: bool,
+    causal_end: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Intervals of the mask that the arguments describe; ``like`` only gives the device."""
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean, doc_ids)
+    shape = seq_len, block_size, noised, clean_queries, first, last_clean, causal_end
+    mask = BlockMask(*shape, doc_ids=doc_ids)
     clean_lo, clean_hi, noised_lo, noised_hi = (x.clone() for x in mask.intervals())
     return clean_lo, clean_hi, noised_lo, noised_hi
 
 
 @block_intervals.register_fake
-def _(like, doc_ids, seq_len, block_size, noised, clean_queries, first, last_clean):
-    mask = BlockMask(seq_len, block_size, noised, clean_queries, first, last_clean)
-    shape = (1 if doc_ids is None else doc_ids.shape[0], mask.num_queries)
-    return tuple(like.new_empty(shape, dtype=torch.int32) for _ in range(4))
+def _(like, doc_ids, *shape):
+    mask = BlockMask(*shape)
+    size = (1 if doc_ids is None else doc_ids.shape[0], mask.num_queries)
+    return tuple(like.new_empty(size, dtype=torch.int32) for _ in range(4))
 
 
 @torch.library.custom_op("bd3lm::rust_attention", mutates_args=(), device_types="cpu")
@@ -181,12 +188,12 @@ def _gradients(
 
 
 @block_attention.register_fake
-def _(q, k, v, clean_lo, clean_hi, noised_lo, noised_hi, clean_offset):
+def _(q, *_rest):
     return _rows_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @block_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, clean_lo, clean_hi, noised_lo, noised_hi, clean_offset):
+def _(d_out, q, k, v, *_rest):
     return _rows_first(q), _rows_first(k), _rows_first(v)
 
 

@@ -2,7 +2,8 @@
 
 A strategy is a function over a :class:`~bd3lm.sample.block.BlockDraw`. :data:`STRATEGIES` lists
 them in order; the first one that applies to the settings and the system is used, and ``planned``
-always applies. ``ordered.py`` holds strategies that are passed to the sampler by hand.
+always applies. ``ordered.py`` holds strategies that only an argument of the sampler selects.
+Self-speculation is no strategy: the sampler runs it before this choice (``speculative.py``).
 """
 
 from __future__ import annotations

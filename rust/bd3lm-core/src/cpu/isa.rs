@@ -37,7 +37,7 @@ impl Isa {
         Isa::ALL[self as usize].0
     }
 
-    /// Whether this processor can run it.
+    /// Returns whether this processor can run it.
     pub fn is_available(self) -> bool {
         match self {
             Isa::Portable => true,

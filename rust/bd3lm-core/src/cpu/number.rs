@@ -2,7 +2,7 @@
 
 /// A number as it is stored: `f32`, or the bits of a bf16 in an `i16`.
 pub trait Stored: Copy + Send + Sync {
-    /// Its value.
+    /// Value in float32.
     fn get(self) -> f32;
     /// The nearest representable number.
     fn of(x: f32) -> Self;
@@ -50,7 +50,7 @@ pub(crate) fn exp_inside(x: f32) -> f32 {
     p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3F80_0000))
 }
 
-/// As [`exp_inside`] for all x <= 0: zero below -87; −∞ gives zero.
+/// e^x for all x <= 0, by [`exp_inside`]: zero below -87; −∞ gives zero.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     if x > -87.0 { exp_inside(x) } else { 0.0 }

@@ -32,7 +32,7 @@ pub(crate) fn prefetch_line(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint, whatever the address.
+        // SAFETY: a hint, valid for any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]

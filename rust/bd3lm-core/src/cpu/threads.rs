@@ -2,8 +2,8 @@
 //!
 //! Jobs run on the process's OpenMP team where there is one, see [`use_openmp`]: its threads are
 //! awake after a matrix product of PyTorch, and a second set of threads would share their cores.
-//! Otherwise they run on helpers of this module, which sleep between calls. The caller always
-//! works too, and waits only for helpers that joined: a helper that wakes late finds the job closed.
+//! Otherwise they run on helpers of this module, which sleep between calls. The caller always works
+//! too, and waits only for helpers that joined: a helper that wakes late finds the job closed.
 //!
 //! A forked child has no helpers, and its locks may be held by threads that no longer exist, so it
 //! works alone.
@@ -66,7 +66,7 @@ pub unsafe fn use_openmp(parallel: usize) {
     OPENMP.store(parallel, Ordering::Release);
 }
 
-/// How often a thread takes items, about.
+/// Approximate number of times that a thread takes items.
 const TURNS: usize = 16;
 /// Most threads of a job.
 pub const MOST_THREADS: usize = 1024;
@@ -108,8 +108,8 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Whether this process may use the threads of its pools. A forked child may not: it has copies of
-/// their locks, and no threads.
+/// Returns whether this process may use the threads of its pools. A forked child may not: it has
+/// copies of their locks, and no threads.
 pub(crate) fn is_owner() -> bool {
     let me = std::process::id();
     match OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed) {

@@ -13,8 +13,8 @@ use crate::noise::{NoiseKey, NoiseSpec, Scratch};
 /// Batches below so many tokens are filled by the calling thread: starting others costs more.
 const PARALLEL_TOKENS: usize = 1 << 17;
 
-/// Whether other threads take part in a batch. In a forked child they never do: rayon's threads do
-/// not survive a fork.
+/// Returns whether other threads take part in a batch. In a forked child they never do: rayon's
+/// threads do not survive a fork.
 fn is_parallel(tokens: usize) -> bool {
     tokens >= PARALLEL_TOKENS && is_owner()
 }
@@ -62,7 +62,7 @@ pub struct Filled {
     pub noisable: u64,
     /// Tokens that are masked: the part of `masked` that was written.
     pub masked: usize,
-    /// Whether any row holds padding.
+    /// True if any row holds padding.
     pub padded: bool,
 }
 
@@ -77,14 +77,14 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
     }
 }
 
-/// Has the first rows on their way from memory, all at once.
+/// Prefetches the first rows, all at once.
 fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
     for row in rows.iter().take(ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
     }
 }
 
-/// Before row `index` is read, has one that is read a little later on its way from memory.
+/// Prefetches the row that is read [`ROWS_AHEAD`] rows after row `index`.
 fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
     if let Some(row) = rows.get(index + ROWS_AHEAD) {
         plan.prefetch(store, *row as usize);
@@ -497,7 +497,7 @@ mod tests {
         (b, filled)
     }
 
-    /// Where no row can hold padding, documents need no buffer; elsewhere their absence is named.
+    /// Documents need no buffer where no row can hold padding; elsewhere its absence is an error.
     #[test]
     fn documents_may_be_left_out_where_no_row_pads() {
         let rows = [3, 0, 5];

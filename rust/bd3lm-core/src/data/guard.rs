@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether a panic of this thread is about to become an error.
+    /// True if a panic of this thread is about to become an error.
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 

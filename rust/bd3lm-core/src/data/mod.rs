@@ -1,4 +1,4 @@
-//! From text files to noised batches: read, detokenize, tokenize, store, pack, order, gather.
+//! Text files to noised batches: read, detokenize, tokenize, store, pack, order, gather.
 //!
 //! | module | contents |
 //! | --- | --- |

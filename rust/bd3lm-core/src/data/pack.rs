@@ -1,14 +1,14 @@
 //! Rows of L tokens as plans over documents: nothing is copied until a row is gathered.
 //!
-//! Every row begins with BOS, which is clean and never scored (docs/math.md §1). A plan says which tokens
-//! follow it and where; changing L, S or the plan never touches the token files.
+//! Every row begins with BOS, which is clean and never scored (docs/math.md §1). A plan says which
+//! tokens follow it and where; changing L, S or the plan never touches the token files.
 
 use std::ops::Range;
 
 use crate::data::store::{TokenStore, Tokens};
 use crate::error::{Error, Result, named};
 
-/// How documents become rows.
+/// Layout of documents in rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
     /// Concatenate everything and cut: no padding, blocks may straddle documents.
@@ -18,10 +18,10 @@ pub enum Packing {
         /// Score only the last so many tokens of each row; rows then overlap by the rest.
         stride: Option<usize>,
     },
-    /// In order; each document starts on a block boundary with a BOS of its own, and continues in
+    /// Documents in order; each starts on a block boundary with a BOS of its own, and continues in
     /// the next row where it does not fit.
     Aligned,
-    /// As aligned, but a document stays whole where a row can hold it (best-fit decreasing).
+    /// Aligned, and a document stays whole where a row can hold it (best-fit decreasing).
     BestFit,
 }
 
@@ -84,7 +84,7 @@ enum Layout {
     },
 }
 
-/// Where one row is written.
+/// Buffers that one row is written to.
 pub struct RowBuffers<'a> {
     /// Ids `[L]`.
     pub x0: &'a mut [i64],
@@ -152,7 +152,7 @@ impl RowPlan {
         self.num_rows
     }
 
-    /// Whether any row may hold padding.
+    /// Returns whether any row may hold padding.
     pub fn may_pad(&self) -> bool {
         match &self.layout {
             Layout::Wrap { step, row_eos, .. } => {
@@ -185,7 +185,7 @@ impl RowPlan {
         }
     }
 
-    /// Has the tokens of a row that is soon gathered on their way from memory.
+    /// Prefetches the tokens of a row that is soon gathered.
     pub fn prefetch(&self, store: &TokenStore, row: usize) {
         let tokens = store.tokens();
         self.spans(store, row, |span| tokens.prefetch(span.start, span.len()));

@@ -56,11 +56,11 @@ struct Batch {
 /// A part of a document.
 #[derive(Clone, Copy, Debug)]
 struct Part {
-    /// Where it ends in its batch: in bytes, and then in ids.
+    /// End in its batch: in bytes, and then in ids.
     end: usize,
     bytes: u64,
     side: usize,
-    /// Whether the document ends with it.
+    /// True if the document ends with it.
     last: bool,
     /// Bytes between the places where it may be divided, if these are wanted.
     spacing: Option<usize>,
@@ -85,7 +85,7 @@ struct Encoded {
 ///
 /// # Errors
 /// Those of reading, tokenizing and writing; nothing is left behind then. `Ok(None)` when
-/// `progress` asked to stop.
+/// `progress` stopped it.
 pub fn prepare(
     paths: &[PathBuf],
     options: &ReadOptions,
@@ -202,8 +202,8 @@ impl Pipeline {
         threads: usize,
     ) -> Result<Self> {
         let fail = |e| Error::io("a thread", e);
-        // Batches go to the threads in turn and come back in turn, which keeps their order and
-        // lets no thread run ahead of another.
+        // Batches go round the threads and come back in the same order, so documents keep theirs
+        // and no thread runs ahead of another.
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
         for index in 0..threads {
             let (to_worker, batches) = sync_channel(1);
@@ -278,7 +278,7 @@ fn read_all(mut reader: Reader, inputs: &[Input], mut batcher: Batcher) -> Resul
     Ok(reader.records().clone())
 }
 
-/// Gathers documents into batches, and hands these to the threads in turn.
+/// Gathers documents into batches, and hands them round the threads.
 struct Batcher {
     tokenizer: Arc<Tokenizer>,
     senders: Vec<SyncSender<Batch>>,

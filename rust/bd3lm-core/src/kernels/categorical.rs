@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub struct Shaping<'a> {
     /// Divides the logits; 0 takes the most probable token.
     pub temperature: f32,
-    /// Only so many of the most probable tokens; None: all.
+    /// Number of most probable tokens to draw from; None: all.
     pub top_k: Option<usize>,
     /// The smallest set of most probable tokens whose share reaches this; 1: all.
     pub top_p: f64,
@@ -100,6 +100,105 @@ pub fn draw(
     Ok(())
 }
 
+/// The distribution that [`draw`] draws from, for every row of `logits` [R, V].
+///
+/// * `mass` [R, V] receives a multiple of the probability of each token.
+/// * `total` `[R]` receives the sums of its rows, each at least 1.
+///
+/// # Errors
+/// As of [`draw`].
+pub fn distribution(
+    logits: &[f32],
+    shaping: Shaping<'_>,
+    mass: &mut [f32],
+    total: &mut [f64],
+    threads: usize,
+) -> Result<()> {
+    let rows = total.len();
+    if rows == 0 {
+        return Ok(());
+    }
+    let vocab = logits.len() / rows;
+    if vocab == 0 || logits.len() != vocab * rows || mass.len() != logits.len() {
+        let given = format!("{} logits for {rows} rows", logits.len());
+        return Err(Error::config("logits", given, "whole rows"));
+    }
+    shaping.check()?;
+    if let Some(id) = shaping.forbidden.iter().find(|id| **id >= vocab) {
+        return Err(Error::config("forbidden", id, format!("below {vocab}")));
+    }
+    let (out, totals) = (Parts::new(mass), Parts::new(total));
+    parallel(threads, rows, |row| {
+        // SAFETY: no other item writes this row.
+        let (mass, total) = unsafe { (out.part(row * vocab, vocab), totals.part(row, 1)) };
+        let mut chunks = vec![0f64; vocab.div_ceil(CHUNK)];
+        let source = &logits[row * vocab..(row + 1) * vocab];
+        let top = shaped_mass(source, shaping, mass, &mut chunks);
+        if !top.is_finite() {
+            total[0] = 0.0;
+        } else if shaping.temperature == 0.0 {
+            mass.fill(0.0);
+            let first = first_highest(source, top, shaping.forbidden);
+            total[0] = first.map_or(0.0, |id| {
+                mass[id] = 1.0;
+                1.0
+            });
+        } else {
+            keep_shaped(mass, shaping);
+            sum_chunks(mass, &mut chunks);
+            total[0] = chunks.iter().sum();
+        }
+    });
+    match total.iter().position(|sum| *sum <= 0.0) {
+        None => Ok(()),
+        Some(row) => {
+            let allowed = "without NaN, with a token that is possible and not forbidden";
+            Err(Error::config("logits", format!("row {row}"), allowed))
+        }
+    }
+}
+
+/// Masses of the tempered logits without the forbidden ids, the largest being 1, and their sums by
+/// chunk; returns the largest logit. A temperature of 0 is taken for 1.
+fn shaped_mass(
+    source: &[f32],
+    shaping: Shaping<'_>,
+    mass: &mut [f32],
+    chunks: &mut [f64],
+) -> f32 {
+    let mut top = f32::NEG_INFINITY;
+    if shaping.forbidden.is_empty() {
+        highest(source, &mut top);
+    } else {
+        let mut allowed = source.to_vec();
+        for &id in shaping.forbidden {
+            allowed[id] = f32::NEG_INFINITY;
+        }
+        highest(&allowed, &mut top);
+    }
+    let scale = match shaping.temperature {
+        0.0 => 1.0,
+        t => 1.0 / t,
+    };
+    exponentials(source, top, scale, mass, chunks);
+    for &id in shaping.forbidden {
+        mass[id] = 0.0;
+    }
+    top
+}
+
+/// Zeroes the masses outside top-k and nucleus.
+fn keep_shaped(mass: &mut [f32], shaping: Shaping<'_>) {
+    if shaping.top_k.is_some() || shaping.top_p < 1.0 {
+        keep_most_probable(mass, shaping.top_k, shaping.top_p);
+    }
+}
+
+/// The first allowed id whose logit is `top`.
+fn first_highest(source: &[f32], top: f32, forbidden: &[usize]) -> Option<usize> {
+    (0..source.len()).find(|id| source[*id] == top && !forbidden.contains(id))
+}
+
 /// Token and log-probability; −1 where no token is possible.
 fn one_row(
     logits: &[f32],
@@ -116,35 +215,15 @@ fn one_row(
 
     let source = shaped.unwrap_or(logits);
     if shaped.is_some() || !shaping.forbidden.is_empty() || shaping.temperature != 1.0 {
-        top = f32::NEG_INFINITY;
-        if shaping.forbidden.is_empty() {
-            highest(source, &mut top);
-        } else {
-            let mut allowed = source.to_vec();
-            for &id in shaping.forbidden {
-                allowed[id] = f32::NEG_INFINITY;
-            }
-            highest(&allowed, &mut top);
-        }
-        let scale = match shaping.temperature {
-            0.0 => 1.0,
-            t => 1.0 / t,
-        };
-        exponentials(source, top, scale, &mut mass, &mut chunks);
-        for &id in shaping.forbidden {
-            mass[id] = 0.0;
-        }
+        top = shaped_mass(source, shaping, &mut mass, &mut chunks);
     }
     if !top.is_finite() {
         return (-1, f64::NAN);
     }
     let token = if shaping.temperature == 0.0 {
-        let allowed = |id: &usize| !shaping.forbidden.contains(id);
-        (0..source.len()).find(|id| source[*id] == top && allowed(id))
+        first_highest(source, top, shaping.forbidden)
     } else {
-        if shaping.top_k.is_some() || shaping.top_p < 1.0 {
-            keep_most_probable(&mut mass, shaping.top_k, shaping.top_p);
-        }
+        keep_shaped(&mut mass, shaping);
         sum_chunks(&mass, &mut chunks);
         invert(&mass, &chunks, uniform)
     };

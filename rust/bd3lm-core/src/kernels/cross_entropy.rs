@@ -201,7 +201,7 @@ mod tests {
             .collect()
     }
 
-    /// On one thread, without a bias.
+    /// Cross-entropy on one thread, without a bias.
     fn plain<T: Stored>(
         x: &mut [T],
         ids: &[i64],

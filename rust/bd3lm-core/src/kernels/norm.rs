@@ -80,9 +80,9 @@ pub struct Inputs<'a, T> {
     pub d_out: &'a [T],
     /// Input of the forward pass [R, W].
     pub x: &'a [f32],
-    /// As in [`Norm`] `[W]`.
+    /// Weight of [`Norm`] `[W]`.
     pub weight: &'a [f32],
-    /// As in [`Norm`].
+    /// Same as in [`Norm`].
     pub centred: bool,
     /// Mean and reciprocal deviation of each row [R, 2], from the forward pass.
     pub moments: &'a [f32],

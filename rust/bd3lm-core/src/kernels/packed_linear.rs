@@ -261,7 +261,7 @@ struct Job {
     ld: usize,
     /// Columns that exist.
     live: usize,
-    /// Whether to add to the output.
+    /// Adds to the output instead of writing it.
     add: bool,
 }
 

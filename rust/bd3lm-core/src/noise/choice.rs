@@ -133,7 +133,7 @@ fn choose_block<const S: usize>(
             ranks[i] += u32::from(key < keys[i]);
         }
     }
-    // Arithmetic instead of a comparison or a maximum, which the compiler turns into an
+    // Arithmetic instead of a comparison or a maximum, which would compile to an
     // unpredictable branch a token.
     let mut largest = 0;
     for i in 0..S {

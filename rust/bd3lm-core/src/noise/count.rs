@@ -72,7 +72,7 @@ impl NoiseSpec {
         }
     }
 
-    /// Whether w̃ is taken at the level of each block, and not averaged given its count.
+    /// Returns whether w̃ is taken at the level of each block, and not averaged given its count.
     fn weighs_levels(&self) -> bool {
         self.time_conditioned && self.weighting != Weighting::Nelbo
     }
@@ -117,8 +117,8 @@ impl NoiseSpec {
         CountTable { cumulative, weight }
     }
 
-    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (docs/math.md §3, §4); without w̃
-    /// where it is taken at the level.
+    /// ∫ Beta(p; k, n−k+1)·w̃ dp over the clip, divided by its width in t (docs/math.md §3, §4);
+    /// without w̃ where it is taken at the level.
     pub(super) fn count_factor(&self, k: usize, n: usize) -> f64 {
         let (x, y) = (k as f64, (n - k + 1) as f64);
         let (pa, pb, width) = match self.clip {

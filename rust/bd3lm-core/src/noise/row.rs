@@ -28,6 +28,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// Fills the random words of a row. `key.row` is its number in the global batch, so nothing
+    /// depends on how the batch is cut.
     pub(super) fn draw(&mut self, key: &NoiseKey, tokens: usize, levels: usize) {
         self.random.resize(tokens, 0);
         self.levels.resize(levels, 0);

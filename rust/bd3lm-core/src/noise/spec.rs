@@ -21,7 +21,7 @@ pub enum Estimator {
     /// A masked count k, a uniform subset of that size, weight 1/(k·q(k)).
     Count {
         /// q(k) for k = 1..=S; `None` is uniform. A block with fewer noisable tokens uses the
-        /// same numbers restricted to what it has, renormalised.
+        /// same numbers up to its own, renormalised.
         probs: Option<Vec<f64>>,
         /// `(j, r)`: draw k from the j-th of r equal shares of its distribution.
         stratum: Option<(u32, u32)>,

@@ -462,7 +462,7 @@ fn levels_of_clipped_counts_are_quantiles() {
     }
 }
 
-/// With `simple` the total weight of a level is 1, so the factor of a count is k times the mean
+/// The total weight of a level is 1 with `simple`, so the factor of a count is k times the mean
 /// over t of the binomial law: for every schedule, the cosine's mass below ε included.
 #[test]
 fn count_weights_of_simple_are_means_over_t() {

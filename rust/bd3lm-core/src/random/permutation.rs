@@ -52,7 +52,7 @@ impl Permutation {
         self.n
     }
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.n == 0
     }
@@ -229,7 +229,7 @@ mod tests {
         assert!(chi < 52.6, "chi-square {chi}");
     }
 
-    /// So does each pair of neighbours in each pair of places (chi-square).
+    /// Each pair of neighbours comes to each pair of places equally often (chi-square).
     #[test]
     fn keys_spread_every_pair() {
         for (n, keys, limit) in [(4u64, 6000u64, 31.3), (8, 11_200, 93.2), (9, 14_400, 113.6)] {

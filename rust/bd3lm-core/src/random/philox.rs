@@ -16,7 +16,7 @@ const W1: u32 = 0xBB67_AE85;
 pub enum Domain {
     /// Noise levels and masked counts: one draw or two a block.
     Level = 1,
-    /// Which positions are masked: one draw a position.
+    /// Masked positions: one draw a position.
     Mask = 2,
     /// Assignment of strata to (row, block).
     Strata = 3,

@@ -28,21 +28,21 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Heads of other widths are copied into ones that are a multiple of this, so that rows begin where
 # wide loads may.
 WIDTH_STEP = 16
-# A cache this long, asked by so few rows, leaves most of the device idle unless it is split.
+# A cache this long, with so few rows of queries, leaves most of the device idle unless it is split.
 DECODE_ROWS = 64
 DECODE_KEYS = 512
 
 
 @fixed_while_compiling
 def available() -> bool:
-    """Whether there is a GPU with bf16 tensor cores, and Triton to compile for it."""
+    """Return whether there is a GPU with bf16 tensor cores, and Triton to compile for it."""
     if not torch.cuda.is_available() or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | CachedMask) -> bool:
-    """Whether the kernels take these inputs."""
+    """Return whether the kernels take these inputs."""
     return (
         q.is_cuda
         and q.dtype in DTYPES
@@ -129,7 +129,7 @@ def paged_attention(
 
 
 def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With zero columns up to the next multiple of :data:`WIDTH_STEP`; no score changes."""
+    """Pad with zero columns up to the next multiple of :data:`WIDTH_STEP`; no score changes."""
     missing = -tensors[0].shape[-1] % WIDTH_STEP
     return tuple(F.pad(x, (0, missing)) for x in tensors) if missing else tensors
 

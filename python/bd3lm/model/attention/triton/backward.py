@@ -18,16 +18,14 @@ from bd3lm.model.attention.triton.common import (
     SIZES,
     cast,
     dot,
-    early_first,
-    late_first,
     load_ranges,
     load_rows,
     load_rows_below,
     nth_full,
     nth_partial,
-    place,
+    own_tile,
     store_rows,
-    tile_span,
+    tiles_met,
 )
 
 
@@ -78,24 +76,9 @@ def key_kernel(
     each stream has ``stream_keys``; clean queries begin at row ``clean_offset``. ``scale`` is
     log2(e) / sqrt(D) and ``inv_sqrt`` 1 / sqrt(D). ``pairs`` is B * Hkv.
     """
-    tiles = tl.cdiv(stream_keys, BN)
-    streams = keys // stream_keys
-    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
-    stream, tile = early_first(rank, tiles, streams)
-    head = (pair % heads).to(tl.int64)
-    batch = (pair // heads).to(tl.int64)
-
-    row = tl.arange(0, BN)
-    row_ok = row < stream_keys - tile * BN
-    row = tl.minimum(row, stream_keys - tile * BN - 1)
-    start = stream * stream_keys + tile * BN
+    batch, head, start, row, row_ok = own_tile(keys, stream_keys, pairs, section, heads, False, BN)
     c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, keys, start + row)
-    c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BM)
-    n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BM)
-    c_full = c_full_last - c_full_first
-    c_head = c_full_first - c_first
-    n_head = n_full_first - n_first
-    c_count = c_head + c_last - c_full_last
+    full, partial = tiles_met(c_lo, c_hi, n_lo, n_hi, BM)
 
     k = load_rows(K + batch * stride_kb + head * stride_kh, start, row, stride_kt, D, DP)
     v = load_rows(V + batch * stride_vb + head * stride_vh, start, row, stride_vt, D, DP)
@@ -109,8 +92,8 @@ def key_kernel(
         lse_base = LSE + (batch * heads * group + q_head) * queries
         delta_base = DELTA + (batch * heads * group + q_head) * queries
 
-        for t in range(0, c_full + n_full_last - n_full_first):
-            index, noised = nth_full(t, c_full_first, c_full, n_full_first)
+        for t in range(0, full[3]):
+            index, noised = nth_full(t, full)
             first = tl.where(noised, 0, clean_offset) + index * BM
             q = load_rows(q_base, first, col, stride_qt, D, DP)
             dout = load_rows(g_base, first, col, stride_gt, D, DP)
@@ -120,10 +103,8 @@ def key_kernel(
             probs = tl.exp2(scores * scale - lse[None, :])
             dk, dv = key_step(dk, dv, k, v, q, dout, probs, delta, INTERPRET)
 
-        for t in range(0, c_count + n_head + n_last - n_full_last):
-            index, noised = nth_partial(
-                t, c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last
-            )
+        for t in range(0, partial[7]):
+            index, noised = nth_partial(t, partial)
             offset = tl.where(noised, 0, clean_offset)
             query = index * BM + col
             inside = query < stream_queries
@@ -166,20 +147,11 @@ def query_kernel(
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries; grid and arguments as in the forward kernel."""
-    tiles = tl.cdiv(stream_queries, BM)
-    streams = queries // stream_queries
-    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
-    stream, tile = late_first(rank, tiles, streams)
-    head = (pair % heads).to(tl.int64)
-    batch = (pair // heads).to(tl.int64)
-
-    row = tl.arange(0, BM)
-    row_ok = row < stream_queries - tile * BM
-    row = tl.minimum(row, stream_queries - tile * BM - 1)
-    start = stream * stream_queries + tile * BM
+    batch, head, start, row, row_ok = own_tile(
+        queries, stream_queries, pairs, section, heads, True, BM
+    )
     c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, start + row)
-    c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BN)
-    n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BN)
+    full, partial = tiles_met(c_lo, c_hi, n_lo, n_hi, BN)
 
     q = load_rows(Q + batch * stride_qb + head * stride_qh, start, row, stride_qt, D, DP)
     dout = load_rows(DOUT + batch * stride_gb + head * stride_gh, start, row, stride_gt, D, DP)
@@ -190,9 +162,8 @@ def query_kernel(
     dq = tl.zeros([BM, DP], tl.float32)
     col = tl.arange(0, BN)
 
-    c_full = c_full_last - c_full_first
-    for t in range(0, c_full + n_full_last - n_full_first):
-        index, noised = nth_full(t, c_full_first, c_full, n_full_first)
+    for t in range(0, full[3]):
+        index, noised = nth_full(t, full)
         first = tl.where(noised, 0, clean_offset) + index * BN
         k = load_rows(k_base, first, col, stride_kt, D, DP)
         v = load_rows(v_base, first, col, stride_vt, D, DP)
@@ -200,13 +171,8 @@ def query_kernel(
         probs = tl.exp2(scores * scale - lse[:, None])
         dq = query_step(dq, dout, k, v, probs, delta, INTERPRET)
 
-    c_head = c_full_first - c_first
-    n_head = n_full_first - n_first
-    c_count = c_head + c_last - c_full_last
-    for t in range(0, c_count + n_head + n_last - n_full_last):
-        index, noised = nth_partial(
-            t, c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last
-        )
+    for t in range(0, partial[7]):
+        index, noised = nth_partial(t, partial)
         offset = tl.where(noised, 0, clean_offset)
         key = index * BN + col
         k = load_rows_below(k_base, index * BN, col, offset, keys, stride_kt, D, DP)

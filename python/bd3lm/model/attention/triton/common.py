@@ -1,10 +1,10 @@
-"""What every kernel shares: products and rounding that the interpreter gets right, and tile lists.
+"""Parts that all kernels share: products and rounding that the interpreter gets right, tile lists.
 
 A *range* is half-open, ``[lo, hi)``, in positions of one stream. A tile of rows, each with its own
 range, meets the other axis in three kinds of tiles: *empty* (no row has anything there: never
 visited), *full* (every row sees all of it: no mask) and *partial* (masked element by element).
 Each kernel walks the full tiles of both streams in one loop and the partial ones in another, so
-there are two inlined loop bodies whatever the mask; more of them spill.
+there are two inlined loop bodies under any mask; more of them spill.
 """
 
 # Triton's language is not typed, and may not be installed.
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 # Triton compiles an integer argument anew when it is 1 or a multiple of 16. For these it must not:
-# no second compilation for another length, and what was compiled offline is what runs. Strides
+# another length needs no second compilation, and the code checked offline is the code that runs.
+# Strides
 # are specialized, since wide loads need their multiples of 16 (``launch.laid_out`` sees to it).
 SIZES = (
     "pairs", "section", "heads", "group", "queries", "stream_queries", "keys", "stream_keys",
@@ -50,7 +51,7 @@ def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def place(program, ranks, pairs, section):
-    """What a program of a one-dimensional grid works on: (rank of its tile, pair of row and head).
+    """Work of a program of a one-dimensional grid: (rank of its tile, pair of row and head).
 
     Rank 0 is the heaviest tile. Pairs go section by section, as many at a time as the L2 cache
     holds the keys of; within a section the tiles of one rank start before those of the next.
@@ -74,8 +75,29 @@ def early_first(rank, tiles, streams):
 
 
 @triton.jit
+def own_tile(total, length, pairs, section, heads, QUERIES: tl.constexpr, T: tl.constexpr):
+    """Tile of T rows that this program owns: (batch, head, start, row, row_ok).
+
+    ``total`` rows are streams of ``length``. Rows ``start + row`` past the end of a stream repeat
+    its last one, so loads need no mask and tile lists do not change; ``row_ok`` is false there.
+    """
+    tiles = tl.cdiv(length, T)
+    streams = total // length
+    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
+    if QUERIES:
+        stream, tile = late_first(rank, tiles, streams)
+    else:
+        stream, tile = early_first(rank, tiles, streams)
+    row = tl.arange(0, T)
+    left = length - tile * T
+    head = (pair % heads).to(tl.int64)
+    batch = (pair // heads).to(tl.int64)
+    return batch, head, stream * length + tile * T, tl.minimum(row, left - 1), row < left
+
+
+@triton.jit
 def rows_from(base, start, stride):
-    """Where row ``start`` of a matrix begins: in 64 bits, which a row times a stride may need."""
+    """Address of row ``start``, in 64 bits: a row times a stride may overflow 32."""
     return base + start.to(tl.int64) * stride
 
 
@@ -91,7 +113,7 @@ def load_rows(base, start, row, stride, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def load_rows_below(base, start, row, offset, stop, stride, D: tl.constexpr, DP: tl.constexpr):
-    """As :func:`load_rows` for rows ``offset + start + row``, but zero from row ``stop`` on."""
+    """Load rows ``offset + start + row`` like :func:`load_rows`, but zeros from row ``stop`` on."""
     col = tl.arange(0, DP)
     ptr = rows_from(base, offset + start, stride) + row[:, None] * stride + col[None, :]
     inside = (start + row < stop)[:, None]
@@ -140,15 +162,36 @@ def tile_span(lo, hi, TILE: tl.constexpr):
 
 
 @triton.jit
-def nth_full(t, clean_first, clean_count, noised_first):
+def tiles_met(c_lo, c_hi, n_lo, n_hi, TILE: tl.constexpr):
+    """Tiles met by rows with clean and noised ranges: (full, partial) lists.
+
+    The last entry of either is its number of tiles; :func:`nth_full` and :func:`nth_partial` read
+    the others.
+    """
+    c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, TILE)
+    n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, TILE)
+    c_full = c_full_last - c_full_first
+    full = (c_full_first, c_full, n_full_first, c_full + n_full_last - n_full_first)
+    c_head = c_full_first - c_first
+    n_head = n_full_first - n_first
+    c_count = c_head + c_last - c_full_last
+    count = c_count + n_head + n_last - n_full_last
+    partial = (c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last, count)
+    return full, partial
+
+
+@triton.jit
+def nth_full(t, full):
     """The t-th full tile, clean ones first: (tile, whether it is noised)."""
+    clean_first, clean_count, noised_first, _ = full
     noised = t >= clean_count
     return tl.where(noised, noised_first + t - clean_count, clean_first + t), noised
 
 
 @triton.jit
-def nth_partial(t, c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last):
+def nth_partial(t, partial):
     """The t-th partial tile: clean before and after the full ones, then noised likewise."""
+    c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last, _ = partial
     noised = t >= c_count
     t = tl.where(noised, t - c_count, t)
     head = tl.where(noised, n_head, c_head)

@@ -17,15 +17,14 @@ from bd3lm.model.attention.triton.common import (
     SIZES,
     cast,
     dot,
-    late_first,
     load_ranges,
     load_rows,
     load_rows_below,
     nth_full,
     nth_partial,
-    place,
+    own_tile,
     store_rows,
-    tile_span,
+    tiles_met,
 )
 
 
@@ -66,21 +65,11 @@ def forward_kernel(
     ``keys`` is L, and clean keys begin at row ``clean_offset``, noised ones at row 0. ``pairs`` is
     B * H, of which ``section`` at a time share the L2 cache.
     """
-    tiles = tl.cdiv(stream_queries, BM)
-    streams = queries // stream_queries
-    rank, pair = place(tl.program_id(0), streams * tiles, pairs, section)
-    stream, tile = late_first(rank, tiles, streams)
-    head = (pair % heads).to(tl.int64)
-    batch = (pair // heads).to(tl.int64)
-
-    row = tl.arange(0, BM)
-    row_ok = row < stream_queries - tile * BM
-    # Rows past the end repeat the last one: no mask, and no influence on the tile lists.
-    row = tl.minimum(row, stream_queries - tile * BM - 1)
-    start = stream * stream_queries + tile * BM
+    batch, head, start, row, row_ok = own_tile(
+        queries, stream_queries, pairs, section, heads, True, BM
+    )
     c_lo, c_hi, n_lo, n_hi = load_ranges(RANGES, batch, stride_rb, queries, start + row)
-    c_first, c_full_first, c_full_last, c_last = tile_span(c_lo, c_hi, BN)
-    n_first, n_full_first, n_full_last, n_last = tile_span(n_lo, n_hi, BN)
+    full, partial = tiles_met(c_lo, c_hi, n_lo, n_hi, BN)
 
     q = load_rows(Q + batch * stride_qb + head * stride_qh, start, row, stride_qt, D, DP)
     k_base = K + batch * stride_kb + (head // group) * stride_kh
@@ -90,22 +79,16 @@ def forward_kernel(
     peak = tl.full([BM], float("-inf"), tl.float32)
     col = tl.arange(0, BN)
 
-    c_full = c_full_last - c_full_first
-    for t in range(0, c_full + n_full_last - n_full_first):
-        index, noised = nth_full(t, c_full_first, c_full, n_full_first)
+    for t in range(0, full[3]):
+        index, noised = nth_full(t, full)
         first = tl.where(noised, 0, clean_offset) + index * BN
         k = load_rows(k_base, first, col, stride_kt, D, DP)
         v = load_rows(v_base, first, col, stride_vt, D, DP)
         scores = dot(q, tl.trans(k), None, INTERPRET)
         acc, total, peak = softmax_step(acc, total, peak, scores, v, scale, False, INTERPRET)
 
-    c_head = c_full_first - c_first
-    n_head = n_full_first - n_first
-    c_count = c_head + c_last - c_full_last
-    for t in range(0, c_count + n_head + n_last - n_full_last):
-        index, noised = nth_partial(
-            t, c_first, c_head, c_full_last, c_count, n_first, n_head, n_full_last
-        )
+    for t in range(0, partial[7]):
+        index, noised = nth_partial(t, partial)
         offset = tl.where(noised, 0, clean_offset)
         key = index * BN + col
         k = load_rows_below(k_base, index * BN, col, offset, keys, stride_kt, D, DP)

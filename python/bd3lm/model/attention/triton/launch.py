@@ -46,7 +46,7 @@ def on_device_of_first(run: Callable[P, R]) -> Callable[P, R]:
 
 
 def padded(width: int) -> int:
-    """Columns of a tile that holds ``width``: a power of two, at least what a product needs."""
+    """Columns of a tile that holds ``width``: a power of two, at least 16 for a product."""
     return max(16, triton.next_power_of_2(width))
 
 
@@ -61,7 +61,7 @@ def choose(kernel: Kernel, x: Tensor) -> Tiles:
 def laid_out(x: Tensor) -> Tensor:
     """``x``, or a copy whose rows are contiguous and begin where wide loads may (16 bytes).
 
-    Triton would compile other code for other alignments, and what was checked is this one.
+    Triton would compile other code for other alignments, and only this one was checked.
     """
     wide = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
     if x.stride(-1) == 1 and (wide or INTERPRETED):
@@ -75,7 +75,7 @@ def strides(*xs: Tensor) -> list[int]:
 
 
 def section(x: Tensor, pairs: int, rows: int) -> int:
-    """How many pairs of batch row and head are worked on together (``common.place``).
+    """Number of pairs of batch row and head that run together (``common.place``).
 
     Args:
         x: on the device, [..., D].
@@ -85,7 +85,7 @@ def section(x: Tensor, pairs: int, rows: int) -> int:
     if INTERPRETED:
         return min(2, pairs)
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-    # Half of it: outputs and what runs beside pass through the cache, too.
+    # Half of it, because outputs and other kernels pass through the cache, too.
     return max(1, min(pairs, cache // 2 // (2 * rows * x.shape[-1] * x.element_size())))
 
 
@@ -213,7 +213,7 @@ def count_chunks(multiprocessors: int, programs: int, key_tiles: int) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that holds ``x``."""
+    """Number of multiprocessors of the GPU that holds ``x``."""
     if INTERPRETED:
         return 4
     return torch.cuda.get_device_properties(x.device).multi_processor_count

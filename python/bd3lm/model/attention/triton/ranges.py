@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bd3lm.model.attention.mask import BlockMask, Intervals, document_bounds
-from bd3lm.model.attention.mask_cache import derived
+from bd3lm.model.attention.mask_cache import cached_per_mask
 
 
-@derived
+@cached_per_mask
 def ranges(mask: BlockMask, device: str) -> tuple[Tensor, Tensor]:
     """Both directions of a mask.
 
@@ -24,8 +24,9 @@ def ranges(mask: BlockMask, device: str) -> tuple[Tensor, Tensor]:
 def queries_of_keys(mask: BlockMask, device: str) -> Intervals:
     """The transposed mask: which queries of either stream see a key; int32 [B or 1, Tk].
 
-    A clean key is seen by the noised queries of the later blocks of its document and by the clean
-    ones from its own block on; a noised key, by the noised queries of its block (docs/math.md §7).
+    A clean key is seen by the noised queries of the later blocks of its document. Of the clean
+    queries, those from its own block on see it, or where they attend causally, those from its own
+    position on. A noised key is seen by the noised queries of its block (docs/math.md §7).
     """
     position = torch.arange(mask.seq_len, dtype=torch.int32, device=device)[None]
     start = position // mask.block_size * mask.block_size
@@ -43,7 +44,9 @@ def queries_of_keys(mask: BlockMask, device: str) -> Intervals:
 
     clean = [nobody] * 4
     if mask.clean_queries:
-        clean[0] = (own_lo - mask.first).clamp(min=0)
+        causal = position < mask.causal_end
+        lo = torch.where(causal, position, own_lo.clamp(min=mask.causal_end))
+        clean[0] = (lo - mask.first).clamp(min=0)
         clean[1] = (doc_end - mask.first).clamp(min=0)
     if not mask.noised:
         return Intervals(*(column * live for column in clean))

@@ -19,7 +19,7 @@ OVERRIDE = "BD3LM_ATTENTION_TUNING"
 
 
 class Tiles(NamedTuple):
-    """How one kernel is launched."""
+    """Launch parameters of one kernel."""
 
     block_m: int
     """Queries of a tile."""

@@ -153,7 +153,7 @@ fn spans_are_what_a_row_is_made_of() {
         let plan = RowPlan::new(&s, 16, 4, packing, true).unwrap();
         for (i, row) in rows(&s, &plan, false).iter().enumerate() {
             let mut named = Vec::new();
-            // The id of token i is 10 + i; what a row adds is below that.
+            // The id of token i is 10 + i; ids that a row adds are below that.
             plan.spans(&s, i, |span| named.extend(span.map(|at| 10 + at as i64)));
             let read: Vec<_> = row.x0.iter().copied().filter(|id| *id >= 10).collect();
             assert_eq!(named, read, "{packing:?}, row {i}");

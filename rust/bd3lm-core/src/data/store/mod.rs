@@ -1,5 +1,5 @@
-//! Token files: `tokens.bin` and `tokens.idx` in the Megatron IndexedDataset v1 layout, one sequence
-//! per document, and a `manifest.json` with the digests of the files.
+//! Token files: `tokens.bin` and `tokens.idx` in the Megatron IndexedDataset v1 layout, one
+//! sequence per document, and a `manifest.json` with the digests of the files.
 
 mod digest;
 mod index;
@@ -19,14 +19,19 @@ pub use writer::{Recipe, StoreWriter, write_documents};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::prefetch::prefetch;
+use crate::data::text::stopped;
 use crate::error::{Error, Result};
 use index::read_index;
 use manifest::{check_regular, read_manifest};
+
+/// Tokens that are counted between two looks at whether to stop.
+const COUNTED_TOGETHER: usize = 1 << 20;
 
 /// Token ids in file order.
 pub const BIN: &str = "tokens.bin";
@@ -55,7 +60,7 @@ impl Tokens<'_> {
         }
     }
 
-    /// Whether there is none.
+    /// Returns whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -126,6 +131,14 @@ impl TokenStore {
     /// [`Error::Missing`], [`Error::NotADataset`], [`Error::Truncated`], [`Error::Corrupt`] or
     /// [`Error::TokenOutOfRange`].
     pub fn open(dir: &Path, verify: Verify) -> Result<Self> {
+        Self::open_unless(dir, verify, &AtomicBool::new(false))
+    }
+
+    /// [`Self::open`], unless `stop` is set: verifying many gigabytes takes a while.
+    ///
+    /// # Errors
+    /// The same, and one that nobody sees where it was stopped.
+    pub fn open_unless(dir: &Path, verify: Verify, stop: &AtomicBool) -> Result<Self> {
         let manifest = read_manifest(dir)?;
         for (name, record) in &manifest.files {
             let path = dir.join(name);
@@ -139,7 +152,7 @@ impl TokenStore {
                 });
             }
         }
-        verify::verify(dir, &manifest, verify)?;
+        verify::verify(dir, &manifest, verify, stop)?;
         let offsets = read_index(&dir.join(IDX), &manifest)?;
         let path = dir.join(BIN);
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
@@ -275,7 +288,7 @@ impl TokenStore {
         let _ = tokens;
     }
 
-    /// Where each document begins in [`Self::tokens`], and the end of the last.
+    /// Begin of each document in [`Self::tokens`], and the end of the last.
     pub fn doc_offsets(&self) -> &[u64] {
         &self.offsets
     }
@@ -295,20 +308,28 @@ impl TokenStore {
         self.manifest.as_ref()
     }
 
-    /// How often each id occurs; as long as the vocabulary.
+    /// Number of occurrences of each id; as long as the vocabulary.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`] in a data set that was opened without verification.
-    pub fn token_counts(&self) -> Result<Vec<u64>> {
+    /// [`Error::TokenOutOfRange`] in a data set that was opened without verification, and one that
+    /// nobody sees soon after `stop` was set.
+    pub fn token_counts(&self, stop: &AtomicBool) -> Result<Vec<u64>> {
         let mut counts = vec![0u64; self.vocab.vocab_size as usize];
         let mut outside = None;
         let mut count = |id: i64| match usize::try_from(id).ok().and_then(|id| counts.get_mut(id)) {
             Some(count) => *count += 1,
             None => outside = Some(id),
         };
-        match self.tokens() {
-            Tokens::U16(x) => x.iter().for_each(|t| count(i64::from(*t))),
-            Tokens::I32(x) => x.iter().for_each(|t| count(i64::from(*t))),
+        let tokens = self.tokens();
+        for start in (0..tokens.len()).step_by(COUNTED_TOGETHER) {
+            if stop.load(Ordering::Relaxed) {
+                return Err(stopped());
+            }
+            let part = start..tokens.len().min(start + COUNTED_TOGETHER);
+            match tokens {
+                Tokens::U16(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
+                Tokens::I32(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
+            }
         }
         match outside {
             None => Ok(counts),

@@ -116,7 +116,7 @@ impl Partial {
         }
     }
 
-    /// Where the files go.
+    /// Folder that the files go to.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -241,7 +241,7 @@ fn unverified_ids_are_counted_without_a_panic() {
     fs::write(&path, bytes).unwrap();
     let store = TokenStore::open(&target, Verify::Never).unwrap();
     assert!(matches!(
-        store.token_counts(),
+        store.token_counts(&AtomicBool::new(false)),
         Err(Error::TokenOutOfRange { .. })
     ));
     assert!(store.check_unchanged().is_ok());
@@ -293,5 +293,42 @@ proptest! {
             _ => false,
         };
         prop_assert!(named);
+    }
+
+    #[test]
+    fn any_lie_is_named_or_harmless(
+        field in prop::sample::select(vec![
+            "vocab_size", "bos_id", "eos_id", "mask_id", "num_documents", "num_tokens", "num_bytes",
+            "files", "dtype", "version", "tokens.bin", "tokens.idx", "tokenizer.json", "source",
+        ]),
+        part in prop::sample::select(vec!["", "bytes", "chunk_bytes", "sha256"]),
+        value in prop_oneof![
+            any::<u64>().prop_map(serde_json::Value::from),
+            prop::sample::select(vec![0u64, 1, 2, 4, 7, 1 << 31, 1 << 32, 1 << 62, u64::MAX])
+                .prop_map(serde_json::Value::from),
+            Just(serde_json::json!(-1)),
+            Just(serde_json::json!("int32")),
+            Just(serde_json::json!("/dev/zero")),
+            Just(serde_json::Value::Null),
+        ],
+        never: bool,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let target = written(dir.path(), &[vec![1, 2, 3], vec![98]], VOCAB);
+        reseal(&target, |m| {
+            let inside = field.contains('.');
+            let place = if inside { &mut m["files"][field] } else { &mut m[field] };
+            if inside && !part.is_empty() {
+                place[part] = value;
+            } else {
+                *place = value;
+            }
+        });
+        let verify = if never { Verify::Never } else { Verify::Always };
+        if let Ok(store) = TokenStore::open(&target, verify) {
+            prop_assert_eq!(store.tokens().len(), 6); // with the EOS of each
+            prop_assert_eq!(store.doc_offsets(), &[0, 4, 6]);
+            let _ = store.token_counts(&AtomicBool::new(false));
+        }
     }
 }

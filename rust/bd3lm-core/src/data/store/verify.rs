@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -15,9 +15,10 @@ use super::digest::{STEP, joined, sha256};
 use super::manifest::{FileRecord, Manifest};
 use super::{BIN, MANIFEST};
 use crate::cpu::threads::available_threads;
+use crate::data::text::stopped;
 use crate::error::{Error, Result};
 
-/// When the files are compared with their digests.
+/// Time at which the files are compared with their digests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
     /// Unless they were, and have not changed since by size, times and inode.
@@ -42,8 +43,13 @@ const MAX_THREADS: usize = 8;
 ///
 /// # Errors
 /// [`Error::Corrupt`] for a file whose digest is not the manifest's, [`Error::TokenOutOfRange`]
-/// for an id outside the vocabulary.
-pub(super) fn verify(dir: &Path, manifest: &Manifest, verify: Verify) -> Result<()> {
+/// for an id outside the vocabulary, and [`stopped`] soon after `stop` was set.
+pub(super) fn verify(
+    dir: &Path,
+    manifest: &Manifest,
+    verify: Verify,
+    stop: &AtomicBool,
+) -> Result<()> {
     if verify == Verify::Never {
         return Ok(());
     }
@@ -55,7 +61,7 @@ pub(super) fn verify(dir: &Path, manifest: &Manifest, verify: Verify) -> Result<
     let started = SystemTime::now();
     for (name, record) in &manifest.files {
         let ids = (name == BIN).then_some(manifest);
-        check_file(&dir.join(name), record, ids)?;
+        check_file(&dir.join(name), record, ids, stop)?;
     }
     if bytes >= SMALL && stamp.is_settled(started) && Stamp::of(dir, manifest)? == stamp {
         stamp.remember(dir);
@@ -87,7 +93,7 @@ impl Stamp {
         })
     }
 
-    /// Whether all files are older than the resolution of their times.
+    /// Returns whether all files are older than the resolution of their times.
     fn is_settled(&self, now: SystemTime) -> bool {
         let Ok(now) = now.duration_since(SystemTime::UNIX_EPOCH) else {
             return false;
@@ -128,7 +134,7 @@ impl Stamp {
     }
 }
 
-/// Where a verification is remembered: with the files, or in the user's cache.
+/// Files that remember a verification: with the files, or in the user's cache.
 fn places(dir: &Path) -> Vec<PathBuf> {
     let mut places = vec![dir.join(REMEMBERED)];
     let cache = std::env::var_os("XDG_CACHE_HOME")
@@ -163,7 +169,12 @@ pub(super) fn file_stamp(meta: &fs::Metadata) -> FileStamp {
 
 /// Compares a file with its digest and, where it holds ids, these with the vocabulary: in one pass
 /// over the file, by several threads where its digest allows it.
-fn check_file(path: &Path, record: &FileRecord, ids: Option<&Manifest>) -> Result<()> {
+fn check_file(
+    path: &Path,
+    record: &FileRecord,
+    ids: Option<&Manifest>,
+    stop: &AtomicBool,
+) -> Result<()> {
     let size = record.chunk_bytes.unwrap_or(record.bytes).max(1);
     let count = record.bytes.div_ceil(size).max(1) as usize;
     let digests = Mutex::new(vec![[0; 32]; count]);
@@ -189,6 +200,10 @@ fn check_file(path: &Path, record: &FileRecord, ids: Option<&Manifest>) -> Resul
                     if found.is_some() {
                         *bad_id.lock().expect("no holder panics") = found;
                     }
+                    if stop.load(Ordering::Relaxed) {
+                        return Err(stopped());
+                    }
+                    Ok(())
                 },
             )?;
             digests.lock().expect("no holder panics")[chunk] = digest.finalize().into();
@@ -232,7 +247,7 @@ fn read(
     from: u64,
     bytes: u64,
     buffer: &mut [u8],
-    mut each: impl FnMut(&[u8]),
+    mut each: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
     let fail = |e| Error::io(path, e);
     let mut file = File::open(path).map_err(fail)?;
@@ -241,7 +256,7 @@ fn read(
     while left > 0 {
         let part = &mut buffer[..left.min(STEP as u64) as usize];
         file.read_exact(part).map_err(fail)?;
-        each(part);
+        each(part)?;
         left -= part.len() as u64;
     }
     Ok(())

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// Tokens of the longest document.
 const MAX_DOCUMENT_TOKENS: u64 = 1 << 30;
 
-/// How a data set is made.
+/// Settings with which a data set is made.
 #[derive(Clone, Debug)]
 pub struct Recipe {
     /// Special ids.
@@ -43,7 +43,7 @@ pub struct StoreWriter {
     current: Size,
     last: Size,
     total: Size,
-    /// Where the first document can be cut, while it is the only one.
+    /// Places where the first document can be cut, while it is the only one.
     cuts: Vec<Size>,
     recipe: Recipe,
 }

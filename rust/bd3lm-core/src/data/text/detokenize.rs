@@ -46,7 +46,7 @@ impl Detokenizer {
         named("detokenizer", name, &ALL)
     }
 
-    /// Its name.
+    /// Name of the rules.
     pub fn name(self) -> &'static str {
         let found = ALL.iter().find(|(_, value)| *value == self);
         found.map_or("", |(name, _)| name)
@@ -162,7 +162,7 @@ impl Text<'_> {
         self.all(&[("http : / / ", "http://"), ("https : / / ", "https://")]);
         self.sub(pattern!(r" '(\w+)"), "'$1");
         self.sub(pattern!(r" (\w+) \. "), " $1. ");
-        // `$` of the rules' language also stands before a last line feed.
+        // `$` of the rules' language also matches before a last line feed.
         self.sub(pattern!(r" (\w+) \.(\n?)\z"), " $1.$2");
         self.all(&[(" ? ", "? ")]);
         self.sub(pattern!(r" \?(\n?)\z"), "?$1");

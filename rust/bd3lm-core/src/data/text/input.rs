@@ -22,7 +22,7 @@ const HEAD: usize = 4096;
 /// One file to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Input {
-    /// Its path; `-` is standard input.
+    /// Path of the file; `-` is standard input.
     pub path: PathBuf,
     /// Named by the user, and not found in a folder.
     pub named: bool,
@@ -130,7 +130,7 @@ fn by_name(path: &Path) -> (ByName, Packed) {
     (format, packed)
 }
 
-/// Whether a file has to be read by its path, as parquet is.
+/// Returns whether a file has to be read by its path, as parquet is.
 pub(super) fn is_parquet(path: &Path, options: &ReadOptions) -> Result<bool> {
     if let Some(format) = options.format {
         return Ok(format == Format::Parquet);
@@ -239,7 +239,7 @@ fn guess(head: &[u8]) -> Format {
     }
 }
 
-/// Tells the two JSON formats apart, whose names are used for each other.
+/// Distinguishes the two JSON formats, whose names are used for each other.
 fn by_content(format: Format, head: &[u8]) -> Format {
     if !matches!(format, Format::Json | Format::JsonLines) {
         return format;
@@ -387,7 +387,7 @@ impl<R: Read> Read for Counting<R> {
 
 /// Members of a gzip file one after the other; bytes after the last are ignored, as by gzip(1).
 struct Gzip<R: Read> {
-    /// `None` after the last member.
+    /// Reads the next member; `None` after the last.
     member: Option<flate2::bufread::GzDecoder<PushBack<R>>>,
 }
 

@@ -38,7 +38,7 @@ pub(super) fn read_values<R: Read>(
 enum Next {
     End,
     Record,
-    /// It was longer than is read.
+    /// Too long to be read.
     TooLong,
 }
 

@@ -1,9 +1,9 @@
-//! How text files are read.
+//! Options of reading text files.
 
 use super::detokenize::Detokenizer;
 use crate::error::{Result, named};
 
-/// How a file holds its documents.
+/// Format of a file of documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Plain text: one document, or several with lines of `<|endoftext|>` between them.
@@ -17,7 +17,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// By name.
+    /// Finds a format by its name.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) that lists the names.
@@ -32,7 +32,7 @@ impl Format {
     }
 }
 
-/// How to read files, and which of their documents to keep.
+/// Format of files, and the documents to keep.
 #[derive(Clone, Debug)]
 pub struct ReadOptions {
     /// Field of JSON and parquet records that holds the text; `a.b` is field `b` of field `a`.

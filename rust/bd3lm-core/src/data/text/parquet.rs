@@ -217,7 +217,7 @@ fn next<T: DataType>(
     Ok(out)
 }
 
-/// Which of the next rows of a column have the wanted value.
+/// Marks those of the next rows of a column that have the wanted value.
 fn matching(
     reader: &mut ColumnReader,
     level: i16,
@@ -292,7 +292,7 @@ fn column(path: &Path, schema: &SchemaDescriptor, name: &str) -> Result<usize> {
     }
     let count = names.len();
     Err(refuse(format!(
-        "it has no column {name}, only {}",
+        "it has no column {name}, only {}; name another with --text-field",
         list(names.into_iter(), count)
     )))
 }

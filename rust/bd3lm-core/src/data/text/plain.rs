@@ -55,7 +55,7 @@ struct Text<'a> {
     separator: Finder<'a>,
     lines: bool,
     bytes: Vec<u8>,
-    /// Where the current document, or the rest of it, begins.
+    /// Begin of the current document, or of its rest.
     start: usize,
     /// No separator begins before this.
     searched: usize,
@@ -66,7 +66,7 @@ struct Text<'a> {
 }
 
 impl Text<'_> {
-    /// Where the next separator begins, counted from the start of the document.
+    /// Begin of the next separator, counted from the start of the document.
     fn find(&mut self) -> Option<usize> {
         let from = self.searched.max(self.start);
         let found = self.separator.find(&self.bytes[from..]);
@@ -90,7 +90,7 @@ impl Text<'_> {
         Ok(taken > 0)
     }
 
-    /// Where a document that is too long is cut: before the last space between a letter or digit
+    /// Place where a document that is too long is cut: before the last space between a letter or digit
     /// and a letter, where byte-level BPE and WordPiece give the same ids; else between characters.
     fn cut(&self) -> usize {
         let bytes = &self.bytes;

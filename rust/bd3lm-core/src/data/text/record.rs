@@ -55,7 +55,7 @@ pub(super) fn read_record<'a>(json: &'a [u8], options: &ReadOptions) -> Result<R
         Some(Value::Text(text)) => Ok(Record::Text(text)),
         Some(Value::Null) => Ok(Record::Null),
         Some(_) => Err(format!("its field {name} is not a string")),
-        None => Err(format!("it has no field {name}, only {}", names_of(json))),
+        None => Err(format!("it has no field {name}, only {}; name another with --text-field", names_of(json))),
     }
 }
 
@@ -129,7 +129,7 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// Whether it is the value that a user wrote as `wanted`.
+    /// Returns whether it is the value that a user wrote as `wanted`.
     pub(super) fn is(&self, wanted: &str) -> bool {
         match self {
             Value::Text(text) => text == wanted,
@@ -149,7 +149,7 @@ impl Value<'_> {
     }
 }
 
-/// How a field was found.
+/// Way in which a field was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Match {
     InOtherCase,
@@ -186,14 +186,14 @@ impl<'n, 'de> Field<'n, 'de> {
     }
 }
 
-/// Where a value of the object lies, as seen from a field that is looked for.
+/// Position of a value of the object, as seen from a field that is looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// Elsewhere.
     Aside,
-    /// It contains the field; the rest of the field's name begins at this byte.
+    /// Value that contains the field; the rest of the field's name begins at this byte.
     Above(usize),
-    /// It is the field.
+    /// Value of the field.
     At(Match),
 }
 
@@ -233,7 +233,7 @@ impl<'de> Visit<'_, '_, 'de> {
         }
     }
 
-    /// As [`Self::keep`] without a copy of the text where one field wants it.
+    /// Keeps like [`Self::keep`], without a copy of the text where one field wants it.
     fn keep_text(self, text: Cow<'de, str>) {
         let mut text = Some(text);
         let mut wanting = self.fields.iter_mut().zip(self.places);
@@ -367,7 +367,7 @@ mod tests {
         );
         assert_eq!(
             read(r#"{"a": {"b": 1}}"#, "a.c", None),
-            "it has no field a.c, only a"
+            "it has no field a.c, only a; name another with --text-field"
         );
         assert_eq!(
             read(r#"{"text": "a", "text": "b"}"#, "text", None),

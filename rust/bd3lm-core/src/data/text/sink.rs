@@ -1,4 +1,4 @@
-//! From records to documents: counts the records by outcome, and skips the bad ones.
+//! Records to documents: counts the records by outcome, and skips the bad ones.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ const HOPELESS: u64 = 1000;
 pub struct Piece<'a> {
     /// Text; empty only where the last part of a document was lost.
     pub text: &'a str,
-    /// Whether the document ends here.
+    /// True if the document ends here.
     pub last: bool,
 }
 
@@ -77,7 +77,7 @@ impl<'a> Sink<'a> {
         Ok(wanted)
     }
 
-    /// Whether all of the wanted rows were read.
+    /// Returns whether all of the wanted rows were read.
     pub(super) fn is_done(&self) -> bool {
         self.options.rows.is_some_and(|(_, to)| *self.seen >= to)
     }

@@ -322,7 +322,7 @@ fn rows_of_several_files() {
     assert_eq!(records.read, 4);
 }
 
-/// Bytes that look like what the readers read, and any others.
+/// Bytes that resemble the readers' formats, and any others.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let parts = [
         "{",

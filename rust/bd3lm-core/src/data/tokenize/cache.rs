@@ -43,7 +43,7 @@ struct Set {
     ids: [[u32; INLINE + 1]; 2],
 }
 
-/// From the bytes of a word to its ids. Forgets; never lies.
+/// Ids of words by their bytes. May forget a word; never gives wrong ids.
 pub(super) struct WordCache {
     sets: Vec<Set>,
     long: HashMap<Box<[u8]>, Box<[u32]>, FxBuildHasher>,
@@ -226,7 +226,7 @@ impl WordCache {
 mod tests {
     use super::*;
 
-    /// Whatever was asked before, and however often words push each other out.
+    /// Lookups give the ids of the word, after any other lookups and evictions.
     #[test]
     fn ids_are_those_that_were_made() {
         let mut cache = WordCache::new(1);
@@ -243,7 +243,7 @@ mod tests {
             text.extend(word);
             ends.push(text.len());
         }
-        text.extend_from_slice(b"more"); // what follows is no part of a word
+        text.extend_from_slice(b"more"); // the bytes behind are no part of a word
         let all: Vec<u32> = ends
             .windows(2)
             .flat_map(|w| ids(&text[w[0]..w[1]]))

@@ -16,7 +16,7 @@ impl Kinds {
         )
     }
 
-    /// The kind of `c`; `ask` is called where it is not known yet, and answers below 255.
+    /// The kind of `c`; `ask` is called where it is not known yet, and returns less than 255.
     #[inline]
     pub(super) fn of(&self, c: char, ask: impl FnOnce(char) -> u8) -> u8 {
         let cell = &self.0[c as usize];
@@ -24,7 +24,7 @@ impl Kinds {
         if kind != UNKNOWN {
             return kind;
         }
-        // Threads that ask at the same time get the same answer.
+        // Threads that look a character up at the same time get the same kind.
         let kind = ask(c);
         debug_assert!(kind != UNKNOWN);
         cell.store(kind, Ordering::Relaxed);

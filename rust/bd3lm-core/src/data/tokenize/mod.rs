@@ -364,4 +364,6 @@ fn ends_word(c: char) -> bool {
 }
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 pub(crate) mod tests;

@@ -12,7 +12,7 @@ use crate::data::store::MAX_VOCAB;
 /// WordPiece tries every substring of a word: the square of this many.
 const MAX_WORD_CHARS: u64 = 1000;
 
-/// How much longer normalizers may make a text, all of them together.
+/// Factor by which all normalizers together may lengthen a text.
 const MAX_GROWTH: f64 = 64.0;
 
 /// Checks a definition; the error is the reason to refuse it.

@@ -61,7 +61,7 @@ pub(super) enum Word {
 }
 
 impl WordPiece {
-    /// From a `tokenizer.json`, or the reason for which the library is needed.
+    /// Builds the pipeline from a `tokenizer.json`, or gives the reason why the library is needed.
     pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
         if definition["normalizer"]["type"] != "BertNormalizer" {
             return Err("its normalizer is not BERT's");
@@ -96,7 +96,7 @@ impl WordPiece {
         })
     }
 
-    /// Where white space that begins at `at` ends.
+    /// End of the white space that begins at `at`.
     #[inline]
     pub(super) fn skip(&self, text: &[u8], mut at: usize) -> usize {
         while at < text.len() && ASCII[text[at] as usize] == SPACE {
@@ -131,7 +131,8 @@ impl WordPiece {
         self.odd(text, at, end, oracle)
     }
 
-    /// As [`Self::word`], where the character at `end` is neither an ASCII letter nor a boundary.
+    /// Encodes like [`Self::word`], where the character at `end` is neither an ASCII letter nor a
+    /// boundary.
     fn odd(&self, text: &str, at: usize, mut end: usize, oracle: &tokenizers::Tokenizer) -> Word {
         let bytes = text.as_bytes();
         let mut plain = true;
@@ -186,7 +187,7 @@ impl WordPiece {
     }
 }
 
-/// Whether the library always splits a character off.
+/// Returns whether the library always splits a character off.
 #[cold]
 fn ask(c: char, oracle: &tokenizers::Tokenizer) -> u8 {
     let apart = || -> tokenizers::Result<bool> {

@@ -20,11 +20,11 @@ pub(super) const QT: usize = 128;
 pub(super) const fn tile_row(pair: usize) -> usize {
     QT / pair + 16
 }
-/// As [`tile_row`], for units along the keys.
+/// Row length like [`tile_row`], for units along the keys.
 pub(super) const ZIP_ROW: usize = QT + 16;
 /// Keys come in multiples of this: every backend's rows of a score tile divide it.
 pub(super) const FORWARD_STEP: usize = 8;
-/// As [`FORWARD_STEP`], for the tile of the backward pass, which holds two products.
+/// Step like [`FORWARD_STEP`], for the tile of the backward pass, which holds two products.
 pub(super) const BACKWARD_STEP: usize = 4;
 /// Lanes of the widest backend.
 pub(super) const MAX_W: usize = 16;

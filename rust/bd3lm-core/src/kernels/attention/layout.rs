@@ -60,8 +60,8 @@ impl Rows {
         }
     }
 
-    /// Whether a kernel may read rows where they are: float32, a multiple of the widest vector,
-    /// in rising order.
+    /// Returns whether a kernel may read rows where they are: float32, a multiple of the widest
+    /// vector, in rising order.
     pub fn is_whole(&self) -> bool {
         self.dtype == Dtype::F32 && self.width.is_multiple_of(MAX_W) && self.stride >= 0
     }

@@ -41,7 +41,7 @@ pub const MAX_HEAD_WIDTH: usize = 256;
 /// A strided tensor [B, H, T, Dh] somewhere in memory; neighbours along Dh are adjacent.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor {
-    /// Its first element.
+    /// First element.
     pub ptr: *mut u8,
     /// Type of an element.
     pub dtype: Dtype,
@@ -58,7 +58,7 @@ unsafe impl Send for Tensor {}
 unsafe impl Sync for Tensor {}
 
 impl Tensor {
-    /// Whether it has no element.
+    /// Returns whether it has no element.
     fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
@@ -139,7 +139,7 @@ pub struct Forward<'a> {
     pub k: Tensor,
     /// Values [B, Hkv, Tk, Dh].
     pub v: Tensor,
-    /// Which keys each query sees.
+    /// Keys that each query sees.
     pub mask: Mask<'a>,
     /// Result [B, H, Tq, Dh].
     pub out: Tensor,

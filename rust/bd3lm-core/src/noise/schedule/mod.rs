@@ -1,5 +1,5 @@
-//! Noise schedules: mask probability, NELBO weight and inverse (docs/math.md §2). Every formula of
-//! a schedule is here.
+//! Noise schedules: mask probability, NELBO weight and inverse (docs/math.md §2). Formulas of
+//! Gaussians and tables are in `gaussian` and `table`, all others here.
 
 mod gaussian;
 mod table;
@@ -173,7 +173,7 @@ impl Schedule {
         Ok(Schedule::Cosine { eps })
     }
 
-    /// Its name, one of [`Self::NAMES`].
+    /// Name of the schedule, one of [`Self::NAMES`].
     pub fn name(&self) -> &'static str {
         Self::NAMES[match self {
             Schedule::LogLinear => 0,
@@ -307,7 +307,7 @@ impl Schedule {
         })
     }
 
-    /// Whether p(t) increases, so that inverse, clip and sampling are defined.
+    /// Returns whether p(t) increases, so that inverse, clip and sampling are defined.
     pub fn is_monotone(&self) -> bool {
         !matches!(
             self,

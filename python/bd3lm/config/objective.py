@@ -1,0 +1,37 @@
+"""Training objective: which losses are added up, and over which positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bd3lm.config.check import check, check_number, check_whole
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Losses of a bd3lm run beside that of its noised stream."""
+
+    ar_weight: float = 0.0
+    """Weight of the next-token loss on the clean stream, per token. More than 0 needs
+    model.clean-stream = causal."""
+    ar_tokens: Literal["all", "unmasked"] = "all"
+    """Tokens of that loss: all, or those that the noised stream does not predict in this step,
+    weighted to the same expectation. The head then works on each token once."""
+
+    ar_steps: int = 0
+    """First steps of the run that train on the next-token loss alone (AR warm start). They take
+    half of the time, for they run one stream."""
+    block_sizes: tuple[int, ...] = ()
+    """Train on blocks of several sizes: S of a step is drawn from these, block-size among them,
+    with equal probability. One checkpoint then scores and samples at each. Empty: block-size."""
+
+    def __post_init__(self) -> None:
+        check_number("objective.ar-weight", self.ar_weight, 0)
+        check_whole("objective.ar-steps", self.ar_steps, 0)
+        warm = self.ar_steps == 0 or self.ar_weight > 0
+        check(warm, "objective.ar-steps", self.ar_steps, "0 where objective.ar-weight = 0")
+        for size in self.block_sizes:
+            check_whole("objective.block-sizes", size, 1)
+        once = len(set(self.block_sizes)) == len(self.block_sizes)
+        check(once, "objective.block-sizes", self.block_sizes, "different numbers")
