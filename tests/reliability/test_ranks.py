@@ -209,6 +209,9 @@ def of_system(config, system):
 def test_fifty_steps_on_two_three_and_four_ranks(zygote, exact, tmp_path, system, optimizer):
     config = dataclasses.replace(exact, steps=50, batch_size=9, checkpoint_every=50)
     config = optimized(of_system(config, system), optimizer)
+    # At the demo's rates such a model amplifies a rounding error tenfold in 50 steps.
+    optim = dataclasses.replace(config.optim, lr=1e-3, matrix_lr=5e-3)
+    config = dataclasses.replace(config, optim=optim)
     one = run(zygote, 1, config, tmp_path / "one")
     for strategy in ("ddp", "fsdp"):
         for ranks in (2, 3, 4):
