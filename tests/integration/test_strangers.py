@@ -167,7 +167,7 @@ def test_one_text_file_works_from_anywhere(tmp_path, capsys, monkeypatch):
 
 
 def test_prepared_data_is_found_from_any_folder(folder, tmp_path, capsys, monkeypatch):
-    """A run that was given relative paths; and what is said when the data has moved too."""
+    """A run that was given relative paths; and the message when the data has moved too."""
     monkeypatch.chdir(folder)
     out = tmp_path / "run"
     train.main(["--data", "data [v2]", "--out", str(out), *TINY])
@@ -324,7 +324,7 @@ def test_any_encoding_of_the_terminal(tmp_path, encoding):
 
 
 def test_a_notebook_gets_lines(monkeypatch):
-    """Its stream says that it is a terminal, and shows escape codes as they are."""
+    """Terminal stream that shows escape codes as they are."""
     stream = type("OutStream", (io.StringIO,), {"isatty": lambda self: True})
     stream.__module__ = "ipykernel.iostream"
     monkeypatch.setattr("sys.stdout", stream())

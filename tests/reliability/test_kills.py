@@ -146,7 +146,7 @@ def runs_short_of_memory(zygote, small, tmp_path, megabytes):
     """Runs with so much address space beyond that of their imports; returns their exit codes.
 
     With each of them another allocation is the first that fails: of PyTorch, oneDNN, the
-    interpreter, a thread's stack. What is saved then is whole.
+    interpreter, a thread's stack. The checkpoint saved then is whole.
     """
     wide = dataclasses.replace(
         small,
