@@ -131,7 +131,7 @@ print("opening", flush=True)
 def test_a_large_data_set_that_is_read_whole(
     work: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """It would take half a minute."""
+    """Work that would take half a minute."""
     path = sparse_data_set(tmp_path / "set", tokenizer, 6_000_000_000, 3_000_000)
     running = subprocess.Popen(
         [sys.executable, "-c", VERIFIES.format(work=work), str(path)],

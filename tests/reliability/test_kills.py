@@ -146,8 +146,8 @@ def runs_short_of_memory(zygote, small, tmp_path, megabytes):
     """Runs with so much address space beyond that of their imports; returns their exit codes.
 
     With each of them another allocation is the first that fails: of PyTorch, oneDNN, the
-    interpreter, a thread's stack. What is saved then is whole. oneDNN follows a null pointer where
-    its own memory for a product is refused (seen in PyTorch 2.15).
+    interpreter, a thread's stack. The checkpoint saved then is whole. oneDNN follows a null pointer
+    where its own memory for a product is refused (seen in PyTorch 2.15).
     """
     wide = dataclasses.replace(
         small,

@@ -19,7 +19,7 @@ class LossParts:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, nats: Tensor, tokens: int) -> None:
-        """Add a sum of nats over so many tokens; what is not finite is left out.
+        """Add a sum of nats over so many tokens; sums that are not finite are left out.
 
         Args:
             name: of the part, as it is logged.
@@ -44,6 +44,12 @@ class LossParts:
         named = dict(zip(self._sums, sums, strict=True))
         self._sums = {}
         return {name: nats / tokens for name, (nats, tokens) in named.items() if tokens}
+
+    def collect(self, over_ranks: Callable[[Tensor], Tensor], *, first: bool) -> None:
+        """Move the sums of all ranks to the first, before its state is saved."""
+        if self._sums:
+            total = over_ranks(torch.stack(list(self._sums.values())))
+            self._sums = dict(zip(self._sums, total if first else total * 0, strict=True))
 
     def state(self) -> dict[str, Any]:
         """Sums as plain JSON."""
