@@ -48,12 +48,16 @@ def test_the_joint_loss_is_the_sum_of_its_parts(packing):
     """Block diffusion over the clean stream, and AR of the same weights on the same tokens."""
     model, batch = causal_model(), batch_of(packing=packing)
     objective = ObjectiveConfig(ar_weight=0.7)
-    joint = BlockDiffusion(4, MASK_ID, objective=objective).loss(model, batch)
+    system = BlockDiffusion(4, MASK_ID, objective=objective)
+    joint = system.loss(model, batch)
     diffusion = BlockDiffusion(4, MASK_ID).loss(model, batch)
     full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), packing=packing)
     assert torch.equal(full.x0, batch.x0)
     ar = Autoregressive(MASK_ID).loss(model, full)
     torch.testing.assert_close(joint, diffusion + 0.7 * ar, rtol=1e-5, atol=1e-4)
+    parts = system.parts.read()  # the loss that is shown is the noised stream's
+    assert parts["loss"] == parts["loss_S4"] == pytest.approx(float(diffusion) / batch.num_noisable)
+    assert parts["loss_ar"] == pytest.approx(float(ar) / batch.num_noisable)
 
 
 def test_the_ar_loss_of_unmasked_tokens_has_the_same_expectation():
@@ -86,7 +90,9 @@ def test_a_warm_start_is_the_ar_loss():
     full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"))
     ar = Autoregressive(MASK_ID).loss(model, full).detach()
     torch.testing.assert_close(system.loss(model, batch_of()).detach(), ar, rtol=1e-5, atol=1e-4)
-    assert float(system.parts.read()["loss_ar"]) == pytest.approx(float(ar) / full.num_noisable)
+    parts = system.parts.read()
+    assert "loss" not in parts  # the whole loss is the next-token loss
+    assert parts["loss_ar"] == pytest.approx(float(ar) / full.num_noisable)
     assert system.loss(model, batch_of(step=1)) > ar
 
 

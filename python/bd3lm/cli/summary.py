@@ -82,11 +82,18 @@ def likelihood_line(summary: Mapping[str, Any]) -> str:
     kind = summary.get("val_likelihood", "nelbo")
     name, nats = ("NELBO", "nelbo") if kind == "nelbo" else (f"NLL ({kind})", "nll")
     line = f"{name} {summary[f'val_{nats}']:.4f} nats/token, PPL {summary['val_ppl']:.2f}"
+    data = summary["val_data_error"]
     if summary["val_bpb"] is not None:
-        line += f", {summary['val_bpb']:.3f} bits per byte"
+        bpb = summary["val_bpb"]
+        line += f", {bpb:.3f}"
+        if data is not None:
+            line += f" ± {data * bpb / summary[f'val_{nats}']:.3f}"
+        line += " bits per byte"
+    elif summary["val_coverage"] < 1:
+        line += " (bits per byte need the whole text)"
     if kind != "nelbo" and summary["val_nelbo"] is not None:
         line += f"; NELBO {summary['val_nelbo']:.4f}"
-    errors = f"data s.e. {summary['val_data_error']:.4f}"
+    errors = "one row, so no s.e. of the data" if data is None else f"data s.e. {data:.4f}"
     if summary["estimator"] != "exact":
         errors = f"estimator s.e. {summary['val_mc_error']:.4f}, {errors}"
     return (

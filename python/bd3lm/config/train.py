@@ -17,6 +17,8 @@ from bd3lm.config.sample import SampleConfig
 
 DEFAULT_BLOCK = 4
 """S of a bd3lm run where none is given."""
+LARGEST_BATCH = 2**24
+"""Rows that the loader makes at once at most."""
 LARGEST_ROW = 2**24
 """Largest L: beyond the memory of any machine, so that a damaged number allocates nothing."""
 
@@ -100,6 +102,7 @@ class TrainConfig:
         check_whole("seq-len", self.seq_len, 2, LARGEST_ROW)
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
             check_whole(name.replace("_", "-"), getattr(self, name), 1)
+        check_whole("batch-size", self.batch_size, 1, LARGEST_BATCH)
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -136,9 +137,17 @@ class Schedule:
         points = [(0.0, float(p(0.0)))]
         for t in (1.0 / (1.0 + np.exp(-odds))).tolist():
             value = float(p(t))
-            if abs(value - points[-1][1]) > _RESOLUTION * abs(value):
+            if not math.isfinite(value):
+                raise ConfigError("p", f"{value} at t = {t:.4g}", "a finite number")
+            before, level = points[-1][1], points[-1][0]
+            if abs(value - before) > _RESOLUTION * abs(value):
                 points.append((t, value))
+            elif level > 0.01 and t < 0.99 and t - level > 0.02:
+                flat = f"{value:.4g} from t = {level:.3g} to {t:.3g}"
+                raise ConfigError("p", flat, "strictly increasing")
         last = float(p(1.0))
+        if last > 1.0 + 1e-9:
+            raise ConfigError("p", f"{last:.6g} at t = 1", "1 there")
         while len(points) > 1 and abs(last - points[-1][1]) <= _RESOLUTION:
             points.pop()
         return cls.table(*zip(*points, (1.0, last), strict=True))

@@ -63,7 +63,7 @@ class Likelihood:
         tokens: scored tokens (EOS included; BOS, padding and context are not).
         coverage: share of the data set's tokens that were scored.
         mc_error: standard error of ``nll`` from the estimator's own randomness; 0 for exact.
-        data_error: standard error from the choice of rows.
+        data_error: standard error from the choice of rows; None for a single row.
         estimator: exact, stratified, count, bernoulli, or orders.
         forwards: denoiser forwards a row, the clean stream's one included.
         row_nats: nats of each scored row, for paired comparisons.
@@ -82,7 +82,7 @@ class Likelihood:
     tokens: int
     coverage: float
     mc_error: float
-    data_error: float
+    data_error: float | None
     estimator: str
     forwards: int
     row_nats: NDArray[np.float64] = field(repr=False, compare=False)
@@ -380,7 +380,9 @@ class _Totals:
         nll = self.nats.sum() / scored
         # Rows as clusters of tokens: the usual standard error of a ratio.
         residual = self.nats - nll * self.tokens
-        data = math.sqrt((residual**2).sum() * count / max(count - 1, 1)) / scored
+        data = None
+        if count > 1:
+            data = float(math.sqrt((residual**2).sum() * count / (count - 1)) / scored)
         whole = num_bytes if count == len(self.rows) else None
         bpb = None if not whole else float(self.nats.sum() / math.log(2) / whole)
         stream = self.rows.num_stream_tokens
@@ -393,7 +395,7 @@ class _Totals:
             tokens=int(scored),
             coverage=float((scored - self.rows.row_eos * count) / stream),
             mc_error=float(math.sqrt(self.variance.sum()) / scored),
-            data_error=float(data),
+            data_error=data,
             estimator=measure.name,
             forwards=self.forwards,
             row_nats=self.nats,

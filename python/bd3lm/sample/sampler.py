@@ -473,7 +473,8 @@ class Sampler:
                 model.causal_clean and self.system.prediction_offset == 0,
                 "speculate",
                 True,
-                "False unless the model has a causal clean stream and is sampled as bd3lm",
+                "False unless the model has a causal clean stream, as preset joint has, and is "
+                "sampled as bd3lm",
             )
             check(not model.time_conditioning, "speculate", True, "False with time conditioning")
             whole = not any(token is None for prompt in prompts for token in prompt)

@@ -191,6 +191,7 @@ class BlockDiffusion(System):
         loss, nats = self.head_loss(model, features, target, torch.cat([weight, ar_weight]))
         self._observe(nats, batch)
         of_noised = (nats[: len(masked)] * batch.weight).sum()
+        self.parts.add("loss", of_noised, noisable)
         self.parts.add(f"loss_S{batch.block_size}", of_noised, noisable)
         self.parts.add("loss_ar", nats[len(select) :][:number].sum(), number)
         return loss

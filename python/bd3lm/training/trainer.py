@@ -399,7 +399,7 @@ class Trainer:
             line["loss"] = window.loss
         line |= parts
         if window.loss is not None and math.isfinite(window.norm):
-            self.last = {"loss": window.loss, **rates}
+            self.last = {"loss": line["loss"], **rates}
         line |= rates | {"seconds": self.seconds}
         if window.skipped:
             line["skipped"] = window.skipped
