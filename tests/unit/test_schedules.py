@@ -287,7 +287,7 @@ def test_callables_that_are_no_schedule_name_themselves() -> None:
         Schedule.from_callable(lambda t: math.sin(2.5 * t) / math.sin(2.5))
     with pytest.raises(ConfigError, match="schedule_table = 2 points"):
         Schedule.from_callable(lambda t: float(t == 1))
-    with pytest.raises(ConfigError, match=r"p = 1 from t = 0\.4.*: must be strictly increasing"):
+    with pytest.raises(ConfigError, match=r"p = 1 from t = 0\.5.*: must be strictly increasing"):
         Schedule.from_callable(lambda t: min(1.0, 2 * t))
     with pytest.raises(ConfigError, match=r"p = nan at t = .*: must be a finite number"):
         Schedule.from_callable(lambda t: math.nan if t else 0.0)
