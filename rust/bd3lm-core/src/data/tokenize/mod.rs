@@ -1,26 +1,41 @@
 //! Text to token ids: exactly those of the `tokenizers` library, which is called as seldom as can be.
 
+mod added;
+mod bpe;
 mod byte_level;
 mod cache;
 mod chars;
 mod fast;
+mod metaspace;
+mod rule;
+mod split;
 mod vet;
 mod word_piece;
 
-use aho_corasick::AhoCorasick;
 use serde_json::Value;
 
 use crate::data::guard::guarded;
 use crate::data::store::Vocab;
 use crate::error::{Error, Result};
+use added::{Added, Part};
 use cache::WordCache;
 use fast::Fast;
+use metaspace::Place;
 
 /// Text handed to the library at once: longer documents are cut where that is exact.
 const PIECE: usize = 64 << 10;
 
 /// Longest text whose cuts are looked for by the library alone.
 const OFFSETS: usize = 1 << 20;
+
+/// Texts on which a pipeline has to agree with the library before it is used.
+const PROBES: [&str; 5] = [
+    "The old house's 3rd door isn't  OPEN;\tthey'LL say \"we've\" -- (1,024.50)!\r\n\n  Ünïted, naïve.",
+    "def f(x):\n    return {'a': [x**2 for x in range(10)]}  # ok\n\n\n",
+    "日本語のテキスト、中文字符。한국어 العربية हिन्दी ไทย e\u{301}\u{323} ﬁ ½ Ⅳ 👩\u{200d}👩 \u{a0}\u{3000}\u{2028}.",
+    "\u{0}\u{1}\u{b}\u{7f}\u{85}\u{feff}\u{fffd}\u{302e}\u{1d165}“q”—x…y  ",
+    " \u{2581}HTMLElement/ǅ 'ſ\u{c5c}<s> http://www.x.org/a_b?c=1&d[0]=%20 $5 ▁▁ \u{1112}\u{1161}\u{11ab}",
+];
 
 /// Content of the mask token while texts are encoded: characters that no text holds.
 const NO_TEXT: &str = "\u{fdd0}\u{fdd1}bd3lm mask\u{fdd1}\u{fdd0}";
@@ -32,16 +47,16 @@ pub struct Tokenizer {
     vocab: Vocab,
     cut: Cut,
     fast: std::result::Result<Fast, &'static str>,
-    /// Texts that hold none of these are encoded by `fast`.
-    added: AhoCorasick,
+    added: Added,
 }
 
 /// Where a text can be cut without changing its ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cut {
-    /// GPT-2's byte-level rule: a single space between a non-space and a letter begins a word, and
-    /// so does a line end behind a non-space.
+    /// Where the rule of a byte-level model lets words end before a space or a line end.
     ByteLevel,
+    /// Before a space, which a model replaces by a mark.
+    Metaspace,
     /// BERT's rule: words never cross a space.
     AtSpace,
     /// Unknown rule: whole documents only.
@@ -99,26 +114,40 @@ impl Tokenizer {
         // Loading the library's tokenizer and ours takes about the same time: in parallel.
         let (inner, read) = std::thread::scope(|scope| {
             let value = &value;
-            let read = scope.spawn(move || {
-                let added = value["added_tokens"].as_array().into_iter().flatten();
-                let added = added.filter_map(|token| token["content"].as_str());
-                guarded(|| (Cut::of(value), Fast::new(value), AhoCorasick::new(added)))
-            });
+            let read = scope.spawn(move || guarded(|| Fast::new(value)));
             let inner = guarded(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
             (inner, read.join().expect("its panics are caught"))
         });
         let mut inner = inner.map_err(|e| bad(&e))?.map_err(|e| bad(&e))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| bad(&e))?;
-        let (cut, fast, added) = read.map_err(|e| bad(&e))?;
-        let fast = guarded(|| fast.and_then(|fast| fast.agreeing(&inner)));
-        Ok(Tokenizer {
-            cut,
-            fast: fast.map_err(|e| bad(&e))?,
+        let fast = read.map_err(|e| bad(&e))?;
+        let normalizes = !value["normalizer"].is_null();
+        let added = Added::new(&value, normalizes, |content| inner.token_to_id(content));
+        let mut made = Tokenizer {
+            cut: Cut::of(&value, &fast),
+            fast,
             added: added.map_err(|e| bad(&e))?,
             inner,
             json: json.into(),
             vocab,
+        };
+        if !made.agrees() {
+            made.fast = Err("its ids are not those of its definition as it is read here");
+            made.cut = Cut::Never;
+        }
+        Ok(made)
+    }
+
+    /// Whether the ids of odd texts are the library's.
+    fn agrees(&self) -> bool {
+        let mut encoder = self.encoder(usize::MAX);
+        PROBES.iter().all(|text| {
+            let mut ids = Vec::new();
+            match (encoder.encode(text, false, &mut ids), self.encode(text)) {
+                (Ok(()), Ok(known)) => ids == known,
+                (made, known) => made.is_err() && known.is_err(),
+            }
         })
     }
 
@@ -150,11 +179,29 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the model cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false));
-        let encoding = encoding
+        self.library(text, |text| self.inner.encode_fast(text, false))
+            .map(|encoding| encoding.get_ids().to_vec())
+    }
+
+    /// A text behind a cut for the library. It begins with a single space, which the normalizer of
+    /// some puts there itself.
+    fn continued<'a>(&self, text: &'a str, place: Place) -> &'a str {
+        match &self.fast {
+            Ok(Fast::Metaspace(model)) if model.prepends_to_all() && place == Place::Continued => {
+                text.strip_prefix(' ').unwrap_or(text)
+            }
+            _ => text,
+        }
+    }
+
+    fn library(
+        &self,
+        text: &str,
+        encode: impl FnOnce(&str) -> tokenizers::Result<tokenizers::Encoding>,
+    ) -> Result<tokenizers::Encoding> {
+        guarded(|| encode(text))
             .map_err(|e| refused(&e))?
-            .map_err(|e| refused(&e))?;
-        Ok(encoding.get_ids().to_vec())
+            .map_err(|e| refused(&e))
     }
 
     /// The end of the first part of a text whose ids are those it has in the whole: `from` bytes
@@ -163,7 +210,13 @@ impl Tokenizer {
         if text.len() <= from {
             return text.len();
         }
-        self.cut.find(text, from).unwrap_or(text.len())
+        let found = match (self.cut, &self.fast) {
+            (Cut::ByteLevel, Ok(Fast::ByteLevel(model))) => model.splitter.cut(text, from),
+            (Cut::Metaspace, Ok(Fast::Metaspace(model))) => model.cut(text, from),
+            (Cut::AtSpace, _) => cut_at_space(text, from),
+            _ => None,
+        };
+        found.unwrap_or(text.len())
     }
 }
 
@@ -239,26 +292,50 @@ pub struct Encoder<'a> {
 }
 
 impl Encoder<'_> {
-    /// Appends the ids of a text, without special tokens around it.
+    /// Appends the ids of a text, without special tokens around it. `continued`: it is not the
+    /// beginning of a document, but a part behind a cut.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the model cannot encode it.
-    pub fn encode(&mut self, text: &str, out: &mut Vec<u32>) -> Result<()> {
+    pub fn encode(&mut self, text: &str, continued: bool, out: &mut Vec<u32>) -> Result<()> {
+        let mut place = if continued {
+            Place::Continued
+        } else {
+            Place::Beginning
+        };
         let mut rest = text;
         while !rest.is_empty() {
             let (piece, after) = rest.split_at(self.tokenizer.part(rest, PIECE));
-            match &self.tokenizer.fast {
-                Ok(fast) if !self.tokenizer.added.is_match(piece) => {
-                    let (inner, cache) = (&self.tokenizer.inner, &mut self.cache);
-                    guarded(|| fast.encode(piece, inner, cache, out))
-                        .map_err(|e| refused(&e))?
-                        .map_err(|e| refused(&e))?;
-                }
-                _ => out.extend_from_slice(&self.tokenizer.encode(piece)?),
-            }
+            self.encode_piece(piece, place, out)?;
+            place = Place::Continued;
             rest = after;
         }
         Ok(())
+    }
+
+    fn encode_piece(&mut self, piece: &str, place: Place, out: &mut Vec<u32>) -> Result<()> {
+        let tokenizer = self.tokenizer;
+        let fast = match &tokenizer.fast {
+            Ok(fast) if !tokenizer.added.is_odd(piece) => fast,
+            _ => {
+                let text = tokenizer.continued(piece, place);
+                out.extend_from_slice(&tokenizer.encode(text)?);
+                return Ok(());
+            }
+        };
+        let mut place = place;
+        let (inner, cache) = (&tokenizer.inner, &mut self.cache);
+        let mut take = |part: Part<'_>| {
+            match part {
+                Part::Token(id) => out.push(id),
+                Part::Text(text) => fast.encode(text, place, inner, cache, out)?,
+            }
+            place = Place::Behind;
+            tokenizers::Result::Ok(())
+        };
+        guarded(|| tokenizer.added.divide(piece, &mut take))
+            .map_err(|e| refused(&e))?
+            .map_err(|e| refused(&e))
     }
 
     /// As [`Self::encode`]; also finds places where the ids can be divided: no two of them are
@@ -269,6 +346,7 @@ impl Encoder<'_> {
     pub fn encode_with_seams(
         &mut self,
         text: &str,
+        continued: bool,
         spacing: usize,
         out: &mut Vec<u32>,
     ) -> Result<Vec<Seam>> {
@@ -279,17 +357,22 @@ impl Encoder<'_> {
         let is_cuttable = tokenizer.cut != Cut::Never && first < text.len().min(4 * spacing);
         if !is_cuttable && (tokenizer.fast.is_err() || text.len() <= OFFSETS) {
             // The library knows which bytes each id stands for.
-            let encoding = guarded(|| tokenizer.inner.encode(text, false));
-            let encoding = encoding
-                .map_err(|e| refused(&e))?
-                .map_err(|e| refused(&e))?;
+            let place = if continued {
+                Place::Continued
+            } else {
+                Place::Beginning
+            };
+            let rest = tokenizer.continued(text, place);
+            let skipped = text.len() - rest.len();
+            let encoding = tokenizer.library(rest, |text| tokenizer.inner.encode(text, false))?;
             let (mut end, mut last) = (0, 0);
             for (ids, (from, to)) in encoding.get_offsets().iter().copied().enumerate() {
+                let from = from + if from > 0 { skipped } else { 0 };
                 if from >= end && from >= last + spacing && text.is_char_boundary(from) {
                     seams.push(Seam { ids, bytes: from });
                     last = from;
                 }
-                end = end.max(to);
+                end = end.max(to + skipped);
             }
             out.extend_from_slice(encoding.get_ids());
             return Ok(seams);
@@ -297,7 +380,7 @@ impl Encoder<'_> {
         let mut at = 0;
         while at < text.len() {
             let end = at + tokenizer.part(&text[at..], spacing);
-            self.encode(&text[at..end], out)?;
+            self.encode(&text[at..end], continued || at > 0, out)?;
             at = end;
             if at < text.len() {
                 seams.push(Seam {
@@ -311,47 +394,42 @@ impl Encoder<'_> {
 }
 
 impl Cut {
-    fn of(definition: &Value) -> Self {
-        let added = definition["added_tokens"].as_array();
+    fn of(definition: &Value, fast: &std::result::Result<Fast, &'static str>) -> Self {
+        let (cut, ends): (_, &[char]) = match fast {
+            Ok(Fast::ByteLevel(_)) => (Cut::ByteLevel, &[' ', '\n']),
+            Ok(Fast::Metaspace(_)) => (Cut::Metaspace, &[' ']),
+            _ if definition["pre_tokenizer"]["type"] == "BertPreTokenizer" => {
+                (Cut::AtSpace, &[' ', '\n'])
+            }
+            _ => (Cut::Never, &[]),
+        };
+        // Such a token can lie across any cut.
         let spaced = |token: &Value| {
             let content = token["content"].as_str().unwrap_or_default();
-            content.contains([' ', '\n']) || token["rstrip"] == true
+            content.contains(ends) || token["rstrip"] == true
         };
+        let added = definition["added_tokens"].as_array();
         if added.is_some_and(|tokens| tokens.iter().any(spaced)) {
-            return Cut::Never; // such a token can stand across any cut
+            return Cut::Never;
         }
-        let pre = &definition["pre_tokenizer"];
-        match pre["type"].as_str() {
-            Some("ByteLevel")
-                if definition["normalizer"].is_null()
-                    && pre["add_prefix_space"] == false
-                    && pre["use_regex"] != false =>
-            {
-                Cut::ByteLevel
-            }
-            Some("BertPreTokenizer") => Cut::AtSpace,
-            _ => Cut::Never,
-        }
+        cut
     }
+}
 
-    /// The first exact cut at or after `from`.
-    fn find(self, text: &str, from: usize) -> Option<usize> {
-        if self == Cut::Never {
-            return None;
+/// The first cut at or after `from` between words that never cross a space.
+fn cut_at_space(text: &str, from: usize) -> Option<usize> {
+    let bytes = text.as_bytes();
+    (from.max(1)..bytes.len()).find(|&i| match bytes[i] {
+        // ASCII neighbours alone, so that a cut is never inside a character and no Unicode
+        // space or combining mark can take part in it.
+        b' ' => {
+            bytes[i - 1].is_ascii_alphanumeric()
+                && bytes.get(i + 1).is_some_and(u8::is_ascii_alphabetic)
         }
-        let bytes = text.as_bytes();
-        (from.max(1)..bytes.len()).find(|&i| match bytes[i] {
-            // ASCII neighbours alone, so that a cut is never inside a character and no Unicode
-            // space or combining mark can take part in it.
-            b' ' => {
-                bytes[i - 1].is_ascii_alphanumeric()
-                    && bytes.get(i + 1).is_some_and(u8::is_ascii_alphabetic)
-            }
-            // No word crosses a line end, and white space is matched from its beginning.
-            b'\n' => text[..i].chars().next_back().is_some_and(ends_word),
-            _ => false,
-        })
-    }
+        // No word crosses a line end, and white space is matched from its beginning.
+        b'\n' => text[..i].chars().next_back().is_some_and(ends_word),
+        _ => false,
+    })
 }
 
 /// Whether a character is no white space by anyone's definition.

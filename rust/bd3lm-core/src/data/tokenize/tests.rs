@@ -46,21 +46,40 @@ pub(crate) fn definition() -> String {
 /// Cutting anywhere the rule allows never changes the ids.
 #[test]
 fn cuts_are_exact() {
-    let tokenizer = Tokenizer::from_json(&definition(), VOCAB).unwrap();
-    assert_eq!(tokenizer.cut, Cut::ByteLevel);
-    let text = "the  cat's in the\n\n the é x1 2b  a;\tthe end don't a\u{3000}b c ".repeat(3);
-    let whole = tokenizer.encode(&text).unwrap();
-    let mut cuts = 0;
-    for from in 1..text.len() - 1 {
-        let Some(at) = tokenizer.cut.find(&text, from) else {
-            continue;
-        };
-        let mut joined = tokenizer.encode(&text[..at]).unwrap();
-        joined.extend(tokenizer.encode(&text[at..]).unwrap());
-        assert_eq!(joined, whole, "cut at {at}");
-        cuts += 1;
+    let text = "the  cat's in the\n\n the é x1 2b  a;\tthe end. don't a\u{3000}b c!\n 字。\n字\nin,                 the \u{301}a the THE\r\n x the\n";
+    let text = text.repeat(3);
+    for (name, tokenizer) in shapes() {
+        let whole = tokenizer.encode(&text).unwrap();
+        let mut cuts = 0;
+        for from in 1..text.len() - 1 {
+            let Some(at) = (from..=from + 3).find(|at| text.is_char_boundary(*at)) else {
+                continue;
+            };
+            let at = tokenizer.part(&text, at);
+            if at == text.len() {
+                continue;
+            }
+            let mut ids = Vec::new();
+            let mut encoder = tokenizer.encoder(1);
+            encoder.encode(&text[..at], false, &mut ids).unwrap();
+            encoder.encode(&text[at..], true, &mut ids).unwrap();
+            assert_eq!(ids, whole, "{name}: cut at {at}");
+            if cuts % 10 == 0 {
+                let mut seamed = Vec::new();
+                let (head, tail) = text.split_at(at);
+                let mut add = |part, continued| {
+                    encoder
+                        .encode_with_seams(part, continued, 16, &mut seamed)
+                        .unwrap();
+                };
+                add(head, false);
+                add(tail, true);
+                assert_eq!(seamed, whole, "{name}: seams, cut at {at}");
+            }
+            cuts += 1;
+        }
+        assert!(cuts > 20, "{name}: {cuts}");
     }
-    assert!(cuts > 20);
 }
 
 #[test]
@@ -73,7 +92,7 @@ fn long_documents_equal_their_whole() {
 
 fn encoded(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
     let mut ids = Vec::new();
-    tokenizer.encoder(1).encode(text, &mut ids).unwrap();
+    tokenizer.encoder(1).encode(text, false, &mut ids).unwrap();
     ids
 }
 
@@ -102,21 +121,153 @@ fn word_pieces(cased: bool) -> String {
     .to_string()
 }
 
-fn all_kinds() -> [Tokenizer; 3] {
-    [definition(), word_pieces(false), word_pieces(true)].map(|json| {
-        let tokenizer = Tokenizer::from_json(&json, VOCAB).unwrap();
-        assert_eq!(tokenizer.slow(), None);
-        tokenizer
+/// Rules for words of families of tokenizers, as they are published.
+const CL100K: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN_MARKS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DEEPSEEK: [&str; 3] = [
+    r"\p{N}{1,3}",
+    "[一-龥\u{3040}-ゟ゠-ヿ]+",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
+
+fn split(pattern: &str, behavior: &str, invert: bool) -> Value {
+    serde_json::json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior,
+                       "invert": invert})
+}
+
+/// The byte-level definition with other rules for words.
+fn byte_level(rules: Vec<Value>, regex: bool, changes: &[(&str, Value)]) -> String {
+    let mut value: Value = serde_json::from_str(&definition()).unwrap();
+    let bytes = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false,
+                                   "trim_offsets": true, "use_regex": regex});
+    let parts: Vec<Value> = rules.into_iter().chain([bytes]).collect();
+    value["pre_tokenizer"] = serde_json::json!({"type": "Sequence", "pretokenizers": parts});
+    for (pointer, changed) in changes {
+        *value.pointer_mut(pointer).unwrap() = changed.clone();
+    }
+    value.to_string()
+}
+
+/// A SentencePiece model with a few pieces, which can join spaces, and a space behind a letter.
+fn pieces(normalizer: Value, pre_tokenizer: Value) -> String {
+    let mut vocab = serde_json::Map::new();
+    vocab.insert("<unk>".into(), 0.into());
+    for byte in 0..=255u32 {
+        vocab.insert(format!("<{byte:#04X}>"), (byte + 1).into());
+    }
+    let merges = [
+        "\u{2581} \u{2581}",
+        "t h",
+        "th e",
+        "\u{2581} the",
+        "\u{2581} a",
+        "i n",
+        "\u{2581} in",
+        "e .",
+        "\u{2581}\u{2581} \u{2581}\u{2581}",
+        "\u{e9} \u{4e2d}",
+        "\n \n",
+        "b \u{2581}",
+    ];
+    let singles = "\u{2581}theainb.\u{e9}\u{4e2d}\n";
+    let made = merges.iter().map(|merge| merge.replace(' ', ""));
+    for piece in singles.chars().map(String::from).chain(made) {
+        let next = vocab.len();
+        vocab.entry(piece).or_insert(next.into());
+    }
+    let merges: Vec<_> = merges.iter().map(|m| m.split_once(' ').unwrap()).collect();
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>",
+                  "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true,
+                  "byte_fallback": true, "ignore_merges": false, "vocab": vocab, "merges": merges}
     })
+    .to_string()
+}
+
+/// Every shape of tokenizer that is known here.
+fn shapes() -> Vec<(&'static str, Tokenizer)> {
+    let isolated = |pattern| split(pattern, "Isolated", false);
+    let mark = "\u{2581}";
+    let replace =
+        serde_json::json!({"type": "Replace", "pattern": {"String": " "}, "content": mark});
+    let prepend = serde_json::json!({"type": "Prepend", "prepend": mark});
+    let legacy = serde_json::json!({"type": "Sequence", "normalizers": [prepend, replace]});
+    let at_spaces = serde_json::json!({"type": "Split", "pattern": {"String": " "},
+                                       "behavior": "MergedWithPrevious", "invert": false});
+    let metaspace = |scheme: &str, split: bool| {
+        serde_json::json!({"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme,
+                           "split": split})
+    };
+    let digits =
+        |individual: bool| serde_json::json!({"type": "Digits", "individual_digits": individual});
+    let no_normalizer = serde_json::json!({"type": "Sequence", "normalizers": []});
+    let nfc = [("/normalizer", serde_json::json!({"type": "NFC"}))];
+    let whole = [("/model/ignore_merges", true.into())];
+    let definitions = [
+        ("GPT-2", definition()),
+        ("BERT", word_pieces(false)),
+        ("BERT, cased", word_pieces(true)),
+        (
+            "cl100k",
+            byte_level(vec![split(CL100K, "Removed", true)], false, &[]),
+        ),
+        ("Llama 3", byte_level(vec![isolated(CL100K)], false, &whole)),
+        ("o200k", byte_level(vec![isolated(O200K)], false, &whole)),
+        ("Tekken", byte_level(vec![isolated(TEKKEN)], false, &[])),
+        ("Qwen 2", byte_level(vec![isolated(QWEN)], false, &nfc)),
+        (
+            "Qwen 3.5",
+            byte_level(vec![isolated(QWEN_MARKS)], false, &nfc),
+        ),
+        ("SmolLM", byte_level(vec![digits(true)], true, &[])),
+        ("runs of digits", byte_level(vec![digits(false)], true, &[])),
+        (
+            "DeepSeek",
+            byte_level(
+                DEEPSEEK.map(isolated).to_vec(),
+                false,
+                &[("/normalizer", no_normalizer)],
+            ),
+        ),
+        ("Llama 2", pieces(legacy, Value::Null)),
+        ("Mistral", pieces(Value::Null, metaspace("first", false))),
+        (
+            "Metaspace, always",
+            pieces(Value::Null, metaspace("always", true)),
+        ),
+        (
+            "Metaspace, never",
+            pieces(Value::Null, metaspace("never", false)),
+        ),
+        ("Gemma", pieces(replace, at_spaces)),
+    ];
+    definitions
+        .map(|(name, json)| {
+            let tokenizer = Tokenizer::from_json(&json, VOCAB).unwrap();
+            assert_eq!(tokenizer.slow(), None, "{name}");
+            (name, tokenizer)
+        })
+        .into()
 }
 
 /// Beside letters, digits, marks, white space, and marks that can be put in another order.
 #[test]
 fn every_character_is_taken_as_the_library_takes_it() {
-    for tokenizer in all_kinds() {
+    for (number, (name, tokenizer)) in shapes().into_iter().enumerate() {
         let mut encoder = tokenizer.encoder(1);
-        // All of the small scripts and their marks, and a share of the rest.
-        let taken = |c: &u32| *c < 0x600 || c.is_multiple_of(if *c < 0x3400 { 7 } else { 997 });
+        // All of the small scripts and their marks, and a share of the rest; for most shapes, which
+        // differ in rules alone, a fifth of these.
+        let share = if number < 3 { 1 } else { 5 };
+        let taken = |c: &u32| {
+            (*c < 0x600 && c.is_multiple_of(share))
+                || c.is_multiple_of(share * if *c < 0x3400 { 7 } else { 997 })
+        };
         let mut chars = (0..=0x10_FFFFu32)
             .filter(taken)
             .filter_map(char::from_u32)
@@ -132,11 +283,11 @@ fn every_character_is_taken_as_the_library_takes_it() {
                 })
                 .collect();
             let mut ids = Vec::new();
-            encoder.encode(&text, &mut ids).unwrap();
+            encoder.encode(&text, false, &mut ids).unwrap();
             assert_eq!(
                 ids,
                 tokenizer.encode(&text).unwrap(),
-                "{:?}",
+                "{name}: {:?}",
                 text.chars().nth(1)
             );
         }
@@ -145,15 +296,17 @@ fn every_character_is_taken_as_the_library_takes_it() {
 
 #[test]
 fn words_of_any_length() {
-    for tokenizer in all_kinds() {
+    for (name, tokenizer) in shapes() {
         for length in [1, 14, 15, 16, 17, 31, 32, 33, 100, 3000] {
-            for word in ["a", "the", "in", " ", "\u{e9}", "'s", "ab1"] {
+            for word in [
+                "a", "the", "in", " ", "\u{e9}", "'s", "ab1", "\u{2581}", "\n", "1",
+            ] {
                 let text = word.repeat(length);
                 let ids = encoded(&tokenizer, &text);
                 assert_eq!(
                     ids,
                     tokenizer.encode(&text).unwrap(),
-                    "{length} times {word:?}"
+                    "{name}: {length} times {word:?}"
                 );
             }
         }
@@ -165,19 +318,19 @@ proptest! {
     fn ids_are_the_librarys(
         texts in prop::collection::vec(
             prop_oneof![
-                "(the|in|a|b|'s|'ll|The|[MASK]|<eos>| |  |\n|\t|1|!|\u{4e2d}|\u{201c}|\u{e9}|e\u{301}){0,30}",
+                "(the|in|a|b|'s|'LL|'\u{17f}|The|[MASK]|<eos>| |  |\n|\r|\t|1|!|/|\\.|\u{4e2d}|\u{201c}|\u{e9}|e\u{301}|\u{2581}|\u{a0}|\u{1112}\u{1161}|\u{c5c}){0,30}",
                 ".{0,40}",
                 "[ -~\n]{0,60}",
             ],
             1..4,
         )
     ) {
-        for tokenizer in all_kinds() {
+        for (name, tokenizer) in shapes() {
             let mut encoder = tokenizer.encoder(1);
             for text in &texts {
                 let mut ids = Vec::new();
-                encoder.encode(text, &mut ids).unwrap();
-                prop_assert_eq!(ids, tokenizer.encode(text).unwrap(), "{:?}", text);
+                encoder.encode(text, false, &mut ids).unwrap();
+                prop_assert_eq!(ids, tokenizer.encode(text).unwrap(), "{}: {:?}", name, text);
             }
         }
     }
@@ -194,18 +347,90 @@ fn other_pipelines_are_left_to_the_library() {
         assert_eq!(encoded(&tokenizer, &text), tokenizer.encode(&text).unwrap());
         tokenizer.slow().expect("left to the library")
     };
-    let lower = serde_json::json!({"type": "Lowercase"});
-    assert_eq!(changed("/normalizer", lower), "it normalizes text");
-    let not_gpt2 = "its pre-tokenizer is not GPT-2's";
+    let unknown = "it normalizes text in a way that is not known here";
     assert_eq!(
-        changed("/pre_tokenizer/add_prefix_space", true.into()),
-        not_gpt2
+        changed("/normalizer", serde_json::json!({"type": "Lowercase"})),
+        unknown
     );
-    assert_eq!(changed("/pre_tokenizer/use_regex", false.into()), not_gpt2);
-    assert_eq!(
-        changed("/model/ignore_merges", true.into()),
-        "its merges have options"
-    );
+    let prefix = changed("/pre_tokenizer/add_prefix_space", true.into());
+    assert_eq!(prefix, "its pre-tokenizer does not end with plain bytes");
+    let no_rule = changed("/pre_tokenizer/use_regex", false.into());
+    assert_eq!(no_rule, "it has no rule for words, or too many");
+    let suffix = changed("/model/end_of_word_suffix", "</w>".into());
+    assert_eq!(suffix, "its merges have options");
+    for rule in [
+        r"\b\w+",
+        r"a(?=b)|\s+",
+        r"\p{L}++|.",
+        r"(?i:ss)|.",
+        r"\p{L}*",
+        r"\p{L}+?|.",
+    ] {
+        let rules = byte_level(vec![split(rule, "Isolated", false)], false, &[]);
+        let tokenizer = Tokenizer::from_json(&rules, VOCAB).unwrap();
+        assert_eq!(
+            tokenizer.slow(),
+            Some("its rule for words has parts that are not known here")
+        );
+    }
+}
+
+/// Added tokens are found as the library finds them, wherever a text spells them out.
+#[test]
+fn added_tokens_are_the_librarys() {
+    let token = |id: u32, content: &str, how: &str| {
+        let mut token = serde_json::json!({"id": id, "content": content, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+        if !how.is_empty() {
+            token[how] = true.into();
+        }
+        token
+    };
+    let vocab = Vocab {
+        vocab_size: 400,
+        ..VOCAB
+    };
+    for (name, json) in shapes().iter().map(|(name, t)| (name, t.json())) {
+        let mut value: Value = serde_json::from_str(json).unwrap();
+        let normalizes = !value["normalizer"].is_null();
+        let mut next = vet::largest_id(&value).unwrap() as u32;
+        let mut tokens = Vec::new();
+        for (content, how) in [
+            ("<a>", ""),
+            ("<a><b>", ""),
+            ("<b>", "normalized"),
+            ("<l>", "lstrip"),
+            ("<r>", "rstrip"),
+            ("the", "single_word"),
+            ("\n\n\n", ""),
+        ] {
+            if how != "normalized" || !normalizes {
+                next += 1;
+                tokens.push(token(next, content, how));
+            }
+        }
+        value["added_tokens"] = tokens.into();
+        let tokenizer = Tokenizer::from_json(&value.to_string(), vocab).unwrap();
+        assert_eq!(tokenizer.slow(), None, "{name}");
+        for text in [
+            "<a>",
+            "a <a> the",
+            "<a><b>in <b> x",
+            "<a ><b>",
+            " <l> in",
+            "in <r>  a",
+            "the thea",
+            "a\n\n\n\n b",
+            "<a>  in<a>in",
+            "\u{2581}<a>\u{2581}in",
+        ] {
+            assert_eq!(
+                encoded(&tokenizer, text),
+                tokenizer.encode(text).unwrap(),
+                "{name}: {text}"
+            );
+        }
+    }
 }
 
 /// The mask token is hidden from texts and keeps its id; other added tokens keep theirs.
@@ -258,7 +483,7 @@ fn seams_divide_ids_and_bytes() {
         let mut ids = vec![7];
         let seams = tokenizer
             .encoder(1)
-            .encode_with_seams(&text, 20, &mut ids)
+            .encode_with_seams(&text, false, 20, &mut ids)
             .unwrap();
         assert_eq!(ids[1..], whole);
         assert!(seams.len() > 4, "{text}: {seams:?}");
@@ -293,7 +518,7 @@ proptest! {
         if let Ok(tokenizer) = Tokenizer::from_json(&text, VOCAB) {
             let _ = tokenizer.encode("the thing <mask> in the end é");
             let mut ids = Vec::new();
-            let _ = tokenizer.encoder(1).encode("the thing in the end é", &mut ids);
+            let _ = tokenizer.encoder(1).encode("the thing in the end é", false, &mut ids);
         }
     }
 }

@@ -1,0 +1,219 @@
+//! BPE over characters in which a mark replaces the space: SentencePiece's models.
+
+use rustc_hash::FxHashSet;
+use serde_json::Value;
+
+use super::bpe::Bpe;
+
+/// The mark in such vocabularies.
+const MARK: char = '\u{2581}';
+
+/// When a text gets a mark that it does not begin with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Prepend {
+    Never,
+    /// Every text, and every text behind an added token, even before a space.
+    Normalizer,
+    /// The same, less those that begin with a space.
+    Always,
+    /// The beginning of a document, unless it is a space.
+    First,
+}
+
+/// Where a text was in its document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Beginning,
+    /// Behind a cut.
+    Continued,
+    /// Behind an added token.
+    Behind,
+}
+
+/// The parts of such a tokenizer that its words and ids depend on.
+pub(super) struct Metaspace {
+    pub(super) bpe: Bpe,
+    prepend: Prepend,
+    /// Whether each mark begins a word.
+    splits: bool,
+    joins: Joins,
+}
+
+/// Characters that are neighbours in a merged token. A word ends between any two others, because
+/// no merge crosses them.
+#[derive(Default)]
+struct Joins {
+    ascii: Vec<u128>,
+    others: FxHashSet<(char, char)>,
+}
+
+impl Joins {
+    fn add(&mut self, text: &str) {
+        let before = text.chars().map(unmarked);
+        let pairs = before.clone().zip(before.skip(1));
+        for (a, b) in pairs {
+            if a.is_ascii() && b.is_ascii() {
+                self.ascii[a as usize] |= 1 << b as u32;
+            } else {
+                self.others.insert((a, b));
+            }
+        }
+    }
+
+    #[inline]
+    fn has(&self, a: char, b: char) -> bool {
+        let (a, b) = (unmarked(a), unmarked(b));
+        if a.is_ascii() && b.is_ascii() {
+            return self.ascii[a as usize] >> b as u32 & 1 == 1;
+        }
+        self.others.contains(&(a, b))
+    }
+}
+
+fn unmarked(c: char) -> char {
+    if c == MARK { ' ' } else { c }
+}
+
+impl Metaspace {
+    /// From a `tokenizer.json`; or why it is not known.
+    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
+        let (normalizer, pre) = (&definition["normalizer"], &definition["pre_tokenizer"]);
+        let (normalizer_prepends, replaces) = normalizers(normalizer)?;
+        let mut prepend = if normalizer_prepends {
+            Prepend::Normalizer
+        } else {
+            Prepend::Never
+        };
+        let mut splits = false;
+        match pre["type"].as_str() {
+            None if replaces => {}
+            // No space is left to be split at.
+            Some("Split") if replaces && pre["pattern"]["String"] == " " => {}
+            Some("Metaspace") if normalizer.is_null() => {
+                if pre["replacement"].as_str() != Some(MARK.encode_utf8(&mut [0; 4])) {
+                    return Err("its mark of a space is not SentencePiece's");
+                }
+                prepend = match pre["prepend_scheme"].as_str() {
+                    Some("never") => Prepend::Never,
+                    Some("first") => Prepend::First,
+                    Some("always") => Prepend::Always,
+                    _ => return Err("its pre-tokenizer is of an older form"),
+                };
+                splits = pre["split"] != false;
+            }
+            _ => return Err("its pre-tokenizer is not SentencePiece's"),
+        }
+        let marked = |token: &Value| {
+            let content = token["content"].as_str().unwrap_or_default();
+            token["normalized"] == true && content.contains([' ', MARK])
+        };
+        let added = definition["added_tokens"].as_array();
+        if !normalizer.is_null() && added.is_some_and(|tokens| tokens.iter().any(marked)) {
+            return Err("its added tokens are looked for in normalized text");
+        }
+        let model = &definition["model"];
+        if model["byte_fallback"] != true || model["ignore_merges"] == true {
+            return Err("it does not fall back to bytes");
+        }
+        let mut joins = Joins {
+            ascii: vec![0; 128],
+            ..Joins::default()
+        };
+        let bpe = Bpe::new(model, false, |text| joins.add(text))?;
+        Ok(Metaspace {
+            bpe,
+            prepend,
+            splits,
+            joins,
+        })
+    }
+
+    /// Whether every text gets a mark, which one behind a cut must not.
+    pub(super) fn prepends_to_all(&self) -> bool {
+        self.prepend == Prepend::Normalizer
+    }
+
+    /// Whether a text at a place gets a mark.
+    pub(super) fn prepends(&self, text: &str, place: Place) -> bool {
+        let marked = text.starts_with([' ', MARK]);
+        match self.prepend {
+            Prepend::Never => false,
+            Prepend::Normalizer => place != Place::Continued,
+            Prepend::Always => !marked,
+            Prepend::First => !marked && place == Place::Beginning,
+        }
+    }
+
+    fn ends_between(&self, a: char, b: char) -> bool {
+        !self.joins.has(a, b) || (self.splits && unmarked(b) == ' ')
+    }
+
+    /// The end of the word of `text` that begins at `at`, which is not its end.
+    #[inline]
+    pub(super) fn word_end(&self, text: &str, at: usize) -> usize {
+        let mut chars = text[at..].chars();
+        let mut before = chars.next().expect("within the text");
+        let mut end = at + before.len_utf8();
+        for c in chars {
+            if self.ends_between(before, c) {
+                break;
+            }
+            before = c;
+            end += c.len_utf8();
+        }
+        end
+    }
+
+    /// Appends the ids of a mark and the beginning of `text`; returns where that ends.
+    pub(super) fn encode_marked(&self, text: &str, out: &mut Vec<u32>) -> usize {
+        let first = text.chars().next();
+        let joined = first.is_some_and(|c| !self.ends_between(MARK, c));
+        let end = if joined { self.word_end(text, 0) } else { 0 };
+        self.encode(&format!("{MARK}{}", &text[..end]), out);
+        end
+    }
+
+    /// Appends the ids of a word.
+    pub(super) fn encode(&self, word: &str, out: &mut Vec<u32>) {
+        if word.contains(' ') {
+            self.bpe.encode(&word.replace(' ', "\u{2581}"), out);
+        } else {
+            self.bpe.encode(word, out);
+        }
+    }
+
+    /// The first place at or after `from` where cutting the text changes no word: before a space
+    /// alone.
+    pub(super) fn cut(&self, text: &str, from: usize) -> Option<usize> {
+        let bytes = text.as_bytes();
+        (from.max(1)..bytes.len().saturating_sub(1)).find(|&i| {
+            bytes[i] == b' '
+                && bytes[i - 1].is_ascii_alphanumeric()
+                && bytes[i + 1].is_ascii_alphabetic()
+                && self.ends_between(bytes[i - 1] as char, ' ')
+        })
+    }
+}
+
+/// Whether a normalizer prepends the mark, and whether it replaces spaces by it.
+fn normalizers(part: &Value) -> Result<(bool, bool), &'static str> {
+    let alone = std::slice::from_ref(part);
+    let parts = match part["type"].as_str() {
+        None => &[],
+        Some("Sequence") => part["normalizers"].as_array().map_or(alone, Vec::as_slice),
+        _ => alone,
+    };
+    let mark = Some(MARK.to_string());
+    let mut found = (false, false);
+    for part in parts {
+        let text = |field: &str| part[field].as_str().map(str::to_owned);
+        match part["type"].as_str() {
+            Some("Prepend") if text("prepend") == mark && !found.0 => found.0 = true,
+            Some("Replace") if part["pattern"]["String"] == " " && text("content") == mark => {
+                found.1 = true;
+            }
+            _ => return Err("it normalizes text in a way that is not known here"),
+        }
+    }
+    Ok(found)
+}
