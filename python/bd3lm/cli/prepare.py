@@ -56,6 +56,9 @@ class PrepareArgs:
     valid_fraction: float | None = None
     """Hold out that share of the documents, at least one, or the tail of a single document: makes
     train/ and valid/."""
+    shards: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make a shard of each file, joined by a manifest. After an interruption the same command makes
+    the shards that are missing."""
     threads: int | None = None
     """Threads that tokenize. None: one for each processor that this process may use."""
 
@@ -86,7 +89,7 @@ def prepare_command(args: PrepareArgs) -> None:
     )
 
     from bd3lm.cli.summary import facts
-    from bd3lm.data import prepare
+    from bd3lm.data import prepare, prepare_shards
 
     console = PlainConsole()
     reading = _reading(args)
@@ -108,17 +111,18 @@ def prepare_command(args: PrepareArgs) -> None:
             # A pipe has no size.
             progress.update(task, total=total or None, completed=read, tokens=tokens)
 
-        manifests = prepare(
-            args.inputs,
-            tokenizer,
-            args.out,
+        settings = {
             **reading,
-            detokenizer=args.detokenizer,
-            eos=args.eos,
-            valid_fraction=args.valid_fraction,
-            threads=args.threads,
-            progress=update,
-        )
+            "detokenizer": args.detokenizer,
+            "eos": args.eos,
+            "valid_fraction": args.valid_fraction,
+            "threads": args.threads,
+            "progress": update,
+        }
+        if args.shards:
+            manifests = [prepare_shards(args.inputs, tokenizer, args.out, **settings)]
+        else:
+            manifests = prepare(args.inputs, tokenizer, args.out, **settings)
     seconds = time.perf_counter() - started
     facts(console, f"Prepared {args.out}", _report(args, manifests, tokenizer, seconds))
 

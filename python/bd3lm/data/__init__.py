@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bd3lm.data.prepare import detokenize, prepare, read_documents
+from bd3lm.data.shards import join, prepare_shards, prepare_texts
 from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from bd3lm.lazy import imported_on_use
@@ -25,8 +26,11 @@ __all__ = [
     "Weighting",
     "detokenize",
     "draw_noise",
+    "join",
     "load_tokenizer",
     "prepare",
+    "prepare_shards",
+    "prepare_texts",
     "read_documents",
     "train_tokenizer",
 ]

@@ -32,6 +32,7 @@ def prepare(
     eos: bool = True,
     valid_fraction: float | None = None,
     threads: int | None = None,
+    source: str | None = None,
     progress: Progress | None = None,
 ) -> list[Manifest]:
     """Tokenize text files into a data set, in parallel and in bounded memory.
@@ -67,6 +68,7 @@ def prepare(
             at least one: ``out`` then holds ``train/`` and ``valid/``. The tail of a single
             document is held out.
         threads: that tokenize, 1 to 1024; None: one a core that this process may use.
+        source: name of the source in the manifest, for a pipe; None: the inputs.
         progress: called now and then.
 
     Returns:
@@ -98,6 +100,7 @@ def prepare(
             rows=rows,
             detokenizer=detokenizer,
             no_eos=not eos,
+            source=source,
         ),
         held_out=valid_fraction,
         threads=threads,
@@ -184,6 +187,7 @@ def _reading(
     rows: tuple[int, int] | None,
     detokenizer: str | None = None,
     no_eos: bool = False,
+    source: str | None = None,
 ) -> Mapping[str, object]:
     """The settings of a reader, as Rust takes them."""
     return {
@@ -195,4 +199,5 @@ def _reading(
         "rows": rows,
         "detokenizer": detokenizer,
         "no_eos": no_eos,
+        "source": source,
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bd3lm_core::Error;
 use bd3lm_core::cpu::threads;
 use bd3lm_core::data::prepare::prepare as run;
-use bd3lm_core::data::store::{TokenStore, Verify, Vocab};
+use bd3lm_core::data::store::{self, TokenStore, Verify, Vocab};
 use bd3lm_core::data::text::{self, Detokenizer, Format, ReadOptions, Reader};
 use bd3lm_core::data::tokenize::{self, Tokenizer};
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -24,6 +24,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyTokenStore>()?;
     m.add_class::<Documents>()?;
     m.add_function(wrap_pyfunction!(prepare, m)?)?;
+    m.add_function(wrap_pyfunction!(join_stores, m)?)?;
     m.add_function(wrap_pyfunction!(detokenize, m)?)?;
     m.add_function(wrap_pyfunction!(vet_tokenizer, m)?)?;
     m.add_function(wrap_pyfunction!(parquet_rows, m)?)?;
@@ -130,6 +131,7 @@ struct Reading {
     format: Option<String>,
     strict: bool,
     rows: Option<(u64, u64)>,
+    source: Option<String>,
 }
 
 impl Reading {
@@ -144,6 +146,7 @@ impl Reading {
             format: self.format.as_deref().map(Format::named).transpose()?,
             strict: self.strict,
             rows: self.rows,
+            source: self.source,
         })
     }
 }
@@ -232,6 +235,13 @@ fn prepare(
     };
     let json = |manifest| serde_json::to_string(manifest).expect("a manifest is plain JSON");
     Ok(manifests.iter().map(json).collect())
+}
+
+/// Joins data sets inside a directory by a manifest, which is returned as JSON.
+#[pyfunction]
+fn join_stores(py: Python<'_>, path: PathBuf, names: Vec<String>) -> PyResult<String> {
+    let manifest = py.detach(|| store::join(&path, &names)).map_err(to_py)?;
+    Ok(serde_json::to_string(&manifest).expect("a manifest is plain JSON"))
 }
 
 /// Text of a document, or of a part of a very long one, and whether the document ends there.

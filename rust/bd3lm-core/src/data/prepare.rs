@@ -60,6 +60,8 @@ struct Part {
     end: usize,
     bytes: u64,
     side: usize,
+    /// True if the document begins before it.
+    continued: bool,
     /// True if the document ends with it.
     last: bool,
     /// Bytes between the places where it may be divided, if these are wanted.
@@ -100,7 +102,10 @@ pub fn prepare(
         return Err(Error::config("threads", threads, allowed));
     }
     let inputs = expand(paths, options)?;
-    let source: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
+    let source: Vec<String> = match &options.source {
+        Some(name) => vec![name.clone()],
+        None => paths.iter().map(|p| p.display().to_string()).collect(),
+    };
     let partial = Partial::create(target)?;
     let mut writers = writers(&partial, options, held_out, tokenizer)?;
     let total = total_bytes(&inputs);
@@ -305,6 +310,7 @@ impl Batcher {
                 end: self.batch.text.len(),
                 bytes: part.len() as u64,
                 side,
+                continued: self.begun > 0,
                 last: piece.last && rest.is_empty(),
                 spacing: seams.then(|| SEAMS.0.max((self.begun / SEAMS.1) as usize)),
             });
@@ -352,7 +358,9 @@ fn tokenize(
                 let mut rest = *part;
                 if let Some(spacing) = part.spacing {
                     let (first, mut done) = (ids.len(), 0);
-                    for seam in encoder.encode_with_seams(text, spacing, &mut ids)? {
+                    let seams =
+                        encoder.encode_with_seams(text, part.continued, spacing, &mut ids)?;
+                    for seam in seams {
                         parts.push(Part {
                             end: first + seam.ids,
                             bytes: seam.bytes as u64 - done,
@@ -363,7 +371,7 @@ fn tokenize(
                     }
                     rest.bytes -= done;
                 } else {
-                    encoder.encode(text, &mut ids)?;
+                    encoder.encode(text, part.continued, &mut ids)?;
                 }
                 rest.end = ids.len();
                 parts.push(rest);

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 pub(super) const FORMAT: &str = "bd3lm-tokens";
 /// Version 2 hashes files of more than one chunk by their chunks; version 1 is read as well.
 pub(super) const VERSION: u32 = 2;
+/// Version of a data set that consists of shards.
+pub(super) const VERSION_OF_SHARDS: u32 = 3;
 
 /// Largest vocabulary.
 pub const MAX_VOCAB: u32 = 1 << 24;
@@ -44,6 +46,15 @@ pub struct FileRecord {
     /// Bytes of such a chunk; `None`: the digest is that of the whole file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunk_bytes: Option<u64>,
+}
+
+/// A data set that is a part of another, in a directory inside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Name of the directory.
+    pub name: String,
+    /// Digest of its manifest, which holds the digests of its files.
+    pub sha256: String,
 }
 
 /// Content of `manifest.json`.
@@ -80,6 +91,9 @@ pub struct Manifest {
     /// Counts of the records that were read, those of both sides of a split together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub records: Option<Records>,
+    /// The data sets that this one consists of, in order; its own files then hold no tokens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<Shard>,
     /// SHA-256 of this manifest with this field empty.
     pub sha256: String,
 }
@@ -123,9 +137,10 @@ pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
             }
         }
     })?;
-    if manifest.format != FORMAT || !(1..=VERSION).contains(&manifest.version) {
+    if manifest.format != FORMAT || !(1..=VERSION_OF_SHARDS).contains(&manifest.version) {
         return Err(not(format!(
-            "its format is {} version {}; this release reads {FORMAT} versions 1 to {VERSION}",
+            "its format is {} version {}; this release reads {FORMAT} versions 1 to \
+             {VERSION_OF_SHARDS}",
             manifest.format, manifest.version
         )));
     }
@@ -164,6 +179,11 @@ pub(super) fn check_regular(dir: &Path, name: &str, meta: &fs::Metadata) -> Resu
     })
 }
 
+/// Whether a text is the name of something in a directory.
+pub(super) fn is_name(text: &str) -> bool {
+    !matches!(text, "" | "." | "..") && !text.contains(['/', '\\', '\0'])
+}
+
 impl Manifest {
     /// Bytes of a token.
     pub(super) fn width(&self) -> u64 {
@@ -177,8 +197,23 @@ impl Manifest {
     /// Checks the manifest against itself; the error is the first contradiction.
     fn check(&self) -> std::result::Result<(), String> {
         let names: Vec<&str> = self.files.keys().map(String::as_str).collect();
-        if names != [TOKENIZER, BIN, IDX] {
+        let joined = !self.shards.is_empty();
+        if joined != (self.version == VERSION_OF_SHARDS) {
+            return Err(format!(
+                "it must have shards if its version is {VERSION_OF_SHARDS}, and only then"
+            ));
+        }
+        if !joined && names != [TOKENIZER, BIN, IDX] {
             return Err(format!("its files must be {TOKENIZER}, {BIN} and {IDX}"));
+        }
+        if joined && names != [TOKENIZER] {
+            return Err(format!("its only file must be {TOKENIZER}"));
+        }
+        if let Some(shard) = self.shards.iter().find(|shard| !is_name(&shard.name)) {
+            return Err(format!(
+                "its shard {:?} must be a directory inside it",
+                shard.name
+            ));
         }
         if !matches!(self.dtype.as_str(), "uint16" | "int32") {
             return Err("its dtype must be uint16 or int32".into());
@@ -202,6 +237,9 @@ impl Manifest {
                     "its {name} = {id} must be below its vocab_size = {size}"
                 ));
             }
+        }
+        if joined {
+            return Ok(()); // sizes are compared with those of the shards
         }
         if self.num_tokens.checked_mul(self.width()) != Some(self.files[BIN].bytes) {
             return Err(format!(

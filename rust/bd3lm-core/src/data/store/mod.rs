@@ -5,14 +5,16 @@ mod digest;
 mod index;
 mod manifest;
 mod partial;
+mod shards;
 #[cfg(test)]
 mod tests;
 mod verify;
 mod writer;
 
 pub use digest::sha256;
-pub use manifest::{FileRecord, MAX_VOCAB, Manifest, Vocab};
+pub use manifest::{FileRecord, MAX_VOCAB, Manifest, Shard, Vocab};
 pub use partial::Partial;
+pub use shards::join;
 pub use verify::Verify;
 pub use writer::{Recipe, StoreWriter, write_documents};
 
@@ -29,6 +31,7 @@ use crate::data::text::stopped;
 use crate::error::{Error, Result};
 use index::read_index;
 use manifest::{check_regular, read_manifest};
+use shards::Shards;
 
 /// Tokens that are counted between two looks at whether to stop.
 const COUNTED_TOGETHER: usize = 1 << 20;
@@ -42,13 +45,16 @@ pub const MANIFEST: &str = "manifest.json";
 /// The tokenizer that made them.
 pub const TOKENIZER: &str = "tokenizer.json";
 
-/// A borrowed flat array of token ids, in the width the file holds.
+/// Borrowed token ids, in the width the file holds.
 #[derive(Clone, Copy, Debug)]
 pub enum Tokens<'a> {
     /// Every id fits 16 bits.
     U16(&'a [u16]),
     /// The wide form.
     I32(&'a [i32]),
+    /// Those of several data sets.
+    #[allow(private_interfaces)]
+    Joined(&'a Shards),
 }
 
 impl Tokens<'_> {
@@ -57,6 +63,7 @@ impl Tokens<'_> {
         match self {
             Tokens::U16(x) => x.len(),
             Tokens::I32(x) => x.len(),
+            Tokens::Joined(shards) => shards.len(),
         }
     }
 
@@ -70,6 +77,7 @@ impl Tokens<'_> {
         match self {
             Tokens::U16(x) => prefetch(&x[start..start + len]),
             Tokens::I32(x) => prefetch(&x[start..start + len]),
+            Tokens::Joined(shards) => shards.prefetch(start, len),
         }
     }
 
@@ -79,6 +87,7 @@ impl Tokens<'_> {
         match self {
             Tokens::U16(x) => widen_u16(&x[start..start + out.len()], out),
             Tokens::I32(x) => widen_i32(&x[start..start + out.len()], out),
+            Tokens::Joined(shards) => shards.copy_to(start, out),
         }
     }
 }
@@ -122,6 +131,7 @@ enum Data {
     Mapped { map: Option<Mmap>, wide: bool },
     Narrow(Vec<u16>),
     Wide(Vec<i32>),
+    Joined(Shards),
 }
 
 impl TokenStore {
@@ -153,6 +163,16 @@ impl TokenStore {
             }
         }
         verify::verify(dir, &manifest, verify, stop)?;
+        if !manifest.shards.is_empty() {
+            let (shards, offsets) = Shards::open(dir, &manifest, verify, stop)?;
+            return Ok(TokenStore {
+                data: Data::Joined(shards),
+                offsets,
+                vocab: manifest.vocab,
+                manifest: Some(manifest),
+                opened: None,
+            });
+        }
         let offsets = read_index(&dir.join(IDX), &manifest)?;
         let path = dir.join(BIN);
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
@@ -193,6 +213,9 @@ impl TokenStore {
     /// # Errors
     /// [`Error::Corrupt`] where another process wrote to it.
     pub fn check_unchanged(&self) -> Result<()> {
+        if let Data::Joined(shards) = &self.data {
+            return shards.stores().iter().try_for_each(Self::check_unchanged);
+        }
         let Some(opened) = &self.opened else {
             return Ok(());
         };
@@ -256,6 +279,7 @@ impl TokenStore {
         match &self.data {
             Data::Narrow(ids) => Tokens::U16(ids),
             Data::Wide(ids) => Tokens::I32(ids),
+            Data::Joined(shards) => Tokens::Joined(shards),
             Data::Mapped { map, wide } => {
                 let bytes: &[u8] = map.as_deref().unwrap_or(&[]);
                 // SAFETY: any bit pattern is a valid u16 or i32; `align_to` keeps to alignment,
@@ -273,6 +297,12 @@ impl TokenStore {
 
     /// Asks the system to read these tokens from the disk, without waiting for it.
     pub fn will_need(&self, tokens: Range<usize>) {
+        if let Data::Joined(shards) = &self.data {
+            shards.parts(tokens.start, tokens.len(), |store, at, _, count| {
+                store.will_need(at..at + count);
+            });
+            return;
+        }
         #[cfg(unix)]
         if let Data::Mapped {
             map: Some(map),
@@ -314,6 +344,15 @@ impl TokenStore {
     /// [`Error::TokenOutOfRange`] in a data set that was opened without verification, and one that
     /// nobody sees soon after `stop` was set.
     pub fn token_counts(&self, stop: &AtomicBool) -> Result<Vec<u64>> {
+        if let Data::Joined(shards) = &self.data {
+            let mut sums = vec![0; self.vocab.vocab_size as usize];
+            for store in shards.stores() {
+                for (sum, count) in sums.iter_mut().zip(store.token_counts(stop)?) {
+                    *sum += count;
+                }
+            }
+            return Ok(sums);
+        }
         let mut counts = vec![0u64; self.vocab.vocab_size as usize];
         let mut outside = None;
         let mut count = |id: i64| match usize::try_from(id).ok().and_then(|id| counts.get_mut(id)) {
@@ -329,6 +368,7 @@ impl TokenStore {
             match tokens {
                 Tokens::U16(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
                 Tokens::I32(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
+                Tokens::Joined(_) => unreachable!("counted above"),
             }
         }
         match outside {

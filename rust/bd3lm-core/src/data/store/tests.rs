@@ -332,3 +332,89 @@ proptest! {
         }
     }
 }
+
+/// Shards of a directory, of 3 documents each.
+fn shards(dir: &Path, vocab_size: u32) -> Vec<Vec<u32>> {
+    let vocab = Vocab {
+        vocab_size,
+        mask_id: vocab_size - 1,
+        ..VOCAB
+    };
+    let documents: Vec<Vec<u32>> = (0..9u32).map(|i| (0..i * 7 % 20).collect()).collect();
+    for (i, three) in documents.chunks(3).enumerate() {
+        let target = dir.join(format!("shard-{i}"));
+        write_documents(&target, recipe(vocab), three.iter().map(Vec::as_slice)).unwrap();
+    }
+    documents
+}
+
+fn names() -> Vec<String> {
+    (0..3).map(|i| format!("shard-{i}")).collect()
+}
+
+#[test]
+fn shards_are_read_as_one() {
+    for vocab_size in [100, 70_000] {
+        let dir = tempfile::tempdir().unwrap();
+        let made = shards(dir.path(), vocab_size);
+        let manifest = join(dir.path(), &names()).unwrap();
+        let store = TokenStore::open(dir.path(), Verify::Always).unwrap();
+        assert_eq!(store.manifest(), Some(&manifest));
+        let expected: Vec<Vec<i64>> = made
+            .iter()
+            .map(|ids| ids.iter().map(|id| i64::from(*id)).chain([0]).collect())
+            .collect();
+        assert_eq!(documents(&store), expected);
+        let all = expected.concat();
+        let tokens = store.tokens();
+        assert_eq!(tokens.len(), all.len());
+        for start in 0..all.len() {
+            for len in [0, 1, 5, all.len() - start] {
+                let len = len.min(all.len() - start);
+                let mut ids = vec![-1; len];
+                tokens.copy_to(start, &mut ids);
+                tokens.prefetch(start, len);
+                store.will_need(start..start + len);
+                assert_eq!(ids, all[start..start + len]);
+            }
+        }
+        let counts = store.token_counts(&AtomicBool::new(false)).unwrap();
+        assert_eq!(counts.iter().sum::<u64>(), all.len() as u64);
+        assert_eq!(counts[0], all.iter().filter(|id| **id == 0).count() as u64);
+        store.check_unchanged().unwrap();
+    }
+}
+
+#[test]
+fn shards_that_do_not_belong_together_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    shards(dir.path(), 100);
+    let refused = |names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+        join(dir.path(), &names).unwrap_err().to_string()
+    };
+    assert!(refused(&[]).contains("at least one"));
+    assert!(refused(&["../shard-0"]).contains("a directory inside the data set"));
+    assert!(refused(&["shard-0", "shard-7"]).contains("no such file"));
+    let other = Recipe {
+        no_eos: true,
+        ..recipe(VOCAB)
+    };
+    write_documents(&dir.path().join("other"), other, [&[1u32][..]]).unwrap();
+    assert!(refused(&["shard-0", "other"]).contains("must be made with the tokenizer"));
+    join(dir.path(), &names()).unwrap();
+    assert!(matches!(
+        join(dir.path(), &names()),
+        Err(Error::Exists { .. })
+    ));
+    // Another data set in place of a shard.
+    fs::remove_dir_all(dir.path().join("shard-1")).unwrap();
+    fs::rename(dir.path().join("shard-2"), dir.path().join("shard-1")).unwrap();
+    let error = TokenStore::open(dir.path(), Verify::Always).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("its shard shard-1 is not the one"),
+        "{error}"
+    );
+}

@@ -240,16 +240,10 @@ impl StoreWriter {
             detokenizer: self.recipe.detokenizer.clone(),
             no_eos: self.recipe.no_eos,
             records,
+            shards: Vec::new(),
             sha256: String::new(),
         };
-        let text = |m: &Manifest| {
-            serde_json::to_string_pretty(m).expect("a manifest is plain JSON") + "\n"
-        };
-        manifest.sha256 = sha256(text(&manifest).as_bytes());
-        let mut file = HashingFile::create(self.dir.join(MANIFEST))?;
-        file.write(text(&manifest).as_bytes())?;
-        file.finish()?;
-        sync(&self.dir)?;
+        write_manifest(&self.dir, MANIFEST, &mut manifest)?;
         Ok(manifest)
     }
 
@@ -283,6 +277,17 @@ impl StoreWriter {
         }
         file.finish()
     }
+}
+
+/// Puts its digest into a manifest, and writes it to a file, which is on the disk afterwards.
+pub(super) fn write_manifest(dir: &Path, name: &str, manifest: &mut Manifest) -> Result<()> {
+    let text =
+        |m: &Manifest| serde_json::to_string_pretty(m).expect("a manifest is plain JSON") + "\n";
+    manifest.sha256 = sha256(text(manifest).as_bytes());
+    let mut file = HashingFile::create(dir.join(name))?;
+    file.write(text(manifest).as_bytes())?;
+    file.finish()?;
+    sync(dir)
 }
 
 fn length(tokens: u64) -> Result<i32> {

@@ -51,6 +51,8 @@ pub struct ReadOptions {
     pub strict: bool,
     /// Rows of the concatenated files to read; `None`: all.
     pub rows: Option<(u64, u64)>,
+    /// Name of the source in the manifest, for pipes; `None`: the paths.
+    pub source: Option<String>,
 }
 
 impl Default for ReadOptions {
@@ -64,6 +66,7 @@ impl Default for ReadOptions {
             format: None,
             strict: false,
             rows: None,
+            source: None,
         }
     }
 }

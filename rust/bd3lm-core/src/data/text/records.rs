@@ -36,6 +36,20 @@ fn is_zero(count: &u64) -> bool {
 }
 
 impl Records {
+    /// The sums of two counts; the first bad record is that of the first.
+    pub(crate) fn joined(&self, other: &Records) -> Records {
+        Records {
+            read: self.read + other.read,
+            filtered: self.filtered + other.filtered,
+            empty: self.empty + other.empty,
+            null: self.null + other.null,
+            bad: self.bad + other.bad,
+            first_bad: self.first_bad.clone().or_else(|| other.first_bad.clone()),
+            repaired: self.repaired + other.repaired,
+            long: self.long + other.long,
+        }
+    }
+
     /// Why none of the records gave a text, as the end of a sentence.
     pub(crate) fn why_empty(&self, filter: Option<&(String, String)>) -> String {
         if self.read == 0 {
