@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from bd3lm.data import Schedule, load_tokenizer, prepare
     from bd3lm.evaluate import score
     from bd3lm.sample import Sample, Sampler
+    from bd3lm.training import Callback
 
 __all__ = [
+    "Callback",
     "Checkpoint",
     "Sample",
     "SampleConfig",
@@ -52,6 +54,7 @@ __all__ = [
 __getattr__ = imported_on_use(
     "bd3lm",
     {
+        "Callback": "training",
         "Checkpoint": "api",
         "Sample": "sample",
         "SampleConfig": "config",

@@ -19,7 +19,7 @@ from bd3lm.device import inference, resolve_device
 from bd3lm.sample import Sample, Sampler
 from bd3lm.sample.replay import Recording, record
 from bd3lm.sample.sampler import BlockEvent, Prompt
-from bd3lm.training import Reporter, run_training
+from bd3lm.training import Callback, Reporter, run_training
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def train(
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train a model, score its validation text and draw samples.
 
@@ -124,6 +125,7 @@ def train(
         out: directory of the run; must be new or empty unless ``resume``.
         resume: continue the run in ``out`` with its own settings.
         reporter: receives progress (:class:`bd3lm.training.Reporter`); None: a progress bar.
+        callbacks: follow the metrics (:class:`bd3lm.training.Callback`).
 
     Returns:
         Content of ``out/summary.json``: steps, speed, NELBO, bits per byte and where the
@@ -133,9 +135,9 @@ def train(
         Bd3lmError: bad settings or data, before training starts.
     """
     if reporter is not None:
-        return run_training(config, Path(out), reporter, resume=resume)
+        return run_training(config, Path(out), reporter, resume=resume, callbacks=callbacks)
     with RichReporter(PlainConsole(), config.steps) as bar:
-        return run_training(config, Path(out), bar, resume=resume)
+        return run_training(config, Path(out), bar, resume=resume, callbacks=callbacks)
 
 
 def _sample_config(settings: dict[str, Any]) -> SampleConfig:

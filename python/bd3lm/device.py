@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -80,6 +82,14 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak of the memory in use, in bytes: tensors on a GPU, else the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def has_bf16(device: torch.device) -> bool:

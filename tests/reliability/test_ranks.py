@@ -116,6 +116,8 @@ def test_two_ranks_train_as_one_and_one_goes_on(zygote, exact, tmp_path):
     one = run(zygote, 1, config, tmp_path / "one")
     many = run(zygote, 2, config, tmp_path / "many")
     assert_same_curve(one, many)
+    lines = [m for m in read_metrics(many / "metrics.jsonl") if "loss" in m]
+    assert all(line["skew"] >= 0 for line in lines)
     assert_same_curve(one, run(zygote, 1, config, stopped(zygote, 2, config, tmp_path / "half")))
 
 

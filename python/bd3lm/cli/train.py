@@ -14,6 +14,7 @@ import tyro
 
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
 from bd3lm.config import PRESETS, TrainConfig, check, preset
+from bd3lm.config.names import LoggerName
 from bd3lm.errors import ExistsError
 from bd3lm.ranks.place import find_place
 
@@ -36,6 +37,9 @@ class TrainArgs:
     there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also measure where the time of a step went, for the summary and profile.json."""
+    log: tuple[LoggerName, ...] = ()
+    """Where metrics go in addition to metrics.jsonl: csv writes metrics.csv; each of the others
+    needs the extra of its name."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compare prepared data with its digests even if that was done before and nothing changed."""
 
@@ -80,8 +84,9 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
     """Import PyTorch, train, report."""
     from bd3lm.cli.progress import RichReporter
     from bd3lm.cli.summary import training_summary
-    from bd3lm.training import run_training
+    from bd3lm.training import make_loggers, run_training
 
+    loggers = make_loggers(args.log)
     console = PlainConsole()
     with RichReporter(console, cfg.steps) as reporter:
         summary = run_training(
@@ -91,6 +96,7 @@ def _run(cfg: TrainConfig, out: Path, args: TrainArgs) -> None:
             resume=args.resume,
             profile=args.profile,
             verify=args.verify or "auto",
+            callbacks=loggers,
         )
     _plot(cfg, out, console)
     training_summary(console, summary, out)

@@ -259,7 +259,9 @@ class DataWatch:
 
     def __init__(self, *data: Dataset) -> None:
         folders = [Path(d.path) for d in data if hasattr(d, "path")]
+        folders = [part for folder in folders for part in (folder, *folder.glob("shard-*"))]
         files = [folder / name for folder in folders for name in ("tokens.bin", "tokens.idx")]
+        files = [file for file in files if file.exists()]
         self._seen = {file: _signature(file) for file in files}
 
     def check(self) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from bd3lm.model.threads import adaptive_waiting
 from bd3lm.ranks.group import ALONE, Ranks, joined, lost_ranks
 from bd3lm.sample import Sample, Sampler
 from bd3lm.systems import build_system
+from bd3lm.training.callbacks import Callback, Callbacks, RunStart
 from bd3lm.training.directory import (
     check_holds_run,
     holds_run,
@@ -67,6 +68,7 @@ def run_training(
     resume: bool = False,
     profile: bool = False,
     verify: Verify = "auto",
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train, score the validation split, draw samples; returns the content of ``summary.json``.
 
@@ -81,6 +83,7 @@ def run_training(
             has saved none, and begin it if there is none. A run that has ended is not run again.
         profile: also watch a few steps, for ``out/profile.json``.
         verify: when the data sets are verified; see :class:`bd3lm.data.Dataset`.
+        callbacks: follow the lines of ``metrics.jsonl``, on rank 0.
 
     Raises:
         ExistsError: ``out`` already holds files and ``resume`` is off, or another process trains
@@ -106,7 +109,7 @@ def run_training(
                         reporter.note(f"{out} has ended already, after step {cfg.steps}")
                         return ended
                 how = {"started": started, "profile": profile, "verify": verify}
-                return _run(cfg, out, reporter, ranks, **how)
+                return _run(cfg, out, reporter, ranks, callbacks, **how)
 
 
 @contextmanager
@@ -125,6 +128,7 @@ def _run(
     out: Path,
     reporter: Reporter,
     ranks: Ranks,
+    callbacks: Sequence[Callback],
     *,
     started: bool,
     profile: bool,
@@ -145,11 +149,14 @@ def _run(
     reporter.note(_headline(trainer, splits))
     if profile:
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
-    trainer.run()
-    result = trainer.validate(quick=False)
-    ranks.rest()
-    with trainer.averaged() as model:
-        return ranks.by_first(lambda: _finish(trainer, model, splits, result))
+    trainer.callbacks = Callbacks(callbacks if ranks.first else (), reporter.note)
+    with trainer.callbacks.following(RunStart(out, to_dict(cfg), trainer.steps_done)) as ended:
+        trainer.run()
+        result = trainer.validate(quick=False)
+        ranks.rest()
+        with trainer.averaged() as model:
+            ended |= ranks.by_first(lambda: _finish(trainer, model, splits, result))
+    return ended
 
 
 def _finish(

@@ -20,7 +20,12 @@ from torch.profiler import record_function
 from bd3lm.checkpoint.steps import FOLDER, StepFolders
 from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, Loader, Prefetcher, Rows
-from bd3lm.device import autocast, compute_dtype, keep_freed_memory, resolve_device
+from bd3lm.device import (
+    autocast,
+    compute_dtype,
+    keep_freed_memory,
+    resolve_device,
+)
 from bd3lm.errors import (
     Bd3lmError,
     CorruptError,
@@ -40,6 +45,8 @@ from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems import BlockDiffusion, System, build_system
+from bd3lm.training.callbacks import Callbacks
+from bd3lm.training.clock import StepClock
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
@@ -62,6 +69,9 @@ class Trainer:
         out: directory of the run, for ``checkpoint/`` and ``metrics.jsonl``; it exists.
         reporter: receives the events; of rank 0.
         ranks: the processes that train together.
+
+    Attributes:
+        callbacks: follow the lines of ``metrics.jsonl``; none at first.
     """
 
     def __init__(
@@ -115,10 +125,12 @@ class Trainer:
         self.steps_done = 0
         self.saved_step = -1
         self.seconds = 0.0
+        self.callbacks = Callbacks((), reporter.note)
         self.last: dict[str, float] = {}
         self.best: float | None = None
         self._saved_at = time.monotonic()
         self._rewound = False
+        self._clock = StepClock()
 
     @property
     def checkpoint(self) -> Path:
@@ -213,7 +225,7 @@ class Trainer:
         """
         cfg, step = self.cfg, self.steps_done
         self.model.train()
-        with record_function(DATA):
+        with record_function(DATA), self._clock.waiting_for_data():
             batches = self.batches.get(step, self.system.noise)
         try:
             total = self._accumulate(batches)
@@ -248,12 +260,15 @@ class Trainer:
         if cfg.model.dropout:
             torch.manual_seed(dropout_seed(cfg.seed, self.steps_done, self.ranks.rank))
         noisable = self._noisable(batches)
+        self._clock.begin()
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches, 1):
-            batch = batch.to(self.device)
-            with synchronized(self.loss, last=index == len(batches)):
+            batch, last = batch.to(self.device), index == len(batches)
+            with synchronized(self.loss, last=last):
                 with autocast(cfg, self.device):
                     loss = self.loss(batch) / noisable
+                if last:
+                    self._clock.arrive()
                 loss.backward()
             total += loss.detach()
         return self.ranks.sum(total) / self.ranks.size
@@ -383,7 +398,8 @@ class Trainer:
 
     def _log(self, window: Window) -> None:
         parts = self.system.parts.read(self.ranks.sum)
-        self._write(self._line(window, parts) if self.ranks.first else {})
+        times = self._clock.read(self.ranks, self.device)
+        self._write(self._line(window, parts | times) if self.ranks.first else {})
 
     def _line(self, window: Window, parts: dict[str, float]) -> dict[str, Any]:
         """A line of the log; the speeds in it are kept for the reporter."""
@@ -421,6 +437,7 @@ class Trainer:
             with suppress(Bd3lmError):
                 self.save()
             raise type(error)(f"{error}. {self.last_saved()}") from error
+        self.callbacks.log(line)
 
     def last_saved(self) -> str:
         """One sentence on the last checkpoint, for errors that end a run."""
