@@ -45,6 +45,12 @@ class LossParts:
         self._sums = {}
         return {name: nats / tokens for name, (nats, tokens) in named.items() if tokens}
 
+    def collect(self, over_ranks: Callable[[Tensor], Tensor], *, first: bool) -> None:
+        """Move the sums of all ranks to the first, before its state is saved."""
+        if self._sums:
+            total = over_ranks(torch.stack(list(self._sums.values())))
+            self._sums = dict(zip(self._sums, total if first else total * 0, strict=True))
+
     def state(self) -> dict[str, Any]:
         """Sums as plain JSON."""
         return {name: both.tolist() for name, both in self._sums.items()}

@@ -50,6 +50,8 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
         averaged, training = trainer.ema.weights, _training_tensors(trainer)
         _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
         averaged, training = _gathered(trainer, averaged), _gathered(trainer, training)
+        if trainer.ranks.size > 1:
+            trainer.system.parts.collect(trainer.ranks.sum, first=trainer.ranks.first)
         trainer.ranks.by_first(lambda: _write(trainer, averaged, training))
         trainer.saved_step = step
     if best:
@@ -198,7 +200,10 @@ def _load_numbers(trainer: Trainer, meta: Meta) -> None:
     restore_system(trainer.system, meta.learned, state.source)
     if "parts" in state.values:  # older checkpoints have none
         parts = state.record("parts")
-        trainer.system.parts.load_state({name: parts.floats(name, 2) for name in parts.values})
+        sums = {name: parts.floats(name, 2) for name in parts.values}
+        if not trainer.ranks.first:
+            sums = {name: [0.0, 0.0] for name in sums}
+        trainer.system.parts.load_state(sums)
 
 
 def _check_finite(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:

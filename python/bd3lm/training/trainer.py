@@ -382,9 +382,10 @@ class Trainer:
     # --- logging ----------------------------------------------------------------------------
 
     def _log(self, window: Window) -> None:
-        self._write(self._line(window) if self.ranks.first else {})
+        parts = self.system.parts.read(self.ranks.sum)
+        self._write(self._line(window, parts) if self.ranks.first else {})
 
-    def _line(self, window: Window) -> dict[str, Any]:
+    def _line(self, window: Window, parts: dict[str, float]) -> dict[str, Any]:
         """A line of the log; the speeds in it are kept for the reporter."""
         cfg = self.cfg
         rates = {
@@ -396,7 +397,7 @@ class Trainer:
         line: dict[str, Any] = {"step": self.steps_done}
         if window.loss is not None:
             line["loss"] = window.loss
-        line |= self.system.parts.read(self.ranks.sum)
+        line |= parts
         if window.loss is not None and math.isfinite(window.norm):
             self.last = {"loss": window.loss, **rates}
         line |= rates | {"seconds": self.seconds}
