@@ -40,7 +40,7 @@ test: setup ## all tests, Rust and Python, but the slow ones
 
 check-slow: setup ## the checks that take minutes
 	$(BIN)/pytest -m slow
-	BD3LM_EXAMPLES=200 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/integration/test_strangers.py -k any_setting
+	BD3LM_EXAMPLES=200 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/integration/strangers -k any_setting
 
 EXTRAS := .venv-extras
 

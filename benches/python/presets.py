@@ -30,7 +30,7 @@ from bd3lm.model.memory import training_memory
 from bd3lm.training.trainer import Trainer, frozen
 
 VOCAB = 16_384
-"""Of the default tokenizer."""
+"""Ids of the default tokenizer."""
 ROWS = 8
 """Rows of a measured step, at most."""
 

@@ -221,17 +221,19 @@ def presets(results: dict[str, Any]) -> str:
             few = f"{r['micro_batch_memory'] / 1e9:.1f} with --micro-batch {r['measured_rows']}"
             memory = f"{memory} ({few})"
         step = r["seconds"]["median"]
-        gpus = [r["flops"] / (GPU_MFU * peak) for peak in GPUS.values()]
+        gpus = [lasting(r["steps"] * r["flops"] / (GPU_MFU * peak)) for peak in GPUS.values()]
+        if r["flops"] < 1e12:  # too small to keep one busy
+            gpus = ["–"] * len(GPUS)
         rows.append(
             [
                 r["preset"],
                 f"{r['parameters'] / 1e6:.1f}M",
                 f"{r['rows']} × {r['length']}",
-                f"{r['flops'] / 1e12:.2g}",
+                f"{r['flops'] / 1e12:.3g}",
                 memory,
                 f"{step:.2g} s" if step < 100 else lasting(step),
                 f"{lasting(step * r['steps'])} ({r['steps']:,} steps)",
-                *(lasting(seconds * r["steps"]) for seconds in gpus),
+                *gpus,
             ]
         )
     names = [f"the run on one {name}, estimated" for name in GPUS]

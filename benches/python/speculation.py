@@ -41,7 +41,7 @@ def draw(sampler: Sampler, rows: int, cfg: SampleConfig) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Draw in turn, print, write."""
+    """Interleave the draws, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--length", type=int, default=128)

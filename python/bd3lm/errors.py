@@ -115,11 +115,11 @@ _NO_MEMORY = (
     "could not create a primitive",
     "can't start new thread",
 )
-"""How PyTorch's allocators, oneDNN and Python's threads say so: in a plain RuntimeError."""
+"""Messages without memory of PyTorch's allocators, oneDNN and threads: a plain RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of the host or of a device."""
+    """Return whether an error says that there is no memory left, of the host or of a device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = " ".join(str(error).split())

@@ -39,12 +39,15 @@ class Child:
     def __init__(self, jobs: dict[str, list[dict[str, Any]]]) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.results = Path(self.folder.name) / "results.json"
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interpret.py")), str(self.results)],
-            stdin=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-        )
+        self.errors = Path(self.folder.name) / "stderr.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("interpret.py")), str(self.results)],
+                stdin=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+            )
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(jobs))
         self.process.stdin.close()
@@ -52,7 +55,9 @@ class Child:
     def finish(self) -> dict[str, Any]:
         """Wait, and give the results by name."""
         code = self.process.wait()
-        assert code == 0, "the interpreter failed; its traceback is above"
+        assert code == 0, (
+            f"the interpreter ended with {code}; a traceback is above, a signal has none"
+        )
         return json.loads(self.results.read_text())
 
     def kill(self) -> None:

@@ -127,15 +127,14 @@ def test_a_built_in_noise_schedule(tmp_path):
     for after, line in (
         ("    /// p interpolates a table.", "    /// p = t³.\n    Cubic,"),
         ("            Schedule::Table(_) => 7,", "            Schedule::Cubic => 8,"),
-        ('            ("square", |_|', '            ("cubic", |_| Ok(Schedule::Cubic)),'),
+        ('        ];\n        named("schedule"', '            ("cubic", |_| Ok(Schedule::Cubic)),'),
         ("            Schedule::Square => t * t,", "            Schedule::Cubic => t * t * t,"),
         ("            Schedule::Square => 2.0 / t,", "            Schedule::Cubic => 3.0 / t,"),
         ("            Schedule::Square => p.sqrt(),", "            Schedule::Cubic => p.cbrt(),"),
     ):
         copy.change(rust, after, f"{line}\n{after}")
-    copy.change(
-        "python/bd3lm/config/names.py", f"    {last.strip()}\n", '    "table",\n    "cubic",\n'
-    )
+    last = '    "table",\n'
+    copy.change("python/bd3lm/config/names.py", last, f'{last}    "cubic",\n')
     tests = "tests/unit/test_schedules.py"
     line = '    "square": Reference({}, lambda t: t**2, torch.sqrt),\n'
     cubic = '    "cubic": Reference({}, lambda t: t**3, lambda p: p ** (1 / 3)),\n'

@@ -173,7 +173,7 @@ NARROW = "--noise.estimator bernoulli --noise.clip 0.3 0.45 --noise.resample".sp
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["huge"], "preset = huge: must be one of demo, tiny, small, medium"),
+        (["huge"], "preset = huge: must be one of demo, joint, tiny, small, medium"),
         (["--block-size", "5"], "block-size = 5: must be a divisor of seq-len = 128"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--tokenizer", "./nothing.json", "--data", "TEXT"], "nothing.json: no such file"),

@@ -48,7 +48,7 @@ def zygote():
 
 @pytest.fixture(scope="module")
 def exact(small: TrainConfig) -> TrainConfig:
-    """In float32, whose sums differ by rounding alone."""
+    """Settings in float32, whose sums differ by rounding alone."""
     return dataclasses.replace(small, precision="fp32")
 
 

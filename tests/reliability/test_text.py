@@ -241,17 +241,24 @@ def test_one_line_longer_than_a_part(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 
 MEMORY = """
-import resource, sys
+import sys
+from pathlib import Path
 from bd3lm.data import load_tokenizer, prepare
+
+
+def peak():  # of this process alone: ru_maxrss begins at that of the parent
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+
 tokenizer = load_tokenizer("default")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 (manifest,) = prepare([sys.argv[1]], tokenizer, sys.argv[2])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(manifest.num_documents, (after - before) // 1024)
+print(manifest.num_documents, peak() - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts of Linux")
 def test_a_page_of_long_texts_takes_little_more_than_itself(tmp_path: Path) -> None:
     texts = ["the old house " * (60_000_000 // 14)] * 12
     pq.write_table(
@@ -265,7 +272,7 @@ def test_a_page_of_long_texts_takes_little_more_than_itself(tmp_path: Path) -> N
     )
     count, megabytes = map(int, done.stdout.split())
     assert count == 12
-    assert megabytes < 1400, "720 MB are the page itself"
+    assert 700 < megabytes < 1400, "720 MB are the page itself"
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:

@@ -161,7 +161,7 @@ def test_settings_that_do_not_fit_say_so():
 
 @torch.inference_mode()
 def test_blocks_of_one_token_and_next_tokens_agree_through_cache_and_without():
-    """A causal clean stream gives the same next-token features whatever S it is run with."""
+    """A causal clean stream gives the same next-token features at any S."""
     model, ids = causal_model(), random_ids(2, 12)
     as_ar = model.encode(ids, 1)
     every = torch.arange(ids.numel())

@@ -50,7 +50,8 @@ def test_rows_and_noise_are_the_same_on_any_number_of_ranks(
             tokens = 0
             for rank in range(ranks):
                 batches = Prefetcher(loader, 9, parts, rank=(rank, ranks))
-                for index, batch in enumerate(batches.get(step, SPECS[name])):
+                made = batches.get(step, lambda step, name=name: SPECS[name])
+                for index, batch in enumerate(made):
                     found[index * ranks + rank] = batch
                     tokens += batch.num_noisable
                 batches.close()

@@ -171,7 +171,7 @@ class ModelConfig:
 
     @property
     def causal_clean(self) -> bool:
-        """Whether clean tokens attend causally."""
+        """Return whether clean tokens attend causally."""
         return self.clean_stream == "causal"
 
     @property

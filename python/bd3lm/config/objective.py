@@ -10,7 +10,7 @@ from bd3lm.config.check import check, check_number, check_whole
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Losses of a bd3lm run beside that of its noised stream."""
+    """Losses of a bd3lm run besides that of its noised stream."""
 
     ar_weight: float = 0.0
     """Weight of the next-token loss on the clean stream, per token. More than 0 needs

@@ -1,4 +1,4 @@
-"""How the ranks of a job share a model."""
+"""Settings of sharing a model between the ranks of a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bd3lm.config.check import check, check_number, check_whole
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks of a job share a model; read only where there are several."""
+    """Settings of sharing a model between ranks; read only where there are several."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every rank holds the whole model and adds its gradients to those of the others. fsdp:

@@ -179,8 +179,7 @@ def open_data(
     source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
     if source is not None and detokenizer is not None:
         source = replace(source, detokenizer=detokenizer)
-    prepared = (path, path / "train", path / "valid")
-    if source is None and any(map(_is_prepared, prepared)):
+    if source is None and any(map(_is_prepared, (path, path / "train", path / "valid"))):
         opened = Dataset(path, verify=verify)
         if isinstance(tokenizer, str):
             _check_tokenizer(opened, tokenizer)

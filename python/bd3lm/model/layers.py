@@ -198,7 +198,7 @@ class CacheSlots(CacheAt):
     """A cache written at slots of each row, and always read as a whole.
 
     Args:
-        cache: what is written and read.
+        cache: keys and values.
         position: slots of the next keys and values, int64 [B, T].
     """
 

@@ -179,14 +179,14 @@ def _call(block: nn.Module, *args: Any, **options: Any) -> Tensor:
     return block(*args, **options)
 
 
-def one_modulation(ada: nn.Linear, cond: Tensor) -> Tensor:
+def one_modulation(ada: nn.Module, cond: Tensor) -> Tensor:
     """Shifts, scales and gates; those of one row are float32, to be folded into weights."""
     if cond.numel() > cond.shape[-1]:
         return ada(cond)
     with torch.autocast(cond.device.type, enabled=False):
-        if ada.weight.dtype == cond.dtype:
-            return ada(cond)
-        return F.linear(cond, ada.weight.float(), ada.bias.float())  # gathered by FSDP
+        if isinstance(ada, nn.Linear) and ada.weight.dtype != cond.dtype:  # gathered by FSDP
+            return F.linear(cond, ada.weight.float(), ada.bias.float())
+        return ada(cond)
 
 
 def wants_last_clean(device: torch.device) -> bool:

@@ -51,7 +51,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which writes files and reports."""
+        """Return whether this is rank 0, which writes files and reports."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Ranks:
         return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
     def mine(self, index: int) -> bool:
-        """Whether this rank works on the part with this number: they go around."""
+        """Return whether this rank works on the part with this number: they go around."""
         return index % self.size == self.rank
 
     def every(self, work: Callable[[], T]) -> T:

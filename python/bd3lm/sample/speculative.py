@@ -2,7 +2,7 @@
 
 Every forward runs, for each row, the last known token and the S - 1 tokens drafted after it through
 the clean stream, which gives the autoregressive distribution p of each next token. The same forward
-runs S noised blocks, one for each number of drafts that may turn out to be accepted, which give the
+runs S noised blocks, one for each number of drafts that may be accepted, which give the
 distributions q of the next drafts.
 
 A draft x is accepted with probability min(1, p(x)/q(x)). The first refused one is replaced by a

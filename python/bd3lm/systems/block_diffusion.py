@@ -72,7 +72,7 @@ class BlockDiffusion(System):
         )
 
     def at(self, size: int) -> BlockDiffusion:
-        """This system at one of its block sizes; they share what is learned of that size."""
+        """This system at one of its block sizes; they share the noise learned for that size."""
         if self.sizes == (size,):
             return self
         objective = replace(self._objective, block_sizes=())

@@ -19,7 +19,7 @@ class LossParts:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, nats: Tensor, tokens: int) -> None:
-        """Add a sum of nats over so many tokens; what is not finite is left out.
+        """Add a sum of nats over so many tokens; sums that are not finite are left out.
 
         Args:
             name: of the part, as it is logged.

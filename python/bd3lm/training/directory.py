@@ -101,7 +101,7 @@ def _check_free(out: Path, resume: bool) -> None:
 
 
 def _foreign(out: Path) -> list[Path]:
-    """What a directory holds that no run has left, killed before it wrote its settings."""
+    """Files of a directory that are not from a run killed before it wrote its settings."""
     return [path for path in _entries(out) if path.name not in (LOCK, ".config.json.partial")]
 
 

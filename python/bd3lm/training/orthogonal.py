@@ -11,7 +11,7 @@ from torch import Tensor
 from bd3lm.training.shards import is_sharded, shard_group
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""Of x, x³ and x⁵ in one iteration: steep at zero, and near one for values near one."""
+"""Coefficients of x, x³ and x⁵ a step: steep at zero, and near one for values near one."""
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 

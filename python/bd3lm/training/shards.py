@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of the tensor only: it is a DTensor."""
+    """Return whether this rank holds a part of the tensor only: it is a DTensor."""
     return hasattr(tensor, "placements")
 
 

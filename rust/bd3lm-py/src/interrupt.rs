@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// A signal whose handler raises sets `stop`, which ends the work soon.
 ///
 /// # Errors
-/// What the handler of a signal raised, or the error of the work.
+/// The exception of a signal handler, or the error of the work.
 pub fn interruptible<T: Send>(
     py: Python<'_>,
     stop: &AtomicBool,

@@ -160,12 +160,7 @@ pub fn distribution(
 
 /// Masses of the tempered logits without the forbidden ids, the largest being 1, and their sums by
 /// chunk; returns the largest logit. A temperature of 0 is taken for 1.
-fn shaped_mass(
-    source: &[f32],
-    shaping: Shaping<'_>,
-    mass: &mut [f32],
-    chunks: &mut [f64],
-) -> f32 {
+fn shaped_mass(source: &[f32], shaping: Shaping<'_>, mass: &mut [f32], chunks: &mut [f64]) -> f32 {
     let mut top = f32::NEG_INFINITY;
     if shaping.forbidden.is_empty() {
         highest(source, &mut top);

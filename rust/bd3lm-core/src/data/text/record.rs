@@ -55,7 +55,10 @@ pub(super) fn read_record<'a>(json: &'a [u8], options: &ReadOptions) -> Result<R
         Some(Value::Text(text)) => Ok(Record::Text(text)),
         Some(Value::Null) => Ok(Record::Null),
         Some(_) => Err(format!("its field {name} is not a string")),
-        None => Err(format!("it has no field {name}, only {}; name another with --text-field", names_of(json))),
+        None => Err(format!(
+            "it has no field {name}, only {}; name another with --text-field",
+            names_of(json)
+        )),
     }
 }
 

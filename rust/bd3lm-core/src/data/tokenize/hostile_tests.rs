@@ -86,7 +86,7 @@ fn set(root: &mut Value, path: &[String], new: Value) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn any_definition_is_loaded_or_refused(

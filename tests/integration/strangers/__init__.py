@@ -1,0 +1,1 @@
+"""Inputs of people who have not read the code, kind by kind."""
