@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
@@ -26,6 +27,8 @@ from bd3lm.errors import (
 from bd3lm.ranks.place import Place, find_place
 
 T = TypeVar("T")
+PATIENCE = 10.0
+"""Seconds that a rank leaves to the one that prints the error of all."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """Exit codes of a process that SIGINT or SIGPIPE ended, as a shell shows them."""
@@ -89,6 +92,8 @@ def _report(error: BaseException) -> None:
     shared = isinstance(error, (ConfigError, DivergedError, InterruptedRunError))
     rank = _place().rank
     if getattr(error, "elsewhere", False) or (shared and rank > 0):
+        if not isinstance(error, InterruptedRunError):
+            time.sleep(PATIENCE)  # torchrun ends all ranks when one exits: let the other print
         return
     sentence = error_sentence(error)
     if sentence is None:
