@@ -1,4 +1,4 @@
-"""What the steps between two lines of metrics waited for, and the memory they needed."""
+"""Waits and memory of the steps between two lines of metrics."""
 
 from __future__ import annotations
 

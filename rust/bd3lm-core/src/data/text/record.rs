@@ -421,7 +421,7 @@ mod tests {
         let json = format!("{{{}}}", fields.join(","));
         let reason = read(&json, "text", None);
         assert!(
-            reason.ends_with("field19, 99980 more") && reason.len() < 400,
+            reason.contains("field19, 99980 more;") && reason.len() < 400,
             "{reason}"
         );
     }
