@@ -442,10 +442,12 @@ def whole(zygote, long, tmp_path_factory):
 
 
 def killed(zygote, long, whole, tmp_path, count, seed):
-    """Kill one rank at a random moment, resume, compare; returns how many were met."""
+    """Kill one rank at random moments until so many kills met a job; resume, compare."""
     reference, seconds = whole
-    draw, met = random.Random(seed), 0
-    for index in range(count):
+    draw, met, index = random.Random(seed), 0, 0
+    while met < count:
+        index += 1
+        assert index <= 4 * count, "most jobs had ended before the kill"
         out, log = tmp_path / f"run{index}", tmp_path / f"run{index}.log"
         processes = zygote.job(2, to_dict(long), out, log)
         time.sleep(draw.uniform(0, seconds))
@@ -457,7 +459,6 @@ def killed(zygote, long, whole, tmp_path, count, seed):
         assert codes[1 - victim] in (0, 2), log.read_text()
         met += codes[victim] != 0
         assert_same_run(reference, run(zygote, 2, long, out))
-    return met
 
 
 def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
@@ -466,7 +467,7 @@ def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_killed_at_25_random_moments(zygote, long, whole, tmp_path):
-    assert killed(zygote, long, whole, tmp_path, 25, seed=2) >= 15
+    killed(zygote, long, whole, tmp_path, 25, seed=2)
 
 
 @pytest.mark.slow
