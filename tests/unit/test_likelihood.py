@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bd3lm.cli.summary import likelihood_line
 from bd3lm.config import NoiseConfig
 from bd3lm.data import Rows, Schedule
 from bd3lm.errors import ConfigError
@@ -204,3 +205,29 @@ def test_a_tabulated_schedule_gives_the_same_bound_and_sampling_grid():
         BlockDiffusion(4, MASK_ID, NoiseConfig(schedule="square")).level_grid(20),
     )
     assert system.noise(0) is not None
+
+
+def test_a_single_row_has_no_error_of_the_data():
+    model = tiny_model()
+    one = score(model, rows_of(7, 8, 4), estimator="exact")
+    assert one.data_error is None
+    more = score(model, rows_of(21, 8, 4), estimator="exact")
+    assert more.data_error is not None
+    assert more.data_error > 0
+
+
+def test_the_line_of_a_likelihood_says_what_is_not_known():
+    found = {
+        "val_nelbo": 5.0,
+        "val_ppl": 148.41,
+        "val_bpb": 2.0,
+        "val_data_error": 0.05,
+        "val_tokens": 7,
+        "val_coverage": 1.0,
+        "estimator": "exact",
+    }
+    assert "2.000 ± 0.020 bits per byte" in likelihood_line(found)
+    part = found | {"val_bpb": None, "val_coverage": 0.4, "val_data_error": None}
+    line = likelihood_line(part)
+    assert "bits per byte need the whole text" in line
+    assert "one row" in line
