@@ -457,6 +457,8 @@ def killed(zygote, long, whole, tmp_path, count, seed):
         codes = finish(zygote, processes)
         assert codes[victim] in (0, -signal.SIGKILL), log.read_text()
         assert codes[1 - victim] in (0, 2), log.read_text()
+        if codes[victim] == 0:
+            seconds *= 0.8  # the machine is faster than it was for the whole run
         met += codes[victim] != 0
         assert_same_run(reference, run(zygote, 2, long, out))
 
