@@ -62,4 +62,6 @@ def test_ids_are_the_librarys(name, tmp_path):
 
 
 def test_every_package_is_there():
+    if not PUBLISHED:
+        pytest.skip("no package with a published tokenizer is here; make check-extras has them")
     assert {"Llama 3", "Qwen 3", "Mistral", "DeepSeek", "cl100k", "o200k"} <= PUBLISHED.keys()

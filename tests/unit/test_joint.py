@@ -56,8 +56,8 @@ def test_the_joint_loss_is_the_sum_of_its_parts(packing):
     ar = Autoregressive(MASK_ID).loss(model, full)
     torch.testing.assert_close(joint, diffusion + 0.7 * ar, rtol=1e-5, atol=1e-4)
     parts = system.parts.read()  # the loss that is shown is the noised stream's
-    assert parts["loss"] == parts["loss_S4"] == pytest.approx(float(diffusion) / batch.num_noisable)
-    assert parts["loss_ar"] == pytest.approx(float(ar) / batch.num_noisable)
+    assert parts["loss"] == parts["loss_S4"] == pytest.approx(diffusion.item() / batch.num_noisable)
+    assert parts["loss_ar"] == pytest.approx(ar.item() / batch.num_noisable)
 
 
 def test_the_ar_loss_of_unmasked_tokens_has_the_same_expectation():

@@ -125,7 +125,7 @@ class Trainer:
         self.steps_done = 0
         self.saved_step = -1
         self.seconds = 0.0
-        self.callbacks = Callbacks((), reporter.note)
+        self.callbacks = Callbacks((), lambda message: self.reporter.note(message))
         self.last: dict[str, float] = {}
         self.best: float | None = None
         self._saved_at = time.monotonic()
