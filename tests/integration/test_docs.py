@@ -29,7 +29,8 @@ PAGES = sorted(
 )
 SMALL = {
     "bd3lm-train": "--steps 3 --batch-size 4 --seq-len 32 --device cpu --model.width 32 "
-    "--model.depth 2 --model.heads 2 --sample.num 1 --sample.length 20 --eval.every 0",
+    "--model.depth 2 --model.heads 2 --sample.num 1 --sample.length 20 --eval.every 0 "
+    "--eval.final-rows 8",
     "bd3lm-sample": "--length 24 --num 1",
 }
 """Settings added to commands that are run."""
