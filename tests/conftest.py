@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from bd3lm.config import ModelConfig
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import Transformer
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, children would ignore it
 
 torch.set_num_threads(1)  # models this small lose more to threads than they gain
 

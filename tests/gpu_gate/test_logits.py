@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from cases import DTYPES
 
+pytestmark = pytest.mark.slow  # half a minute in the interpreter
+
 # Of float32 sums of a few dozen exponentials, and of one rounding to the logits' dtype.
 NATS = 2e-6
 GRADIENT = {"fp32": 2e-6, "bf16": 5e-3, "fp16": 1e-3}

@@ -354,6 +354,7 @@ def test_a_rank_that_does_not_run_is_named(zygote, endless, tmp_path):
     assert "its process has ended or does not run" in message
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_its_own_code_is_named(zygote, endless, tmp_path):
     patch = """
 import time
@@ -397,6 +398,7 @@ persistence.write_checkpoint = full
     assert load_checkpoint(out).step == 4
 
 
+@pytest.mark.slow
 def test_bad_steps_of_one_rank_are_those_of_all(zygote, exact, tmp_path):
     """One gradient of rank 1 is NaN at two steps in a row: skipped, and gone back, by both."""
     patch = """
