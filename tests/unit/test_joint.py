@@ -242,6 +242,22 @@ def test_speculation_has_the_law_of_the_ar_model(temperature, top_p):
     assert found.forwards < 0.8 * found.tokens
 
 
+@torch.inference_mode()
+def test_the_log_probability_ends_with_eos():
+    """Drafts accepted behind an EOS belong to no text."""
+    model = causal_model(M + 1, scale=0.4)
+    _, speculative = samplers(model, window=16, eos_id=3)
+    samples = speculative.generate(SampleConfig(num=40, length=12, top_p=1.0, speculate=True))
+    ended = [sample for sample in samples if sample.stop == "eos"]
+    assert len(ended) >= 10
+    for sample in ended:
+        ids = torch.tensor([[0, *sample.ids, 3]])
+        logits = model.logits(model.encode(ids, 1)[0, :-1]).double()
+        logits[:, M] = -torch.inf
+        log_p = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
+        assert sample.log_prob == pytest.approx(log_p, abs=1e-4)
+
+
 def test_rows_of_a_speculation_do_not_depend_on_the_batch():
     _, speculative = samplers(causal_model(M + 1))
     cfg = SampleConfig(length=14, top_p=1.0, speculate=True)

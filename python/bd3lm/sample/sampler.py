@@ -253,6 +253,7 @@ class Sampler:
             limit=limit,
             window=self.window,
             bos_id=self.bos_id,
+            eos_id=self.eos_id,
         )
         self.acceptance = run.acceptance
         while run.rows:

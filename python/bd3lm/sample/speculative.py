@@ -103,6 +103,7 @@ class Speculation:
         limit: largest number of tokens of a row, BOS included.
         window: L, positions of a training row.
         bos_id: token at the beginning of every window.
+        eos_id: token after which a row has no more.
     """
 
     def __init__(
@@ -116,9 +117,11 @@ class Speculation:
         limit: int,
         window: int,
         bos_id: int,
+        eos_id: int,
     ) -> None:
         self.model, self.system, self.cfg = model, system, cfg
-        self.size, self.window, self.bos_id = system.block_size, window, bos_id
+        self.size, self.window = system.block_size, window
+        self.bos_id, self.eos_id = bos_id, eos_id
         self.device = next(model.parameters()).device
         self.rows = [
             SpeculativeRow(first + i, list(prompt), limit, _uniforms(cfg.seed, first + i))
@@ -238,6 +241,8 @@ class Speculation:
         else:
             last, _ = draw(logits[accepted : accepted + 1], uniform, self.cfg)
         tokens = [*row.drafts[:accepted], int(last)]
+        if self.eos_id in tokens:  # an autoregressive model draws nothing after it
+            tokens = tokens[: tokens.index(self.eos_id) + 1]
         row.ids += tokens
         found.forwards += 1
         found.tokens += len(tokens)
