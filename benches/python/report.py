@@ -334,22 +334,6 @@ SECTIONS: dict[str, Section] = {
 }
 
 
-def tokenizing(results: dict[str, Any]) -> str:
-    """Speeds of a row each for the tokenizers, and our multiple of the peers'."""
-    rows = []
-    for r in results["rows"]:
-        speeds = r["speeds"]
-        row = [r["tokenizer"], millions(speeds["ours"])]
-        for peer in ("datasets", "gigatoken"):
-            found = peer in r
-            row += [millions(speeds[peer]), ratio(r[peer])] if found else ["–", "–"]
-        rows.append(row)
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    runs = min(r["runs"] for r in results["rows"])
-    head = "tokenizer | ours, Mtokens/s | datasets | ratio (least–most) | gigatoken | ratio"
-    return f"{versions}. Medians of {runs} pairs in turn.\n\n" + table(head, rows)
-
-
 def put(document: str, name: str, text: str) -> str:
     """``document`` with ``text`` between ``<!-- name -->`` and ``<!-- /name -->``."""
     before, rest = document.split(f"<!-- {name} -->\n")

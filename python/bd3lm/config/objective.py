@@ -20,8 +20,8 @@ class ObjectiveConfig:
     weighted to the same expectation. The head then works on each token once."""
 
     ar_steps: int = 0
-    """First steps of the run that train on the next-token loss alone (AR warm start). They take
-    half of the time, for they run one stream."""
+    """First steps of the run that train on the next-token loss alone (AR warm start). They run one
+    stream instead of two."""
     block_sizes: tuple[int, ...] = ()
     """Train on blocks of several sizes: S of a step is drawn from these, block-size among them,
     with equal probability. One checkpoint then scores and samples at each. Empty: block-size."""

@@ -202,9 +202,12 @@ class CacheSlots(CacheAt):
         position: slots of the next keys and values, int64 [B, T].
     """
 
+    def __init__(self, cache: KVCache, position: Tensor) -> None:
+        super().__init__(cache, position)
+        self.row = torch.arange(len(position), device=position.device)[:, None]
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write [1, B·T, Hkv, Dh], one row after the other, at the slots of one layer."""
-        row = torch.arange(len(self.position), device=self.position.device)[:, None]
         for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
             values = new.view(*self.position.shape, *new.shape[2:])
-            kept.transpose(1, 2)[row, self.position] = values.to(kept.dtype)
+            kept.transpose(1, 2)[self.row, self.position] = values.to(kept.dtype)

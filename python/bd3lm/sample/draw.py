@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,13 +58,20 @@ def _draw_on_cpu(
         uniform.numpy(),
         token.numpy(),
         log_p.numpy(),
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        forbidden=tuple(map(int, cfg.forbidden)),
+        **_shaping(cfg),
         threads=kernel_threads(),
     )
     return token, log_p
+
+
+def _shaping(cfg: SampleConfig) -> dict[str, Any]:
+    """The settings that shape a distribution, as the Rust kernels take them."""
+    return {
+        "temperature": cfg.temperature,
+        "top_k": cfg.top_k,
+        "top_p": cfg.top_p,
+        "forbidden": tuple(map(int, cfg.forbidden)),
+    }
 
 
 class Distribution(NamedTuple):
@@ -105,10 +112,7 @@ def distribution(logits: Tensor, cfg: SampleConfig) -> Distribution:
             logits.reshape(-1).numpy(),
             mass.view(-1).numpy(),
             total.numpy(),
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            forbidden=tuple(map(int, cfg.forbidden)),
+            **_shaping(cfg),
             threads=kernel_threads(),
         )
         return Distribution(mass, total)

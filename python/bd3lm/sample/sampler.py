@@ -15,7 +15,7 @@ from bd3lm.data import Tokenizer
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample.block import BlockDraw
-from bd3lm.sample.speculative import Acceptance, Speculation
+from bd3lm.sample.speculative import Acceptance, Speculation, SpeculativeRow
 from bd3lm.sample.state import RowState, SampleState, window_start
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
 from bd3lm.sample.strategies import Strategy, choose
@@ -226,10 +226,7 @@ class Sampler:
             samples = {}
             for index, (stop, ids) in ended.items():
                 row, log_prob = state.rows[index], float(state.log_prob[index])
-                text = None if self.tokenizer is None else self.tokenizer.decode(ids)
-                samples[row.number] = Sample(
-                    ids, stop, row.nfe, row.nfe - row.fills, log_prob, seconds, text
-                )
+                samples[row.number] = self._finished(row, ids, stop, log_prob, seconds)
             if state.end(ended) and state.rows:
                 state.step = self._step(state.cache)
             yield BlockEvent(start, blocks, True, samples)
@@ -268,15 +265,22 @@ class Sampler:
                 if not stop:
                     alive.append(index)
                     continue
-                ids = row.ids[1:end]
-                text = None if self.tokenizer is None else self.tokenizer.decode(ids)
-                seconds = time.perf_counter() - started
-                ended[row.number] = Sample(
-                    ids, stop, row.nfe, row.nfe - row.fills, row.log_prob, seconds, text
-                )
+                ids, seconds = row.ids[1:end], time.perf_counter() - started
+                ended[row.number] = self._finished(row, ids, stop, row.log_prob, seconds)
             if len(alive) < len(run.rows):
                 run.keep(alive)
             yield BlockEvent(start, blocks, True, ended, log_prob)
+
+    def _finished(
+        self,
+        row: RowState | SpeculativeRow,
+        ids: list[int],
+        stop: str,
+        log_prob: float,
+        seconds: float,
+    ) -> Sample:
+        text = None if self.tokenizer is None else self.tokenizer.decode(ids)
+        return Sample(ids, stop, row.nfe, row.nfe - row.fills, log_prob, seconds, text)
 
     def _stop(self, ids: list[int], fresh: int, given: int, limit: int) -> tuple[str, int]:
         """Why a row ends with one of its ``fresh`` last tokens, and where; "" if it does not."""

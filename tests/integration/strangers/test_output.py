@@ -173,7 +173,7 @@ class PanicException(BaseException):
         ),
         (RecursionError("maximum recursion depth"), "nested too deeply"),
         (UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"), "not valid UTF-8"),
-        (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+        (PermissionError(13, "Permission denied", "kept/x"), "kept/x: Permission denied"),
         (IsADirectoryError(21, "Is a directory", b"\xff"), "Is a directory"),
     ],
 )
