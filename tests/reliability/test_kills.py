@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.native import read_meta
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.config import to_dict
 from bd3lm.training import read_metrics
@@ -97,6 +99,48 @@ def test_killed_at_random_moments(zygote, long, whole, tmp_path):
 def test_killed_at_25_random_moments(zygote, long, whole, tmp_path):
     met = interrupted_runs(zygote, long, whole, tmp_path, 25, signal.SIGKILL, seed=2)
     assert met >= 15  # the others had ended
+
+
+SLOW_UPLOADS = """
+import time
+from fsspec.implementations.local import LocalFileSystem
+
+def slowly(self, source, target, **options):
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        while part := file.read(2048):
+            copy.write(part)
+            copy.flush()
+            time.sleep(0.001)
+
+LocalFileSystem.cp_file = slowly
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_a_copy_is_uploaded(zygote, long, whole, tmp_path):
+    """After each of 10 kills the copy holds a whole checkpoint, which is all that is left."""
+    reference, seconds = whole
+    draw, found = random.Random(4), 0
+    for index in range(10):
+        out, log = tmp_path / "run", tmp_path / f"log{index}"
+        copy = tmp_path / f"copy{index}"
+        mirrored = to_dict(dataclasses.replace(long, mirror=f"file://{copy}"))
+        process = zygote.start(mirrored, out, log, patch=SLOW_UPLOADS)
+        time.sleep(draw.uniform(0.2, 1.5) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        assert zygote.wait(process) in (0, -signal.SIGKILL), log.read_text()
+        if (copy / "checkpoint" / "latest").exists():
+            meta = read_meta(find_checkpoint(copy))
+            for name in meta.files.values:
+                meta.verified(name)
+            found += 0 < meta.step < 60
+        shutil.rmtree(out)
+        assert zygote.wait(zygote.start(mirrored, out, log)) == 0, log.read_text()
+        assert_same_run(reference, out)
+        shutil.rmtree(out)
+        assert load_checkpoint(f"file://{copy}").step == 60
+    assert found >= 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])

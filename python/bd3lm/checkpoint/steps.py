@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,8 @@ T = TypeVar("T")
 FOLDER = "checkpoint"
 """Folder of a run's checkpoints, inside the run."""
 LATEST, BEST = "latest", "best"
+TRAINING = "training"
+"""Beginning of the names of the files that only a run that is resumed needs."""
 FILES = ("config.json", "model.safetensors", "training.safetensors", "tokenizer.json")
 """Files of one checkpoint."""
 _STEP = re.compile(r"step-(\d{8,18})")
@@ -56,7 +59,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         if path.name in (LATEST, BEST):
             return _follow(path)
-        if path.name.endswith(_WEIGHTS) or path.name == "config.json":
+        if is_weights(path.name) or path.name == "config.json":
             return path.parent
         raise CheckpointError(f"{path} is not a checkpoint, which is a folder")
     if not path.is_dir():
@@ -112,7 +115,9 @@ class StepFolders:
     """
 
     def __init__(self, root: Path, keep: int) -> None:
-        self.root, self._keep = root, keep
+        self.root, self.keep = root, keep
+        self._held: set[str] = set()
+        self._removing = threading.Lock()
 
     def latest(self) -> Path | None:
         """Find the folder to resume from; None where nothing was saved.
@@ -157,19 +162,35 @@ class StepFolders:
         """
         write_text(self.root / pointer, _name(step) + "\n")
 
+    @contextmanager
+    def held(self, pointer: str) -> Iterator[Path | None]:
+        """Yield the folder that a pointer names, which stays until the block ends.
+
+        For another thread, while this one goes on saving. None where there is no such pointer.
+        """
+        with self._removing:
+            name = self._pointed(pointer)
+            if name is not None:
+                self._held.add(name)
+        try:
+            yield None if name is None else self.root / name
+        finally:
+            self._held.discard(name or "")
+
     def prune(self, step: int) -> None:
         """Remove leftovers of a process that was killed, and folders beyond the number to keep.
 
         Args:
             step: of the last checkpoint; later folders stay.
         """
-        pointed = {self._pointed(LATEST), self._pointed(BEST)}
-        with suppress(OSError):  # a later save removes the folders that cannot be removed now
+        # A later save removes the folders that cannot be removed now.
+        with self._removing, suppress(OSError):
+            needed = {self._pointed(LATEST), self._pointed(BEST)} | self._held
             names = sorted(os.listdir(self.root))
             steps = sorted(int(m[1]) for name in names if (m := _STEP.fullmatch(name)))
-            old = [s for s in steps if s <= step][: -self._keep]
+            old = [s for s in steps if s <= step][: -self.keep]
             for name in map(_name, old):
-                if name not in pointed:
+                if name not in needed:
                     remove_directory(self.root / name)
             for name in names:
                 if name.startswith(".step-"):
@@ -197,11 +218,30 @@ def _follow(pointer: Path) -> Path:
 
 
 def _target(pointer: Path) -> str:
-    content = read_bytes(pointer)
+    return step_folder(read_bytes(pointer), pointer)
+
+
+def step_folder(content: bytes, source: object) -> str:
+    """The folder that the content of a pointer names.
+
+    Raises:
+        CheckpointError: it names no folder of a step.
+    """
     name = content.decode("ascii", "replace").removesuffix("\n")
     if not _STEP.fullmatch(name):
-        raise CheckpointError(f"{pointer} must hold the name of a folder, such as {_name(350)}")
+        raise CheckpointError(f"{source} must hold the name of a folder, such as {_name(350)}")
     return name
+
+
+def step_of(folder: str) -> int | None:
+    """Step in the name of a checkpoint's folder; None for another name."""
+    match = _STEP.fullmatch(folder)
+    return None if match is None else int(match[1])
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file of this name holds weights, or an index of such files."""
+    return name.endswith(_WEIGHTS)
 
 
 def _name(step: int) -> str:

@@ -25,6 +25,7 @@ from bd3lm.errors import (
     is_out_of_memory,
 )
 from bd3lm.ranks.place import Place, find_place
+from bd3lm.storage import is_url
 
 T = TypeVar("T")
 PATIENCE = 10.0
@@ -168,13 +169,16 @@ def check_exists(path: Path | str) -> None:
         raise MissingFileError(f"{path}: no such file or directory")
 
 
-def check_checkpoint(source: Path) -> None:
+def check_checkpoint(source: str) -> None:
     """Raise :class:`MissingFileError` for a checkpoint that is nowhere, before slow imports.
 
     A name of the hub is two words around a slash, of which the first is no folder here.
     """
-    on_hub = len(source.parts) == 2 and not source.is_absolute() and not source.parent.exists()
-    if not on_hub and not source.exists():
+    if is_url(source):
+        return
+    path = Path(source)
+    on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+    if not on_hub and not path.exists():
         raise MissingFileError(f"{source}: no such checkpoint directory")
 
 

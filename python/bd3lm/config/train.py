@@ -14,6 +14,7 @@ from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
 from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.sample import SampleConfig
+from bd3lm.storage import is_url
 
 DEFAULT_BLOCK = 4
 """S of a bd3lm run where none is given."""
@@ -52,8 +53,9 @@ class TrainConfig:
     None: 4 for bd3lm; mdlm and sedd have seq_len, ar has 1."""
     init_from: str | None = None
     """Start from the averaged weights of this checkpoint, of any system and block size: one
-    of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, a
-    .gguf file or by its name on the hub. The last kinds bring their own shape and tokenizer."""
+    of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, at a
+    URL, in a .gguf file or by its name on the hub. The last kinds bring their own shape and
+    tokenizer."""
     mask_token: str | None = None
     """Added token that becomes the mask, with init_from of an autoregressive model. None: the
     tokenizer's own mask, else a new id after its last."""
@@ -88,6 +90,9 @@ class TrainConfig:
     None: count steps alone."""
     keep: int = 2
     """Last checkpoints that stay on the disk; the one of the best validation stays too."""
+    mirror: str | None = None
+    """URL, such as s3://bucket/runs/book, to which checkpoints and metrics are uploaded while the
+    run trains. With --resume and an empty --out, the run continues from there."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -106,6 +111,8 @@ class TrainConfig:
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
+        url = "a URL, such as s3://bucket/runs/book"
+        check(self.mirror is None or is_url(self.mirror), "mirror", self.mirror, url)
         self._check_block()
         self._check_objective()
         check(

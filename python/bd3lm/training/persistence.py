@@ -15,11 +15,13 @@ from torch import Tensor
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import Meta, read_meta, restore_system, write_checkpoint
 from bd3lm.checkpoint.record import Record
+from bd3lm.checkpoint.remote import local_copy
 from bd3lm.checkpoint.steps import BEST
 from bd3lm.checkpoint.tensors import check_tensors, first_not_finite
 from bd3lm.config import ModelConfig
 from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
+from bd3lm.storage import is_url
 from bd3lm.training.settings import check_resumed
 from bd3lm.training.shards import fill, is_sharded, local, whole
 
@@ -56,6 +58,8 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
         trainer.saved_step = step
     if best:
         trainer.ranks.by_first(lambda: trainer.checkpoints.point(BEST, step))
+    if trainer.mirror is not None:
+        trainer.mirror.update()
 
 
 def _write(trainer: Trainer, averaged: dict[str, Tensor], training: dict[str, Tensor]) -> None:
@@ -124,7 +128,7 @@ def _read(trainer: Trainer) -> int:
     return meta.step
 
 
-def start_from(trainer: Trainer, path: Path) -> None:
+def start_from(trainer: Trainer, source: str) -> None:
     """Begin with the averaged weights of another run.
 
     With ``init_optimizer`` its optimizer's state is loaded too. The learning-rate schedule, the
@@ -133,14 +137,16 @@ def start_from(trainer: Trainer, path: Path) -> None:
     Raises:
         CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
     """
+    training = trainer.cfg.init_optimizer
+    path = local_copy(source, training=training) if is_url(source) else source
     loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
-    _check_same_function(trainer.cfg.model, loaded.config.model, path)
+    _check_same_function(trainer.cfg.model, loaded.config.model, source)
     weights = loaded.model.state_dict()
-    check_tensors(weights, trainer.model.state_dict(), path)
+    check_tensors(weights, trainer.model.state_dict(), source)
     for name, parameter in trainer.model.named_parameters():
         fill(parameter, weights[name])
         fill(trainer.ema.weights[name], weights[name])
-    if trainer.cfg.init_optimizer:
+    if training:
         opened = read_meta(loaded.path).tensors("training.safetensors")
         found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
         if found.keys() != needed.keys():
@@ -294,7 +300,7 @@ def _signature(file: Path) -> tuple[tuple[int, int], int, int] | None:
     return (found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns
 
 
-def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) -> None:
+def _check_same_function(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
     """Refuse weights that would fit and mean something else: heads, norms, rotations.
 
     Shapes are checked tensor by tensor where the weights are assigned. Time conditioning may be
@@ -308,6 +314,6 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, path: Path) ->
         mine, theirs = getattr(wanted, name), getattr(found, name)
         if mine != theirs:
             raise CheckpointError(
-                f"init-from = {path}: was trained with model.{name.replace('_', '-')} = {theirs}; "
-                f"this model has {mine}"
+                f"init-from = {source}: was trained with model.{name.replace('_', '-')} = "
+                f"{theirs}; this model has {mine}"
             )

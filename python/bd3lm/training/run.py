@@ -15,7 +15,7 @@ from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, Verify, open_splits
 from bd3lm.device import check_attention, compute_dtype, inference, resolve_device
-from bd3lm.errors import CheckpointError, ConfigError, MissingFileError
+from bd3lm.errors import CheckpointError, ConfigError, MissingFileError, StorageError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
 from bd3lm.files import write_json, write_text
@@ -36,6 +36,7 @@ from bd3lm.training.directory import (
 from bd3lm.training.failures import explained
 from bd3lm.training.initial import adopt_shape
 from bd3lm.training.interrupt import immediate
+from bd3lm.training.mirror import Mirror, open_mirror
 from bd3lm.training.parallel import check_ranks
 from bd3lm.training.profile import StepProfiler
 from bd3lm.training.reporter import Reporter
@@ -100,6 +101,9 @@ def run_training(
         on_cpu = resolve_device(cfg.device).type == "cpu"
         check(on_cpu or not profile, "profile", profile, "False unless device = cpu")
         with explained(out), _directory(out, ranks, resume=resume):
+            if cfg.mirror is not None:
+                url, keep = cfg.mirror, cfg.keep
+                ranks.by_first(lambda: open_mirror(url, out, keep, resume=resume))
             started = ranks.by_first(lambda: resume and holds_run(out))
             with immediate(f"stopped. Continue the run with: {resume_command(out)}"):
                 if started:
@@ -146,17 +150,52 @@ def _run(
         )
         trainer = _trainer(cfg, splits, out, reporter, ranks, resume=started)
         _sampler(trainer, trainer.model).resolve(cfg.sample)  # refused before training
+        if cfg.mirror is not None:
+            ranks.by_first(partial(_begin_mirror, trainer, cfg.mirror))
     reporter.note(_headline(trainer, splits))
     if profile:
         trainer.profiler = StepProfiler(cfg.steps - trainer.steps_done)
     trainer.callbacks = Callbacks(callbacks if ranks.first else (), reporter.note)
-    with trainer.callbacks.following(RunStart(out, to_dict(cfg), trainer.steps_done)) as ended:
+    start = RunStart(out, to_dict(cfg), trainer.steps_done)
+    with _mirrored(trainer), trainer.callbacks.following(start) as ended:
         trainer.run()
         result = trainer.validate(quick=False)
         ranks.rest()
         with trainer.averaged() as model:
             ended |= ranks.by_first(lambda: _finish(trainer, model, splits, result))
     return ended
+
+
+def _begin_mirror(trainer: Trainer, url: str) -> None:
+    mirror = Mirror(url, trainer.out, trainer.checkpoints)
+    mirror.begin()
+    trainer.mirror = mirror
+
+
+@contextmanager
+def _mirrored(trainer: Trainer) -> Iterator[None]:
+    """Wait at the end of the block until the copy of the run is complete.
+
+    Raises:
+        StorageError: it is not, and the block ended without an error.
+    """
+    mirror, note = trainer.mirror, trainer.reporter.note
+
+    def finish() -> None:
+        if mirror is not None:
+            note(f"uploading the last checkpoint to {mirror.remote}")
+            mirror.finish()
+
+    try:
+        yield
+    except Exception:
+        try:
+            finish()
+        except StorageError as failure:
+            note(str(failure))
+        raise
+    trainer.ranks.rest()
+    trainer.ranks.by_first(finish)
 
 
 def _finish(
@@ -228,7 +267,7 @@ def _trainer(
         return trainer
     ranks.by_first(lambda: trainer.metrics.rewind(-1))
     if cfg.init_from is not None:
-        trainer.start_from(Path(cfg.init_from))
+        trainer.start_from(cfg.init_from)
     return trainer
 
 

@@ -18,6 +18,7 @@ RESUMABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
     "keep",
+    "mirror",
     "parallel.",
 )
 """Settings that may change, besides more ``steps``: no number of the run depends on them, but for

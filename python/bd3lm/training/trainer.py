@@ -51,6 +51,7 @@ from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
 from bd3lm.training.metrics import MetricsLog
+from bd3lm.training.mirror import Mirror
 from bd3lm.training.optim import Optimizers, clip_gradients, lr_factor
 from bd3lm.training.parallel import Loss, is_fsdp, micro_batches, shared, synchronized, whole_model
 from bd3lm.training.persistence import DataWatch, digest_of, resume, save, start_from
@@ -72,6 +73,7 @@ class Trainer:
 
     Attributes:
         callbacks: follow the lines of ``metrics.jsonl``; none at first.
+        mirror: the copy of the run at a URL, on rank 0; None where there is none.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Trainer:
         self.guard = StepGuard(next(self.model.parameters()).device)
         self.metrics = MetricsLog(out / "metrics.jsonl")
         self.checkpoints = StepFolders(self.checkpoint, cfg.keep)
+        self.mirror: Mirror | None = None
         self.profiler: StepProfiler | None = None
         self.steps_done = 0
         self.saved_step = -1
@@ -191,6 +194,8 @@ class Trainer:
         if window is not None:
             self._log(window)
         self.reporter.step(done, self.last)
+        if self.mirror is not None:
+            self.mirror.warn(self.reporter.note)
         best = False
         if cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps:
             best = self._is_best(self.validate(quick=True).nelbo)
@@ -504,9 +509,9 @@ class Trainer:
         self._rewound = False
         self._saved_at = time.monotonic()
 
-    def start_from(self, path: Path) -> None:
+    def start_from(self, source: str) -> None:
         """Begin with the averaged weights of another run; see :func:`persistence.start_from`."""
-        start_from(self, path)
+        start_from(self, source)
 
     def resume(self) -> None:
         """Continue from the run's last checkpoint; see :func:`persistence.resume`."""
