@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.native import read_meta
+from bd3lm.checkpoint.sharded import ShardFiles
 from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.config import ObjectiveConfig, TrainConfig, preset, to_dict
+from bd3lm.errors import CheckpointError
 from bd3lm.model.scaling import rank_cost
 from bd3lm.training import read_metrics
-from tests.reliability.test_kills import assert_same_run
+from tests.reliability.test_kills import assert_same_run, state_of
 from tests.reliability.zygote import Zygote, free_port
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +37,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 IMPORTS = """
-import torch.distributed.fsdp, torch.distributed.tensor, torch.nn.parallel
+import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
+import torch.nn.parallel
 from torch.distributed.device_mesh import init_device_mesh
 """
 
@@ -94,8 +98,8 @@ def assert_same_curve(one: Path, many: Path, tolerance: float = 1e-5) -> None:
     assert second == pytest.approx(first, rel=0, abs=tolerance)
     bounds = [json.loads((out / "summary.json").read_text())["val_nelbo"] for out in (one, many)]
     assert bounds[1] == pytest.approx(bounds[0], rel=0, abs=10 * tolerance)
-    files = [load_file(find_checkpoint(out) / "training.safetensors") for out in (one, many)]
-    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+    shapes = [{k: v.shape for k, v in state_of(out).items()} for out in (one, many)]
+    assert shapes[0] == shapes[1]
 
 
 def parallel(config, **changes):
@@ -121,13 +125,53 @@ def test_two_ranks_train_as_one_and_one_goes_on(zygote, exact, tmp_path):
     assert_same_curve(one, run(zygote, 1, config, stopped(zygote, 2, config, tmp_path / "half")))
 
 
-def test_three_ranks_share_one_model_and_begin_where_one_ended(zygote, exact, tmp_path):
-    """FSDP2 and Muon; eight rows in two micro-batches for each of three ranks."""
+def test_three_ranks_share_one_model_and_another_number_goes_on(zygote, exact, tmp_path):
+    """FSDP2 and Muon, eight rows in two micro-batches for each of three ranks; from 1, then to 1.
+
+    Their checkpoint is in shards, whose damage is named.
+    """
     config = dataclasses.replace(optimized(exact, "muon"), batch_size=8)
     one = run(zygote, 1, config, tmp_path / "one")
     half = stopped(zygote, 1, config, tmp_path / "half")
     shared = dataclasses.replace(parallel(config, strategy="fsdp"), micro_batch=2)
     assert_same_curve(one, run(zygote, 3, shared, half))
+    third = stopped(zygote, 3, shared, tmp_path / "third")
+    check_damage(third, tmp_path / "copy")
+    assert_same_curve(one, run(zygote, 1, shared, third))
+
+
+def check_damage(out: Path, copy: Path) -> None:
+    folder = find_checkpoint(out)
+    files = sorted((folder / "training").iterdir())
+    assert len(files) == 3
+    assert not (folder / "training.safetensors").exists()
+
+    def damaged(change, message):
+        shutil.rmtree(copy, ignore_errors=True)
+        change(Path(shutil.copytree(folder, copy)) / "training" / files[1].name)
+        with pytest.raises(CheckpointError, match=message):
+            read_meta(copy).training()
+
+    damaged(lambda file: file.unlink(), f"{files[1].name} is missing from the checkpoint")
+    damaged(lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "its SHA-256 is not")
+    damaged(lambda file: shutil.copy(file, f"{file}.more"), "more is not named in the config.json")
+    (copy / "training" / files[1].name).unlink()
+    with pytest.raises(CheckpointError, match=r"lacks a part of|cannot be read"):
+        ShardFiles(copy / "training")
+    for file in files:
+        target = copy / "training" / file.name
+        target.write_bytes(file.read_bytes().replace(b"saved_offsets", b"saved_offset_", 1))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ShardFiles(copy / "training")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (4, 2)])
+def test_shards_of_one_number_of_ranks_are_read_by_another(zygote, exact, tmp_path, first, second):
+    config = parallel(dataclasses.replace(exact, batch_size=8), strategy="fsdp")
+    one = run(zygote, 1, config, tmp_path / "one")
+    half = stopped(zygote, first, config, tmp_path / "half")
+    assert_same_curve(one, run(zygote, second, config, half))
 
 
 COUNT = """
@@ -399,6 +443,29 @@ persistence.write_checkpoint = full
 
 
 @pytest.mark.slow
+def test_a_full_disk_of_another_rank_is_the_error_of_all(zygote, exact, tmp_path):
+    patch = """
+import errno
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+write = HuggingFaceStorageWriter.write_data
+def full(self, plan, planner):
+    if os.environ["RANK"] == "1" and "step-00000008" in str(self.path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return write(self, plan, planner)
+HuggingFaceStorageWriter.write_data = full
+"""
+    out = tmp_path / "run"
+    shared = to_dict(parallel(exact, strategy="fsdp"))
+    processes = zygote.job(2, shared, out, tmp_path / "run.log", patch=patch)
+    assert finish(zygote, processes) == [2, 2]
+    message = (tmp_path / "run.log").read_text()
+    assert "no space left on the device. The last checkpoint is of step 4" in message
+    assert "Traceback" not in message
+    assert load_checkpoint(out).step == 4
+    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["latest", "step-00000004"]
+
+
+@pytest.mark.slow
 def test_bad_steps_of_one_rank_are_those_of_all(zygote, exact, tmp_path):
     """One gradient of rank 1 is NaN at two steps in a row: skipped, and gone back, by both."""
     patch = """
@@ -472,6 +539,16 @@ def test_a_rank_killed_at_a_random_moment(zygote, long, whole, tmp_path):
 @pytest.mark.slow
 def test_ranks_killed_at_25_random_moments(zygote, long, whole, tmp_path):
     killed(zygote, long, whole, tmp_path, 25, seed=2)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_killed_at_25_random_moments(zygote, long, tmp_path):
+    """Each writes its shards; every second step is saved, so kills meet half-written ones."""
+    shared = parallel(long, strategy="fsdp")
+    begun = time.perf_counter()
+    reference = run(zygote, 2, shared, tmp_path / "whole")
+    whole = reference, time.perf_counter() - begun
+    killed(zygote, shared, whole, tmp_path, 25, seed=5)
 
 
 @pytest.mark.slow

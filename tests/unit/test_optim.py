@@ -44,7 +44,8 @@ def trained(cfg, steps, state=None):
     optimizers = Optimizers(model, cfg)
     if state is not None:
         model.load_state_dict(state[0])
-        optimizers.load(state[1])
+        for name, tensor in optimizers.state().items():
+            tensor.copy_(state[1][name])
     for step in range(steps):
         ids = random_ids(2, 8, seed=step if state is None else step + 3)
         model.denoise(ids, ids, 4, torch.arange(16)).square().mean().backward()

@@ -5,19 +5,20 @@
 | ``config.json`` | version, step, special ids, settings, the trainer's numbers, SHA-256 digests |
 | ``model.safetensors`` | averaged (EMA) weights: the ones that are scored and sampled |
 | ``training.safetensors`` | raw weights and optimizer state, to resume from |
+| ``training/`` | the same in a file for each rank, where ranks share one copy of it |
 | ``tokenizer.json`` | the tokenizer, so that a checkpoint is complete by itself |
 
 ``config.json`` has the digest of every other file, of the data, and of itself (with that one field
 empty).
 
-Publish the folder without ``training.safetensors``.
+Publish the folder without ``training.safetensors`` or ``training/``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from bd3lm.checkpoint.record import Record, check_regular, parse_json, read_bytes
-from bd3lm.checkpoint.steps import run_of
+from bd3lm.checkpoint.sharded import ShardFiles
+from bd3lm.checkpoint.steps import TRAINING, run_of
 from bd3lm.checkpoint.tensors import TensorFile, check_tensors, fill, skeleton, write_tensors
 from bd3lm.config import TrainConfig, from_dict, to_dict
 from bd3lm.data import Tokenizer, load_tokenizer
@@ -36,6 +38,7 @@ from bd3lm.model import Transformer
 from bd3lm.systems import BlockDiffusion, System, build_system
 
 FORMAT = "bd3lm-checkpoint"
+STATE = f"{TRAINING}.safetensors"
 VERSION = 2
 """Version 1 is read too: one folder that was replaced as a whole, without digests."""
 
@@ -166,6 +169,29 @@ class Meta:
             )
         return opened
 
+    def training(self, mine: Callable[[int], bool] = lambda _: True) -> TensorFile | ShardFiles:
+        """Open the state that a run is resumed from, verified; only headers are parsed.
+
+        Args:
+            mine: which of the shards, by number, this process verifies; others verify the rest.
+
+        Raises:
+            CheckpointError: a file is missing, or not the one that was written.
+        """
+        folder = self.path / TRAINING
+        if not folder.is_dir():
+            return self.tensors(STATE)
+        names = [] if self.files is None else [n for n in self.files.values if n != STATE]
+        names = sorted(name for name in names if name.startswith(f"{TRAINING}/"))
+        for found in folder.iterdir():
+            if f"{TRAINING}/{found.name}" not in names:
+                raise CheckpointError(f"{found} is not named in the config.json of its checkpoint")
+        for number, name in enumerate(names):
+            check_regular(self.path / name)
+            if mine(number):
+                self.verified(name)
+        return ShardFiles(folder)
+
 
 def save_checkpoint(
     path: Path,
@@ -213,13 +239,23 @@ def write_checkpoint(
     *,
     step: int,
     averaged: Mapping[str, Tensor],
-    training: Mapping[str, Tensor],
+    training: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     data: Mapping[str, str] | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of a checkpoint into an empty folder and wait until they are on the disk.
 
-    Arguments are those of :func:`save_checkpoint`.
+    Args:
+        folder: empty, but for shards.
+        config: settings of the run.
+        tokenizer: saved with the weights.
+        step: optimizer steps taken.
+        averaged: EMA weights by parameter name.
+        training: raw weights and optimizer tensors; None where they are in the folder, in shards.
+        state: the trainer's numbers, as plain JSON.
+        data: digest of each split of the data.
+        shards: what :func:`described` says of each of these files.
 
     Raises:
         DiskFullError: no space left.
@@ -227,9 +263,10 @@ def write_checkpoint(
     """
     metadata = {"format": "pt", "step": str(step)}
     write_tensors(folder / "model.safetensors", averaged, metadata)
-    write_tensors(folder / "training.safetensors", training, metadata)
+    if training is not None:
+        write_tensors(folder / STATE, training, metadata)
     write_text(folder / "tokenizer.json", tokenizer.json)
-    names = ("model.safetensors", "training.safetensors", "tokenizer.json")
+    names = ("model.safetensors", *(() if training is None else (STATE,)), "tokenizer.json")
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -239,7 +276,7 @@ def write_checkpoint(
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "mask_id": tokenizer.mask_id,
-        "files": {name: _described(folder / name) for name in names},
+        "files": {name: described(folder / name) for name in names} | dict(shards or {}),
         "data": dict(data or {}),
         "config": to_dict(config),
         "state": dict(state),
@@ -249,7 +286,8 @@ def write_checkpoint(
     write_text(folder / "config.json", text.replace('"sha256": ""', f'"sha256": "{digest}"', 1))
 
 
-def _described(file: Path) -> dict[str, Any]:
+def described(file: Path) -> dict[str, Any]:
+    """Size and digest of a file, as ``config.json`` holds them."""
     return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
 
 

@@ -96,7 +96,7 @@ def download_checkpoint(remote: Remote, folder: Path, *, training: bool = True) 
     if content is None:
         raise CheckpointError(f"{remote}/{CONFIG} is missing from the checkpoint")
     meta = Record(parse_json(content, f"{remote}/{CONFIG}"), f"{remote}/{CONFIG}")
-    found = remote.sizes()
+    found = {*remote.sizes(), *(f"{TRAINING}/{name}" for name in remote.sizes(TRAINING))}
     digests: dict[str, str | None] = {
         name: None for name in found if is_weights(name) or name == TOKENIZER
     }
@@ -114,6 +114,8 @@ def download_checkpoint(remote: Remote, folder: Path, *, training: bool = True) 
 
 def _download(remote: Remote, name: str, file: Path, digest: str | None) -> None:
     """Download one file, and compare it with its SHA-256 where that is known."""
+    with storage_errors(file):
+        file.parent.mkdir(exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         remote.download(name, partial)

@@ -38,7 +38,7 @@ FOLDER = "checkpoint"
 """Folder of a run's checkpoints, inside the run."""
 LATEST, BEST = "latest", "best"
 TRAINING = "training"
-"""Beginning of the names of the files that only a run that is resumed needs."""
+"""Name of the state that only a run that is resumed needs: a file with a suffix, or a folder."""
 FILES = ("config.json", "model.safetensors", "training.safetensors", "tokenizer.json")
 """Files of one checkpoint."""
 _STEP = re.compile(r"step-(\d{8,18})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from bd3lm.config import OptimConfig
 from bd3lm.training.orthogonal import orthogonalized
-from bd3lm.training.shards import fill, gradient_norms, is_sharded, local
+from bd3lm.training.shards import gradient_norms, is_sharded, local
 
 
 def lr_factor(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -237,20 +237,10 @@ class Optimizers:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """All state tensors, named ``parameter/key``."""
+        """All state tensors, named ``parameter/key``; a run that is resumed fills them."""
         entries = {p: e for optimizer, _ in self._peaks for p, e in optimizer.state.items()}
         return {
             f"{name}/{key}": value
             for name, p in self._named.items()
             for key, value in entries[p].items()
         }
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state`, bit for bit.
-
-        Args:
-            state: with the names, shapes and dtypes of :meth:`state`.
-        """
-        for name, value in self.state().items():
-            fill(value, state[name])

@@ -7,20 +7,29 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from bd3lm.checkpoint import load_checkpoint
-from bd3lm.checkpoint.native import Meta, read_meta, restore_system, write_checkpoint
+from bd3lm.checkpoint.native import (
+    Meta,
+    described,
+    read_meta,
+    restore_system,
+    write_checkpoint,
+)
 from bd3lm.checkpoint.record import Record
 from bd3lm.checkpoint.remote import local_copy
-from bd3lm.checkpoint.steps import BEST
-from bd3lm.checkpoint.tensors import check_tensors, first_not_finite
+from bd3lm.checkpoint.sharded import ShardFiles, write_shards
+from bd3lm.checkpoint.steps import BEST, TRAINING
+from bd3lm.checkpoint.tensors import TensorFile, check_finite, check_tensors, first_not_finite
 from bd3lm.config import ModelConfig
 from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
+from bd3lm.ranks.group import Ranks
 from bd3lm.storage import is_url
 from bd3lm.training.settings import check_resumed
 from bd3lm.training.shards import fill, is_sharded, local, whole
@@ -29,14 +38,15 @@ if TYPE_CHECKING:
     from bd3lm.training.trainer import Trainer
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
-"""Prefixes of the tensors in ``training.safetensors``."""
+"""Prefixes of the tensors of the state that a run is resumed from."""
 
 
 def save(trainer: Trainer, *, best: bool = False) -> None:
     """Write a checkpoint of this step, unless it is the last one already.
 
-    Every rank calls this; rank 0 writes. The files are those that one rank would write, so a run
-    can be resumed on any number of ranks.
+    Every rank calls this. Rank 0 writes the averaged weights and, where it holds all of it, the
+    state to resume from; where ranks share that, each writes its part. A run can be resumed on any
+    number of ranks.
 
     Args:
         trainer: between two steps.
@@ -51,10 +61,11 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
     if trainer.saved_step != step:
         averaged, training = trainer.ema.weights, _training_tensors(trainer)
         _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
-        averaged, training = _gathered(trainer, averaged), _gathered(trainer, training)
+        averaged = _gathered(trainer, averaged)
         if trainer.ranks.size > 1:
             trainer.system.parts.collect(trainer.ranks.sum, first=trainer.ranks.first)
-        trainer.ranks.by_first(lambda: _write(trainer, averaged, training))
+        trainer.ranks.by_first(trainer.metrics.sync)
+        _write(trainer, averaged, training)
         trainer.saved_step = step
     if best:
         trainer.ranks.by_first(lambda: trainer.checkpoints.point(BEST, step))
@@ -63,19 +74,34 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
 
 
 def _write(trainer: Trainer, averaged: dict[str, Tensor], training: dict[str, Tensor]) -> None:
-    """Write the checkpoint of this step."""
-    trainer.metrics.sync()
-    with trainer.checkpoints.new(trainer.steps_done) as folder:
-        write_checkpoint(
-            folder,
-            trainer.cfg,
-            trainer.tokenizer,
-            step=trainer.steps_done,
-            averaged=averaged,
-            training=training,
-            state=_numbers(trainer),
-            data=trainer.data_digests,
+    """Write the checkpoint of this step; its folder gets its name when all ranks have written."""
+    ranks, step = trainer.ranks, trainer.steps_done
+    sharded = any(map(is_sharded, training.values()))
+    with ExitStack() as opened:
+        folder = ranks.by_first(lambda: opened.enter_context(trainer.checkpoints.new(step)))
+        shards = _write_parts(ranks, folder, training) if sharded else None
+        ranks.by_first(
+            lambda: write_checkpoint(
+                folder,
+                trainer.cfg,
+                trainer.tokenizer,
+                step=step,
+                averaged=averaged,
+                training=None if sharded else training,
+                state=_numbers(trainer),
+                data=trainer.data_digests,
+                shards=shards,
+            )
         )
+        ranks.by_first(opened.close)
+
+
+def _write_parts(ranks: Ranks, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write the part of each rank; returns size and digest of every file, by name."""
+    ranks.by_first((folder / TRAINING).mkdir)
+    names = write_shards(folder / TRAINING, tensors)
+    own = ranks.every(lambda: {f"{TRAINING}/{n}": described(folder / TRAINING / n) for n in names})
+    return {name: facts for part in ranks.gather(own) for name, facts in part.items()}
 
 
 def _gathered(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,15 +143,29 @@ def _read(trainer: Trainer) -> int:
     meta = read_meta(folder)
     check_resumed(trainer.cfg, meta.config, trainer.out)
     _check_data(trainer, meta)
-    training, averaged = meta.tensors("training.safetensors"), meta.tensors("model.safetensors")
+    training, averaged = meta.training(trainer.ranks.mine), meta.tensors("model.safetensors")
     state = _training_tensors(trainer)
     check_tensors(training.tensors, state, training.file)
     check_tensors(averaged.tensors, trainer.ema.weights, averaged.file)
     _load_numbers(trainer, meta)
-    for opened, targets in ((training, state), (averaged, trainer.ema.weights)):
-        for name, tensor in opened.parts():
-            fill(targets[name], tensor)
+    _fill(training, state)
+    _fill(averaged, trainer.ema.weights)
     return meta.step
+
+
+def _fill(opened: TensorFile | ShardFiles, targets: Mapping[str, Tensor]) -> None:
+    """Copy tensors of a checkpoint, or the parts of this rank, into those of the trainer.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor holds NaN or infinity.
+    """
+    if isinstance(opened, ShardFiles):
+        opened.fill(targets)
+        check_finite({name: local(tensor) for name, tensor in targets.items()}, opened.file)
+        return
+    for name, tensor in opened.parts():
+        if name in targets:
+            fill(targets[name], tensor)
 
 
 def start_from(trainer: Trainer, source: str) -> None:
@@ -147,7 +187,7 @@ def start_from(trainer: Trainer, source: str) -> None:
         fill(parameter, weights[name])
         fill(trainer.ema.weights[name], weights[name])
     if training:
-        opened = read_meta(loaded.path).tensors("training.safetensors")
+        opened = read_meta(loaded.path).training()
         found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
         if found.keys() != needed.keys():
             raise CheckpointError(
@@ -155,7 +195,7 @@ def start_from(trainer: Trainer, source: str) -> None:
                 f"{loaded.config.optim.optimizer}, or leave init-optimizer out"
             )
         check_tensors(found, needed, opened.file)
-        trainer.optimizers.load(_part(opened.load(), OPTIMIZER))
+        _fill(opened, {OPTIMIZER + name: tensor for name, tensor in needed.items()})
 
 
 # --- tensors and numbers ------------------------------------------------------------------------
