@@ -3,12 +3,14 @@
 import dataclasses
 import errno
 import json
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint.native import read_meta
 from bd3lm.checkpoint.steps import find_checkpoint
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import (
@@ -200,13 +202,20 @@ def test_nothing_to_resume_says_so(tmp_path):
         saved_config(tmp_path)
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch):
+def finish(trainer):
+    trainer.save()
+    trainer.finish_save()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch, background):
     from bd3lm.checkpoint import tensors
 
     splits = open_splits(config.data, None, "default", tmp_path / "work", print)
     trainer = Trainer(config, splits.train, splits.valid, tmp_path, Silent())
+    trainer.saver.background = background
     trainer.step()
-    trainer.save()
+    finish(trainer)
     before = weights(tmp_path)
 
     def full(*_args, **_options):
@@ -215,10 +224,45 @@ def test_a_full_disk_keeps_the_old_checkpoint(config, tmp_path, monkeypatch):
     trainer.step()
     monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(DiskFullError, match=r"no space left.*The last checkpoint is of step 1"):
-        trainer.save()
+        finish(trainer)
     for name, tensor in weights(tmp_path).items():
         assert torch.equal(tensor, before[name])
     assert sorted(p.name for p in trainer.checkpoint.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_a_checkpoint_in_the_background_is_of_the_step_that_was_saved(
+    config, tmp_path, monkeypatch
+):
+    """Training goes on while it is written."""
+    from bd3lm.training import persistence
+
+    splits = open_splits(config.data, None, "default", tmp_path / "work", print)
+    trainer = Trainer(config, splits.train, splits.valid, tmp_path, Silent())
+    trainer.saver.background = True
+    trained, write = threading.Event(), persistence.write_checkpoint
+
+    def late(*args, **options):
+        assert trained.wait(60)
+        write(*args, **options)
+
+    monkeypatch.setattr(persistence, "write_checkpoint", late)
+    trainer.step()
+    trainer.save()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    moments = {name: t.clone() for name, t in trainer.optimizers.state().items()}
+    averaged = {name: t.clone() for name, t in trainer.ema.weights.items()}
+    trainer.step()
+    assert trainer.saver.saved < trainer.saver.begun == 1
+    trained.set()
+    trainer.finish_save()
+    assert trainer.saver.saved == 1
+    meta = read_meta(find_checkpoint(tmp_path))
+    saved = meta.tensors("training.safetensors").load()
+    for prefix, tensors in (("model/", before), ("optimizer/", moments)):
+        for name, tensor in tensors.items():
+            assert torch.equal(saved[prefix + name], tensor)
+    for name, tensor in meta.tensors("model.safetensors").load().items():
+        assert torch.equal(averaged[name], tensor)
 
 
 def test_a_profile_says_where_a_step_went(config, tmp_path):

@@ -78,14 +78,22 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert values[0] == values[1]
 
 
-def interrupted_runs(zygote, long, whole, tmp_path, count, number, seed):
+IN_BACKGROUND = """
+from bd3lm.training import trainer
+from bd3lm.training.saver import Saver
+trainer.Saver = lambda background: Saver(background=True)
+"""
+"""Writes checkpoints in a thread, as with an accelerator."""
+
+
+def interrupted_runs(zygote, long, whole, tmp_path, count, number, seed, patch=""):
     """Runs that get a signal at a random moment, and are resumed until they end."""
     reference, seconds = whole
     draw = random.Random(seed)
     left_running = 0
     for index in range(count):
         out, log = tmp_path / f"run{index}", tmp_path / f"log{index}"
-        process = zygote.start(to_dict(long), out, log)
+        process = zygote.start(to_dict(long), out, log, patch=patch)
         time.sleep(draw.uniform(0, seconds))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
@@ -95,7 +103,8 @@ def interrupted_runs(zygote, long, whole, tmp_path, count, number, seed):
         else:
             assert code in (0, -number, 128 + number), log.read_text()
         left_running += code != 0
-        assert zygote.wait(zygote.start(to_dict(long), out, log)) == 0, log.read_text()
+        process = zygote.start(to_dict(long), out, log, patch=patch)
+        assert zygote.wait(process) == 0, log.read_text()
         assert_same_run(reference, out)
         names = sorted(path.name for path in (out / "checkpoint").iterdir())
         assert names == ["latest", "step-00000058", "step-00000060"]
@@ -110,6 +119,13 @@ def test_killed_at_random_moments(zygote, long, whole, tmp_path):
 def test_killed_at_25_random_moments(zygote, long, whole, tmp_path):
     met = interrupted_runs(zygote, long, whole, tmp_path, 25, signal.SIGKILL, seed=2)
     assert met >= 15  # the others had ended
+
+
+@pytest.mark.slow
+def test_killed_while_checkpoints_are_written_in_the_background(zygote, long, whole, tmp_path):
+    kill = signal.SIGKILL
+    met = interrupted_runs(zygote, long, whole, tmp_path, 10, kill, seed=6, patch=IN_BACKGROUND)
+    assert met >= 5
 
 
 SLOW_UPLOADS = """

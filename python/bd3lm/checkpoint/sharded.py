@@ -23,7 +23,7 @@ from bd3lm.files import storage_errors, sync_directory
 SUFFIX = ".safetensors"
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> list[str]:
     """Write this rank's parts and wait until they are on the disk; every rank calls this.
 
     A tensor that ranks have in common is written by one of them.
@@ -31,6 +31,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     Args:
         folder: an empty folder that all ranks see.
         tensors: by name, the same names on every rank.
+        group: processes that write together; None: all of the job.
 
     Returns:
         Names of the files that this rank has written.
@@ -54,7 +55,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
 
     writer = Writer(str(folder), save_distributed=True)
     with storage_errors(folder), _first_failure():
-        save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer, process_group=group)
         sync_directory(folder)
     return sorted(writer.written)
 

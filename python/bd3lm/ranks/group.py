@@ -40,26 +40,44 @@ class Ranks:
         rank: number of this process, from 0.
         size: number of processes.
         local: its number on its machine.
+        group: of ``torch.distributed``; None: that of the whole job.
     """
 
-    def __init__(self, place: Place | None = None, store: Any = None) -> None:
+    def __init__(self, place: Place | None = None, store: Any = None, group: Any = None) -> None:
         place = place or Place()
         self.rank, self.size, self.local = place.rank, place.size, place.local
         self.watch: Watch | None = None
-        self._store = store
+        self.group = group
+        self._place, self._store = place, store
         self._works = 0
+        self._for_thread: Ranks | None = None
 
     @property
     def first(self) -> bool:
         """Return whether this is rank 0, which writes files and reports."""
         return self.rank == 0
 
+    def for_thread(self) -> Ranks:
+        """The same processes with connections of their own, for a thread besides the main one.
+
+        All ranks call this in the main thread; later calls return the same. It has no watch: the
+        main thread waits for the other in the end.
+        """
+        if self.size == 1:
+            return self
+        if self._for_thread is None:
+            import torch.distributed as dist
+
+            group = dist.new_group(backend="gloo", timeout=FOREVER)
+            self._for_thread = Ranks(self._place, _prefixed("thread", self._store), group)
+        return self._for_thread
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place; on a GPU the host does not wait."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def largest(self, *numbers: int) -> list[int]:
@@ -69,7 +87,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = torch.tensor(numbers)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
     def gather(self, value: T) -> list[T]:
@@ -79,7 +97,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def shared(self, values: Sequence[tuple[int, T]]) -> list[T]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,10 @@ from bd3lm.checkpoint.tensors import TensorFile, check_finite, check_tensors, fi
 from bd3lm.config import ModelConfig
 from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
-from bd3lm.ranks.group import Ranks
+from bd3lm.ranks.group import Ranks, lost_ranks
 from bd3lm.storage import is_url
 from bd3lm.training.settings import check_resumed
-from bd3lm.training.shards import fill, is_sharded, local, whole
+from bd3lm.training.shards import fill, is_sharded, local, on_host, whole
 
 if TYPE_CHECKING:
     from bd3lm.training.trainer import Trainer
@@ -42,78 +44,83 @@ MODEL, OPTIMIZER = "model/", "optimizer/"
 
 
 def save(trainer: Trainer, *, best: bool = False) -> None:
-    """Write a checkpoint of this step, unless it is the last one already.
+    """Write a checkpoint of this step; in the background, from a copy of the state on the host.
 
     Every rank calls this. Rank 0 writes the averaged weights and, where it holds all of it, the
     state to resume from; where ranks share that, each writes its part. A run can be resumed on any
     number of ranks.
 
     Args:
-        trainer: between two steps.
+        trainer: between two steps, with no checkpoint in progress.
         best: let the pointer ``best`` name it.
 
     Raises:
         DivergedError: a weight or a moment is not finite; nothing is written.
-        DiskFullError: no space left; the older checkpoints stay.
-        StorageError: any other refusal of the system.
     """
-    step = trainer.steps_done
-    if trainer.saved_step != step:
-        averaged, training = trainer.ema.weights, _training_tensors(trainer)
-        _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
-        averaged = _gathered(trainer, averaged)
-        if trainer.ranks.size > 1:
-            trainer.system.parts.collect(trainer.ranks.sum, first=trainer.ranks.first)
-        trainer.ranks.by_first(trainer.metrics.sync)
-        _write(trainer, averaged, training)
-        trainer.saved_step = step
-    if best:
-        trainer.ranks.by_first(lambda: trainer.checkpoints.point(BEST, step))
+    step, saver = trainer.steps_done, trainer.saver
+    ranks = trainer.ranks.for_thread() if saver.background else trainer.ranks
+    written: Callable[[], None] = partial(_point, trainer, ranks, step if best else None)
+    if saver.saved == step:
+        saver.start(step, written)
+        return
+    averaged, training = trainer.ema.weights, _training_tensors(trainer)
+    _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
+    if ranks.size > 1:
+        trainer.system.parts.collect(trainer.ranks.sum, first=ranks.first)
+    sharded = any(map(is_sharded, training.values()))
+    averaged = _gathered(trainer, averaged)
+    if saver.background:
+        training = on_host(training) if sharded or ranks.first else {}
+    numbers = copy.deepcopy(_numbers(trainer))
+
+    def write() -> None:
+        with lost_ranks(), ExitStack() as opened:
+            folder = ranks.by_first(lambda: opened.enter_context(trainer.checkpoints.new(step)))
+            shards = _write_parts(ranks, folder, training) if sharded else None
+            ranks.by_first(trainer.metrics.sync)
+            ranks.by_first(
+                lambda: write_checkpoint(
+                    folder,
+                    trainer.cfg,
+                    trainer.tokenizer,
+                    step=step,
+                    averaged=averaged,
+                    training=None if sharded else training,
+                    state=numbers,
+                    data=trainer.data_digests,
+                    shards=shards,
+                )
+            )
+            ranks.by_first(opened.close)  # the folder gets its name
+        written()
+
+    saver.start(step, write)
+
+
+def _point(trainer: Trainer, ranks: Ranks, best: int | None) -> None:
+    """Let ``best`` name the folder of a step, and upload what is new."""
+    if best is not None:
+        ranks.by_first(lambda: trainer.checkpoints.point(BEST, best))
     if trainer.mirror is not None:
         trainer.mirror.update()
-
-
-def _write(trainer: Trainer, averaged: dict[str, Tensor], training: dict[str, Tensor]) -> None:
-    """Write the checkpoint of this step; its folder gets its name when all ranks have written."""
-    ranks, step = trainer.ranks, trainer.steps_done
-    sharded = any(map(is_sharded, training.values()))
-    with ExitStack() as opened:
-        folder = ranks.by_first(lambda: opened.enter_context(trainer.checkpoints.new(step)))
-        shards = _write_parts(ranks, folder, training) if sharded else None
-        ranks.by_first(
-            lambda: write_checkpoint(
-                folder,
-                trainer.cfg,
-                trainer.tokenizer,
-                step=step,
-                averaged=averaged,
-                training=None if sharded else training,
-                state=_numbers(trainer),
-                data=trainer.data_digests,
-                shards=shards,
-            )
-        )
-        ranks.by_first(opened.close)
 
 
 def _write_parts(ranks: Ranks, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write the part of each rank; returns size and digest of every file, by name."""
     ranks.by_first((folder / TRAINING).mkdir)
-    names = write_shards(folder / TRAINING, tensors)
+    names = write_shards(folder / TRAINING, tensors, ranks.group)
     own = ranks.every(lambda: {f"{TRAINING}/{n}": described(folder / TRAINING / n) for n in names})
     return {name: facts for part in ranks.gather(own) for name, facts in part.items()}
 
 
 def _gathered(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gather shards one tensor at a time; rank 0, which writes them, keeps them on the host."""
+    """Gather tensors one at a time; rank 0, which writes them, keeps them on the host."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not is_sharded(tensor):
-            found[name] = tensor
-            continue
         gathered = whole(tensor)
         if trainer.ranks.first:
-            found[name] = gathered.cpu()
+            copied = trainer.saver.background and not is_sharded(tensor)
+            found[name] = gathered.to("cpu", copy=copied)
     return found
 
 
@@ -125,7 +132,7 @@ def resume(trainer: Trainer) -> None:
         ConfigError: the run has other settings now.
     """
     step = trainer.ranks.every(lambda: _read(trainer))
-    trainer.steps_done = trainer.saved_step = step
+    trainer.steps_done = trainer.saver.saved = trainer.saver.begun = step
 
     def tidy() -> None:
         trainer.checkpoints.prune(step)

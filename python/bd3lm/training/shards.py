@@ -5,7 +5,7 @@ A whole tensor is its own part, so the same code serves one rank and many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,16 @@ def whole(tensor: Tensor) -> Tensor:
         part, mesh, own.placements, run_check=False, shape=shape, stride=stride
     )
     return gathered.full_tensor()
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the host; of those that ranks share, the part of this rank."""
+    copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if not is_sharded(t)}
+    if len(copies) < len(tensors):
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        copies |= BlockingAsyncStager().stage({n: t for n, t in tensors.items() if is_sharded(t)})
+    return copies
 
 
 @torch.no_grad()

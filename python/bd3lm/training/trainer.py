@@ -57,6 +57,7 @@ from bd3lm.training.parallel import Loss, is_fsdp, micro_batches, shared, synchr
 from bd3lm.training.persistence import DataWatch, digest_of, resume, save, start_from
 from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 from bd3lm.training.reporter import Reporter
+from bd3lm.training.saver import NOTHING, Saver
 from bd3lm.training.shards import is_sharded, whole
 
 
@@ -126,7 +127,7 @@ class Trainer:
         self.mirror: Mirror | None = None
         self.profiler: StepProfiler | None = None
         self.steps_done = 0
-        self.saved_step = -1
+        self.saver = Saver(background=self.device.type != "cpu")
         self.seconds = 0.0
         self.callbacks = Callbacks((), lambda message: self.reporter.note(message))
         self.last: dict[str, float] = {}
@@ -168,25 +169,39 @@ class Trainer:
                 going back to a checkpoint.
             CorruptError: the data was changed meanwhile.
         """
-        steps = self.cfg.steps
         self._saved_at = time.monotonic()
         with deferred() as signals, closing(self.batches), frozen():
-            stop = 0
-            while self.steps_done < steps and not stop:
-                window = self._timed_step()
-                if window is None or not self._rewind_if_diverged(window):
-                    self._after_step(window)
-                # A signal to one rank is one to all, and the clock of rank 0 is that of all.
-                late = int(self.ranks.first and self._minutes_passed())
-                stop, late = self.ranks.largest(signals[0] if signals else 0, late)
-                if (late or stop) and self.saved_step != self.steps_done:
-                    self.save()
+            try:
+                stop = self._steps(signals)
+                self.finish_save()
+            except Exception:
+                if self.ranks.size == 1:  # others may be gone, and the thread may wait for them
+                    with suppress(Exception):
+                        self.saver.wait()
+                raise
             if stop:
                 raise InterruptedRunError(
-                    f"stopped after step {self.steps_done} of {steps}; the run is saved. "
+                    f"stopped after step {self.steps_done} of {self.cfg.steps}; the run is saved. "
                     f"Continue it with: {resume_command(self.out)}",
                     stop,
                 )
+
+    def _steps(self, signals: list[int]) -> int:
+        """Run steps to the last, or to a signal; returns its number."""
+        stop = 0
+        while self.steps_done < self.cfg.steps and not stop:
+            window = self._timed_step()
+            if window is None or not self._rewind_if_diverged(window):
+                self._after_step(window)
+            # A signal to one rank is one to all, and the clock of rank 0 is that of all.
+            late = int(self.ranks.first and self._minutes_passed())
+            signal, failed = signals[0] if signals else 0, int(self.saver.failed)
+            stop, late, failed = self.ranks.largest(signal, late, failed)
+            if failed:
+                self.finish_save()
+            if (late or stop) and self.saver.begun != self.steps_done:
+                self.save()
+        return stop
 
     def _after_step(self, window: Window | None) -> None:
         """Log, validate and save, each when it is due."""
@@ -441,14 +456,17 @@ class Trainer:
         except (DiskFullError, StorageError) as error:
             with suppress(Bd3lmError):
                 self.save()
+                self.finish_save()
             raise type(error)(f"{error}. {self.last_saved()}") from error
         self.callbacks.log(line)
 
     def last_saved(self) -> str:
         """One sentence on the last checkpoint, for errors that end a run."""
-        if self.saved_step < 0:
+        with suppress(Exception):  # one error is enough
+            self.saver.wait()
+        if self.saver.saved == NOTHING:
             return "No checkpoint was saved before"
-        return f"The last checkpoint is of step {self.saved_step}, in {self.checkpoint}"
+        return f"The last checkpoint is of step {self.saver.saved}, in {self.checkpoint}"
 
     # --- faults -----------------------------------------------------------------------------
 
@@ -461,7 +479,8 @@ class Trainer:
         if window.in_a_row < 2:
             return False
         fault = f"{window.cause} was NaN or infinite at step {window.step}"
-        if self._rewound or self.saved_step < 0:
+        self.finish_save()
+        if self._rewound or self.saver.saved == NOTHING:
             again = ", again after going back to the last checkpoint" if self._rewound else ""
             raise DivergedError(
                 f"{fault} and {window.in_a_row} steps in a row were skipped{again}; "
@@ -500,14 +519,35 @@ class Trainer:
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of this step; see :func:`persistence.save`."""
+        """Write a checkpoint of this step, after the one before; see :func:`persistence.save`.
+
+        On an accelerator this returns as soon as the state is copied to the host; then
+        :meth:`finish_save`, or the next call, raises the errors.
+
+        Raises:
+            DivergedError: a weight or a moment is not finite; nothing is written.
+            Bd3lmError: as :meth:`finish_save`.
+        """
+        self.finish_save()
         self.ranks.beat(f"after step {self.steps_done}, saving")
-        try:
-            save(self, best=best)
-        except (DiskFullError, StorageError) as error:
-            raise type(error)(f"{error}. {self.last_saved()}") from error
+        save(self, best=best)
+        if not self.saver.background:
+            self.finish_save()
         self._rewound = False
         self._saved_at = time.monotonic()
+
+    def finish_save(self) -> None:
+        """Wait until the last checkpoint is on the disk; all ranks call this.
+
+        Raises:
+            DiskFullError: no space left; the older checkpoints stay.
+            StorageError: any other refusal of the system.
+        """
+        self.ranks.beat(f"after step {self.steps_done}, waiting for the last checkpoint")
+        try:
+            self.ranks.every(self.saver.wait)
+        except (DiskFullError, StorageError) as error:
+            raise type(error)(f"{error}. {self.last_saved()}") from error
 
     def start_from(self, source: str) -> None:
         """Begin with the averaged weights of another run; see :func:`persistence.start_from`."""
