@@ -9,7 +9,7 @@ moment: ``latest`` names a whole checkpoint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bd3lm.checkpoint.record import parse_json, read_bytes
@@ -21,9 +21,10 @@ from bd3lm.files import write_text
 from bd3lm.storage import Remote
 from bd3lm.training.settings import check_resumed
 
-LOG = "metrics.jsonl"
-ONCE = ("tokenizer.json", "summary.json", "samples.txt")
-"""Files of a run, besides its settings and its log, that are uploaded as soon as they are there."""
+BEFORE = ("tokenizer.json", "metrics.jsonl")
+"""Files of a run that are copied before the checkpoint that is built on them."""
+AFTER = ("samples.txt", "summary.json")
+"""Files that say that a run has ended, hence copied after its last checkpoint."""
 
 
 class Mirror:
@@ -112,20 +113,25 @@ class Mirror:
         Raises:
             Bd3lmError: the storage refuses a request.
         """
+        ended = self._contents(AFTER)  # read first: what is written later belongs to a later state
         self._replace(CONFIG, (self._out / CONFIG).read_bytes())
-        for name in ONCE:
-            if (self._out / name).is_file():
-                self._replace(name, (self._out / name).read_bytes())
         with self._local.held(BEST) as best, self._local.held(LATEST) as latest:
             for folder in (best, latest):
                 if folder is not None:
                     self._upload_folder(folder)
-            if (self._out / LOG).is_file():
-                self._replace(LOG, (self._out / LOG).read_bytes())
+            for name, content in self._contents(BEFORE).items():
+                self._replace(name, content)
             for pointer, folder in ((BEST, best), (LATEST, latest)):
                 if folder is not None:
                     self._replace(f"{FOLDER}/{pointer}", folder.name.encode() + b"\n")
+        for name, content in ended.items():
+            self._replace(name, content)
         self._prune()
+
+    def _contents(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Content of those of the run's files that are there."""
+        files = {name: self._out / name for name in names}
+        return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
     def _upload_folder(self, folder: Path) -> None:
         """Upload a checkpoint that is not there yet."""
@@ -213,13 +219,18 @@ def _restore(remote: Remote, settings: bytes, out: Path, folders: StepFolders) -
     """Download a run: the folders that its pointers name, every file compared with its digest.
 
     Its settings are first, so that a directory that is not complete can be resumed again, and the
-    pointer to the last checkpoint is last.
+    files of a run that has ended are last.
     """
+
+    def fetch(names: Sequence[str]) -> None:
+        for name in names:
+            if name in present:
+                remote.download(name, out / name)
+
+    present = remote.sizes()
     if not (out / CONFIG).is_file():
         write_text(out / CONFIG, settings.decode())
-    for name in (LOG, *ONCE):
-        if remote.read(name) is not None:
-            remote.download(name, out / name)
+    fetch(BEFORE)
     checkpoints = remote.below(FOLDER)
     for pointer in (BEST, LATEST):
         name = pointed(checkpoints, pointer)
@@ -229,6 +240,7 @@ def _restore(remote: Remote, settings: bytes, out: Path, folders: StepFolders) -
             with folders.new(_step(name)) as folder:
                 download_checkpoint(checkpoints.below(name), folder)
         folders.point(pointer, _step(name))
+    fetch(AFTER)
 
 
 def _settings(content: bytes, source: object) -> TrainConfig:
