@@ -14,6 +14,7 @@ from bd3lm import storage
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import read_meta
 from bd3lm.checkpoint.steps import StepFolders, find_checkpoint
+from bd3lm.cli.train import train
 from bd3lm.errors import CheckpointError, ConfigError, ExistsError, MissingFileError, StorageError
 from bd3lm.storage import Remote
 from bd3lm.training import run_training
@@ -232,7 +233,7 @@ def test_a_disk_has_folders(tmp_path):
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def test_a_run_continues_where_only_its_copy_is_left(small, trained, tmp_path):
+def test_a_run_continues_where_only_its_copy_is_left(small, trained, tmp_path, capsys):
     """Its machine is gone in step 6; the copy has everything of step 4."""
     url, out = "memory://bucket/run", tmp_path / "run"
     mirrored = dataclasses.replace(small, mirror=url, keep=1)
@@ -259,6 +260,7 @@ def test_a_run_continues_where_only_its_copy_is_left(small, trained, tmp_path):
     names = Remote(url).sizes()
     assert {"config.json", "metrics.jsonl", "summary.json", "samples.txt"} <= names.keys()
     shutil.rmtree(out)
-    summary = run_training(mirrored, out, Silent(), resume=True)  # it has ended, and says so
-    assert summary == json.loads((out / "summary.json").read_text())
+    train(["--out", str(out), "--mirror", url, "--resume"], "bd3lm-train")  # settings of the copy
+    assert "has ended already, after step 12" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["seq_len"] == small.seq_len
     assert read_meta(find_checkpoint(out)).step == small.steps

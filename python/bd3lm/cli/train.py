@@ -33,8 +33,8 @@ class TrainArgs:
     out: Path | None = None
     """Directory of the run. None: runs/PRESET, or the first free runs/PRESET-N."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --out from its last checkpoint with its own settings, or begin it where
-    there is none. With --steps, a run is extended."""
+    """Continue the run in --out, or at --mirror, from its last checkpoint with its own settings, or
+    begin it where there is none. With --steps, a run is extended."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also measure where the time of a step went, for the summary and profile.json."""
     log: tuple[LoggerName, ...] = ()
@@ -62,13 +62,11 @@ def train(argv: list[str], prog: str) -> None:
     cfg, out = args.config, args.out or _free_directory(name or "demo")
     if args.resume:
         check(args.out is not None, "out", None, "the directory of a run where --resume is given")
-        if name is None and cfg == base.config:  # only --out and --resume: there must be a run
+        if name is None and cfg == base.config and cfg.mirror is None:
+            # Only --out and --resume: there must be a run.
             from bd3lm.training.directory import check_holds_run
 
             check_holds_run(out)
-            from bd3lm.training import saved_config
-
-            cfg = saved_config(out)
     else:
         _check_inputs(cfg, out)
     if place.rank == 0:
