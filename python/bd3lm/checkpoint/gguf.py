@@ -64,19 +64,18 @@ def load_gguf(
     file = locate_gguf(source)
     if find_spec("transformers") is None or find_spec("gguf") is None:
         raise CheckpointError(f"{file} needs the package gguf: {install_hint('eval')}")
-    meta, tensors, definition, special = _read(file)
+    meta, tensors, own = _read(file)
     if meta["model_type"] not in FAMILY:
         raise CheckpointError(
             f"{file} holds a model of the kind {meta['model_type']}; it must be one of "
             f"{', '.join(FAMILY)}"
         )
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    own = Tokenizer(definition, file.name, special)
     return assemble(file, file, meta, tensors, own, given, device)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str, dict[str, str]]:
-    """``config.json``, tensors, ``tokenizer.json`` and special tokens, as transformers has them."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
+    """``config.json``, tensors and tokenizer, as transformers has them."""
     from transformers import (  # pyright: ignore[reportMissingImports]
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -92,4 +91,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str, dic
         raise CheckpointError(f"{file} cannot be read: {reason}") from error
     definition = tokenizer.backend_tokenizer.to_str()
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    return model.config.to_dict(), dict(model.state_dict()), definition, special
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    own = Tokenizer(definition, name, special, template)
+    return model.config.to_dict(), dict(model.state_dict()), own

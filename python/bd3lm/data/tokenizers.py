@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import tokenizers as hf
 
 from bd3lm import _core
-from bd3lm.data.tokenizer_files import find_definition
+from bd3lm.data.tokenizer_files import find_definition, read_template
 from bd3lm.errors import ConfigError, TokenizerError
 
 # The first of these that a tokenizer has, where its configuration names none.
@@ -51,6 +51,9 @@ ROLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 
 KEY = "roles"
 """Key of an added token under which a definition keeps roles that a configuration file gave it."""
+
+CHAT = "chat_template"
+"""Key of the EOS token under which a definition keeps the chat template."""
 
 TRAIN_BYTES = 1 << 30
 """Text from which a tokenizer is trained: more hardly changes its merges, and costs memory."""
@@ -95,12 +98,20 @@ class Tokenizer:
         name: for messages.
         special: names of special tokens by their key in ``tokenizer_config.json`` (``bos_token``,
             ``eos_token``, ``cls_token``, ``sep_token``, ``mask_token``).
+        chat_template: in Jinja (:class:`bd3lm.data.ChatTemplate`). None: the definition's own, if
+            it holds one.
 
     Raises:
         TokenizerError: a definition that does not load, or without any token to end a text.
     """
 
-    def __init__(self, text: str, name: str, special: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        name: str,
+        special: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.name = name
         try:
             largest = _core.vet_tokenizer(text)
@@ -123,6 +134,9 @@ class Tokenizer:
         self.vocab_size = max(size, self.mask_id + 1)
         if self.mask_id in (self.bos_id, self.eos_id):
             raise TokenizerError(f"tokenizer {name}: its mask token is also its BOS or EOS token")
+        if chat_template is not None and chat_template != self.chat_template:
+            self._load(_with_added(self.json, self.eos_id, self.eos_token, {CHAT: chat_template}))
+            self.__dict__.pop("chat_template", None)
 
     def _load(self, text: str) -> None:
         self.json = text
@@ -156,6 +170,36 @@ class Tokenizer:
     def sha256(self) -> str:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template in Jinja; None where there is none."""
+        if f'"{CHAT}"' not in self.json:
+            return None
+        added = json.loads(self.json).get("added_tokens") or []
+        return next((entry[CHAT] for entry in added if CHAT in entry), None)
+
+    def with_chat_template(self, template: Path | str) -> Tokenizer:
+        """A copy with another chat template.
+
+        Args:
+            template: a ``Path`` is a file; a ``str`` is the template itself.
+
+        Raises:
+            TokenizerError: the file cannot be read.
+        """
+        text = read_template(template) if isinstance(template, Path) else template
+        return Tokenizer(self.json, self.name, chat_template=text)
+
+    @property
+    def bos_token(self) -> str:
+        """BOS as text."""
+        return self._inner.id_to_token(self.bos_id) or ""
+
+    @property
+    def eos_token(self) -> str:
+        """EOS as text."""
+        return self._inner.id_to_token(self.eos_id) or ""
 
     def ids(self) -> dict[str, int]:
         """Ids by token."""
@@ -257,16 +301,23 @@ def _own_roles(text: str) -> Mapping[str, int]:
 
 def _with_roles(text: str, roles: Mapping[str, int], contents: Mapping[int, str]) -> str:
     """Put the roles of tokens into a definition."""
+    for i, content in contents.items():
+        own = {role for role, j in _own_roles(text).items() if j == i}
+        named = {role for role, j in roles.items() if j == i}
+        text = _with_added(text, i, content, {KEY: sorted(own | named)})
+    return text
+
+
+def _with_added(text: str, i: int, content: str, values: Mapping[str, Any]) -> str:
+    """Put values into the entry of an added token, which is made where there is none."""
     definition = json.loads(text)
     added = definition.setdefault("added_tokens", [])
-    for role, i in roles.items():
-        entry = next((entry for entry in added if entry["id"] == i), None)
-        if entry is None:
-            rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            entry = {"id": i, "content": contents[i], **rules}
-            added.append(entry)
-        entry["special"] = True
-        entry[KEY] = sorted({*entry.get(KEY, []), role})
+    entry = next((entry for entry in added if entry["id"] == i), None)
+    if entry is None:
+        rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        entry = {"id": i, "content": content, **rules}
+        added.append(entry)
+    entry |= {"special": True, **values}
     added.sort(key=lambda entry: entry["id"])
     return _dump(definition)
 
@@ -307,7 +358,8 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
             BERT ``vocab.txt``; a GPT-2 ``merges.txt`` or ``vocab.bpe`` and its ``vocab.json`` or
             ``encoder.json`` in the same folder; a folder that holds one of these; or a name on
             the Hugging Face hub. A ``tokenizer_config.json`` or ``special_tokens_map.json`` in
-            the same place names its special tokens.
+            the same place names its special tokens; a ``chat_template.jinja`` there, or else the
+            former, has its chat template.
         mask_token: an added token that serves as the mask (:meth:`Tokenizer.with_mask`). None:
             the tokenizer's own mask, else a new id after the last.
 
@@ -316,7 +368,7 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
         ConfigError: ``mask_token`` cannot be the mask.
     """
     found = find_definition(str(name))
-    tokenizer = Tokenizer(found.text, found.name, found.special)
+    tokenizer = Tokenizer(found.text, found.name, found.special, found.chat_template)
     return tokenizer if mask_token is None else tokenizer.with_mask(mask_token)
 
 
