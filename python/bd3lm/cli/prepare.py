@@ -207,7 +207,7 @@ def _report(
     rows = {
         name: f"{m.num_documents:,} {'document' if m.num_documents == 1 else 'documents'}, "
         f"{m.num_tokens:,} tokens ({m.dtype}), {m.num_bytes:,} bytes of text, "
-        f"{m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
+        f"{m.num_bytes / max(m.num_tokens - m.num_prompt_tokens, 1):.2f} bytes a token"
         for name, m in zip(names, manifests, strict=True)
     }
     tokens = sum(m.num_tokens for m in manifests)

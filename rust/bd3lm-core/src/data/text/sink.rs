@@ -151,7 +151,11 @@ impl<'a> Sink<'a> {
 
     /// A record that the options' renderer reads.
     pub(super) fn chat(&mut self, record: &str) -> Result<()> {
-        let chat = self.options.chat.as_ref().expect("the record is read by it");
+        let chat = self
+            .options
+            .chat
+            .as_ref()
+            .expect("the record is read by it");
         let exchanges = match (chat.0)(record) {
             Ok(exchanges) => exchanges,
             Err(reason) => return self.bad(reason),
