@@ -12,7 +12,7 @@ import tokenizers as hf
 from bd3lm.config import TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.data.tokenizer_files import CHAT_TEMPLATE
-from bd3lm.data.tokenizers import KEY
+from bd3lm.data.tokenizer_json import KEY
 from bd3lm.files import write_json, write_text
 
 MASK = "<|mask|>"

@@ -198,7 +198,7 @@ def _check_messages(messages: Any) -> None:
 def _environment() -> Any:
     """The environment of transformers' chat templates; nothing outside of it can be reached."""
     import jinja2
-    from jinja2.ext import Extension
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
@@ -217,7 +217,7 @@ def _environment() -> Any:
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    extensions = [Generation, jinja2.ext.loopcontrols]
+    extensions = [Generation, loopcontrols]
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=extensions
     )
