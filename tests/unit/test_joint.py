@@ -32,7 +32,7 @@ def batch_of(block_size=4, spec=COUNT, *, step=0, packing="wrap"):
 def causal_model(vocab=VOCAB_SIZE, scale=0.5, **changes):
     """Random weights everywhere, sharp enough that laws are far from products."""
     torch.manual_seed(1)
-    shape = ModelConfig(width=16, depth=2, heads=2, clean_stream="causal", **changes)
+    shape = ModelConfig(**{"width": 16, "depth": 2, "heads": 2, "clean_stream": "causal"} | changes)
     model = Transformer(shape, vocab)
     with torch.no_grad():
         for p in model.parameters():

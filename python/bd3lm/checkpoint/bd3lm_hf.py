@@ -113,6 +113,12 @@ def _check_representable(config: TrainConfig) -> None:
         "False where the clean stream is not told the level; --layout bd3lm holds it",
     )
     check(
+        not config.model.token_shift,
+        "model.token-shift",
+        True,
+        "False; --layout bd3lm holds a token-shifted model",
+    )
+    check(
         not (config.model.causal_clean and two_streams),
         "model.clean-stream",
         config.model.clean_stream,

@@ -25,6 +25,12 @@ class ObjectiveConfig:
     block_sizes: tuple[int, ...] = ()
     """Train on blocks of several sizes: S of a step is drawn from these, block-size among them,
     with equal probability. One checkpoint then scores and samples at each. Empty: block-size."""
+    ramp_steps: int = 0
+    """First steps of the run, over which S goes through block-sizes from the smallest to the
+    largest; the later ones train on block-size. 0: S of each step is drawn."""
+    complementary: bool = False
+    """Noise each row a second time, by masking the tokens that the first mask left: every token is
+    predicted in each step. A forward has twice the rows."""
 
     def __post_init__(self) -> None:
         check_number("objective.ar-weight", self.ar_weight, 0)
@@ -33,5 +39,19 @@ class ObjectiveConfig:
         check(warm, "objective.ar-steps", self.ar_steps, "0 where objective.ar-weight = 0")
         for size in self.block_sizes:
             check_whole("objective.block-sizes", size, 1)
+        check_whole("objective.ramp-steps", self.ramp_steps, 0)
+        several = self.ramp_steps == 0 or len(self.block_sizes) > 1
+        check(
+            several,
+            "objective.ramp-steps",
+            self.ramp_steps,
+            "0 without several objective.block-sizes",
+        )
+        check(
+            not (self.complementary and self.ar_tokens == "unmasked"),
+            "objective.ar-tokens",
+            self.ar_tokens,
+            "all with objective.complementary, where no token is left unmasked",
+        )
         once = len(set(self.block_sizes)) == len(self.block_sizes)
         check(once, "objective.block-sizes", self.block_sizes, "different numbers")

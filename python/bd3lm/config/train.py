@@ -156,6 +156,26 @@ class TrainConfig:
         check(not sizes or self.system == "bd3lm", field_name, sizes, "empty unless system = bd3lm")
         own = f"empty, or sizes of which block-size = {self.block} is one"
         check(not sizes or self.block in sizes, field_name, sizes, own)
+        both, noise = self.objective.complementary, self.noise
+        check(
+            not both or (self.system in ("bd3lm", "mdlm") and noise.estimator == "count"),
+            "objective.complementary",
+            both,
+            "False unless system = bd3lm or mdlm and noise.estimator = count",
+        )
+        check(
+            not both or not (noise.fit_counts or self.model.time_conditioning),
+            "objective.complementary",
+            both,
+            "False with noise.fit-counts or model.time-conditioning",
+        )
+        shift = self.model.token_shift
+        check(
+            not shift or self.system in ("bd3lm", "mdlm"),
+            "model.token-shift",
+            shift,
+            f"False for system = {self.system}",
+        )
         for size in sizes:
             fits = self.seq_len % size == 0
             check(fits, field_name, size, f"a divisor of seq-len = {self.seq_len}")
@@ -192,6 +212,7 @@ class TrainConfig:
             self,
             system="ar",
             block_size=None,
+            model=replace(self.model, token_shift=False),
             noise=NoiseConfig(),
             objective=ObjectiveConfig(),
             eval=replace(self.eval, estimator="auto"),

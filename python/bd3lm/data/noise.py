@@ -261,6 +261,26 @@ class NoiseSpec:
         """
         self._core.check(seq_len, block_size)
 
+    def complementary_weights(self, block_size: int) -> NDArray[np.float32]:
+        """Loss weights of tokens that are noised twice, by a subset and by its complement.
+
+        Entry [n, j] belongs to a block with n noisable tokens of which a view masks j. The sum of
+        both views is an unbiased estimate, as that of one view (docs/math.md §5).
+
+        Args:
+            block_size: S.
+
+        Returns:
+            float32 [S+1, S+1]; zero where nothing is masked.
+
+        Raises:
+            ConfigError: an estimator other than ``count``, or a weighting at levels.
+        """
+        table = np.zeros((block_size + 1, block_size + 1), dtype=np.float32)
+        for n in range(1, block_size + 1):
+            table[n, 1 : n + 1] = self._core.complementary_weights(n)
+        return table
+
 
 def draw_noise(
     spec: NoiseSpec,

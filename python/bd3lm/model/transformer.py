@@ -230,6 +230,9 @@ class Transformer(nn.Module):
     versions of the same clean rows. Each returns normalised features, which :meth:`logits` maps to
     scores; :meth:`forward` does both.
 
+    With ``cfg.token_shift`` the methods that take a noised stream give for a position the features
+    of the position before it, from which its token is predicted.
+
     Args:
         cfg: the shape.
         vocab_size: ids in use, the mask token included; V where ``cfg.vocab_size`` is None.
@@ -297,6 +300,8 @@ class Transformer(nn.Module):
             doc_ids: int32 [B, L]; attention stays inside a document.
             sigma: -log(alpha) of every block [B, K], for time-conditioned models.
 
+        Without ``x0``, the logits of a position of a token-shifted model predict the next token.
+
         Returns:
             Unnormalised log-probabilities [B, L, V], or [M, V] with ``select``.
         """
@@ -335,6 +340,8 @@ class Transformer(nn.Module):
         mask = self._training_mask(x0, block_size, doc_ids)
         if not wants_last_clean(x0.device):
             mask = mask.without_last_clean()
+        if self.cfg.token_shift:
+            return self._both_streams(xt, x0, mask, sigma, self._noised_rows(select, mask))
         return self._both_streams(xt, x0, mask, sigma, select, queries=x0.shape[1])
 
     def denoise_and_predict(
@@ -367,12 +374,21 @@ class Transformer(nn.Module):
         """
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
-        # Rows of both streams lie behind each other, 2L for every row of the batch.
-        noised, clean = (
-            at + at.div(seq_len, rounding_mode="floor") * seq_len for at in (select, predict)
-        )
-        rows = torch.cat([noised, clean + seq_len])
+        clean = predict + (predict.div(seq_len, rounding_mode="floor") + 1) * seq_len
+        rows = torch.cat([self._noised_rows(select, mask), clean])
         return self._both_streams(xt, x0, mask, sigma, rows)
+
+    def _noised_rows(self, select: Tensor, mask: BlockMask) -> Tensor:
+        """Rows of both streams whose features predict noised positions.
+
+        The rows of a sequence are those of its noised stream, then those of its clean one.
+        """
+        seq_len = mask.seq_len
+        rows = select + select.div(seq_len, rounding_mode="floor") * mask.clean_len
+        if not self.cfg.token_shift:
+            return rows
+        first = select % seq_len % mask.block_size == 0
+        return rows - 1 + first * seq_len
 
     def _training_mask(self, x0: Tensor, block_size: int, doc_ids: Tensor | None) -> BlockMask:
         seq_len = x0.shape[1]
@@ -547,6 +563,7 @@ class Transformer(nn.Module):
         block_size: int,
         select: Tensor,
         *,
+        before: Tensor | None = None,
         doc_ids: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> Tensor:
@@ -557,6 +574,8 @@ class Transformer(nn.Module):
             clean: cache filled by :meth:`encode` with all L positions of the clean rows.
             block_size: S.
             select: flat indices b*L+i [M].
+            before: with ``cfg.token_shift``, features of the clean position before each block
+                [B*K, D]; those before the first block are not read.
             doc_ids: int32 [B, L].
             sigma: [B, K], for time-conditioned models.
 
@@ -567,12 +586,18 @@ class Transformer(nn.Module):
         rope = self.rotary.table(seq_len, xt.device)
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
         cond = self.condition(sigma, block_size)
+        rows = (select - 1).clamp(min=0) if self.cfg.token_shift else select
         h = self.embed(xt)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)
-            h = block(h, mask, rope, cond, select=select if last else None, past=past)
-        return self._finish(h, cond, None, select)
+            h = block(h, mask, rope, cond, select=rows if last else None, past=past)
+        features = self._finish(h, cond, None, rows)
+        if before is None:
+            return features
+        first = select % seq_len % block_size == 0  # L is a multiple of S
+        of_block = before[select.div(block_size, rounding_mode="floor")].to(features.dtype)
+        return torch.where(first[:, None], of_block, features)
 
     def compile_blocks(self, on: bool = True) -> None:
         """Run the blocks of training steps through ``torch.compile``, or stop doing so.

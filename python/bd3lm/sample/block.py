@@ -65,6 +65,7 @@ class BlockDraw:
         self.model, self.system, self.cfg, self.trained_length = model, system, cfg, trained_length
         self._state, self._bos_id = state, bos_id
         self._size, self._device = system.block_size, state.tokens.device
+        self._shift = system.shifts(model)
         start, size = state.start, system.block_size
         self.masked = state.masked[:, start : start + size].copy()
         numbers = [block_uniforms(cfg.seed, row.number, start // size, size) for row in state.rows]
@@ -139,6 +140,9 @@ class BlockDraw:
         sigma = self._sigma(level, waiting) if self.model.cfg.time_conditioning else None
         state.committed = start
         length, first = ids.shape[1], waiting - offset
+        if self._shift:
+            features = self._shifted(ids, rows, pos, waiting, sigma)
+            return self.system.logits(self.model, features)
         if state.step is None:
             features = self.model.encode(
                 ids,
@@ -159,6 +163,27 @@ class BlockDraw:
             select = (row[:, None] * length + first + every).flatten()
             answer = rows * size + pos
         return state.step(ids, select, commit=waiting, sigma=sigma)[answer]
+
+    def _shifted(
+        self, ids: Tensor, rows: Tensor, pos: Tensor, waiting: int, sigma: Tensor | None
+    ) -> Tensor:
+        """Features [M, D] of the positions before those to predict.
+
+        The one before the block is only in the forward that commits it, so its features are kept.
+        """
+        state, length = self._state, ids.shape[1]
+        select = (rows * length + waiting + pos - 1).clamp(min=0)
+        if waiting:
+            ends = torch.arange(len(ids), device=self._device) * length + waiting - 1
+            select = torch.cat([select, ends])
+        features = self.model.encode(
+            ids, self._size, select=select, cache=state.cache, commit=waiting, sigma=sigma
+        )
+        if waiting:
+            features, state.before = features[: len(rows)], features[len(rows) :]
+        if state.before is None:  # the first block, whose first token is BOS
+            return features
+        return torch.where((pos == 0)[:, None], state.before[rows], features)
 
     def _sigma(self, level: NDArray[np.float32], waiting: int) -> Tensor:
         """Sigma of every block of the forward, [B, blocks]; finished blocks are clean."""

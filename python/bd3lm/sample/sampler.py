@@ -94,7 +94,7 @@ class Sampler:
         eos_id: token that ends a row.
         tokenizer: encodes prompts given as text and decodes samples; None: ids only.
         replay: record forwards as CUDA graphs and replay them
-            (:class:`bd3lm.model.DecodeStep`); None: on CUDA.
+            (:class:`bd3lm.model.DecodeStep`); None: on CUDA. A token-shifted model is not replayed.
 
     Raises:
         ConfigError: a block size that does not divide ``window``.
@@ -117,7 +117,8 @@ class Sampler:
         self.mask_id, self.bos_id, self.eos_id = system.mask_id, bos_id, eos_id
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
-        self.replay = self.device.type == "cuda" if replay is None else replay
+        wanted = self.device.type == "cuda" if replay is None else replay
+        self.replay = wanted and not system.shifts(model)
         self.acceptance: Acceptance | None = None
 
     @classmethod
@@ -399,10 +400,15 @@ class Sampler:
             return
         context = state.tokens[:, positions.start : positions.stop].clone()
         context[:, 0] = self.bos_id
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.model.encode(
-            context, self.block_size, select=nothing, cache=state.cache, commit=context.shape[1]
+        rows, length = context.shape
+        read = torch.empty(0, dtype=torch.int64, device=self.device)
+        shift = self.system.shifts(self.model)
+        if shift:
+            read = torch.arange(1, rows + 1, device=self.device) * length - 1
+        features = self.model.encode(
+            context, self.block_size, select=read, cache=state.cache, commit=length
         )
+        state.before = features if shift else None
         state.committed = positions.stop
         for row in state.rows:
             if row.start < state.start:  # others count their own prefill when they begin
@@ -482,6 +488,7 @@ class Sampler:
                 "sampled as bd3lm",
             )
             check(not model.time_conditioning, "speculate", True, "False with time conditioning")
+            check(not model.token_shift, "speculate", True, "False with model.token-shift")
             whole = not any(token is None for prompt in prompts for token in prompt)
             check(whole, "prompt", "a text with holes", "without holes with speculate")
         for token in cfg.forbidden:

@@ -63,6 +63,7 @@ class SampleState:
         window_start: position of ``tokens`` that the first cached position holds.
         committed: positions of ``tokens`` whose keys and values are cached.
         start: first position of the current block.
+        before: with ``token_shift``, features of the last committed position [B, D].
     """
 
     tokens: Tensor
@@ -74,6 +75,7 @@ class SampleState:
     window_start: int
     committed: int
     start: int
+    before: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.given = ~self.masked
@@ -120,4 +122,6 @@ class SampleState:
         alive = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
         self.tokens = self.tokens.index_select(0, alive)
         self.log_prob = self.log_prob.index_select(0, alive)
+        if self.before is not None:
+            self.before = self.before.index_select(0, alive)
         self.cache.keep(alive)

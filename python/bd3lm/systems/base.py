@@ -69,6 +69,10 @@ class System(ABC):
             ConfigError: settings that this system cannot have.
         """
 
+    def shifts(self, model: Transformer) -> bool:
+        """Return whether the token of a noised position is predicted from the one before it."""
+        return model.cfg.token_shift and self.prediction_offset == 0
+
     @abstractmethod
     def noise(self, step: int) -> NoiseSpec:
         """Noise that the loader draws for the batch of this step."""

@@ -16,6 +16,7 @@ from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
+from bd3lm.systems.complement import with_complement
 from bd3lm.systems.learned_noise import rarity_exponents
 from bd3lm.systems.sized_noise import SizedNoise, schedule_of
 
@@ -84,9 +85,13 @@ class BlockDiffusion(System):
         return alone
 
     def size_of(self, step: int) -> int:
-        """S of a step: with several, drawn uniformly, a function of (seed, step) alone."""
+        """S of a step, a function of (seed, step): one of several by chance, or along the ramp."""
         if len(self.sizes) == 1:
             return self.sizes[0]
+        if self._objective.ramp_steps:
+            sizes = sorted(self.sizes)
+            index = step * len(sizes) // self._objective.ramp_steps
+            return sizes[index] if index < len(sizes) else self.block_size
         bits = np.random.Philox(key=[self._seed, step], counter=[0, 0, 3, 0])
         return self.sizes[int(np.random.Generator(bits).integers(len(self.sizes)))]
 
@@ -145,16 +150,19 @@ class BlockDiffusion(System):
 
     def loss(self, model: Transformer, batch: Batch) -> Tensor:
         """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
-        sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
         if batch.step < self._objective.ar_steps:
             return self._ar_loss(model, batch)
+        if self._objective.complementary:
+            weights = self._noises[batch.block_size].complementary_weights(batch.x0.device)
+            batch = with_complement(batch, weights, self.mask_id)
+        sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
         if self._objective.ar_weight:
             return self._joint_loss(model, batch, sigma)
         size = batch.block_size
         select, weight = whole_tiles(batch.masked, batch.weight)
         if size == batch.x0.shape[1]:
             features = model.encode(
-                batch.xt, size, select=select, doc_ids=batch.doc_ids, sigma=sigma
+                batch.xt, size, select=_sources(model, select), doc_ids=batch.doc_ids, sigma=sigma
             )
         else:
             features = model.denoise(
@@ -171,6 +179,8 @@ class BlockDiffusion(System):
         """Add the next-token loss of the causal clean stream."""
         objective, masked, noisable = self._objective, batch.masked, batch.num_noisable
         chosen, number = batch.noisable.flatten(), noisable
+        if objective.complementary:  # the same tokens stand in both halves
+            chosen = chosen[: len(chosen) // 2]
         if objective.ar_tokens == "unmasked":
             chosen = chosen.index_fill(0, masked, False)
             number -= len(masked)
@@ -213,21 +223,30 @@ class BlockDiffusion(System):
         """Encode the clean stream once; each call then runs one noised stream against its cache."""
         rows, seq_len = x0.shape
         clean: KVCache | None = None
+        before: Tensor | None = None
         if self.block_size < seq_len:
             clean = KVCache(model.cfg, rows, seq_len, x0.device)
-            nothing = torch.empty(0, dtype=torch.int64, device=x0.device)
-            model.encode(
-                x0, self.block_size, select=nothing, doc_ids=doc_ids, cache=clean, commit=seq_len
+            read = torch.empty(0, dtype=torch.int64, device=x0.device)
+            if model.cfg.token_shift:
+                starts = torch.arange(0, rows * seq_len, self.block_size, device=x0.device)
+                read = (starts - 1).clamp(min=0)
+            before = model.encode(
+                x0, self.block_size, select=read, doc_ids=doc_ids, cache=clean, commit=seq_len
             )
+            before = before if model.cfg.token_shift else None
 
         def denoise(xt: Tensor, select: Tensor, mask_prob: Tensor) -> Tensor:
             sigma = sigma_of(mask_prob) if model.cfg.time_conditioning else None
             if clean is None:
                 return model.encode(
-                    xt, self.block_size, select=select, doc_ids=doc_ids, sigma=sigma
+                    xt,
+                    self.block_size,
+                    select=_sources(model, select),
+                    doc_ids=doc_ids,
+                    sigma=sigma,
                 )
             return model.denoise_cached(
-                xt, clean, self.block_size, select, doc_ids=doc_ids, sigma=sigma
+                xt, clean, self.block_size, select, before=before, doc_ids=doc_ids, sigma=sigma
             )
 
         return denoise
@@ -235,3 +254,8 @@ class BlockDiffusion(System):
     def preparing_forwards(self, seq_len: int) -> int:
         """1 for the clean stream; 0 without one."""
         return int(self.block_size < seq_len)
+
+
+def _sources(model: Transformer, select: Tensor) -> Tensor:
+    """Positions of one whole stream whose features predict these; position 0 is never predicted."""
+    return select - 1 if model.cfg.token_shift else select

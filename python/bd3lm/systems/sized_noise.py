@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -93,6 +94,7 @@ class SizedNoise:
         self.spec = self._make()
 
     def _make(self) -> NoiseSpec:
+        self._complementary: Tensor | None = None
         return noise_spec(
             self._cfg,
             self.clip,
@@ -101,6 +103,13 @@ class SizedNoise:
             time_conditioned=self._time_conditioned,
             block_size=self.block_size,
         )
+
+    def complementary_weights(self, device: torch.device) -> Tensor:
+        """Loss weights of complementary views (:func:`with_complement`), float32 [S+1, S+1]."""
+        if self._complementary is None or self._complementary.device != device:
+            table = self.spec.complementary_weights(self.block_size)
+            self._complementary = torch.from_numpy(table).to(device)
+        return self._complementary
 
     def set_rarity(self, gamma: NDArray[np.float32]) -> None:
         """Mask by frequency with these exponents [V]."""

@@ -139,6 +139,11 @@ impl PyNoiseSpec {
     fn check(&self, seq_len: usize, block_size: usize) -> PyResult<()> {
         self.0.check(seq_len, block_size).map_err(to_py)
     }
+
+    fn complementary_weights<'py>(&self, py: Python<'py>, n: usize) -> Floats<'py> {
+        let weights = self.0.complementary_weights(n).map_err(to_py)?;
+        Ok(PyArray1::from_vec(py, weights))
+    }
 }
 
 /// (seed, step, first row, rows of the global batch).

@@ -186,8 +186,10 @@ pub fn noise(
     let k = seq_len / block_size;
     let rows = x0.len() / seq_len;
     check_len("noisable", x0.len(), noisable.len())?;
-    if let Some(n) = noisable.iter().find(|n| **n > 1) {
-        return Err(Error::config("noisable", n, "0 or 1"));
+    // The union of all bytes is found in vector registers; a search for the first one is not.
+    if noisable.iter().fold(0, |all, n| all | n) > 1 {
+        let other = noisable.iter().find(|n| **n > 1).unwrap_or(&0);
+        return Err(Error::config("noisable", other, "0 or 1"));
     }
     check_key(&key, rows, k)?;
     out.check(x0.len(), rows * k)?;

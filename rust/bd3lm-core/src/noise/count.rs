@@ -9,6 +9,7 @@ use super::row::{Row, Scratch};
 use super::spec::{Estimator, NoiseSpec};
 use super::tables::CountTable;
 use super::weighting::Weighting;
+use crate::error::{Error, Result};
 use crate::random::unit;
 
 impl NoiseSpec {
@@ -94,8 +95,43 @@ impl NoiseSpec {
         root(excess, (pa, pb), x / (x + y))
     }
 
-    fn make_table(&self, n: usize) -> CountTable {
-        let q: Vec<f64> = match &self.estimator {
+    /// Loss weight of a masked token of a block of n noisable tokens that is noised twice, by a
+    /// subset and by its complement: entry j−1 belongs to a view with j masked tokens.
+    ///
+    /// A view has j tokens with probability q(j) + q(n−j), and the two views are added up
+    /// (docs/math.md §5).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for another estimator, a weighting at levels, or a count above the fitted
+    /// ones.
+    pub fn complementary_weights(&self, n: usize) -> Result<Vec<f64>> {
+        let Estimator::Count { probs, .. } = &self.estimator else {
+            return Err(Error::config(
+                "estimator",
+                "bernoulli or full",
+                "count, for complementary views",
+            ));
+        };
+        if self.weighs_levels() {
+            return Err(Error::config(
+                "time_conditioned",
+                true,
+                "false with a weighting, for complementary views",
+            ));
+        }
+        if probs.as_ref().is_some_and(|q| q.len() < n) {
+            return Err(Error::config("n", n, "at most the block size"));
+        }
+        let q = self.count_probs(n);
+        let views = |j: usize| q[j - 1] + if j < n { q[n - j - 1] } else { 0.0 };
+        Ok((1..=n)
+            .map(|j| self.count_factor(j, n) / (j as f64 * views(j)))
+            .collect())
+    }
+
+    /// q(k) of a block of n noisable tokens, k = 1..=n.
+    fn count_probs(&self, n: usize) -> Vec<f64> {
+        match &self.estimator {
             Estimator::Count {
                 probs: Some(probs), ..
             } => {
@@ -103,7 +139,11 @@ impl NoiseSpec {
                 probs[..n].iter().map(|x| x / total).collect()
             }
             _ => vec![1.0 / n as f64; n],
-        };
+        }
+    }
+
+    fn make_table(&self, n: usize) -> CountTable {
+        let q = self.count_probs(n);
         let mut sum = 0.0;
         let add = |x: &f64| {
             sum += x;
