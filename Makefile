@@ -72,7 +72,7 @@ $(OLD)/.packages: pyproject.toml $(VENV)/.packages
 check-extras: setup $(EXTRAS)/.packages $(OLD)/.packages ## the adapters of other libraries, outside .venv
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python -m pytest tests/extras
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(OLD)/bin/python -m pytest \
-	  tests/extras/test_transformers.py
+	  tests/extras/test_transformers.py tests/extras/test_chat.py
 
 check-versions: setup ## the gate and a part of the tests with the oldest and newest libraries
 	$(BIN)/python tests/versions.py

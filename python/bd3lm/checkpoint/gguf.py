@@ -91,6 +91,21 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenize
         raise CheckpointError(f"{file} cannot be read: {reason}") from error
     definition = tokenizer.backend_tokenizer.to_str()
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if special.get("eos_token") == special.get("bos_token"):
+        special |= _ends(file, tokenizer)  # transformers 4 takes BOS for both
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     own = Tokenizer(definition, name, special, template)
     return model.config.to_dict(), dict(model.state_dict()), own
+
+
+def _ends(file: Path, tokenizer: Any) -> dict[str, str]:
+    """BOS and EOS as the file itself names them."""
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+
+    fields = GGUFReader(file).fields
+    ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+    return {
+        f"{key}_token": tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0]))
+        for key, field in ids.items()
+        if field is not None
+    }
