@@ -17,8 +17,9 @@ from bd3lm.config import SampleConfig, TrainConfig, check
 from bd3lm.data import Tokenizer
 from bd3lm.device import inference, resolve_device
 from bd3lm.sample import Sample, Sampler
+from bd3lm.sample.events import BlockEvent
+from bd3lm.sample.prompts import Prompt
 from bd3lm.sample.replay import Recording, record
-from bd3lm.sample.sampler import BlockEvent, Prompt
 from bd3lm.training import Callback, Reporter, run_training
 
 

@@ -19,7 +19,7 @@ from bd3lm.errors import FormatError
 if TYPE_CHECKING:
     from bd3lm.ranks.group import Ranks
     from bd3lm.sample import Sample, Sampler
-    from bd3lm.sample.sampler import Prompt
+    from bd3lm.sample.prompts import Prompt
 
 
 @dataclass(frozen=True)

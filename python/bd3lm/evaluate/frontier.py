@@ -14,7 +14,7 @@ from bd3lm.config import SampleConfig, check
 from bd3lm.evaluate.divergence import ngram_divergence
 from bd3lm.evaluate.generative import Evaluator, generative_perplexity
 from bd3lm.sample import Sampler
-from bd3lm.sample.sampler import Prompt
+from bd3lm.sample.prompts import Prompt
 from bd3lm.sample.stopping import token_entropy
 
 

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from bd3lm.config import SampleConfig, check
 from bd3lm.extras import require
 from bd3lm.files import write_text
-from bd3lm.sample.sampler import Prompt, Sample, Sampler
+from bd3lm.sample.events import Sample
+from bd3lm.sample.prompts import Prompt
+from bd3lm.sample.sampler import Sampler
 
 HIDDEN = "░"
 """Sign of a masked token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,61 +15,19 @@ from bd3lm.data import Tokenizer
 from bd3lm.model import DecodeStep, KVCache, Transformer, for_inference
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.sample.block import BlockDraw
+from bd3lm.sample.events import BlockEvent, Sample
+from bd3lm.sample.prompts import (
+    Prompt,
+    check_prompts,
+    check_settings,
+    encode_prompt,
+    forbidden_ids,
+)
 from bd3lm.sample.speculative import Acceptance, Speculation, SpeculativeRow
 from bd3lm.sample.state import RowState, SampleState, window_start
 from bd3lm.sample.stopping import DEGENERATE_WINDOW, is_degenerate
 from bd3lm.sample.strategies import Strategy, choose
 from bd3lm.systems import System
-
-Prompt = str | Sequence[int | str | None]
-"""Text after BOS, or a sequence of token ids, texts and holes (None). Holes are filled, and so is
-everything after the last token."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One finished row.
-
-    Attributes:
-        ids: tokens after BOS, prompt included, closing EOS left out.
-        stop: ``eos``, ``length`` or ``degenerate`` (the entropy of the last 256 tokens fell below
-            4 nats; they are cut, as the original implementation does).
-        nfe: forwards of the denoiser for this row, those that fill its cache included. It does not
-            depend on the batch.
-        nfe_paper: the same without forwards that only fill the cache.
-        log_prob: Σ log p of every drawn token, in nats, cut ones included. It is the model's own
-            probability, before temperature, nucleus and penalties.
-        seconds: wall-clock time until the row ended, shared with the rest of its batch.
-        text: the tokens decoded; None if the sampler has no tokenizer.
-    """
-
-    ids: list[int]
-    stop: str
-    nfe: int
-    nfe_paper: int
-    log_prob: float
-    seconds: float
-    text: str | None = None
-
-
-@dataclass(frozen=True)
-class BlockEvent:
-    """Event of :meth:`Sampler.stream`: a forward or a finished block.
-
-    Attributes:
-        start: first position of the block.
-        blocks: its tokens by row number, the mask id where one is still hidden.
-        complete: whether the block is finished.
-        ended: samples that ended with it, by row number.
-        log_prob: Σ log p of the tokens drawn so far by row number, nats; empty unless each
-            forward is reported.
-    """
-
-    start: int
-    blocks: dict[int, list[int]]
-    complete: bool
-    ended: dict[int, Sample]
-    log_prob: dict[int, float] = field(default_factory=dict)
 
 
 class Sampler:
@@ -303,23 +261,7 @@ class Sampler:
         Raises:
             ConfigError: a text, and the sampler has no tokenizer.
         """
-        ids: list[int | None] = []
-        for part in [prompt] if isinstance(prompt, str) else prompt:
-            if not isinstance(part, str):
-                ids.append(part)
-            elif part:
-                has = self.tokenizer is not None
-                check(has, "prompt", repr(part), "token ids, for this sampler has no tokenizer")
-                assert self.tokenizer is not None
-                added = self.tokenizer.encode(part)
-                check(
-                    self.mask_id not in added,
-                    "prompt",
-                    repr(part),
-                    "a text without the mask token; a token to be filled in is a hole",
-                )
-                ids += added
-        return ids
+        return encode_prompt(prompt, self.tokenizer, self.mask_id)
 
     def resolve(self, cfg: SampleConfig) -> SampleConfig:
         """Check settings against the model, and give ``forbidden`` as token ids.
@@ -329,19 +271,7 @@ class Sampler:
         Raises:
             ConfigError: see :meth:`generate`.
         """
-        ids: set[int] = set()
-        for entry in cfg.forbidden:
-            if not isinstance(entry, str):
-                ids.add(entry)
-                continue
-            has = self.tokenizer is not None
-            check(has, "forbidden", repr(entry), "token ids, for this sampler has no tokenizer")
-            assert self.tokenizer is not None
-            encoded = [self.tokenizer.encode(text) for text in (entry, f" {entry}")]
-            single = {found[0] for found in encoded if len(found) == 1}
-            check(bool(single), "forbidden", repr(entry), f"one token; it has {len(encoded[0])}")
-            ids |= single
-        resolved = replace(cfg, forbidden=tuple(sorted(ids)))
+        resolved = replace(cfg, forbidden=forbidden_ids(cfg.forbidden, self.tokenizer))
         self._check(resolved, [[]])
         return resolved
 
@@ -468,45 +398,5 @@ class Sampler:
         return ended
 
     def _check(self, cfg: SampleConfig, prompts: Sequence[Sequence[int | None]]) -> None:
-        check(len(prompts) >= 1, "prompts", len(prompts), "at least 1")
-        length = self.length(cfg)
-        check(
-            self.block_size < self.window or length <= self.window,
-            "length",
-            length,
-            f"at most {self.window} where one block is the whole row",
-        )
-        vocab_size = self.model.vocab_size
-        ids = f"ids in [0, {vocab_size}) other than the mask token {self.mask_id}"
-        if cfg.speculate:
-            model = self.model.cfg
-            check(
-                model.causal_clean and self.system.prediction_offset == 0,
-                "speculate",
-                True,
-                "False unless the model has a causal clean stream, as preset joint has, and is "
-                "sampled as bd3lm",
-            )
-            check(not model.time_conditioning, "speculate", True, "False with time conditioning")
-            check(not model.token_shift, "speculate", True, "False with model.token-shift")
-            whole = not any(token is None for prompt in prompts for token in prompt)
-            check(whole, "prompt", "a text with holes", "without holes with speculate")
-        for token in cfg.forbidden:
-            assert isinstance(token, int)  # resolved
-            check(0 <= token < vocab_size and token != self.mask_id, "forbidden", token, ids)
-        check(
-            not (self.system.unnormalized_scores and (cfg.adaptive or cfg.tokens_per_forward > 1)),
-            "threshold, entropy-bound, tokens-per-forward",
-            "set",
-            f"left out for {self.system.name}, whose scores are no probabilities; use steps",
-        )
-        for prompt in prompts:
-            check(
-                len(prompt) + 2 <= length or (len(prompt) < length and None in prompt),
-                "prompt",
-                f"{len(prompt)} tokens",
-                f"at most length - 2 = {length - 2} tokens, to leave room for one more",
-            )
-            for token in prompt:
-                fits = token is None or (0 <= token < vocab_size and token != self.mask_id)
-                check(fits, "prompt", token, ids)
+        check_settings(cfg, self.model, self.system, self.window)
+        check_prompts(cfg, prompts, self.model.vocab_size, self.mask_id, self.length(cfg))

@@ -8,7 +8,7 @@ from pathlib import Path
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.loading import is_foreign
 from bd3lm.checkpoint.record import read_json
-from bd3lm.config import TrainConfig, check, from_dict
+from bd3lm.config import ModelConfig, TrainConfig, check, from_dict
 from bd3lm.files import write_text
 
 
@@ -17,7 +17,8 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
 
     The checkpoint's tokenizer, with ``mask_token`` as its mask, is written to
     ``out/tokenizer.json`` and tokenizes text unless ``tokenizer`` names another. Of ``cfg.model``
-    only the dropout is kept. A run that is resumed takes them from its own settings.
+    only the choices of :func:`_in_shape_of` are kept. A run that is resumed takes them from its own
+    settings.
 
     Raises:
         ConfigError: ``mask_token`` without such a checkpoint, or one that cannot be the mask.
@@ -38,7 +39,17 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
     return dataclasses.replace(
         cfg,
         tokenizer=str(file) if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=dataclasses.replace(found.config.model, dropout=cfg.model.dropout),
+        model=_in_shape_of(found.config.model, cfg.model),
+    )
+
+
+def _in_shape_of(found: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+    """A shape with the choices that weights leave open: streams, token shift and dropout."""
+    return dataclasses.replace(
+        found,
+        clean_stream=wanted.clean_stream,
+        token_shift=wanted.token_shift,
+        dropout=wanted.dropout,
     )
 
 
@@ -50,5 +61,5 @@ def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
     return dataclasses.replace(
         cfg,
         tokenizer=saved.tokenizer if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=dataclasses.replace(saved.model, dropout=cfg.model.dropout),
+        model=_in_shape_of(saved.model, cfg.model),
     )
