@@ -244,7 +244,7 @@ class TrainConfig:
         Raises:
             ConfigError: it does not divide the row, or the system has another.
         """
-        objective = replace(self.objective, block_sizes=())
+        objective = self.objective.of_one_size()
         return replace(self, block_size=size, objective=objective)
 
     @property
