@@ -15,6 +15,7 @@ from bd3lm.checkpoint.original import is_original, load_original
 from bd3lm.checkpoint.record import read_json
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
+from bd3lm.data.tokenizer_files import CHAT_TEMPLATE, CONFIGS
 from bd3lm.errors import CheckpointError, MissingFileError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -91,7 +92,8 @@ def _locate(source: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     hub.connect()
-    files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    files = ["config.json", "tokenizer.json", *CONFIGS, CHAT_TEMPLATE]
+    files += ["*.safetensors", "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
         if not any(folder.glob("*.safetensors")):

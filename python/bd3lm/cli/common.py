@@ -24,6 +24,7 @@ from bd3lm.errors import (
     MissingFileError,
     is_out_of_memory,
 )
+from bd3lm.hub import OFFLINE
 from bd3lm.ranks.place import Place, find_place
 
 T = TypeVar("T")
@@ -171,8 +172,11 @@ def check_exists(path: Path | str) -> None:
 def check_checkpoint(source: Path) -> None:
     """Raise :class:`MissingFileError` for a checkpoint that is nowhere, before slow imports.
 
-    A name of the hub is two words around a slash, of which the first is no folder here.
+    A name of the hub is two words around a slash, of which the first is no folder here. The
+    package that carries a model is looked for where it is read.
     """
+    if str(source) == OFFLINE:
+        return
     on_hub = len(source.parts) == 2 and not source.is_absolute() and not source.parent.exists()
     if not on_hub and not source.exists():
         raise MissingFileError(f"{source}: no such checkpoint directory")

@@ -10,24 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.checkpoint.native import Meta, read_meta, restore_system, write_checkpoint
 from bd3lm.checkpoint.record import Record
 from bd3lm.checkpoint.steps import BEST
-from bd3lm.checkpoint.tensors import check_tensors, first_not_finite
+from bd3lm.checkpoint.tensors import TensorFile, check_tensors, first_not_finite
 from bd3lm.config import ModelConfig
 from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
+from bd3lm.training.adapters import base_tensors, trained_parameters
 from bd3lm.training.settings import check_resumed
 from bd3lm.training.shards import fill, is_sharded, local, whole
 
 if TYPE_CHECKING:
     from bd3lm.training.trainer import Trainer
 
-MODEL, OPTIMIZER = "model/", "optimizer/"
-"""Prefixes of the tensors in ``training.safetensors``."""
+MODEL, OPTIMIZER, AVERAGE = "model/", "optimizer/", "average/"
+"""Prefixes of the tensors in ``training.safetensors``: trained weights, the optimizer's state, and
+the average of adapters, whose merged form alone is in ``model.safetensors``."""
 
 
 def save(trainer: Trainer, *, best: bool = False) -> None:
@@ -47,7 +50,7 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
     """
     step = trainer.steps_done
     if trainer.saved_step != step:
-        averaged, training = trainer.ema.weights, _training_tensors(trainer)
+        averaged, training = trainer.averaged_weights(), _training_tensors(trainer)
         _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
         averaged, training = _gathered(trainer, averaged), _gathered(trainer, training)
         if trainer.ranks.size > 1:
@@ -116,12 +119,49 @@ def _read(trainer: Trainer) -> int:
     training, averaged = meta.tensors("training.safetensors"), meta.tensors("model.safetensors")
     state = _training_tensors(trainer)
     check_tensors(training.tensors, state, training.file)
-    check_tensors(averaged.tensors, trainer.ema.weights, averaged.file)
+    check_tensors(averaged.tensors, trainer.averaged_weights(), averaged.file)
     _load_numbers(trainer, meta)
-    for opened, targets in ((training, state), (averaged, trainer.ema.weights)):
-        for name, tensor in opened.parts():
-            fill(targets[name], tensor)
+    for name, tensor in training.parts():
+        fill(state[name], tensor)
+    if trainer.cfg.lora.rank:
+        _load_frozen(trainer, averaged)
+        return meta.step
+    for name, tensor in averaged.parts():
+        fill(trainer.ema.weights[name], tensor)
     return meta.step
+
+
+def _load_frozen(trainer: Trainer, averaged: TensorFile) -> None:
+    """Load the weights below the adapters, from the checkpoint that the run began with.
+
+    Args:
+        trainer: with its adapters and their average.
+        averaged: the merged weights of the run's own checkpoint.
+
+    Raises:
+        CheckpointError: that checkpoint is not there any more, or has other weights now.
+    """
+    path = Path(str(trainer.cfg.init_from))
+    _load_weights(trainer, path)
+    merged = trainer.averaged_weights()
+    for name, tensor in averaged.parts():
+        if not torch.equal(merged[name].cpu(), tensor.cpu()):
+            own = shlex.quote(str(averaged.file.parent))
+            raise CheckpointError(
+                f"init-from = {path}: its {name} is not the one that this run began with; restore "
+                f"it, or begin another run with --init-from {own}"
+            )
+
+
+def _load_weights(trainer: Trainer, path: Path) -> Checkpoint:
+    """Load the averaged weights of another run, below the adapters if there are any."""
+    loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
+    _check_same_function(trainer.cfg.model, loaded.config.model, path)
+    weights = loaded.model.state_dict()
+    check_tensors(weights, base_tensors(trainer.model.state_dict()), path)
+    for name, parameter in base_tensors(dict(trainer.model.named_parameters())).items():
+        fill(parameter, weights[name])
+    return loaded
 
 
 def start_from(trainer: Trainer, path: Path) -> None:
@@ -133,13 +173,9 @@ def start_from(trainer: Trainer, path: Path) -> None:
     Raises:
         CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
     """
-    loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
-    _check_same_function(trainer.cfg.model, loaded.config.model, path)
-    weights = loaded.model.state_dict()
-    check_tensors(weights, trainer.model.state_dict(), path)
-    for name, parameter in trainer.model.named_parameters():
-        fill(parameter, weights[name])
-        fill(trainer.ema.weights[name], weights[name])
+    loaded = _load_weights(trainer, path)
+    for name, parameter in trained_parameters(trainer.model).items():
+        fill(trainer.ema.weights[name], parameter.detach())
     if trainer.cfg.init_optimizer:
         opened = read_meta(loaded.path).tensors("training.safetensors")
         found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
@@ -157,7 +193,9 @@ def start_from(trainer: Trainer, path: Path) -> None:
 
 def _training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Raw weights and optimizer state by the names they have on disk."""
-    raw = {MODEL + k: p.detach() for k, p in trainer.model.named_parameters()}
+    raw = {MODEL + k: p.detach() for k, p in trained_parameters(trainer.model).items()}
+    if trainer.cfg.lora.rank:
+        raw |= {AVERAGE + k: v for k, v in trainer.ema.weights.items()}
     return raw | {OPTIMIZER + k: v for k, v in trainer.optimizers.state().items()}
 
 
