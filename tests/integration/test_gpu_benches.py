@@ -32,6 +32,21 @@ def run(program: str, *arguments: object, out: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def test_the_loss_curves_of_a_cpu_are_those_of_the_settings():
+    """One loss for every step; a change of the settings needs ``first_run.py curve``."""
+    known = json.loads((BENCHES / "cpu_curve.json").read_text())
+    code = (
+        "import json, learning as l;"
+        "print(json.dumps({n: c.steps for n, c in l.curve_configs().items()}))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHES), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)
+    assert {name: len(run["losses"]) for name, run in known.items()} == steps
+    assert all(run["losses"][-1] < run["losses"][0] - 1 for run in known.values())
+
+
 def test_what_travels_is_small():
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -54,7 +54,7 @@ def anything():
 
 def reading():
     fields = {"text_field": "text", "filter": None, "lines": False, "detokenizer": None,
-              "no_eos": False, "format": None, "strict": False, "rows": None}
+              "no_eos": False, "format": None, "strict": False, "rows": None, "chat": None}
     for key in draw.sample(sorted(fields), draw.randrange(3)):
         fields[key] = anything()
     if draw.random() < 0.1:

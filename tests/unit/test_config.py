@@ -5,7 +5,16 @@ from typing import get_args
 
 import pytest
 
-from bd3lm.config import PRESETS, EvalConfig, TrainConfig, from_dict, preset, to_dict
+from bd3lm.config import (
+    PRESETS,
+    EvalConfig,
+    LoraConfig,
+    OptimConfig,
+    TrainConfig,
+    from_dict,
+    preset,
+    to_dict,
+)
 from bd3lm.config.names import AttentionName, EstimatorName, LikelihoodName, SystemName
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate.likelihood import Measure
@@ -59,6 +68,11 @@ def test_tuples_and_none_survive_json():
             "row-eos = True: must be False with packing = aligned",
         ),
         ({"eval": EvalConfig(stride=64), "row_eos": True}, "other rows do not overlap"),
+        ({"lora": LoraConfig(rank=4)}, r"init-from \(not given\): must be a checkpoint with lora"),
+        (
+            {"lora": LoraConfig(rank=4), "init_from": "x", "optim": OptimConfig(optimizer="muon")},
+            "optim.optimizer = muon: must be adamw with lora.rank",
+        ),
     ],
 )
 def test_wrong_values_name_field_value_and_range(changes, message):

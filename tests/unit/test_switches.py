@@ -174,6 +174,9 @@ def test_a_ramp_goes_through_the_sizes_once():
     objective = ObjectiveConfig(block_sizes=(4, 1, 2), ramp_steps=9)
     system = BlockDiffusion(4, MASK_ID, objective=objective)
     assert [system.size_of(step) for step in range(12)] == [1] * 3 + [2] * 3 + [4] * 6
+    assert system.at(2).size_of(0) == 2
+    ramp = {"block_sizes": (4, 1, 2), "ramp_steps": 9}
+    assert preset("demo", objective=ramp).with_block(2).objective == ObjectiveConfig()
 
 
 def test_switches_that_do_not_fit_say_so():

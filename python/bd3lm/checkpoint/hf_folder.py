@@ -11,14 +11,17 @@ import tokenizers as hf
 
 from bd3lm.config import TrainConfig, check
 from bd3lm.data import Tokenizer
-from bd3lm.data.tokenizers import KEY
+from bd3lm.data.tokenizer_files import CHAT_TEMPLATE
+from bd3lm.data.tokenizer_json import KEY
 from bd3lm.files import write_json, write_text
 
 MASK = "<|mask|>"
 
 
 def write_tokenizer(folder: Path, definition: str, tokenizer: Tokenizer, length: int) -> None:
-    """Write ``tokenizer.json``, which puts BOS before a text, and ``tokenizer_config.json``.
+    """Write ``tokenizer.json``, which puts BOS before a text, and its configuration.
+
+    That is ``tokenizer_config.json`` and, if there is a chat template, ``chat_template.jinja``.
 
     Args:
         folder: where they go.
@@ -55,6 +58,8 @@ def write_tokenizer(folder: Path, definition: str, tokenizer: Tokenizer, length:
     if mask is not None:
         settings["mask_token"] = mask
     write_json(folder / "tokenizer_config.json", settings)
+    if tokenizer.chat_template is not None:
+        write_text(folder / CHAT_TEMPLATE, tokenizer.chat_template)
 
 
 def mask_at(tokenizer: Tokenizer, mask_id: int) -> tuple[str, Tokenizer]:

@@ -16,6 +16,7 @@ from bd3lm.checkpoint.record import read_json
 from bd3lm.checkpoint.remote import local_copy
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.data import Tokenizer, load_tokenizer
+from bd3lm.data.tokenizer_files import CHAT_TEMPLATE, CONFIGS
 from bd3lm.errors import CheckpointError, MissingFileError
 from bd3lm.storage import is_url
 
@@ -98,7 +99,8 @@ def _locate(source: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     hub.connect()
-    files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+    files = ["config.json", "tokenizer.json", *CONFIGS, CHAT_TEMPLATE]
+    files += ["*.safetensors", "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
         if not any(folder.glob("*.safetensors")):

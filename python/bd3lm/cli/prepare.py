@@ -39,6 +39,11 @@ class PrepareArgs:
     byte-level BPE of that size from the inputs."""
     text_field: str = "text"
     """Field of JSON and parquet records that holds the text; a.b is field b of field a."""
+    chat_template: Path | None = None
+    """File with a chat template in Jinja. None: the tokenizer's own, if it has one."""
+    loss_on: Literal["responses", "all"] = "responses"
+    """Tokens that are trained on and scored where a field of JSON records is a chat, a list of
+    messages: responses, each a document behind its prompt, or all."""
     where: str | None = None
     """FIELD=VALUE: only records whose field has that value; numbers, true, false and null as in
     JSON."""
@@ -94,6 +99,8 @@ def prepare_command(args: PrepareArgs) -> None:
     console = PlainConsole()
     reading = _reading(args)
     tokenizer = _tokenizer(args, reading, console)
+    if args.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(args.chat_template)
     started = time.perf_counter()
     columns = (
         TextColumn("tokenizing"),
@@ -113,6 +120,7 @@ def prepare_command(args: PrepareArgs) -> None:
 
         settings = {
             **reading,
+            "loss_on": args.loss_on,
             "detokenizer": args.detokenizer,
             "eos": args.eos,
             "valid_fraction": args.valid_fraction,
@@ -199,10 +207,13 @@ def _report(
     rows = {
         name: f"{m.num_documents:,} {'document' if m.num_documents == 1 else 'documents'}, "
         f"{m.num_tokens:,} tokens ({m.dtype}), {m.num_bytes:,} bytes of text, "
-        f"{m.num_bytes / max(m.num_tokens, 1):.2f} bytes a token"
+        f"{m.num_bytes / max(m.num_tokens - m.num_prompt_tokens, 1):.2f} bytes a token"
         for name, m in zip(names, manifests, strict=True)
     }
     tokens = sum(m.num_tokens for m in manifests)
+    prompts = sum(m.num_prompt_tokens for m in manifests)
+    if prompts:
+        rows["prompts"] = f"{prompts:,} of the tokens: clean, and never scored"
     rows["tokenizer"] = (
         f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id}, "
         f"EOS {tokenizer.eos_id}, mask {tokenizer.mask_id}"

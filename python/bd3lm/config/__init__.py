@@ -12,6 +12,7 @@ from bd3lm.config.evaluate import (
     check_estimator,
     check_likelihood,
 )
+from bd3lm.config.lora import LoraConfig
 from bd3lm.config.model import ModelConfig, RopeScaling
 from bd3lm.config.names import (
     AttentionName,
@@ -41,6 +42,7 @@ __all__ = [
     "EstimatorName",
     "EvalConfig",
     "LikelihoodName",
+    "LoraConfig",
     "ModelConfig",
     "NoiseConfig",
     "ObjectiveConfig",

@@ -22,3 +22,4 @@ DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_pape
 WeightingName = Literal["nelbo", "edm", "iddpm", "sigmoid", "flow_matching", "simple"]
 LoggerName = Literal["csv", "tensorboard", "wandb", "trackio"]
 PackingName = Literal["wrap", "aligned", "best_fit"]
+AdaptedName = Literal["qkv", "out", "mlp.up", "mlp.down"]

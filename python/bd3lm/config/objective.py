@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
@@ -31,6 +31,10 @@ class ObjectiveConfig:
     complementary: bool = False
     """Noise each row a second time, by masking the tokens that the first mask left: every token is
     predicted in each step. A forward has twice the rows."""
+
+    def of_one_size(self) -> ObjectiveConfig:
+        """The same losses on blocks of one size."""
+        return replace(self, block_sizes=(), ramp_steps=0)
 
     def __post_init__(self) -> None:
         check_number("objective.ar-weight", self.ar_weight, 0)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
 from bd3lm.config.evaluate import MAX_EXACT_BLOCK, EvalConfig, check_estimator
+from bd3lm.config.lora import LoraConfig
 from bd3lm.config.model import ModelConfig
 from bd3lm.config.names import AttentionName, EstimatorName, PackingName, SystemName
 from bd3lm.config.noise import NoiseConfig
@@ -99,6 +100,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=4))
@@ -115,6 +117,7 @@ class TrainConfig:
         check(self.mirror is None or is_url(self.mirror), "mirror", self.mirror, url)
         self._check_block()
         self._check_objective()
+        self._check_lora()
         check(
             self.init_from is not None or not self.init_optimizer,
             "init-optimizer",
@@ -150,6 +153,16 @@ class TrainConfig:
             self.row_eos,
             f"False with packing = {self.packing}; it goes with wrap",
         )
+
+    def _check_lora(self) -> None:
+        if not self.lora.rank:
+            return
+        base, optim, parallel = self.init_from, self.optim.optimizer, self.parallel.strategy
+        whole = "with lora.rank, whose adapters are trained on frozen weights"
+        check(base is not None, "init-from", base, f"a checkpoint {whole}")
+        check(not self.init_optimizer, "init-optimizer", self.init_optimizer, f"False {whole}")
+        check(optim == "adamw", "optim.optimizer", optim, f"adamw {whole}")
+        check(parallel == "ddp", "parallel.strategy", parallel, f"ddp {whole}")
 
     def _check_objective(self) -> None:
         weight = self.objective.ar_weight
@@ -238,7 +251,7 @@ class TrainConfig:
         Raises:
             ConfigError: it does not divide the row, or the system has another.
         """
-        objective = replace(self.objective, block_sizes=())
+        objective = self.objective.of_one_size()
         return replace(self, block_size=size, objective=objective)
 
     @property

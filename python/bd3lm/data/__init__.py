@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from bd3lm.data.chat import ChatTemplate
 from bd3lm.data.prepare import detokenize, prepare, read_documents
 from bd3lm.data.shards import join, prepare_shards, prepare_texts
 from bd3lm.data.store import Dataset, Manifest
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
     "Dataset",
     "Loader",
     "Manifest",

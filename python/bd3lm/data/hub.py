@@ -157,7 +157,7 @@ def _rows(start: str | None, stop: str | None, count: int) -> tuple[int, int]:
 def _count(files: Sequence[Path]) -> int:
     if all(path.suffix == ".parquet" for path in files):
         return sum(_core.parquet_rows(str(path)) for path in files)
-    reading = dict.fromkeys(("filter", "detokenizer", "format", "rows", "source"), None)
+    reading = dict.fromkeys(("filter", "detokenizer", "format", "rows", "source", "chat"), None)
     plain = {"text_field": "text", "lines": False, "no_eos": False, "strict": False}
     return _core.count_records([str(path) for path in files], reading=reading | plain)
 

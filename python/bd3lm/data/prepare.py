@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bd3lm import _core
+from bd3lm.data.chat import LossOn, chat_reader
 from bd3lm.data.store import Manifest
 from bd3lm.data.tokenizers import Tokenizer
 from bd3lm.errors import ConfigError
@@ -23,6 +24,7 @@ def prepare(
     out: Path | str,
     *,
     text_field: str = "text",
+    loss_on: LossOn = "responses",
     where: tuple[str, str] | None = None,
     lines: bool = False,
     format: str | None = None,
@@ -52,7 +54,10 @@ def prepare(
         tokenizer: makes the ids.
         out: directory to make; must not exist, or be empty.
         text_field: field of JSON and parquet records that holds the text; ``a.b`` is field ``b``
-            of field ``a``.
+            of field ``a``. A JSON field may also hold a chat, a list of messages with ``role`` and
+            ``content``, if the tokenizer has a chat template.
+        loss_on: tokens of a chat that are noised and scored: responses, each a document behind its
+            prompt (:meth:`bd3lm.data.ChatTemplate.exchanges`), or all.
         where: ``(field, value)``: only records whose field has that value. Numbers, booleans and
             null are written as in JSON.
         lines: txt: a document a line, instead of one a file.
@@ -85,6 +90,9 @@ def prepare(
         raise ConfigError("threads", threads, "1 to 1024")
     if valid_fraction is not None and not 0.0 < valid_fraction < 1.0:
         raise ConfigError("valid-fraction", valid_fraction, "above 0 and below 1")
+    chat = None
+    if tokenizer.chat_template is not None:
+        chat = chat_reader(tokenizer, text_field, loss_on, eos=eos)
     manifests = _core.prepare(
         [str(path) for path in inputs],
         # The working directory may be given as ".", which has no name to write a sibling of.
@@ -101,6 +109,7 @@ def prepare(
             detokenizer=detokenizer,
             no_eos=not eos,
             source=source,
+            chat=chat,
         ),
         held_out=valid_fraction,
         threads=threads,
@@ -188,6 +197,7 @@ def _reading(
     detokenizer: str | None = None,
     no_eos: bool = False,
     source: str | None = None,
+    chat: Callable[[str], list[tuple[str, str]]] | None = None,
 ) -> Mapping[str, object]:
     """The settings of a reader, as Rust takes them."""
     return {
@@ -200,4 +210,5 @@ def _reading(
         "detokenizer": detokenizer,
         "no_eos": no_eos,
         "source": source,
+        "chat": chat,
     }

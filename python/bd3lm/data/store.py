@@ -54,7 +54,9 @@ class Manifest:
         mask_id: the noise; never in a text.
         num_documents: documents, empty ones left out.
         num_tokens: tokens, the EOS of every document included.
-        num_bytes: UTF-8 bytes of the text; nothing in the set can contradict it.
+        num_prompt_tokens: tokens of them that are prompts: clean, and never scored.
+        num_bytes: UTF-8 bytes of the text without the prompts; nothing in the set can contradict
+            it.
         dtype: ``uint16`` or ``int32``.
         source: names of the files that were read.
         records: counts of their records, those of both sides of a split together; None in data
@@ -73,6 +75,7 @@ class Manifest:
     dtype: str
     source: list[str]
     records: Records | None = None
+    num_prompt_tokens: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

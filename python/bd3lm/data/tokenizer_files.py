@@ -16,6 +16,7 @@ from bd3lm.errors import TokenizerError
 
 INSIDE = ("tokenizer.json", "vocab.txt", "merges.txt", "vocab.bpe")
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE = "chat_template.jinja"
 SPECIAL = ("bos_token", "eos_token", "cls_token", "sep_token", "mask_token")
 
 CONVERT = (
@@ -32,11 +33,13 @@ class Definition:
         text: a ``tokenizer.json``.
         name: for messages.
         special: names of special tokens by their key in ``tokenizer_config.json``.
+        chat_template: in Jinja; None where the place has none.
     """
 
     text: str
     name: str
     special: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
 
 
 def find_definition(name: str) -> Definition:
@@ -52,35 +55,61 @@ def find_definition(name: str) -> Definition:
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
-        return Definition(_read(path), name, _special(lambda file: path.with_name(file)))
+        return _in_place(path, name, path.with_name)
     return _on_hub(name)
 
 
 def _in_folder(path: Path) -> Definition:
     for inside in INSIDE:
         if (path / inside).is_file():
-            return Definition(
-                _read(path / inside), str(path / inside), _special(lambda file: path / file)
-            )
+            return _in_place(path / inside, str(path / inside), lambda file: path / file)
     models = sorted(path.glob("*.model"))
     if models:
         raise TokenizerError(_sentencepiece(models[0]))
     raise TokenizerError(f"tokenizer {path}: the folder holds no {', '.join(INSIDE[:-1])}")
 
 
-def _special(place: Callable[[str], Path]) -> Mapping[str, str]:
-    """The special tokens that configuration files in the same place name."""
+def _in_place(definition: Path, name: str, place: Callable[[str], Path]) -> Definition:
+    """A definition and the files of its configuration, which are in the same place."""
+    text, found = _read(definition), {config: _json(place(config)) for config in CONFIGS}
     names: dict[str, str] = {}
-    for config in reversed(CONFIGS):  # the first has the last word
-        path = place(config)
-        if not path.is_file():
-            continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise TokenizerError(f"tokenizer {path}: it must be JSON ({error})") from None
+    for values in reversed(found.values()):  # the first has the last word
         names |= _names(values)
-    return names
+    file = place(CHAT_TEMPLATE)
+    if file.is_file():
+        return Definition(text, name, names, read_template(file))
+    return Definition(text, name, names, _default_template(found[CONFIGS[0]]))
+
+
+def read_template(file: Path) -> str:
+    """Read a chat template.
+
+    Raises:
+        TokenizerError: the file is not there, or no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it must be UTF-8"
+        raise TokenizerError(f"chat template {file}: {reason}") from None
+
+
+def _default_template(values: Any) -> str | None:
+    """The template of ``tokenizer_config.json``: its only one, or the one named default."""
+    templates = values.get("chat_template") if isinstance(values, dict) else None
+    if isinstance(templates, list):
+        named = [t for t in templates if isinstance(t, dict) and t.get("name") == "default"]
+        templates = named[0].get("template") if named else None
+    return templates if isinstance(templates, str) else None
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise TokenizerError(f"tokenizer {path}: it must be JSON ({error})") from None
 
 
 def _names(values: Any) -> dict[str, str]:
@@ -145,11 +174,10 @@ def _on_hub(name: str) -> Definition:
             if hub.download(name, "tokenizer.model") is not None:
                 raise TokenizerError(_sentencepiece(Path(name) / "tokenizer.model"))
             raise TokenizerError(f"tokenizer {name}: its repository holds no tokenizer.json")
-        found = {config: hub.download(name, config) for config in CONFIGS}
+        found = {file: hub.download(name, file) for file in (*CONFIGS, CHAT_TEMPLATE)}
     except hub.HubError as error:
         raise TokenizerError(
             f"tokenizer {name}: no such file, and the Hugging Face hub does not give it ({error})"
         ) from None
     nowhere = Path(name) / "nowhere"
-    special = _special(lambda file: found[file] or nowhere)
-    return Definition(_read(definition), name, special)
+    return _in_place(definition, name, lambda file: found[file] or nowhere)

@@ -10,47 +10,24 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import tokenizers as hf
 
 from bd3lm import _core
-from bd3lm.data.tokenizer_files import find_definition
+from bd3lm.data.tokenizer_files import find_definition, read_template
+from bd3lm.data.tokenizer_json import (
+    CHAT,
+    EOS_NAMES,
+    MASK_NAMES,
+    ROLES,
+    own_roles,
+    renamed,
+    with_added,
+    with_roles,
+    without_dropout,
+)
 from bd3lm.errors import ConfigError, TokenizerError
-
-# The first of these that a tokenizer has, where its configuration names none.
-BOS_NAMES = (
-    "<|startoftext|>",
-    "<|begin_of_text|>",
-    "<|bos|>",
-    "<bos>",
-    "[BOS]",
-    "<s>",
-    "[CLS]",
-    "<｜begin▁of▁sentence｜>",
-    "<|endoftext|>",
-)
-EOS_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eos|>",
-    "<eos>",
-    "[EOS]",
-    "</s>",
-    "[SEP]",
-    "<｜end▁of▁sentence｜>",
-)
-MASK_NAMES = ("[MASK]", "<|mask|>", "<mask>", "<|MASK|>", "<|mdm_mask|>", "<MASK>", "<mask_token>")
-
-ROLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "bos": (("bos_token", "cls_token"), BOS_NAMES),
-    "eos": (("eos_token", "sep_token"), EOS_NAMES),
-    "mask": (("mask_token",), MASK_NAMES),
-}
-"""Keys of ``tokenizer_config.json`` and usual names of each special token."""
-
-KEY = "roles"
-"""Key of an added token under which a definition keeps roles that a configuration file gave it."""
 
 TRAIN_BYTES = 1 << 30
 """Text from which a tokenizer is trained: more hardly changes its merges, and costs memory."""
@@ -95,18 +72,26 @@ class Tokenizer:
         name: for messages.
         special: names of special tokens by their key in ``tokenizer_config.json`` (``bos_token``,
             ``eos_token``, ``cls_token``, ``sep_token``, ``mask_token``).
+        chat_template: in Jinja (:class:`bd3lm.data.ChatTemplate`). None: the definition's own, if
+            it holds one.
 
     Raises:
         TokenizerError: a definition that does not load, or without any token to end a text.
     """
 
-    def __init__(self, text: str, name: str, special: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        name: str,
+        special: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.name = name
         try:
             largest = _core.vet_tokenizer(text)
         except TokenizerError as error:
             raise TokenizerError(str(error).replace("definition", name, 1)) from None
-        self._load(_without_dropout(text))
+        self._load(without_dropout(text))
         ids = self._roles(special or {})
         with errors_of_library(name):
             size = self._inner.get_vocab_size(with_added_tokens=True)
@@ -123,6 +108,9 @@ class Tokenizer:
         self.vocab_size = max(size, self.mask_id + 1)
         if self.mask_id in (self.bos_id, self.eos_id):
             raise TokenizerError(f"tokenizer {name}: its mask token is also its BOS or EOS token")
+        if chat_template is not None and chat_template != self.chat_template:
+            self._load(with_added(self.json, self.eos_id, self.eos_token, {CHAT: chat_template}))
+            self.__dict__.pop("chat_template", None)
 
     def _load(self, text: str) -> None:
         self.json = text
@@ -133,7 +121,7 @@ class Tokenizer:
 
     def _roles(self, special: Mapping[str, str]) -> Mapping[str, int]:
         """The ids of the special tokens, by role: the definition's own, named, or usual."""
-        own = _own_roles(self.json)
+        own = own_roles(self.json)
         usual = {role: self._find(names) for role, (_, names) in ROLES.items()}
         given = {
             role: self._find([special[key] for key in keys if key in special])
@@ -143,7 +131,7 @@ class Tokenizer:
         if any(usual[role] != i for role, i in named.items()):
             # The definition is then complete by itself, in a data set or a checkpoint.
             contents = {i: self._inner.id_to_token(i) or "" for i in named.values()}
-            self._load(_with_roles(self.json, named, contents))
+            self._load(with_roles(self.json, named, contents))
         found = {role: i for role, i in usual.items() if i is not None}
         return {**found, **named, **own}
 
@@ -156,6 +144,36 @@ class Tokenizer:
     def sha256(self) -> str:
         """Digest of the definition."""
         return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template in Jinja; None where there is none."""
+        if f'"{CHAT}"' not in self.json:
+            return None
+        added = json.loads(self.json).get("added_tokens") or []
+        return next((entry[CHAT] for entry in added if CHAT in entry), None)
+
+    def with_chat_template(self, template: Path | str) -> Tokenizer:
+        """A copy with another chat template.
+
+        Args:
+            template: a ``Path`` is a file; a ``str`` is the template itself.
+
+        Raises:
+            TokenizerError: the file cannot be read.
+        """
+        text = read_template(template) if isinstance(template, Path) else template
+        return Tokenizer(self.json, self.name, chat_template=text)
+
+    @property
+    def bos_token(self) -> str:
+        """BOS as text."""
+        return self._inner.id_to_token(self.bos_id) or ""
+
+    @property
+    def eos_token(self) -> str:
+        """EOS as text."""
+        return self._inner.id_to_token(self.eos_id) or ""
 
     def ids(self) -> dict[str, int]:
         """Ids by token."""
@@ -181,7 +199,7 @@ class Tokenizer:
             raise ConfigError("mask-token", token, f"an added token of {self.name}")
         if added[token]["id"] in (self.bos_id, self.eos_id):
             raise ConfigError("mask-token", token, "a token other than those of a text's ends")
-        return Tokenizer(_renamed(definition, token, MASK_NAMES[1]), f"{self.name} ({token})")
+        return Tokenizer(renamed(definition, token, MASK_NAMES[1]), f"{self.name} ({token})")
 
     @property
     def special(self) -> tuple[int, int, int, int]:
@@ -247,58 +265,6 @@ def errors_of_library(name: str) -> Iterator[None]:
         raise TokenizerError(f"tokenizer {name}: {reason[0]}") from None
 
 
-def _own_roles(text: str) -> Mapping[str, int]:
-    """The roles that a definition's added tokens have of their own."""
-    if f'"{KEY}"' not in text:
-        return {}
-    added = json.loads(text).get("added_tokens") or []
-    return {role: entry["id"] for entry in added for role in entry.get(KEY, []) if role in ROLES}
-
-
-def _with_roles(text: str, roles: Mapping[str, int], contents: Mapping[int, str]) -> str:
-    """Put the roles of tokens into a definition."""
-    definition = json.loads(text)
-    added = definition.setdefault("added_tokens", [])
-    for role, i in roles.items():
-        entry = next((entry for entry in added if entry["id"] == i), None)
-        if entry is None:
-            rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            entry = {"id": i, "content": contents[i], **rules}
-            added.append(entry)
-        entry["special"] = True
-        entry[KEY] = sorted({*entry.get(KEY, []), role})
-    added.sort(key=lambda entry: entry["id"])
-    return _dump(definition)
-
-
-def _without_dropout(text: str) -> str:
-    if '"dropout"' not in text:
-        return text
-    definition = json.loads(text)
-    model: dict[str, Any] = definition["model"]
-    if model.get("dropout") is None:
-        return text
-    model["dropout"] = None
-    return _dump(definition)
-
-
-def _dump(definition: object) -> str:
-    return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
-
-
-def _renamed(definition: dict[str, Any], old: str, new: str) -> str:
-    """A ``tokenizer.json`` in which an added token has another name and the same id."""
-    for entry in definition["added_tokens"]:
-        if entry["content"] == old:
-            entry.update(content=new, special=True)
-    vocab = definition["model"].get("vocab")
-    if isinstance(vocab, dict) and old in vocab:
-        vocab[new] = vocab.pop(old)
-    elif isinstance(vocab, list):
-        definition["model"]["vocab"] = [[new if t == old else t, p] for t, p in vocab]
-    return json.dumps(definition, ensure_ascii=False)
-
-
 def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
@@ -307,7 +273,8 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
             BERT ``vocab.txt``; a GPT-2 ``merges.txt`` or ``vocab.bpe`` and its ``vocab.json`` or
             ``encoder.json`` in the same folder; a folder that holds one of these; or a name on
             the Hugging Face hub. A ``tokenizer_config.json`` or ``special_tokens_map.json`` in
-            the same place names its special tokens.
+            the same place names its special tokens; a ``chat_template.jinja`` there, or else the
+            former, has its chat template.
         mask_token: an added token that serves as the mask (:meth:`Tokenizer.with_mask`). None:
             the tokenizer's own mask, else a new id after the last.
 
@@ -316,7 +283,7 @@ def load_tokenizer(name: Path | str, mask_token: str | None = None) -> Tokenizer
         ConfigError: ``mask_token`` cannot be the mask.
     """
     found = find_definition(str(name))
-    tokenizer = Tokenizer(found.text, found.name, found.special)
+    tokenizer = Tokenizer(found.text, found.name, found.special, found.chat_template)
     return tokenizer if mask_token is None else tokenizer.with_mask(mask_token)
 
 

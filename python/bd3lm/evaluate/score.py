@@ -168,6 +168,8 @@ def answer_windows(
 def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
     """Pack the rows a run is scored on: as its training rows, with nothing left out.
 
+    A text with prompts is packed by ``best_fit``, and its responses alone are scored.
+
     Args:
         cfg: settings of the run; ``eval.stride`` lets the rows overlap.
         data: the text.
@@ -176,7 +178,7 @@ def scoring_rows(cfg: TrainConfig, data: Dataset | TokenArrays) -> Rows:
         data,
         seq_len=cfg.seq_len,
         block_size=cfg.block,
-        packing=cfg.packing,
+        packing="best_fit" if data.core.num_prompt_tokens else cfg.packing,
         row_eos=cfg.row_eos,
         stride=cfg.eval.stride,
         keep_last=True,

@@ -18,7 +18,8 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     work counts: unmasked pairs of the attention; the clean stream without its last block, and of
     its last layer only keys and values; in the last layer and the output head only predicted
     positions (half of them under loglinear levels). With a next-token loss the clean stream is
-    computed whole. Norms, rotations and adaLN are left out.
+    computed whole. Norms, rotations and adaLN are left out. Frozen matrices below adapters have no
+    gradient of their own, and the adapters are left out.
 
     Args:
         cfg: the run.
@@ -54,7 +55,8 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     pairs = length * (length + block) / 2
     clean_pairs = clean * (clean + (1 if model.causal_clean else block)) / 2
     attention = 2 * q_width * (pairs * model.depth + clean_pairs * clean_depth)
-    return 6.0 * cfg.batch_size * (products + attention)
+    of_products = 4.0 if cfg.lora.rank else 6.0
+    return cfg.batch_size * (of_products * products + 6.0 * attention)
 
 
 CPU_PEAK_SIZE = 1024

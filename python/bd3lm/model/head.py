@@ -64,7 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
         features, head, bias = inputs[:3]
         grads = _Gradients(
             torch.empty_like(features),
-            torch.empty_like(head) if len(features) else torch.zeros_like(head),
+            _room_for(head, features) if ctx.needs_input_grad[2] else None,
             None if bias is None else torch.zeros_like(bias),
         )
         values = _in_chunks(inputs, kernel, grads)
@@ -85,8 +85,12 @@ class _Gradients(NamedTuple):
     """Gradients of Σ weight·value, filled chunk by chunk."""
 
     features: Tensor
-    head: Tensor
+    head: Tensor | None
     bias: Tensor | None
+
+
+def _room_for(head: Tensor, features: Tensor) -> Tensor:
+    return torch.empty_like(head) if len(features) else torch.zeros_like(head)
 
 
 def _in_chunks(inputs: HeadInputs, kernel: Kernel, grads: _Gradients | None) -> Tensor:
@@ -103,7 +107,8 @@ def _in_chunks(inputs: HeadInputs, kernel: Kernel, grads: _Gradients | None) -> 
     rows = min(_chunk_rows(matrix), max(len(features), 1))
     room = _room(matrix, rows)
     slices = min(SLICE, len(matrix)) if later else len(matrix)
-    product = None if grads is None else _product_room(matrix, slices)
+    trained = grads is not None and grads.head is not None
+    product = _product_room(matrix, slices) if trained else None
     for start in range(0, features.shape[0], rows):
         part = slice(start, start + rows)
         x = features[part].to(dtype)
@@ -120,7 +125,8 @@ def _in_chunks(inputs: HeadInputs, kernel: Kernel, grads: _Gradients | None) -> 
         values[part] = kernel(chunk)
         # The logits have become their own gradient.
         grads.features[part] = logits @ matrix
-        assert product is not None
+        if product is None or grads.head is None:
+            continue  # the head is frozen
         for at in range(0, len(matrix), slices):
             total, d = grads.head[at : at + slices], logits[:, at : at + slices]
             _add_product(total, d, x, product[: len(total)], first=start == 0)

@@ -43,7 +43,8 @@ def training_memory(cfg: TrainConfig, model: Transformer, item: int = 4) -> Memo
         model: its model, in float32.
         item: bytes of an activation.
     """
-    sizes = [(name, p.numel(), p.ndim) for name, p in model.named_parameters()]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    sizes = [(n, p.numel(), p.ndim) for n, p in model.named_parameters() if p.requires_grad]
     parameters = sum(size for _, size, _ in sizes)
     muon = cfg.optim.optimizer == "muon"
     matrices = sum(n for name, n, ndim in sizes if muon and ndim == 2 and name.startswith("blocks"))
@@ -54,4 +55,4 @@ def training_memory(cfg: TrainConfig, model: Transformer, item: int = 4) -> Memo
     full = LAYER_WIDTHS * shape.width + LAYER_HIDDEN * shape.hidden
     layers = full + shape.depth * shape.width if cfg.recompute else shape.depth * full
     kept = rows * (length + clean) * (layers + FIXED_WIDTHS * shape.width)
-    return Memory(12 * parameters, 8 * parameters - 4 * matrices, round(item * kept))
+    return Memory(12 * parameters + 4 * frozen, 8 * parameters - 4 * matrices, round(item * kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -76,7 +75,7 @@ class BlockDiffusion(System):
         """This system at one of its block sizes; they share the noise learned for that size."""
         if self.sizes == (size,):
             return self
-        objective = replace(self._objective, block_sizes=())
+        objective = self._objective.of_one_size()
         told = self._time_conditioned
         alone = BlockDiffusion(
             size, self.mask_id, self._cfg, time_conditioned=told, objective=objective

@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from torch.profiler import record_function
 
 from bd3lm.config import OptimConfig
+from bd3lm.training.adapters import trained_parameters
 from bd3lm.training.orthogonal import orthogonalized
 from bd3lm.training.shards import gradient_norms, is_sharded, local
 
@@ -181,7 +182,7 @@ class Optimizers:
     leaves embeddings, head, norms and biases to AdamW.
 
     Args:
-        model: its parameters are updated.
+        model: its parameters are updated, but for those that are frozen.
         cfg: the settings.
         dtype: of Muon's iterations.
 
@@ -193,7 +194,7 @@ class Optimizers:
         self, model: nn.Module, cfg: OptimConfig, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         self.cfg = cfg
-        self._named = dict(model.named_parameters())
+        self._named = trained_parameters(model)
         # On the CPU reading a flag is free, and copies are not; an accelerator is not waited for.
         self.host_decides = all(p.device.type == "cpu" for p in self._named.values())
         matrices = {

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from bd3lm.checkpoint import load_checkpoint
+from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.checkpoint.native import (
     Meta,
     described,
@@ -33,14 +34,16 @@ from bd3lm.data import Dataset
 from bd3lm.errors import CheckpointError, CorruptError, DivergedError
 from bd3lm.ranks.group import Ranks, lost_ranks
 from bd3lm.storage import is_url
+from bd3lm.training.adapters import base_tensors, trained_parameters
 from bd3lm.training.settings import check_resumed
 from bd3lm.training.shards import fill, is_sharded, local, on_host, whole
 
 if TYPE_CHECKING:
     from bd3lm.training.trainer import Trainer
 
-MODEL, OPTIMIZER = "model/", "optimizer/"
-"""Prefixes of the tensors of the state that a run is resumed from."""
+MODEL, OPTIMIZER, AVERAGE = "model/", "optimizer/", "average/"
+"""Prefixes of the tensors of the state that a run is resumed from: trained weights, the optimizer's
+state, and the average of adapters, whose merged form alone is in ``model.safetensors``."""
 
 
 def save(trainer: Trainer, *, best: bool = False) -> None:
@@ -63,7 +66,7 @@ def save(trainer: Trainer, *, best: bool = False) -> None:
     if saver.saved == step:
         saver.start(step, written)
         return
-    averaged, training = trainer.ema.weights, _training_tensors(trainer)
+    averaged, training = trainer.averaged_weights(), _training_tensors(trainer)
     _check_finite(trainer, {"average/" + k: v for k, v in averaged.items()} | training)
     if ranks.size > 1:
         trainer.system.parts.collect(trainer.ranks.sum, first=ranks.first)
@@ -153,10 +156,13 @@ def _read(trainer: Trainer) -> int:
     training, averaged = meta.training(trainer.ranks.mine), meta.tensors("model.safetensors")
     state = _training_tensors(trainer)
     check_tensors(training.tensors, state, training.file)
-    check_tensors(averaged.tensors, trainer.ema.weights, averaged.file)
+    check_tensors(averaged.tensors, trainer.averaged_weights(), averaged.file)
     _load_numbers(trainer, meta)
     _fill(training, state)
-    _fill(averaged, trainer.ema.weights)
+    if trainer.cfg.lora.rank:
+        _load_frozen(trainer, averaged)
+    else:
+        _fill(averaged, trainer.ema.weights)
     return meta.step
 
 
@@ -175,6 +181,40 @@ def _fill(opened: TensorFile | ShardFiles, targets: Mapping[str, Tensor]) -> Non
             fill(targets[name], tensor)
 
 
+def _load_frozen(trainer: Trainer, averaged: TensorFile) -> None:
+    """Load the weights below the adapters, from the checkpoint that the run began with.
+
+    Args:
+        trainer: with its adapters and their average.
+        averaged: the merged weights of the run's own checkpoint.
+
+    Raises:
+        CheckpointError: that checkpoint is not there any more, or has other weights now.
+    """
+    source = str(trainer.cfg.init_from)
+    _load_weights(trainer, source)
+    merged = trainer.averaged_weights()
+    for name, tensor in averaged.parts():
+        if not torch.equal(merged[name].cpu(), tensor.cpu()):
+            own = shlex.quote(str(averaged.file.parent))
+            raise CheckpointError(
+                f"init-from = {source}: its {name} is not the one that this run began with; "
+                f"restore it, or begin another run with --init-from {own}"
+            )
+
+
+def _load_weights(trainer: Trainer, source: str) -> Checkpoint:
+    """Load the averaged weights of another run, below the adapters if there are any."""
+    path = local_copy(source, training=trainer.cfg.init_optimizer) if is_url(source) else source
+    loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
+    _check_same_function(trainer.cfg.model, loaded.config.model, source)
+    weights = loaded.model.state_dict()
+    check_tensors(weights, base_tensors(trainer.model.state_dict()), source)
+    for name, parameter in base_tensors(dict(trainer.model.named_parameters())).items():
+        fill(parameter, weights[name])
+    return loaded
+
+
 def start_from(trainer: Trainer, source: str) -> None:
     """Begin with the averaged weights of another run.
 
@@ -184,16 +224,10 @@ def start_from(trainer: Trainer, source: str) -> None:
     Raises:
         CheckpointError: a model of another kind, shape or vocabulary, or another optimizer.
     """
-    training = trainer.cfg.init_optimizer
-    path = local_copy(source, training=training) if is_url(source) else source
-    loaded = load_checkpoint(path, tokenizer=trainer.tokenizer)
-    _check_same_function(trainer.cfg.model, loaded.config.model, source)
-    weights = loaded.model.state_dict()
-    check_tensors(weights, trainer.model.state_dict(), source)
-    for name, parameter in trainer.model.named_parameters():
-        fill(parameter, weights[name])
-        fill(trainer.ema.weights[name], weights[name])
-    if training:
+    loaded = _load_weights(trainer, source)
+    for name, parameter in trained_parameters(trainer.model).items():
+        local(trainer.ema.weights[name]).copy_(local(parameter))
+    if trainer.cfg.init_optimizer:
         opened = read_meta(loaded.path).training()
         found, needed = _part(opened.tensors, OPTIMIZER), trainer.optimizers.state()
         if found.keys() != needed.keys():
@@ -210,7 +244,9 @@ def start_from(trainer: Trainer, source: str) -> None:
 
 def _training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Raw weights and optimizer state by the names they have on disk."""
-    raw = {MODEL + k: p.detach() for k, p in trainer.model.named_parameters()}
+    raw = {MODEL + k: p.detach() for k, p in trained_parameters(trainer.model).items()}
+    if trainer.cfg.lora.rank:
+        raw |= {AVERAGE + k: v for k, v in trainer.ema.weights.items()}
     return raw | {OPTIMIZER + k: v for k, v in trainer.optimizers.state().items()}
 
 

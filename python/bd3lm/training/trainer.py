@@ -45,6 +45,7 @@ from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems import BlockDiffusion, System, build_system
+from bd3lm.training.adapters import add_adapters, merged_weights
 from bd3lm.training.callbacks import Callbacks
 from bd3lm.training.clock import StepClock
 from bd3lm.training.ema import Ema
@@ -113,6 +114,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
         model.recompute = cfg.recompute
+        if cfg.lora.rank:
+            add_adapters(model, cfg.lora)
         # FSDP gathers a block before its forward, which a compiled call of the block would skip.
         by_default = self.device.type == "cuda" and not (ranks.size > 1 and is_fsdp(cfg))
         if by_default if cfg.compile is None else cfg.compile:
@@ -371,12 +374,21 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[Transformer]:
         """Yield a model with the averaged weights; all ranks call this."""
+        if self.cfg.lora.rank:
+            yield whole_model(self.model, self.averaged_weights(), self.device)
+            return
         if not any(map(is_sharded, self.ema.weights.values())):
             with self.ema.applied():
                 yield self.model
             return
         weights = {name: whole(tensor) for name, tensor in self.ema.weights.items()}
         yield whole_model(self.model, weights, self.device)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged weights of the whole model; adapters are merged into it."""
+        if self.cfg.lora.rank:
+            return merged_weights(self.model, self.ema.weights, self.cfg.lora)
+        return self.ema.weights
 
     def _scored(self, done: int, total: int) -> None:
         self.ranks.beat(f"after step {self.steps_done}, {done} of {total} rows validated")

@@ -10,7 +10,7 @@ use bd3lm_core::Error;
 use bd3lm_core::cpu::threads;
 use bd3lm_core::data::prepare::prepare as run;
 use bd3lm_core::data::store::{self, TokenStore, Verify, Vocab};
-use bd3lm_core::data::text::{self, Detokenizer, Format, ReadOptions, Reader};
+use bd3lm_core::data::text::{self, Chat, Detokenizer, Exchange, Format, ReadOptions, Reader};
 use bd3lm_core::data::tokenize::{self, Tokenizer};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
@@ -87,6 +87,11 @@ impl PyTokenStore {
     }
 
     #[getter]
+    fn num_prompt_tokens(&self) -> u64 {
+        self.0.prompts().iter().map(|n| u64::from(*n)).sum()
+    }
+
+    #[getter]
     fn special(&self) -> VocabTuple {
         let v = self.0.vocab();
         (v.vocab_size, v.bos_id, v.eos_id, v.mask_id)
@@ -132,6 +137,8 @@ struct Reading {
     strict: bool,
     rows: Option<(u64, u64)>,
     source: Option<String>,
+    /// Maps a JSON record to `[(prompt, response)]`; a ValueError says why it cannot.
+    chat: Option<Py<PyAny>>,
 }
 
 impl Reading {
@@ -147,8 +154,23 @@ impl Reading {
             strict: self.strict,
             rows: self.rows,
             source: self.source,
+            chat: self.chat.map(rendered_by),
         })
     }
+}
+
+/// Chats that a Python callable renders.
+fn rendered_by(render: Py<PyAny>) -> Chat {
+    Chat(Arc::new(move |record: &str| {
+        Python::attach(|py| {
+            let exchanges: Vec<(String, String)> = render.bind(py).call1((record,))?.extract()?;
+            Ok(exchanges
+                .into_iter()
+                .map(|(prompt, response)| Exchange { prompt, response })
+                .collect())
+        })
+        .map_err(|e: PyErr| Python::attach(|py| e.value(py).to_string()))
+    }))
 }
 
 /// A benchmark text as it was written.

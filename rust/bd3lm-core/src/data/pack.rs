@@ -26,6 +26,14 @@ pub enum Packing {
 }
 
 impl Packing {
+    fn name(self) -> &'static str {
+        match self {
+            Packing::Wrap { .. } => Self::NAMES[0],
+            Packing::Aligned => Self::NAMES[1],
+            Packing::BestFit => Self::NAMES[2],
+        }
+    }
+
     /// Names of all packings, as configs and the command line spell them.
     pub const NAMES: [&'static str; 3] = ["wrap", "aligned", "best_fit"];
 
@@ -58,6 +66,8 @@ struct Segment {
     len: u32,
     /// Position of that BOS in the row.
     at: u32,
+    /// Number of its first tokens that are a prompt: clean, and never scored.
+    clean: u32,
 }
 
 /// Rows of `seq_len` tokens aligned to `block_size`, over one data set.
@@ -104,7 +114,8 @@ impl RowPlan {
     ///
     /// # Errors
     /// [`Error::Config`] for a block size that does not divide L, an L below 2 (3 with
-    /// `row_eos`), a stride that is no multiple of S below L, or a corpus too short for one row.
+    /// `row_eos`), a stride that is no multiple of S below L, a corpus too short for one row, or
+    /// prompts in another packing than [`Packing::BestFit`].
     pub fn new(
         store: &TokenStore,
         seq_len: usize,
@@ -124,13 +135,20 @@ impl RowPlan {
             let allowed = format!("a divisor of seq_len = {seq_len}");
             return Err(Error::config("block_size", block_size, allowed));
         }
+        if packing != Packing::BestFit && !store.prompts().is_empty() {
+            return Err(Error::config(
+                "packing",
+                packing.name(),
+                "best_fit: this data set has prompts, which stay in a row with their responses",
+            ));
+        }
         let total = store.tokens().len() as u64;
         let plan = match packing {
             Packing::Wrap { row_eos, stride } => {
                 wrap(total, seq_len, block_size, row_eos, stride, keep_last)?
             }
             Packing::Aligned => aligned(store.doc_offsets(), seq_len, block_size),
-            Packing::BestFit => best_fit(store.doc_offsets(), seq_len, block_size),
+            Packing::BestFit => best_fit(store, seq_len, block_size),
         };
         if plan.num_rows == 0 {
             return Err(Error::config(
@@ -164,7 +182,7 @@ impl RowPlan {
         }
     }
 
-    /// Tokens of the data set, whether or not they fell into a row.
+    /// Tokens of the data set that are no prompt, whether or not they fell into a row.
     pub fn num_stream_tokens(&self) -> u64 {
         self.num_stream_tokens
     }
@@ -218,6 +236,7 @@ impl RowPlan {
                     start: start as u64,
                     len: len as u32,
                     at: 0,
+                    clean: 0,
                 };
                 place(&tokens, segment, bos, 0, out);
                 let mut end = 1 + len;
@@ -260,8 +279,9 @@ fn place(tokens: &Tokens<'_>, segment: Segment, bos: i64, number: i32, out: &mut
     let (at, len) = (segment.at as usize, segment.len as usize);
     out.x0[at] = bos;
     tokens.copy_to(segment.start as usize, &mut out.x0[at + 1..at + 1 + len]);
-    out.noisable[at] = 0;
-    out.noisable[at + 1..at + 1 + len].fill(1);
+    let scored = at + 1 + segment.clean as usize;
+    out.noisable[at..scored].fill(0);
+    out.noisable[scored..at + 1 + len].fill(1);
     if !out.doc_ids.is_empty() {
         out.doc_ids[at..at + 1 + len].fill(number);
     }
@@ -353,6 +373,7 @@ fn aligned(offsets: &[u64], seq_len: usize, block_size: usize) -> RowPlan {
                 start,
                 len: len as u32,
                 at: at as u32,
+                clean: 0,
             });
             start += len;
             at = (at + 1 + len as usize).next_multiple_of(block_size);
@@ -366,23 +387,29 @@ fn aligned(offsets: &[u64], seq_len: usize, block_size: usize) -> RowPlan {
 
 /// Best-fit decreasing over segment lengths, which are small integers: a stack of open rows for
 /// each amount of free room, and a lookup of the smallest that fits.
-fn best_fit(offsets: &[u64], seq_len: usize, block_size: usize) -> RowPlan {
+fn best_fit(store: &TokenStore, seq_len: usize, block_size: usize) -> RowPlan {
     let room = (seq_len - 1) as u64;
-    let mut pieces: Vec<(u64, u32)> = Vec::new();
-    for w in offsets.windows(2) {
-        let mut start = w[0];
+    let offsets = store.doc_offsets();
+    let mut pieces: Vec<(u64, u32, u32)> = Vec::new();
+    for (document, w) in offsets.windows(2).enumerate() {
+        let prompt = store.prompts().get(document).map_or(0, |n| u64::from(*n));
+        // A prompt that does not fit a row with its response loses its beginning.
+        let mut start = w[0].max((w[0] + prompt).min(w[1].saturating_sub(room)));
         while start < w[1] {
             let len = (w[1] - start).min(room);
-            pieces.push((start, len as u32));
+            let clean = (w[0] + prompt).saturating_sub(start).min(len);
+            if clean < len {
+                pieces.push((start, len as u32, clean as u32));
+            }
             start += len;
         }
     }
     // Stable, so that equal lengths keep their order.
-    pieces.sort_by_key(|(_, len)| std::cmp::Reverse(*len));
+    pieces.sort_by_key(|(_, len, _)| std::cmp::Reverse(*len));
     let blocks = seq_len / block_size;
     let mut open: Vec<Vec<u32>> = vec![Vec::new(); blocks + 1]; // by free blocks
     let mut used: Vec<Vec<Segment>> = Vec::new();
-    for (start, len) in pieces {
+    for (start, len, clean) in pieces {
         let need = (1 + len as usize).div_ceil(block_size);
         let (row, free) = match (need..=blocks).find(|free| !open[*free].is_empty()) {
             Some(free) => (open[free].pop().expect("found non-empty") as usize, free),
@@ -392,7 +419,12 @@ fn best_fit(offsets: &[u64], seq_len: usize, block_size: usize) -> RowPlan {
             }
         };
         let at = ((blocks - free) * block_size) as u32;
-        used[row].push(Segment { start, len, at });
+        used[row].push(Segment {
+            start,
+            len,
+            at,
+            clean,
+        });
         open[free - need].push(row as u32);
     }
     let mut rows = vec![0u32];
@@ -401,7 +433,9 @@ fn best_fit(offsets: &[u64], seq_len: usize, block_size: usize) -> RowPlan {
         segments.extend(row);
         rows.push(segments.len() as u32);
     }
-    from_segments(offsets, seq_len, rows, segments)
+    let mut plan = from_segments(offsets, seq_len, rows, segments);
+    plan.num_stream_tokens -= store.prompts().iter().map(|n| u64::from(*n)).sum::<u64>();
+    plan
 }
 
 fn from_segments(

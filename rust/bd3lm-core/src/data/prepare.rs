@@ -62,6 +62,8 @@ struct Part {
     side: usize,
     /// True if the document begins before it.
     continued: bool,
+    /// True for a part of a prompt.
+    prompt: bool,
     /// True if the document ends with it.
     last: bool,
     /// Bytes between the places where it may be divided, if these are wanted.
@@ -196,6 +198,8 @@ struct Pipeline {
     receivers: Vec<Receiver<Result<Encoded>>>,
     reader_bytes: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
+    /// Whether the reader renders chats.
+    renders: bool,
 }
 
 impl Pipeline {
@@ -244,6 +248,7 @@ impl Pipeline {
             receivers,
             reader_bytes,
             stop,
+            renders: options.chat.is_some(),
         })
     }
 
@@ -265,6 +270,11 @@ impl Pipeline {
             };
             if outcome.is_err() || !report(writers) {
                 self.stop.store(true, Ordering::Relaxed);
+                if self.renders {
+                    // It calls into an interpreter, which may end before a thread that is left.
+                    drop(self.receivers);
+                    let _ = self.reader.join();
+                }
                 return outcome.map(|()| None);
             }
         }
@@ -290,7 +300,7 @@ struct Batcher {
     next: usize,
     batch: Batch,
     held_out: Option<f64>,
-    /// Number of the current document.
+    /// Number of the current document; those of a chat share one.
     index: u64,
     /// Bytes of it that were taken.
     begun: u64,
@@ -311,6 +321,7 @@ impl Batcher {
                 bytes: part.len() as u64,
                 side,
                 continued: self.begun > 0,
+                prompt: piece.prompt,
                 last: piece.last && rest.is_empty(),
                 spacing: seams.then(|| SEAMS.0.max((self.begun / SEAMS.1) as usize)),
             });
@@ -323,7 +334,8 @@ impl Batcher {
             }
         }
         if piece.last {
-            self.index += 1;
+            // Documents of one record are on the same side of a split.
+            self.index += u64::from(!piece.more);
             self.begun = 0;
         }
         Ok(())
@@ -388,7 +400,12 @@ fn write(encoded: &Encoded, writers: &mut [StoreWriter]) -> Result<()> {
     let mut start = 0;
     for part in &encoded.parts {
         let writer = &mut writers[part.side];
-        writer.push(&encoded.ids[start..part.end], part.bytes)?;
+        let ids = &encoded.ids[start..part.end];
+        if part.prompt {
+            writer.push_prompt(ids)?;
+        } else {
+            writer.push(ids, part.bytes)?;
+        }
         if part.last {
             writer.end_document()?;
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::data::store::Vocab;
+use crate::data::store::{Recipe, StoreWriter, Verify, Vocab};
 use proptest::prelude::*;
 
 const VOCAB: Vocab = Vocab {
@@ -246,4 +246,66 @@ proptest! {
             prop_assert_eq!(whole_documents, pieces, "documents are cut only where a row is full");
         }
     }
+}
+
+/// Documents of ids 10, 11, … whose first tokens are prompts; each ends with an EOS (2).
+fn store_with_prompts(documents: &[(usize, usize)]) -> TokenStore {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Recipe {
+        vocab: VOCAB,
+        tokenizer: "{}".into(),
+        detokenizer: None,
+        no_eos: false,
+    };
+    let mut writer = StoreWriter::create(dir.path(), recipe).unwrap();
+    let mut next = 10;
+    for (prompt, response) in documents {
+        let ids: Vec<u32> = (next..next + (prompt + response) as u32).collect();
+        next += ids.len() as u32;
+        if *prompt > 0 {
+            writer.push_prompt(&ids[..*prompt]).unwrap();
+        }
+        writer.push(&ids[*prompt..], 1).unwrap();
+        writer.end_document().unwrap();
+    }
+    writer.finish(vec!["ids".into()], None).unwrap();
+    TokenStore::open(dir.path(), Verify::Always).unwrap()
+}
+
+#[test]
+fn prompts_are_clean_and_stay_with_their_responses() {
+    let s = store_with_prompts(&[(3, 1), (0, 2)]);
+    let plan = RowPlan::new(&s, 10, 2, Packing::BestFit, true).unwrap();
+    assert_eq!(plan.num_stream_tokens(), 1 + 2 + 2);
+    let r = rows(&s, &plan, true);
+    assert_eq!(r[0].x0, [1, 10, 11, 12, 13, 2, 1, 14, 15, 2]);
+    assert_eq!(r[0].noisable, [0, 0, 0, 0, 1, 1, 0, 1, 1, 1]);
+    assert_eq!(r[0].doc_ids, [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
+    for packing in [WRAP, Packing::Aligned] {
+        let refused = RowPlan::new(&s, 10, 2, packing, true).unwrap_err();
+        assert!(refused.to_string().contains("must be best_fit: this data"));
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_a_row_loses_its_beginning() {
+    // Rows hold 7 tokens behind BOS: of the prompt, those that the response and its EOS leave.
+    let s = store_with_prompts(&[(20, 2)]);
+    let plan = RowPlan::new(&s, 8, 4, Packing::BestFit, true).unwrap();
+    let r = rows(&s, &plan, true);
+    assert_eq!(r.len(), 1);
+    assert_eq!(r[0].x0, [1, 26, 27, 28, 29, 30, 31, 2]);
+    assert_eq!(r[0].noisable, [0, 0, 0, 0, 0, 1, 1, 1]);
+    // A response longer than a row continues in the next.
+    let s = store_with_prompts(&[(20, 9)]);
+    let plan = RowPlan::new(&s, 8, 4, Packing::BestFit, true).unwrap();
+    let r = rows(&s, &plan, true);
+    assert_eq!(r[0].x0, [1, 30, 31, 32, 33, 34, 35, 36]);
+    assert_eq!(r[1].x0, [1, 37, 38, 2, 1, 1, 1, 1]);
+    let scored: usize = r
+        .iter()
+        .flat_map(|row| &row.noisable)
+        .map(|n| *n as usize)
+        .sum();
+    assert_eq!(scored as u64, plan.num_stream_tokens());
 }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::data::store::{BIN, TokenStore, Verify};
+use crate::data::text::{Chat, Exchange};
 use crate::data::tokenize::tests::{VOCAB, definition};
 
 fn tokenizer() -> Arc<Tokenizer> {
@@ -176,4 +177,49 @@ fn a_pipe_without_a_writer_is_stopped() {
     assert!(stopped.unwrap().is_none());
     assert!(start.elapsed() < Duration::from_secs(5));
     assert!(!target.exists());
+}
+
+#[test]
+fn responses_of_one_chat_are_on_one_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.jsonl");
+    let records: String = (0..200).map(|i| format!("{{\"text\": [{i}]}}\n")).collect();
+    std::fs::write(&path, records + "{\"text\": [\"bad\"]}\n").unwrap();
+    // Three responses a record, whose number is the letters of each.
+    let render = |record: &str| {
+        let digits: String = record.chars().filter(char::is_ascii_digit).collect();
+        let number: usize = digits.parse().map_err(|_| "no number".to_owned())?;
+        let letters = "a".repeat(number + 1);
+        let exchange = |response: &str| Exchange {
+            prompt: letters.clone(),
+            response: response.into(),
+        };
+        Ok(["in", "the", "end"].map(exchange).to_vec())
+    };
+    let options = ReadOptions {
+        chat: Some(Chat(Arc::new(render))),
+        ..Default::default()
+    };
+    let out = dir.path().join("out");
+    let manifests = prepare(
+        &[path],
+        &options,
+        Some(0.2),
+        &tokenizer(),
+        &out,
+        2,
+        &mut |_| true,
+    );
+    let [train, valid] = manifests.unwrap().unwrap().try_into().unwrap();
+    assert_eq!(train.num_documents + valid.num_documents, 600);
+    assert!(train.num_documents % 3 == 0 && valid.num_documents > 60);
+    let records = train.records.unwrap();
+    assert_eq!((records.read, records.bad), (201, 1));
+    assert!(records.first_bad.unwrap().contains("record 201: no number"));
+    for side in SIDES {
+        let store = TokenStore::open(&out.join(side), Verify::Always).unwrap();
+        for three in store.prompts().chunks(3) {
+            assert!(three[0] > 0 && three.iter().all(|n| *n == three[0]));
+        }
+    }
 }

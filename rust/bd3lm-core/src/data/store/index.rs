@@ -1,9 +1,10 @@
-//! The `.idx` file: lengths and positions of the documents.
+//! The `.idx` file: lengths and positions of the documents. And their prompts.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use super::PROMPTS;
 use super::manifest::Manifest;
 use crate::error::{Error, Result};
 
@@ -79,4 +80,25 @@ pub(super) fn read_index(path: &Path, manifest: &Manifest) -> Result<Vec<u64>> {
         ));
     }
     Ok(offsets)
+}
+
+/// Number of tokens of each document's prompt, each at most those of its document; empty where the
+/// manifest lists no such file.
+pub(super) fn read_prompts(path: &Path, manifest: &Manifest, offsets: &[u64]) -> Result<Vec<u32>> {
+    if !manifest.files.contains_key(PROMPTS) {
+        return Ok(Vec::new());
+    }
+    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+    let words = bytes.as_chunks::<4>().0;
+    let prompts: Vec<u32> = words.iter().map(|b| u32::from_le_bytes(*b)).collect();
+    let fits = |(w, prompt): (&[u64], &u32)| u64::from(*prompt) <= w[1] - w[0];
+    let sum: u64 = prompts.iter().map(|n| u64::from(*n)).sum();
+    let whole = prompts.len() + 1 == offsets.len() && sum == manifest.num_prompt_tokens;
+    if whole && offsets.windows(2).zip(&prompts).all(fits) {
+        return Ok(prompts);
+    }
+    Err(Error::Corrupt {
+        path: path.into(),
+        reason: "its prompts are not those of the documents".into(),
+    })
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::digest::{CHUNK, sha256};
-use super::{BIN, IDX, MANIFEST, TOKENIZER};
+use super::{BIN, IDX, MANIFEST, PROMPTS, TOKENIZER};
 use crate::data::text::Records;
 use crate::error::{Error, Result};
 
@@ -73,7 +73,10 @@ pub struct Manifest {
     pub num_documents: u64,
     /// Tokens, the EOS of every document included.
     pub num_tokens: u64,
-    /// UTF-8 bytes of the documents' text. Nothing else in the set depends on it, so it cannot be
+    /// Tokens of them that are prompts: clean, and never scored.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub num_prompt_tokens: u64,
+    /// UTF-8 bytes of the documents' text, prompts left out. Nothing else in the set depends on it, so it cannot be
     /// checked against the tokens.
     pub num_bytes: u64,
     /// `uint16` or `int32`.
@@ -96,6 +99,10 @@ pub struct Manifest {
     pub shards: Vec<Shard>,
     /// SHA-256 of this manifest with this field empty.
     pub sha256: String,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
@@ -203,8 +210,12 @@ impl Manifest {
                 "it must have shards if its version is {VERSION_OF_SHARDS}, and only then"
             ));
         }
-        if !joined && names != [TOKENIZER, BIN, IDX] {
-            return Err(format!("its files must be {TOKENIZER}, {BIN} and {IDX}"));
+        let own: &[&str] = match self.num_prompt_tokens {
+            0 => &[TOKENIZER, BIN, IDX],
+            _ => &[PROMPTS, TOKENIZER, BIN, IDX],
+        };
+        if !joined && names != own {
+            return Err(format!("its files must be {}", own.join(", ")));
         }
         if joined && names != [TOKENIZER] {
             return Err(format!("its only file must be {TOKENIZER}"));
@@ -257,6 +268,13 @@ impl Manifest {
             return Err(format!(
                 "its num_documents = {} do not fit the {} bytes of {IDX}",
                 self.num_documents, self.files[IDX].bytes
+            ));
+        }
+        let prompts = self.files.get(PROMPTS).map(|record| record.bytes);
+        if prompts.is_some_and(|bytes| Some(bytes) != self.num_documents.checked_mul(4)) {
+            return Err(format!(
+                "its num_documents = {} do not fit its {PROMPTS}",
+                self.num_documents
             ));
         }
         let chunked = |record: &FileRecord| match record.chunk_bytes {

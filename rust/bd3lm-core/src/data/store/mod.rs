@@ -29,7 +29,7 @@ use crate::cpu::multiversion::multiversion;
 use crate::cpu::prefetch::prefetch;
 use crate::data::text::stopped;
 use crate::error::{Error, Result};
-use index::read_index;
+use index::{read_index, read_prompts};
 use manifest::{check_regular, read_manifest};
 use shards::Shards;
 
@@ -40,6 +40,8 @@ const COUNTED_TOGETHER: usize = 1 << 20;
 pub const BIN: &str = "tokens.bin";
 /// Lengths and positions of the documents.
 pub const IDX: &str = "tokens.idx";
+/// Tokens of each document's prompt, of 32 bits each; only where a document has one.
+pub const PROMPTS: &str = "prompts.bin";
 /// Description and digests of the files.
 pub const MANIFEST: &str = "manifest.json";
 /// The tokenizer that made them.
@@ -113,6 +115,7 @@ multiversion! {
 pub struct TokenStore {
     data: Data,
     offsets: Vec<u64>,
+    prompts: Vec<u32>,
     vocab: Vocab,
     manifest: Option<Manifest>,
     opened: Option<Opened>,
@@ -164,16 +167,18 @@ impl TokenStore {
         }
         verify::verify(dir, &manifest, verify, stop)?;
         if !manifest.shards.is_empty() {
-            let (shards, offsets) = Shards::open(dir, &manifest, verify, stop)?;
+            let (shards, offsets, prompts) = Shards::open(dir, &manifest, verify, stop)?;
             return Ok(TokenStore {
                 data: Data::Joined(shards),
                 offsets,
+                prompts,
                 vocab: manifest.vocab,
                 manifest: Some(manifest),
                 opened: None,
             });
         }
         let offsets = read_index(&dir.join(IDX), &manifest)?;
+        let prompts = read_prompts(&dir.join(PROMPTS), &manifest, &offsets)?;
         let path = dir.join(BIN);
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
         let meta = file.metadata().map_err(|e| Error::io(&path, e))?;
@@ -198,6 +203,7 @@ impl TokenStore {
                 wide: manifest.is_wide(),
             },
             offsets,
+            prompts,
             vocab: manifest.vocab,
             manifest: Some(manifest),
             opened: Some(Opened {
@@ -257,6 +263,7 @@ impl TokenStore {
         let mut store = TokenStore {
             data: Data::Wide(ids),
             offsets,
+            prompts: Vec::new(),
             vocab,
             manifest: None,
             opened: None,
@@ -321,6 +328,12 @@ impl TokenStore {
     /// Begin of each document in [`Self::tokens`], and the end of the last.
     pub fn doc_offsets(&self) -> &[u64] {
         &self.offsets
+    }
+
+    /// Number of leading tokens of each document that are its prompt: clean, and never scored.
+    /// Empty where no document has one.
+    pub fn prompts(&self) -> &[u32] {
+        &self.prompts
     }
 
     /// Number of documents.

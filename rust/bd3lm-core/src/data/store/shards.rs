@@ -20,18 +20,19 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    /// Opens the shards of a manifest; returns their documents as well.
+    /// Opens the shards of a manifest; returns the offsets and prompts of their documents as well.
     pub(super) fn open(
         dir: &Path,
         manifest: &Manifest,
         verify: Verify,
         stop: &AtomicBool,
-    ) -> Result<(Self, Vec<u64>)> {
+    ) -> Result<(Self, Vec<u64>, Vec<u32>)> {
         let corrupt = |reason: String| Error::Corrupt {
             path: dir.join(MANIFEST),
             reason,
         };
         let (mut stores, mut starts, mut offsets) = (Vec::new(), vec![0], vec![0]);
+        let mut prompts = Vec::new();
         for shard in &manifest.shards {
             let path = dir.join(&shard.name);
             let its = read_manifest(&path)?;
@@ -45,13 +46,20 @@ impl Shards {
             let start = starts[starts.len() - 1];
             offsets.extend(store.offsets[1..].iter().map(|end| start as u64 + end));
             starts.push(start + store.tokens().len());
+            if manifest.num_prompt_tokens > 0 {
+                prompts.extend_from_slice(store.prompts());
+                prompts.resize(offsets.len() - 1, 0);
+            }
             stores.push(store);
         }
         let tokens = starts[starts.len() - 1] as u64;
-        if (offsets.len() as u64 - 1, tokens) != (manifest.num_documents, manifest.num_tokens) {
+        let in_prompts: u64 = prompts.iter().map(|n| u64::from(*n)).sum();
+        let found = (offsets.len() as u64 - 1, tokens, in_prompts);
+        let m = manifest;
+        if found != (m.num_documents, m.num_tokens, m.num_prompt_tokens) {
             return Err(corrupt("its counts are not those of its shards".into()));
         }
-        Ok((Shards { stores, starts }, offsets))
+        Ok((Shards { stores, starts }, offsets, prompts))
     }
 
     pub(super) fn len(&self) -> usize {
@@ -149,6 +157,7 @@ pub fn join(dir: &Path, names: &[String]) -> Result<Manifest> {
             Some(all) if agree(all, &manifest) => {
                 all.num_documents += manifest.num_documents;
                 all.num_tokens += manifest.num_tokens;
+                all.num_prompt_tokens += manifest.num_prompt_tokens;
                 all.num_bytes += manifest.num_bytes;
                 for source in manifest.source {
                     if !all.source.contains(&source) {

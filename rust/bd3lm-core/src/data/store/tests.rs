@@ -418,3 +418,63 @@ fn shards_that_do_not_belong_together_are_refused() {
         "{error}"
     );
 }
+
+fn with_prompts(dir: &Path, name: &str, prompts: &[u32]) -> Manifest {
+    let partial = Partial::create(&dir.join(name)).unwrap();
+    let mut writer = StoreWriter::create(partial.path(), recipe(VOCAB)).unwrap();
+    for prompt in prompts {
+        if *prompt > 0 {
+            writer.push_prompt(&vec![7; *prompt as usize]).unwrap();
+        }
+        writer.push(&[8, 9], 5).unwrap();
+        writer.end_document().unwrap();
+    }
+    let manifest = writer.finish(vec!["x".into()], None).unwrap();
+    partial.commit().unwrap();
+    manifest
+}
+
+#[test]
+fn prompts_round_trip_and_join() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = with_prompts(dir.path(), "a", &[2, 0, 1]);
+    assert_eq!((made.num_tokens, made.num_prompt_tokens), (12, 3));
+    assert_eq!(made.num_bytes, 15, "without the prompts");
+    assert!(
+        !with_prompts(dir.path(), "b", &[0])
+            .files
+            .contains_key(PROMPTS)
+    );
+    with_prompts(dir.path(), "c", &[4]);
+    join(dir.path(), &["a".into(), "b".into(), "c".into()]).unwrap();
+    let store = TokenStore::open(dir.path(), Verify::Always).unwrap();
+    assert_eq!(store.prompts(), [2, 0, 1, 0, 4]);
+    assert_eq!(store.manifest().unwrap().num_prompt_tokens, 7);
+    let file = dir.path().join("a").join(PROMPTS);
+    fs::write(&file, [0; 12]).unwrap();
+    let changed = TokenStore::open(dir.path(), Verify::Always).unwrap_err();
+    assert!(changed.to_string().contains("SHA-256"), "{changed}");
+    let changed = TokenStore::open(dir.path(), Verify::Never).unwrap_err();
+    assert!(changed.to_string().contains("not those of the documents"));
+}
+
+#[test]
+fn a_document_with_a_prompt_moves_whole_and_is_never_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let [mut train, mut valid] = ["train", "valid"].map(|side| {
+        fs::create_dir(dir.path().join(side)).unwrap();
+        StoreWriter::create(&dir.path().join(side), recipe(VOCAB)).unwrap()
+    });
+    for prompt in [3, 2] {
+        train.push_prompt(&vec![7; prompt]).unwrap();
+        train.push(&[8, 9], 5).unwrap();
+        train.end_document().unwrap();
+    }
+    train.move_last(&mut valid).unwrap();
+    assert!(!train.split_only(0.5, &mut valid).unwrap());
+    for (writer, side, prompt) in [(train, "train", 3), (valid, "valid", 2)] {
+        writer.finish(vec!["x".into()], None).unwrap();
+        let store = TokenStore::open(&dir.path().join(side), Verify::Always).unwrap();
+        assert_eq!(store.prompts(), [prompt]);
+    }
+}

@@ -7,7 +7,7 @@ use super::digest::{HashingFile, sha256};
 use super::index::{DTYPE_I32, DTYPE_U16, MAGIC};
 use super::manifest::{FORMAT, FileRecord, Manifest, VERSION, Vocab};
 use super::partial::{Partial, sync};
-use super::{BIN, IDX, MANIFEST, TOKENIZER};
+use super::{BIN, IDX, MANIFEST, PROMPTS, TOKENIZER};
 use crate::data::text::Records;
 use crate::error::{Error, Result};
 
@@ -45,6 +45,9 @@ pub struct StoreWriter {
     total: Size,
     /// Places where the first document can be cut, while it is the only one.
     cuts: Vec<Size>,
+    /// Tokens of the prompt of each closed document, and of the current one.
+    prompts: Vec<u32>,
+    prompt: u32,
     recipe: Recipe,
 }
 
@@ -63,6 +66,8 @@ impl StoreWriter {
             last: Size::default(),
             total: Size::default(),
             cuts: Vec::new(),
+            prompts: Vec::new(),
+            prompt: 0,
             recipe,
         })
     }
@@ -86,9 +91,21 @@ impl StoreWriter {
         }
         self.append(ids)?;
         self.current.bytes += text_bytes;
-        if self.lengths.is_empty() {
+        if self.lengths.is_empty() && self.prompt == 0 {
             self.cuts.push(self.current);
         }
+        Ok(())
+    }
+
+    /// Appends ids of a prompt, with which the current document begins. Their text is not counted:
+    /// only what follows is scored.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn push_prompt(&mut self, ids: &[u32]) -> Result<()> {
+        self.push(ids, 0)?;
+        self.cuts = Vec::new(); // a document with a prompt stays whole
+        self.prompt = self.current.tokens as u32;
         Ok(())
     }
 
@@ -133,12 +150,14 @@ impl StoreWriter {
             self.append(&[self.recipe.vocab.eos_id])?;
         } else if self.current.tokens == 0 {
             self.current = Size::default(); // its text made no token
+            self.prompt = 0;
             return Ok(());
         }
         if !self.lengths.is_empty() {
             self.cuts = Vec::new();
         }
         self.lengths.push(length(self.current.tokens)?);
+        self.prompts.push(std::mem::take(&mut self.prompt));
         self.total.tokens += self.current.tokens;
         self.total.bytes += self.current.bytes;
         self.last = std::mem::take(&mut self.current);
@@ -164,6 +183,7 @@ impl StoreWriter {
             let last = self.last;
             self.move_tail(last, to)?;
             to.lengths.push(length(last.tokens)?);
+            to.prompts.extend(self.prompts.pop());
         }
         Ok(())
     }
@@ -192,8 +212,10 @@ impl StoreWriter {
             bytes: all.bytes - head.bytes,
         };
         self.lengths.clear();
+        self.prompts.clear();
         self.move_tail(tail, to)?;
         to.lengths.push(length(tail.tokens)?);
+        to.prompts.push(0);
         self.total = Size::default();
         self.current = head;
         self.end_document()?;
@@ -223,6 +245,14 @@ impl StoreWriter {
         let mut files = BTreeMap::new();
         files.insert(BIN.to_string(), self.bin.finish()?);
         files.insert(IDX.to_string(), self.write_index()?);
+        let prompt_tokens = self.prompts.iter().map(|n| u64::from(*n)).sum();
+        if prompt_tokens > 0 {
+            let mut file = HashingFile::create(self.dir.join(PROMPTS))?;
+            for prompt in &self.prompts {
+                file.write(&prompt.to_le_bytes())?;
+            }
+            files.insert(PROMPTS.to_string(), file.finish()?);
+        }
         let mut tokenizer = HashingFile::create(self.dir.join(TOKENIZER))?;
         tokenizer.write(self.recipe.tokenizer.as_bytes())?;
         files.insert(TOKENIZER.to_string(), tokenizer.finish()?);
@@ -233,6 +263,7 @@ impl StoreWriter {
             vocab: self.recipe.vocab,
             num_documents: self.lengths.len() as u64,
             num_tokens: self.total.tokens,
+            num_prompt_tokens: prompt_tokens,
             num_bytes: self.total.bytes,
             dtype: if self.is_wide() { "int32" } else { "uint16" }.into(),
             files,

@@ -80,12 +80,14 @@ fn read_one(json: &[u8], sink: &mut Sink<'_>) -> Result<()> {
     }
     let mut read = read_record(json, sink.options);
     let mended;
+    let mut json = json;
     if read.is_err()
-        && let Some((json, halves)) = mend(json)
+        && let Some((whole, halves)) = mend(json)
     {
-        mended = json;
-        read = read_record(&mended, sink.options);
-        if halves && matches!(read, Ok(Record::Text(_))) {
+        mended = whole;
+        json = &mended;
+        read = read_record(json, sink.options);
+        if halves && matches!(read, Ok(Record::Text(_) | Record::Chat)) {
             sink.records.repaired += 1;
         }
     }
@@ -99,6 +101,10 @@ fn read_one(json: &[u8], sink: &mut Sink<'_>) -> Result<()> {
             sink.filtered();
             Ok(())
         }
+        Ok(Record::Chat) => match str::from_utf8(json) {
+            Ok(record) => sink.chat(record),
+            Err(e) => sink.bad(format!("not valid UTF-8 (byte {} of it)", e.valid_up_to())),
+        },
         Err(reason) => sink.bad(reason),
     }
 }

@@ -22,7 +22,7 @@ mod tests;
 
 pub use detokenize::Detokenizer;
 pub use input::{Input, STDIN, expand};
-pub use options::{Format, ReadOptions};
+pub use options::{Chat, Exchange, Format, ReadOptions};
 pub use parquet::num_rows as parquet_rows;
 pub use plain::SEPARATOR;
 pub use records::Records;

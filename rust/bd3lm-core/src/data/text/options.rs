@@ -1,5 +1,8 @@
 //! Options of reading text files.
 
+use std::fmt;
+use std::sync::Arc;
+
 use super::detokenize::Detokenizer;
 use crate::error::{Result, named};
 
@@ -32,6 +35,29 @@ impl Format {
     }
 }
 
+/// Text of a prompt and of the response to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exchange {
+    /// Clean context, which is never noised; may be empty.
+    pub prompt: String,
+    /// The text behind it.
+    pub response: String,
+}
+
+/// Renders a JSON record whose text field is no string; the error is the reason for which it
+/// cannot.
+type Render = dyn Fn(&str) -> std::result::Result<Vec<Exchange>, String> + Send + Sync;
+
+/// The documents of records that hold chats.
+#[derive(Clone)]
+pub struct Chat(pub Arc<Render>);
+
+impl fmt::Debug for Chat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Chat")
+    }
+}
+
 /// Format of files, and the documents to keep.
 #[derive(Clone, Debug)]
 pub struct ReadOptions {
@@ -53,6 +79,8 @@ pub struct ReadOptions {
     pub rows: Option<(u64, u64)>,
     /// Name of the source in the manifest, for pipes; `None`: the paths.
     pub source: Option<String>,
+    /// JSON: renders records whose text field is an array or object; `None`: these are bad.
+    pub chat: Option<Chat>,
 }
 
 impl Default for ReadOptions {
@@ -67,6 +95,7 @@ impl Default for ReadOptions {
             strict: false,
             rows: None,
             source: None,
+            chat: None,
         }
     }
 }

@@ -18,6 +18,8 @@ pub(super) enum Record<'a> {
     Null,
     /// The filter leaves the record out.
     Filtered,
+    /// An array or object, which the options' renderer reads.
+    Chat,
 }
 
 /// Reads one JSON object; the error is the reason for which it cannot be read.
@@ -54,6 +56,11 @@ pub(super) fn read_record<'a>(json: &'a [u8], options: &ReadOptions) -> Result<R
     match text.value() {
         Some(Value::Text(text)) => Ok(Record::Text(text)),
         Some(Value::Null) => Ok(Record::Null),
+        Some(Value::Other) if options.chat.is_some() => Ok(Record::Chat),
+        Some(Value::Other) => Err(format!(
+            "its field {name} is not a string; a list of messages needs a tokenizer with a chat \
+             template"
+        )),
         Some(_) => Err(format!("its field {name} is not a string")),
         None => Err(format!(
             "it has no field {name}, only {}; name another with --text-field",
@@ -361,12 +368,13 @@ mod tests {
         );
         assert_eq!(read(r#"{"text": null}"#, "text", None), "Null");
         assert_eq!(
-            read(r#"{"text": {"a": 1}}"#, "text", None),
+            read(r#"{"text": 1}"#, "text", None),
             "its field text is not a string"
         );
         assert_eq!(
             read(r#"{"text": ["a"]}"#, "text", None),
-            "its field text is not a string"
+            "its field text is not a string; a list of messages needs a tokenizer with a chat \
+             template"
         );
         assert_eq!(
             read(r#"{"a": {"b": 1}}"#, "a.c", None),

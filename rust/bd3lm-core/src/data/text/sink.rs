@@ -17,6 +17,21 @@ pub struct Piece<'a> {
     pub text: &'a str,
     /// True if the document ends here.
     pub last: bool,
+    /// True for a prompt, which the rest of the document follows.
+    pub prompt: bool,
+    /// True if another document of the same record follows this one.
+    pub more: bool,
+}
+
+impl<'a> Piece<'a> {
+    fn plain(text: &'a str, last: bool) -> Self {
+        Piece {
+            text,
+            last,
+            prompt: false,
+            more: false,
+        }
+    }
 }
 
 /// Takes the records of one file.
@@ -128,10 +143,38 @@ impl<'a> Sink<'a> {
         match self.options.detokenizer {
             Some(rules) => {
                 let text = rules.apply(text);
-                (self.each)(Piece { text: &text, last })
+                (self.each)(Piece::plain(&text, last))
             }
-            None => (self.each)(Piece { text, last }),
+            None => (self.each)(Piece::plain(text, last)),
         }
+    }
+
+    /// A record that the options' renderer reads.
+    pub(super) fn chat(&mut self, record: &str) -> Result<()> {
+        let chat = self
+            .options
+            .chat
+            .as_ref()
+            .expect("the record is read by it");
+        let exchanges = match (chat.0)(record) {
+            Ok(exchanges) => exchanges,
+            Err(reason) => return self.bad(reason),
+        };
+        self.good += 1;
+        for (index, exchange) in exchanges.iter().enumerate() {
+            let response = Piece {
+                more: index + 1 < exchanges.len(),
+                ..Piece::plain(&exchange.response, true)
+            };
+            if !exchange.prompt.is_empty() {
+                (self.each)(Piece {
+                    prompt: true,
+                    ..Piece::plain(&exchange.prompt, false)
+                })?;
+            }
+            (self.each)(response)?;
+        }
+        Ok(())
     }
 
     /// A part of the record cannot be read.
@@ -139,7 +182,7 @@ impl<'a> Sink<'a> {
         self.bad(reason)?;
         if last && self.open {
             self.open = false;
-            return (self.each)(Piece { text: "", last });
+            return (self.each)(Piece::plain("", last));
         }
         Ok(())
     }
