@@ -125,7 +125,7 @@ def _in_chunks(inputs: HeadInputs, kernel: Kernel, grads: _Gradients | None) -> 
         values[part] = kernel(chunk)
         # The logits have become their own gradient.
         grads.features[part] = logits @ matrix
-        if product is None:
+        if product is None or grads.head is None:
             continue  # the head is frozen
         for at in range(0, len(matrix), slices):
             total, d = grads.head[at : at + slices], logits[:, at : at + slices]
