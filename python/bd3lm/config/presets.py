@@ -85,7 +85,7 @@ def demo(system: SystemName = "bd3lm") -> TrainConfig:
 
 
 def joint(system: SystemName = "bd3lm") -> TrainConfig:
-    """The demo with a causal clean stream and a next-token loss: the best recipe so far.
+    """The demo with a causal clean stream, a next-token loss and larger steps, the best recipe yet.
 
     One checkpoint is a block-diffusion and an autoregressive model (docs/recipe.md).
     """
@@ -94,6 +94,10 @@ def joint(system: SystemName = "bd3lm") -> TrainConfig:
         return base
     return replace(
         base,
+        steps=270,
+        batch_size=32,
+        checkpoint_every=90,
+        eval=EvalConfig(every=90),
         model=replace(base.model, clean_stream="causal"),
         objective=ObjectiveConfig(ar_weight=1.0),
     )
