@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from bd3lm.checkpoint import Checkpoint
-from bd3lm.config import SampleConfig
+from bd3lm.config import LikelihoodName, SampleConfig
 from bd3lm.data import Dataset
 from bd3lm.evaluate import evaluate_likelihood, nelbo_variance, scoring_rows
 from bd3lm.evaluate.generative import CausalLM, generative_perplexity
@@ -56,6 +56,7 @@ class Perplexity:
 
     kind = "perplexity"
     texts = ()
+    likelihood: ClassVar[LikelihoodName] = "nelbo"
 
     def take(self, trained: Trained) -> Values:
         """Return ``ppl``, ``nelbo``, its errors, and nats and tokens of every row."""
@@ -68,6 +69,7 @@ class Perplexity:
             system,
             trained.loaded.model,
             rows,
+            likelihood=self.likelihood,
             estimator=cfg.estimator,
             repeats=self.repeats,
             max_rows=self.rows,
@@ -78,6 +80,14 @@ class Perplexity:
             "row_nats": [round(float(x), 4) for x in result.row_nats],
             "row_tokens": result.row_tokens.tolist(),
         }
+
+
+@dataclass(frozen=True)
+class Marginal(Perplexity):
+    """PPL by the exact likelihood of the first-hitting sampler, for bd3lm with S <= 8."""
+
+    kind = "marginal"
+    likelihood = "marginal"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from bd3lm.systems import BlockDiffusion, System, build_system
 from bd3lm.training.adapters import add_adapters, merged_weights
 from bd3lm.training.callbacks import Callbacks
 from bd3lm.training.clock import StepClock
+from bd3lm.training.data_files import DataWatch, digest_of
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
 from bd3lm.training.interrupt import deferred
@@ -55,7 +56,7 @@ from bd3lm.training.metrics import MetricsLog
 from bd3lm.training.mirror import Mirror
 from bd3lm.training.optim import Optimizers, clip_gradients, lr_factor
 from bd3lm.training.parallel import Loss, is_fsdp, micro_batches, shared, synchronized, whole_model
-from bd3lm.training.persistence import DataWatch, digest_of, resume, save, start_from
+from bd3lm.training.persistence import resume, save, start_from
 from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 from bd3lm.training.reporter import Reporter
 from bd3lm.training.saver import NOTHING, Saver
