@@ -129,6 +129,8 @@ multiversion! {
                 // Lanes beyond the end stay inside the domain.
                 *x = last.min(first.wrapping_add((chunk * LANES + lane) as u32));
             }
+            // The loop below is then compiled over whole vectors; else the first pass shuffles lanes.
+            let mut x = std::hint::black_box(x);
             let mut inside = [0u32; LANES];
             let mut found = [false; LANES];
             loop {
