@@ -24,7 +24,14 @@ import numpy as np
 from common import RESULTS, write
 
 from bd3lm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from bd3lm.config import EvalConfig, ObjectiveConfig, OptimConfig, SampleConfig, TrainConfig
+from bd3lm.config import (
+    EvalConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from bd3lm.data import Rows
 from bd3lm.data.resolve import Splits, open_splits
 from bd3lm.device import autocast, resolve_device
@@ -45,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain cross entropy": {"noise": {"weighting": "simple"}},
     "causal": {"model": CAUSAL},
     "joint": {"model": CAUSAL, "objective": {"ar_weight": 1.0}},
+    "LoRA of rank 16": {"lora": {"rank": 16}},
     "joint, token shift": {
         "model": CAUSAL | {"token_shift": True},
         "objective": {"ar_weight": 1.0},
@@ -76,6 +84,7 @@ def settings(
         init_from=str(folder),
         model=replace(source.config.model, **change.get("model", {})),
         objective=ObjectiveConfig(**objective),
+        lora=LoraConfig(**change.get("lora", {})),
         optim=OptimConfig(lr=lr, warmup_steps=10, decay_fraction=0.5, ema_decay=0.9),
         eval=EvalConfig(every=0),
     )
