@@ -78,16 +78,15 @@ def test_sections_are_rehearsed(tmp_path, sections):
 
 
 @pytest.mark.slow
-def test_the_driver_is_rehearsed(tmp_path):
+def test_the_driver_is_rehearsed(tmp_path, monkeypatch):
     """Each section in a process of its own; one that outlasts its time is ended."""
     found = run("first_run.py", "run", "--rehearse", "--only", "smoke", "tune", out=tmp_path)
     ended = {row["what"]: row for row in found if row["section"] == "driver"}
     assert set(ended) == {"smoke.0", "tune.0", "end"}
     assert all(row["ok"] for row in found)
     assert (tmp_path / "summary.txt").read_text().startswith("smoke: ")
-    late = run(
-        "first_run.py", "run", "--rehearse", "--only", "train", "--budget", "20", out=tmp_path
-    )
+    monkeypatch.setenv("FIRST_RUN_PATIENCE", "0.001")  # milliseconds for each section
+    late = run("first_run.py", "run", "--rehearse", "--only", "train", out=tmp_path)
     assert late[-2]["code"] == "out of time"
     assert late[-1]["what"] == "end"
 
