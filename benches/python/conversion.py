@@ -38,6 +38,7 @@ from bd3lm.device import autocast, resolve_device
 from bd3lm.evaluate import Likelihood, evaluate_likelihood
 from bd3lm.sample import Sampler
 from bd3lm.systems import Autoregressive, BlockDiffusion
+from bd3lm.training.reporter import Silent
 from bd3lm.training.run import train_only
 
 CAUSAL = {"clean_stream": "causal"}
@@ -58,13 +59,6 @@ RUNS: dict[str, dict[str, Any]] = {
         "objective": {"ar_weight": 1.0},
     },
 }
-
-
-class Quiet:
-    """A reporter that shows nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_args, **_kwargs: None
 
 
 def settings(
@@ -154,7 +148,7 @@ def run_all(args: argparse.Namespace, work: Path) -> None:
         started, seconds = time.perf_counter(), None
         if not run.exists():  # with --work, a stopped series goes on
             run.mkdir()
-            train_only(cfg, splits, run, Quiet())  # pyright: ignore[reportArgumentType]
+            train_only(cfg, splits, run, Silent())
             seconds = time.perf_counter() - started
         found = load_checkpoint(run)
         after = scored(found, splits, args.rows, ar=cfg.model.causal_clean)
