@@ -115,8 +115,8 @@ class ModelConfig:
     """Attention among clean tokens: block: they see their whole block, as in the BD3-LM paper;
     causal: no later token, so the model is an autoregressive one as well (objective.ar-weight)."""
     token_shift: bool = False
-    """Predict a token from the position before it, as an autoregressive model does: inside a block
-    from the noised stream, its first token from the clean token before the block."""
+    """Predict a token from the position before it, as an autoregressive model does. For the first
+    token of a block that is the clean token before the block."""
     dropout: float = 0.0
     """Dropout after attention and MLP, while training."""
 
