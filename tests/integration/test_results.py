@@ -13,7 +13,11 @@ from bd3lm_paper.scale import scale_named
 from bd3lm_paper.tables import Recipes
 
 DOCS = Path(__file__).parents[2] / "docs"
-TEXTS = {"zero_lm1b": "lm1b_heldout.txt", "wikitext": "wikitext_raw_test.jsonl"}
+TEXTS = {
+    "zero_lm1b": "lm1b_heldout.txt",
+    "lambada": "lambada_test.jsonl",
+    "wikitext": "wikitext_raw_test.jsonl",
+}
 """Texts of table 5, in ``zero_shot`` of the folder that BD3LM_TEST_DATA names; not shipped."""
 
 
