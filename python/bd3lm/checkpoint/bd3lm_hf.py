@@ -119,6 +119,12 @@ def _check_representable(config: TrainConfig) -> None:
         "False; --layout bd3lm holds a token-shifted model",
     )
     check(
+        not config.model.softmax_cutoffs,
+        "model.softmax-cutoffs",
+        config.model.softmax_cutoffs,
+        "empty; --layout bd3lm holds an adaptive softmax",
+    )
+    check(
         not (config.model.causal_clean and two_streams),
         "model.clean-stream",
         config.model.clean_stream,

@@ -62,6 +62,9 @@ class TrainConfig:
     tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
     """Also take over the optimizer's state of init_from."""
+    init_unigram: bool = False
+    """Start from the frequencies of the tokens in the training text: the head's bias is their
+    logarithm, so that no step is spent on them."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -123,6 +126,12 @@ class TrainConfig:
             "init-optimizer",
             self.init_optimizer,
             "False without init-from",
+        )
+        check(
+            not self.init_unigram or (self.model.head_bias and self.init_from is None),
+            "init-unigram",
+            self.init_unigram,
+            "False with init-from or without model.head-bias",
         )
         if self.micro_batch is not None:
             check_whole("micro-batch", self.micro_batch, 1)
@@ -188,6 +197,13 @@ class TrainConfig:
             "objective.complementary",
             both,
             "False with noise.fit-counts or model.time-conditioning",
+        )
+        cutoffs = self.model.softmax_cutoffs
+        check(
+            not cutoffs or self.system != "sedd",
+            "model.softmax-cutoffs",
+            cutoffs,
+            "empty for system = sedd, whose scores are not normalised",
         )
         shift = self.model.token_shift
         check(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig, check
+from bd3lm.model.adaptive import adaptive_logits, new_clusters, ranges
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.attention.mask import before_last
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
@@ -238,7 +239,7 @@ class Transformer(nn.Module):
         vocab_size: ids in use, the mask token included; V where ``cfg.vocab_size`` is None.
 
     Raises:
-        ConfigError: more ids than ``cfg.vocab_size``.
+        ConfigError: more ids than ``cfg.vocab_size``, or a cutoff that is not below V.
     """
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
@@ -257,6 +258,10 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
         if cfg.tied_embeddings:
             self.head.weight = self.embed.weight
+        cutoffs = cfg.softmax_cutoffs
+        below = not cutoffs or cutoffs[-1] < vocab_size
+        check(below, "model.softmax-cutoffs", cutoffs, f"below the vocabulary of {vocab_size}")
+        self.clusters = new_clusters(cfg.width, cutoffs, vocab_size) if cutoffs else None
         self.rotary = Rotary(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
         self.reset_parameters()
 
@@ -271,6 +276,22 @@ class Transformer(nn.Module):
         if self.cfg.cond_width:
             nn.init.zeros_(self.ada.weight)
             nn.init.zeros_(self.ada.bias)
+
+    @torch.no_grad()
+    def start_from_counts(self, counts: Tensor) -> None:
+        """Set the head's bias so that each token's probability is its frequency (plus one).
+
+        Args:
+            counts: occurrences of every id in the training text [ids], of at most V.
+        """
+        share = torch.ones(self.vocab_size, dtype=torch.float64)
+        share[: len(counts)] += counts
+        share *= (self.vocab_size - 1) / share.sum()  # a uniform distribution has biases of zero
+        self.head.bias.copy_(share.log())
+        if self.clusters is not None:
+            spans = ranges(self.cfg.softmax_cutoffs, self.vocab_size)
+            sums = torch.stack([share[low:high].sum() for low, high in spans])
+            self.clusters.bias.copy_(sums.log())
 
     def use_attention(self, backend: str) -> Transformer:
         """Select the attention backend by name; ``auto`` takes the best available one."""
@@ -636,7 +657,10 @@ class Transformer(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores [..., V] of features [..., D]."""
-        return self.head(features)
+        scores = self.head(features)
+        if self.clusters is None:
+            return scores
+        return adaptive_logits(scores, self.clusters(features), self.cfg.softmax_cutoffs)
 
     def _finish(
         self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None
