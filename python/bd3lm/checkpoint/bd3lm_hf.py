@@ -89,6 +89,8 @@ def their_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "qkv_bias": shape.qkv_bias,
         "out_bias": shape.out_bias,
         "tied_embeddings": shape.tied_embeddings,
+        "embed_norm": shape.embed_norm,
+        "softmax_cutoffs": list(shape.softmax_cutoffs),
         "mask_token_id": tokenizer.mask_id,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -117,12 +119,6 @@ def _check_representable(config: TrainConfig) -> None:
         "model.token-shift",
         True,
         "False; --layout bd3lm holds a token-shifted model",
-    )
-    check(
-        not config.model.softmax_cutoffs,
-        "model.softmax-cutoffs",
-        config.model.softmax_cutoffs,
-        "empty; --layout bd3lm holds an adaptive softmax",
     )
     check(
         not (config.model.causal_clean and two_streams),

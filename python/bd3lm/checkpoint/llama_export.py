@@ -33,6 +33,7 @@ def family_kind(config: TrainConfig) -> str | None:
         and not shape.cond_width
         and not shape.head_bias
         and not shape.softmax_cutoffs
+        and not shape.embed_norm
     )
     if not fits:
         return None

@@ -108,6 +108,8 @@ class ModelConfig:
     """Output head shares the embedding matrix."""
     vocab_size: int | None = None
     """V, rows of the embedding. None: one for every id of the tokenizer. More: the rest pads."""
+    embed_norm: bool = False
+    """Normalise the embeddings before the first block."""
     softmax_cutoffs: tuple[int, ...] = ()
     """Ids at which the vocabulary of the output head is cut (adaptive softmax): the head predicts
     the ids below the first cutoff and the cluster of the others, and for a token of a cluster the

@@ -250,6 +250,7 @@ class Transformer(nn.Module):
         self.recompute = False  # activation checkpointing in denoise and encode
         self._compiled: Callable[..., Tensor] | None = None
         self.embed = nn.Embedding(vocab_size, cfg.width)
+        self.embed_norm = Norm(cfg.width, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = Norm(cfg.width, cfg.norm, cfg.norm_eps)
@@ -416,6 +417,11 @@ class Transformer(nn.Module):
         causal_end = seq_len if self.cfg.causal_clean else 0
         return BlockMask.training(seq_len, block_size, doc_ids, causal_end=causal_end)
 
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Residual stream [..., D] before the first block."""
+        h = self.embed(ids)
+        return h if self.embed_norm is None else self.embed_norm(h)
+
     def _both_streams(
         self,
         xt: Tensor,
@@ -431,7 +437,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
         cond = self.condition(sigma, mask.block_size, clean=mask.clean_len)
-        h = self.embed(torch.cat([xt, x0], dim=1))
+        h = self._embedded(torch.cat([xt, x0], dim=1))
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
         if queries is not None:
@@ -483,7 +489,7 @@ class Transformer(nn.Module):
         )
         cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
-        h = self.embed(ids)
+        h = self._embedded(ids)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             h = self._run(
@@ -540,7 +546,7 @@ class Transformer(nn.Module):
         rope = (table[0][position], table[1][position])
         cond = self.condition(sigma, block_size)
         here = CacheAt(cache, position)
-        h = self.embed(ids)
+        h = self._embedded(ids)
         for layer, block in enumerate(self.blocks):
             last_one = layer == len(self.blocks) - 1
             chosen = select if last_one else None
@@ -572,7 +578,7 @@ class Transformer(nn.Module):
         rope = (cos[flat], sin[flat])
         cond = self.condition(None, 1)
         slots = CacheSlots(cache, slot)
-        h = self.embed(ids.flatten()[None])
+        h = self._embedded(ids.flatten()[None])
         for layer, block in enumerate(self.blocks):
             h = block(h, mask, rope, cond, cache=slots, layer=layer)
         return self._finish(h, cond, None, None).view(*ids.shape, -1)
@@ -608,7 +614,7 @@ class Transformer(nn.Module):
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
         cond = self.condition(sigma, block_size)
         rows = (select - 1).clamp(min=0) if self.cfg.token_shift else select
-        h = self.embed(xt)
+        h = self._embedded(xt)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)
