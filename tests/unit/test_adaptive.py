@@ -12,18 +12,18 @@ from bd3lm.model.flops import head_columns, step_flops
 from bd3lm.systems import Autoregressive, build_system
 from tests.conftest import VOCAB_SIZE, random_ids, tiny_model
 
-V, D, MASK_ID, CUTOFFS = 40, 8, 1, (6, 9, 30)
+V, D, CUTOFFS = 40, 8, (6, 9, 30)
 
 
-def log_probabilities(features, head, bias, clusters):
+def log_probabilities(features, head, bias, clusters, mask_id):
     """Over the whole vocabulary, composed of PyTorch's operations."""
-    logits = adaptive_logits(F.linear(features, head, bias), clusters(features), CUTOFFS)
-    return logits.index_fill(-1, torch.tensor([MASK_ID]), -torch.inf).log_softmax(-1)
+    scores = F.linear(features, head, bias).index_fill(-1, torch.tensor([mask_id]), -torch.inf)
+    return adaptive_logits(scores, clusters(features), CUTOFFS).log_softmax(-1)
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("biased", "mask_id"), [(False, 1), (True, 1), (False, 39), (True, 8)])
 @pytest.mark.parametrize("ids", [range(2, V), range(2, 6), range(30, V)])
-def test_loss_and_gradients_equal_autograd(biased, ids):
+def test_loss_and_gradients_equal_autograd(biased, mask_id, ids):
     torch.manual_seed(0)
     m = 70
     features = torch.randn(m, D, requires_grad=True)
@@ -31,15 +31,16 @@ def test_loss_and_gradients_equal_autograd(biased, ids):
     bias = torch.randn(V, requires_grad=True) if biased else None
     clusters = new_clusters(D, CUTOFFS, V)
     torch.nn.init.normal_(clusters.weight)
-    target, weight = torch.tensor([*ids])[torch.randint(len(ids), (m,))], torch.rand(m)
+    ids = torch.tensor([i for i in ids if i != mask_id])
+    target, weight = ids[torch.randint(len(ids), (m,))], torch.rand(m)
     inputs = [features, head, *clusters.parameters(), *([] if bias is None else [bias])]
 
-    log_p = log_probabilities(features, head, bias, clusters)
+    log_p = log_probabilities(features, head, bias, clusters, mask_id)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(m))
     expected_nll = F.nll_loss(log_p, target, reduction="none")
     wanted = torch.autograd.grad(3 * (expected_nll * weight).sum(), inputs)
 
-    given = HeadInputs(features, head, bias, target, weight, MASK_ID)
+    given = HeadInputs(features, head, bias, target, weight, mask_id)
     total, nll = adaptive_cross_entropy(given, clusters, CUTOFFS)
     found = torch.autograd.grad(3 * total, inputs)
     torch.testing.assert_close(total, (expected_nll * weight).sum())
@@ -76,6 +77,11 @@ def test_systems_train_on_what_they_draw_from(name):
     torch.testing.assert_close(system.logits(ready, features).log_softmax(-1), log_p)
 
 
+def test_cutoffs_beyond_the_vocabulary_are_left_out():
+    assert tiny_model(softmax_cutoffs=(4, VOCAB_SIZE, 99)).cutoffs == (4,)
+    assert tiny_model(softmax_cutoffs=(VOCAB_SIZE,)).clusters is None
+
+
 def test_unfit_cutoffs_are_refused():
     def refused(**changes):
         with pytest.raises(ConfigError) as error:
@@ -83,10 +89,7 @@ def test_unfit_cutoffs_are_refused():
         return str(error.value)
 
     assert "in increasing order" in refused(model={"softmax_cutoffs": (8, 8)})
-    assert "above the id of the mask token, 5" in refused(model={"softmax_cutoffs": (5, 9)})
     assert "empty for system = sedd" in refused(system="sedd", model={"softmax_cutoffs": (8,)})
-    with pytest.raises(ConfigError, match="below the vocabulary of 16"):
-        tiny_model(softmax_cutoffs=(4, VOCAB_SIZE))
     assert "init-unigram" in refused(init_unigram=True, model={"head_bias": False})
 
 
@@ -97,8 +100,8 @@ def test_operations_count_the_columns_that_are_computed():
     first, second = (harmonic[b - 1] - harmonic[a - 1] for a, b in ((50, 300), (300, 1000)))
     exact = 52 + (250 * first + 700 * second) / harmonic[-1]
     assert head_columns((50, 300), 1000) == pytest.approx(exact.item(), rel=1e-3)
-    config = preset("demo", model={"softmax_cutoffs": (2048,)})
-    whole = step_flops(preset("demo"), 16384)
+    config, plain = (preset("demo", model={"softmax_cutoffs": c}) for c in ((2048,), ()))
+    whole = step_flops(plain, 16384)
     predicted = config.batch_size * config.seq_len / 2
     saved = 6 * predicted * config.model.width * (16384 - head_columns((2048,), 16384))
     assert whole - step_flops(config, 16384) == pytest.approx(saved)

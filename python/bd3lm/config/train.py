@@ -63,8 +63,8 @@ class TrainConfig:
     init_optimizer: bool = False
     """Also take over the optimizer's state of init_from."""
     init_unigram: bool = False
-    """Start from the frequencies of the tokens in the training text: the head's bias is their
-    logarithm, so that no step is spent on them."""
+    """Start a new model from the frequencies of the tokens in the training text: the head's bias is
+    their logarithm, so that no step is spent on them. Without effect with init_from."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -128,10 +128,10 @@ class TrainConfig:
             "False without init-from",
         )
         check(
-            not self.init_unigram or (self.model.head_bias and self.init_from is None),
+            self.model.head_bias or not self.init_unigram,
             "init-unigram",
             self.init_unigram,
-            "False with init-from or without model.head-bias",
+            "False without model.head-bias",
         )
         if self.micro_batch is not None:
             check_whole("micro-batch", self.micro_batch, 1)

@@ -199,7 +199,7 @@ class DDiTFinalLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(cfg.hidden_dim, cfg.norm, cfg.norm_eps)
         self.linear = nn.Linear(cfg.hidden_dim, cfg.vocab_size, bias=cfg.head_bias)
-        self.cutoffs = cfg.softmax_cutoffs
+        self.cutoffs, self.mask_id = cfg.softmax_cutoffs, cfg.mask_token_id
         if self.cutoffs:
             self.clusters = nn.Linear(cfg.hidden_dim, len(self.cutoffs))
         if cfg.adaln:
@@ -217,6 +217,7 @@ class DDiTFinalLayer(nn.Module):
         logits = self.linear(x)
         if not self.cutoffs:
             return logits
+        logits[..., self.mask_id] = -torch.inf
         ends = [*self.cutoffs, logits.shape[-1]]
         shortlist, *rare = logits.split([ends[0], *(b - a for a, b in pairwise(ends))], -1)
         of_clusters = self.clusters(x).split(1, -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def adaptive_cross_entropy(
     """Compute :func:`bd3lm.model.head.head_cross_entropy` of an adaptive softmax.
 
     Args:
-        inputs: features, head and targets; the mask token is in the shortlist.
+        inputs: features, head and targets.
         clusters: logits of the clusters (:func:`new_clusters`).
         cutoffs: first id of every cluster.
 
@@ -66,8 +67,11 @@ def adaptive_cross_entropy(
     of_shortlist = head.new_zeros(sizes[0]) if bias is None else bias[: sizes[0]]
     offset = torch.cat([of_shortlist, clusters.bias])
     first = torch.where(cluster > 0, sizes[0] - 1 + cluster, target)
-    total, nll = head_cross_entropy(HeadInputs(features, shortlist, offset, first, weight, mask_id))
-    for index, low in enumerate(cutoffs, start=1):
+    masked = partial(_inside, mask_id)
+    total, nll = head_cross_entropy(
+        HeadInputs(features, shortlist, offset, first, weight, masked(0, sizes[0]))
+    )
+    for index, (low, high) in enumerate(ranges(cutoffs, len(head)), start=1):
         rows = _whole_tiles((cluster == index).nonzero().squeeze(1))
         repeated = rows.diff(prepend=rows.new_full((1,), -1)) == 0
         more, values = head_cross_entropy(
@@ -77,12 +81,17 @@ def adaptive_cross_entropy(
                 offsets[index],
                 target[rows] - low,
                 weight[rows].masked_fill(repeated, 0.0),
-                None,
+                masked(low, high),
             )
         )
         total = total + more
         nll = nll.index_copy(0, rows, nll[rows] + values)
     return total, nll
+
+
+def _inside(mask_id: int | None, low: int, high: int) -> int | None:
+    """Place of the mask token in a range of ids; None where it is elsewhere."""
+    return mask_id - low if mask_id is not None and low <= mask_id < high else None
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:
@@ -94,7 +103,7 @@ def adaptive_logits(scores: Tensor, clusters: Tensor, cutoffs: Sequence[int]) ->
     """Log-probabilities, up to a constant of each row, of all tokens.
 
     Args:
-        scores: products of features and head [..., V].
+        scores: products of features and head [..., V]; -inf for a token without probability.
         clusters: logits of the clusters [..., C].
         cutoffs: first id of every cluster.
 

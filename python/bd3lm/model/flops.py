@@ -69,6 +69,7 @@ def head_columns(cutoffs: Sequence[int], vocab_size: int) -> float:
     With an adaptive softmax those of the shortlist and, for a token of a cluster, those of the
     cluster. Tokens are taken to follow Zipf's law: the id n has a share of 1/n.
     """
+    cutoffs = [c for c in cutoffs if c < vocab_size]
     if not cutoffs:
         return vocab_size
     columns = float(cutoffs[0] + len(cutoffs))

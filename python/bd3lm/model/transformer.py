@@ -239,7 +239,7 @@ class Transformer(nn.Module):
         vocab_size: ids in use, the mask token included; V where ``cfg.vocab_size`` is None.
 
     Raises:
-        ConfigError: more ids than ``cfg.vocab_size``, or a cutoff that is not below V.
+        ConfigError: more ids than ``cfg.vocab_size``.
     """
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
@@ -259,10 +259,10 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
         if cfg.tied_embeddings:
             self.head.weight = self.embed.weight
-        cutoffs = cfg.softmax_cutoffs
-        below = not cutoffs or cutoffs[-1] < vocab_size
-        check(below, "model.softmax-cutoffs", cutoffs, f"below the vocabulary of {vocab_size}")
-        self.clusters = new_clusters(cfg.width, cutoffs, vocab_size) if cutoffs else None
+        self.cutoffs = tuple(c for c in cfg.softmax_cutoffs if c < vocab_size)
+        self.clusters = None
+        if self.cutoffs:
+            self.clusters = new_clusters(cfg.width, self.cutoffs, vocab_size)
         self.rotary = Rotary(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
         self.reset_parameters()
 
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
         share *= (self.vocab_size - 1) / share.sum()  # a uniform distribution has biases of zero
         self.head.bias.copy_(share.log())
         if self.clusters is not None:
-            spans = ranges(self.cfg.softmax_cutoffs, self.vocab_size)
+            spans = ranges(self.cutoffs, self.vocab_size)
             sums = torch.stack([share[low:high].sum() for low, high in spans])
             self.clusters.bias.copy_(sums.log())
 
@@ -661,12 +661,19 @@ class Transformer(nn.Module):
             return checkpoint(call, *args, use_reentrant=False, **options)
         return call(*args, **options)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores [..., V] of features [..., D]."""
+    def logits(self, features: Tensor, without: int | None = None) -> Tensor:
+        """Scores [..., V] of features [..., D].
+
+        Args:
+            features: normalised.
+            without: id of the mask token, whose score is -inf. None: it has one like any other.
+        """
         scores = self.head(features)
+        if without is not None:
+            scores[..., without] = -torch.inf
         if self.clusters is None:
             return scores
-        return adaptive_logits(scores, self.clusters(features), self.cfg.softmax_cutoffs)
+        return adaptive_logits(scores, self.clusters(features), self.cutoffs)
 
     def _finish(
         self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None

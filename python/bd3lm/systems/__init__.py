@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bd3lm.config import TrainConfig, check
+from bd3lm.config import TrainConfig
 from bd3lm.systems.autoregressive import Autoregressive
 from bd3lm.systems.base import Denoiser, Scorer, System, sigma_of
 from bd3lm.systems.block_diffusion import BlockDiffusion
@@ -34,7 +34,4 @@ def build_system(cfg: TrainConfig, mask_id: int) -> System:
     Raises:
         ConfigError: settings that this system cannot have.
     """
-    cutoffs = cfg.model.softmax_cutoffs
-    allowed = f"above the id of the mask token, {mask_id}, in all of its ids"
-    check(not cutoffs or cutoffs[0] > mask_id, "model.softmax-cutoffs", cutoffs, allowed)
     return SYSTEMS[cfg.system].from_config(cfg, mask_id)

@@ -117,8 +117,7 @@ class System(ABC):
         head = model.head
         inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
         if model.clusters is not None:
-            cutoffs = model.cfg.softmax_cutoffs
-            return adaptive_cross_entropy(inputs, model.clusters, cutoffs)
+            return adaptive_cross_entropy(inputs, model.clusters, model.cutoffs)
         return self.chunked_loss(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
@@ -152,9 +151,7 @@ class System(ABC):
 
     def logits(self, model: Transformer, features: Tensor) -> Tensor:
         """Unnormalised log-probabilities [R, V] to draw tokens from; the mask token has -inf."""
-        logits = model.logits(features)
-        logits[:, self.mask_id] = -torch.inf
-        return logits
+        return model.logits(features, self.mask_id)
 
     def level_grid(self, steps: int) -> NDArray[np.float64]:
         """Mask probabilities of N ancestral steps, from 1 down to 0: float64 [N+1].

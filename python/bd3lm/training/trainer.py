@@ -114,7 +114,7 @@ class Trainer:
         self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device, share)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
-        if cfg.init_unigram:
+        if cfg.init_unigram and cfg.init_from is None:
             model.start_from_counts(torch.from_numpy(train.token_counts().astype(np.float64)))
         model.recompute = cfg.recompute
         if cfg.lora.rank:
