@@ -114,7 +114,8 @@ class ModelConfig:
     """Ids at which the vocabulary of the output head is cut (adaptive softmax): the head predicts
     the ids below the first cutoff and the cluster of the others, and for a token of a cluster the
     token within it. Training is faster where small ids are frequent, as those of BPE are.
-    Cutoffs from V on are left out. Empty: one softmax over the whole vocabulary."""
+    A GPU's host waits for the number of tokens in each cluster. Cutoffs from V on are left out.
+    Empty: one softmax over the whole vocabulary."""
     cond_width: int = 0
     """Width of the adaLN conditioning vector; 0 removes adaLN."""
     time_conditioning: bool = False
