@@ -18,11 +18,11 @@ from bd3lm_paper import cli as paper
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.formulas import FORMULAS, schedules
 from bd3lm_paper.make import chosen
+from bd3lm_paper.recipes import Recipes
 from bd3lm_paper.render import difference, figure
 from bd3lm_paper.runner import Sweep
 from bd3lm_paper.scale import scale_named
 from bd3lm_paper.spec import record_key
-from bd3lm_paper.tables import Recipes
 
 TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
 
