@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from bd3lm.config import NoiseConfig, TrainConfig
+from bd3lm.config import NoiseConfig, ObjectiveConfig, TrainConfig
 from bd3lm_paper.measures import Perplexity, Variance
 from bd3lm_paper.scale import Scale
 from bd3lm_paper.spec import Cell, Run
@@ -75,13 +75,22 @@ class Recipes:
         )
         return Run(config, corpus, init=first)
 
-    def perplexity(self, run: Run, paper: float | None, original: float | None = None) -> Cell:
+    def perplexity(
+        self, run: Run, paper: float | None = None, original: float | None = None
+    ) -> Cell:
         """PPL by the unclipped NELBO, for any training noise."""
         return Cell(run, Perplexity(rows=self.scale.valid_rows), "ppl", paper, original)
 
     def variance(self, run: Run, paper: float | None) -> Cell:
         """Var. NELBO under the run's own noise."""
         return Cell(run, Variance(batches=self.scale.variance_batches), "variance", paper)
+
+
+def joint(run: Run) -> Run:
+    """A BD3-LM's run with a causal clean stream and the next-token loss, its ancestors' too."""
+    model = replace(run.config.model, clean_stream="causal")
+    config = replace(run.config, model=model, objective=ObjectiveConfig(ar_weight=1.0))
+    return replace(run, config=config, init=None if run.init is None else joint(run.init))
 
 
 def six_models(

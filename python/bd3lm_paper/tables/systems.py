@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bd3lm.config import TrainConfig
 from bd3lm.config.evaluate import MAX_MARGINAL_BLOCK
 from bd3lm.model.flops import step_flops
-from bd3lm_paper.measures import Cost, Curve, Marginal, ZeroShot
-from bd3lm_paper.recipes import Recipes, System, six_models
+from bd3lm_paper.measures import Autoregressive, Cost, Curve, Marginal, Perplexity, ZeroShot
+from bd3lm_paper.recipes import CLIPS, Recipes, System, joint, six_models
 from bd3lm_paper.spec import Cell, Row, Run, Table
 
 GAP = "bound − exact, nats"
 """Column of :class:`Marginal`."""
+JOINT = "BD3-LM S = 4, joint"
+"""A causal clean stream and the next-token loss besides that of diffusion (docs/recipe.md)."""
+AS_AR = f"{JOINT}, as AR"
+"""The same checkpoint as an autoregressive model."""
 
 
 def table1(r: Recipes) -> Table:
@@ -54,6 +57,7 @@ def _comparison(
         if run.config.system == "bd3lm" and run.config.block <= MAX_MARGINAL_BLOCK:
             cells[GAP] = Cell(run, Marginal(rows=r.scale.valid_rows), "gap", None)
         rows.append(Row((label,), cells, base=("MDLM",)))
+    rows += _joint_rows(r, joint(r.tuned(corpus, 4, steps, clip=CLIPS[4])))
     return Table(
         name,
         title,
@@ -63,6 +67,21 @@ def _comparison(
         remark="PPL is that of the bound, and for AR exact. The exact likelihood is that of first "
         "hitting, from the same forwards, and is computed up to S = 8.",
     )
+
+
+def _joint_rows(r: Recipes, run: Run) -> list[Row]:
+    """One checkpoint as the two models that it is."""
+    gap = Cell(run, Marginal(rows=r.scale.valid_rows), "gap")
+    return [
+        Row((JOINT,), {"PPL": r.perplexity(run), GAP: gap}, base=("MDLM",)),
+        Row((AS_AR,), {"PPL": as_ar(r.perplexity(run))}, base=("MDLM",)),
+    ]
+
+
+def as_ar(cell: Cell) -> Cell:
+    """The perplexity of the same run as an autoregressive model."""
+    assert isinstance(cell.measure, Perplexity)
+    return replace(cell, measure=Autoregressive(cell.measure))
 
 
 def table3(r: Recipes) -> Table:
@@ -92,18 +111,21 @@ TABLE5 = {
 def table5(r: Recipes) -> Table:
     """Zero-shot perplexities of models trained on OpenWebText."""
     rows = []
-    for label, run, _ in six_models(r, "owt", (800, 800), [None] * 6):
-        if label not in TABLE5:
-            continue
+    six = six_models(r, "owt", (800, 800), [None] * 6)
+    runs = {label: run for label, run, _ in six if label in TABLE5}
+    runs[JOINT] = runs[AS_AR] = joint(runs["BD3-LM S = 4"])
+    for label, run in runs.items():
         cells = {
             name: Cell(run, ZeroShot(r.scale.valid_rows, role=role), "ppl", paper)
             for name, role, paper in zip(
                 ("LM1B", "Lambada", "Wikitext"),
                 ("zero_lm1b", "lambada", "wikitext"),
-                TABLE5[label],
+                TABLE5.get(label, (None, None, None)),
                 strict=True,
             )
         }
+        if label == AS_AR:
+            cells = {name: as_ar(cell) for name, cell in cells.items()}
         rows.append(Row((label,), cells, base=("MDLM",)))
     return Table(
         "table5",
@@ -123,28 +145,16 @@ SYSTEMS: list[tuple[str, System, int]] = [
 
 
 def budgets(r: Recipes) -> Table:
-    """The four systems at equal tokens, operations and seconds of training."""
-    steps = r.scale.budget_steps
-
-    def configured(system: System, block: int, count: float) -> TrainConfig:
-        config = r.train(system, "lm1b", block, (1,))
-        return replace(config, steps=max(round(count), 1))
-
-    reference = step_flops(configured("bd3lm", 4, 1), r.vocab_size)
-    rows = []
-    for label, system, block in SYSTEMS:
-        flops = step_flops(configured(system, block, 1), r.vocab_size) / reference
-        costs = {"tokens": 1.0, "FLOPs": flops}
-        if r.scale.step_seconds:
-            costs["seconds"] = r.scale.step_seconds[system] / r.scale.step_seconds["bd3lm"]
-        for equal, cost in {"all": 1.0}.items() if system == "bd3lm" else costs.items():
-            run = Run(configured(system, block, steps / cost), "lm1b")
-            cells = {
-                "PPL": r.perplexity(run, None),
-                "steps": Cell(run, Cost(), "steps"),
-                "training seconds": Cell(run, Cost(), "seconds"),
-            }
-            rows.append(Row((label, equal), cells, base=(SYSTEMS[0][0], "all")))
+    """The systems at equal tokens, operations and seconds of training."""
+    first, *others = SYSTEMS
+    base = _of_budget(r, *first[1:])
+    rows = [_budget_row((first[0], "all"), r.perplexity(base))]
+    for label, system, block in others:
+        for equal, run in _equal(r, base, _of_budget(r, system, block), system).items():
+            rows.append(_budget_row((label, equal), r.perplexity(run)))
+    both = _equal(r, base, joint(base), "joint")
+    rows += [_budget_row((JOINT, equal), r.perplexity(run)) for equal, run in both.items()]
+    rows += [_budget_row((AS_AR, equal), as_ar(r.perplexity(run))) for equal, run in both.items()]
     return Table(
         "budgets",
         "The systems at equal tokens, operations and seconds of training",
@@ -155,6 +165,32 @@ def budgets(r: Recipes) -> Table:
         "run's own steps. Numbers of steps at equal seconds follow from the seconds of a step "
         "measured beforehand.",
     )
+
+
+def _of_budget(r: Recipes, system: System, block: int) -> Run:
+    """A system's run of as many steps as BD3-LM has."""
+    config = r.train(system, "lm1b", block, (1,))
+    return Run(replace(config, steps=r.scale.budget_steps), "lm1b")
+
+
+def _equal(r: Recipes, base: Run, run: Run, timed: str) -> dict[str, Run]:
+    """The run at the tokens, operations and seconds of ``base``; ``timed`` names its seconds."""
+    flops = step_flops(run.config, r.vocab_size) / step_flops(base.config, r.vocab_size)
+    costs = {"tokens": 1.0, "FLOPs": flops}
+    if r.scale.step_seconds:
+        costs["seconds"] = r.scale.step_seconds[timed] / r.scale.step_seconds["bd3lm"]
+    steps = {equal: max(round(base.config.steps / cost), 1) for equal, cost in costs.items()}
+    return {equal: replace(run, config=replace(run.config, steps=n)) for equal, n in steps.items()}
+
+
+def _budget_row(label: tuple[str, str], perplexity: Cell) -> Row:
+    run = perplexity.run
+    cells = {
+        "PPL": perplexity,
+        "steps": Cell(run, Cost(), "steps"),
+        "training seconds": Cell(run, Cost(), "seconds"),
+    }
+    return Row(label, cells, base=(SYSTEMS[0][0], "all"))
 
 
 def figure1(r: Recipes) -> Table:
