@@ -135,6 +135,20 @@ def test_tables_with_every_kind_of_cell(tmp_path, roles, capsys):
         assert row["cells"]["entropy"]["mean"] > 0
 
 
+def test_a_joint_run_is_measured_as_both_of_its_models(tmp_path, roles):
+    whole = TABLES["table3"](Recipes(scale_named("smoke")))
+    table = dataclasses.replace(whole, rows=whole.rows[-2:])
+    sweep = Sweep(tmp_path, Texts(roles, tmp_path / "data"))
+    sweep.make([table], Silent())
+    (bound, ar) = (row.cells["PPL"] for row in table.rows)
+    assert bound.run == ar.run
+    assert all(run.config.objective.ar_weight == 1 for run in bound.run.lineage())
+    records = [sweep.record(cell.run, cell.measure) for cell in (bound, ar)]
+    assert [record["measure"] for record in records] == ["perplexity", "perplexity as AR"]
+    assert [record["values"]["forwards"] for record in records] == [16, 1]
+    assert records[0]["values"]["row_tokens"] == records[1]["values"]["row_tokens"]
+
+
 def test_every_table_is_well_formed_at_every_scale():
     for scale in ("smoke", "cpu", "full"):
         recipes = Recipes(scale_named(scale))
