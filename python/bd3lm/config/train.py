@@ -44,6 +44,8 @@ class TrainConfig:
     documents whole where they fit."""
     row_eos: bool = False
     """wrap: close every row with EOS, as the original implementation does."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in a random order. False: in the order of the data."""
     system: SystemName = "bd3lm"
     """bd3lm: block diffusion; mdlm: masked diffusion over the whole row; sedd: score entropy over
     the whole row; ar: one token after the other."""

@@ -104,7 +104,9 @@ class Trainer:
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
-        self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
+        self.loader = Loader(
+            self.rows, cfg.batch_size, cfg.seed, shuffle=cfg.shuffle, pinned=pinned
+        )
         self.parts = micro_batches(cfg, ranks.size)
         self.watch = DataWatch(train, valid)
         digests = {"train": digest_of(train), "valid": digest_of(valid)}
