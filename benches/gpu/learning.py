@@ -36,6 +36,7 @@ def curve_configs() -> dict[str, Any]:
     demo = preset("demo")
     demo = dataclasses.replace(
         demo, steps=DEMO_STEPS, batch_size=8, block_size=16, precision="fp32", compile=False,
+        init_unigram=False,
         model=dataclasses.replace(demo.model, dropout=0.0),
         eval=dataclasses.replace(demo.eval, every=0),
     )  # fmt: skip
