@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{TokenStore, Tokens};
+use super::{BIN, TokenStore, Tokens};
 use crate::error::{Error, Result};
 
 /// Copies of runs of tokens. Nothing else of the data set can be read.
@@ -19,8 +19,7 @@ impl<'a> Staged<'a> {
     /// Takes the ids of runs of a data set, one run after the other.
     ///
     /// # Errors
-    /// Ids of another number or width than those of the runs, an id outside the vocabulary, or the
-    /// mask id.
+    /// Ids of another number than those of the runs, an id outside the vocabulary, or the mask id.
     pub fn new(store: &TokenStore, runs: &[Range<usize>], ids: Tokens<'a>) -> Result<Self> {
         let mut at = 0;
         let mut placed = Vec::with_capacity(runs.len());
@@ -35,23 +34,23 @@ impl<'a> Staged<'a> {
                 format!("the {at} of the runs"),
             ));
         }
-        let wide = store.vocab.vocab_size > 1 << 16;
         let vocab = store.vocab;
         let is_bad = |id: u32| id >= vocab.vocab_size || id == vocab.mask_id;
         // One pass that the compiler can vectorize, as in a verification.
         let bad = match ids {
-            Tokens::U16(x) if !wide => first(x, |id| is_bad(u32::from(id))).map(i64::from),
-            Tokens::I32(x) if wide => first(x, |id| is_bad(id as u32)).map(i64::from),
-            _ => {
-                return Err(Error::config(
-                    "ids",
-                    "of another width",
-                    "those of the data set",
-                ));
-            }
+            Tokens::U16(x) => first(x, |id| is_bad(u32::from(id))).map(i64::from),
+            Tokens::I32(x) => first(x, |id| is_bad(id as u32)).map(i64::from),
+            Tokens::Joined(_) | Tokens::Staged(_) => None, // checked already
         };
-        if let Some(id) = bad {
-            return Err(store.out_of_range(id));
+        match bad {
+            None => {}
+            Some(id) if id == i64::from(vocab.mask_id) => {
+                return Err(Error::Corrupt {
+                    path: BIN.into(),
+                    reason: format!("it holds the mask id {id}, which no text may hold"),
+                });
+            }
+            Some(id) => return Err(store.out_of_range(id)),
         }
         placed.sort_unstable_by_key(|(run, _)| (run.start, run.end));
         Ok(Staged {
