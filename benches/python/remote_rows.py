@@ -28,8 +28,6 @@ from bd3lm.data import Batch, Dataset, Loader, Prefetcher, Rows, load_tokenizer,
 from bd3lm.systems.sized_noise import SizedNoise
 
 LENGTHS, BATCH_SIZE = (128, 1024), 128
-PIECES_CACHED = 0.25
-"""Share of the tokens that the small cache holds."""
 
 
 class SlowStorage(AsyncFileSystem):
@@ -107,8 +105,8 @@ def main() -> None:
             rows = BATCH_SIZE * args.steps
             found.append({"way": "local", "seq_len": seq_len, "rows_per_second": rows / took})
             for way, cache in (
-                ("small cache", int(PIECES_CACHED * size)),
-                ("room for all", size * 2),
+                ("a quarter", size // 4),
+                ("all", size * 2),
             ):
                 remote = Dataset(f"slow://{work}/set", cache_size=cache)
                 reader = remote.remote
