@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 WAITS = (0.5, 2.0, 8.0)
 """Seconds before each further attempt at a request that failed."""
+CONNECTIONS = 64
+"""Requests at once to S3, whose own default of 10 is too few for rows."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I)?)?B?", re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:://|::)")
 
@@ -73,7 +75,7 @@ class Remote:
         self.url = url.rstrip("/")
         core: Any = require("fsspec.core", "storage", url)
         try:
-            self._fs, path = core.url_to_fs(self.url)
+            self._fs, path = core.url_to_fs(self.url, **_options(self.url))
         except ImportError as error:
             raise MissingPackageError(f"{url}: {error}; {install_hint('storage')}") from error
         except ValueError as error:
@@ -229,6 +231,15 @@ class Remote:
         if last or isinstance(error, PermissionError):
             reason = " ".join(str(error).split())[:200] or repr(error)
             raise StorageError(f"{where}: {reason}") from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Options of a file system besides those that fsspec is configured with."""
+    config: Any = require("fsspec.config", "storage", url)
+    named = "config_kwargs"
+    if not url.startswith("s3://") or named in config.conf.get("s3", {}):
+        return {}
+    return {named: {"max_pool_connections": CONNECTIONS}}
 
 
 def cache_folder() -> Path:

@@ -70,7 +70,7 @@ def open_remote(
             except Bd3lmError as error:
                 if last or not isinstance(error, (CorruptError, TruncatedError)):
                     raise _of_url(error, folder, remote) from error
-                shutil.rmtree(folder, ignore_errors=True)  # a copy that was damaged here
+                _empty(folder)  # a copy may have been damaged here
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -83,7 +83,8 @@ def _of_url(error: Bd3lmError, folder: Path, remote: Remote) -> Bd3lmError:
 
 def _copied(remote: Remote, folder: Path, content: bytes, cache_size: int | str) -> RemoteTokens:
     """Copy the small files that are not here yet; returns the reader of the others."""
-    write_text(folder / MANIFEST, content.decode(errors="replace"))
+    if not (folder / MANIFEST).is_file():
+        write_text(folder / MANIFEST, content.decode(errors="replace"))
     manifest = json.loads(_core.read_manifest(folder))
     names = [f"{shard['name']}/" for shard in manifest["shards"]] if "shards" in manifest else [""]
     files: list[tuple[str, dict[str, Any]]] = []
@@ -112,6 +113,16 @@ def _copied(remote: Remote, folder: Path, content: bytes, cache_size: int | str)
     return RemoteTokens(remote, parts, width, sizes.pop(), cache_size)
 
 
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock."""
+    with storage_errors(folder):
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
+
+
 def _opened(file: Path) -> BinaryIO:
     with storage_errors(file):
         return file.open("rb")
@@ -137,7 +148,7 @@ def _copy(remote: Remote, folder: Path, name: str, record: dict[str, Any]) -> No
     opened = not name.endswith(DIGESTS)  # and verified where the data set is opened
     if present and (opened or _digest_of(file, record) == record["sha256"]):
         return
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         remote.download(name, partial)
         if _digest_of(partial, record) != record["sha256"]:
