@@ -226,6 +226,19 @@ def test_a_data_set_without_digests_of_its_pieces_is_refused(bucket, stores, tmp
         Dataset("memory://bucket/old")
 
 
+def test_only_readers_in_order_fetch_what_follows(bucket, monkeypatch, stores):
+    monkeypatch.setattr("bd3lm.data.remote_tokens.SEQUENTIAL", 4)
+    data = Dataset("memory://bucket/one", cache_size=64 * PIECE)
+    rows, reader = Rows(data, seq_len=64, block_size=4), data.remote
+    for row in np.random.default_rng(1).permutation(len(rows))[:40]:
+        rows.batch(np.array([row], np.uint64))
+    assert reader.bytes <= 2 * 40 * PIECE
+    data = Dataset("memory://bucket/one", cache_size=64 * PIECE)
+    for index in range(data.num_documents):
+        data.document(index)
+    assert data.remote.requests <= data.num_tokens * 2 // (4 * PIECE) + 2
+
+
 def test_sizes_of_caches(bucket):
     sizes = ("65536", 65536, "10GB", "1.5 MB", "512MiB", "2t", "7B")
     found = [65536, 65536, 10**10, 1500000, 512 << 20, 2 * 10**12, 7]

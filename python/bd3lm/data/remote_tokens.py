@@ -26,7 +26,7 @@ FETCHERS = 4
 MERGED = 64
 """Neighbouring pieces that one request reads at most."""
 SEQUENTIAL = 64
-"""Pieces that are fetched together where documents are read in order."""
+"""Pieces that are fetched together where a reader continues where the last one ended."""
 KEPT = 16
 """Pieces that are fetched together where the cache has room for all."""
 
@@ -102,6 +102,7 @@ class RemoteTokens:
         total = int(self._pieces[-1])
         self._cache = PieceCache(total, size, slots, cache_folder() / "rows", self._fetch)
         self._threads = ThreadPoolExecutor(FETCHERS, thread_name_prefix="bd3lm-fetch")
+        self._read_to = -1
         self.requests = self.bytes = 0
 
     def __call__(self, runs: Ints) -> Ids:
@@ -122,12 +123,13 @@ class RemoteTokens:
         ends = np.cumsum(lengths)
         if not len(ends):
             return np.empty(0, self._dtype)
+        in_order, self._read_to = int(runs[0, 0]) == self._read_to, int(runs[-1, 1])
         out = np.empty(int(ends[-1]) // self._width, self._dtype)
         view = memoryview(out.data).cast("B")
         together = max(self._cache.slots // 4, 1)
         for first in range(0, len(pieces), together):
             some = slice(first, first + together)
-            wanted = self._units(pieces[some], in_order=len(runs) == 1)
+            wanted = self._units(pieces[some], in_order=in_order)
             slots = self._cache.pin(wanted)
             assert slots is not None, "it waits for them"
             try:

@@ -66,7 +66,7 @@ fn tokens_that_are_elsewhere_are_read_from_copies() {
         let whole = TokenStore::open(&target, Verify::Always).unwrap();
         let bytes = fs::read(target.join(BIN)).unwrap();
         let pieces = whole.manifest().unwrap().pieces.clone().unwrap();
-        let each = bytes.chunks(pieces.bytes as usize).map(|p| sha256(p));
+        let each = bytes.chunks(pieces.bytes as usize).map(sha256);
         let digests = fs::read(target.join(DIGESTS)).unwrap();
         let found = digests.chunks(32).map(digest::hex);
         assert_eq!(found.collect::<Vec<_>>(), each.collect::<Vec<_>>());
@@ -102,12 +102,12 @@ fn tokens_that_are_elsewhere_are_read_from_copies() {
         assert!(Staged::new(&absent, &runs[..2], ids).is_err());
         let bad = if vocab_size == 100 { 100 } else { -1 };
         for (bad, name) in [(99, "the mask id 99"), (bad, "vocabulary")] {
-            let (one, two) = ([bad as u16], [bad]);
+            let (one, two) = ([1, bad as u16], [1, bad]);
             let ids = match vocab_size {
                 100 => Tokens::U16(&one),
                 _ => Tokens::I32(&two),
             };
-            let refused = Staged::new(&absent, &[5..6], ids).unwrap_err();
+            let refused = Staged::new(&absent, &[5..6, 9..10], ids).unwrap_err();
             assert!(refused.to_string().contains(name), "{refused}");
         }
     }
@@ -117,7 +117,8 @@ fn tokens_that_are_elsewhere_are_read_from_copies() {
 #[should_panic(expected = "not staged")]
 fn tokens_without_copies_are_not_read() {
     let store = TokenStore::from_arrays(vec![1; 50], &[50], VOCAB).unwrap();
-    let staged = Staged::new(&store, &[10..20], Tokens::U16(&[1; 10])).unwrap();
+    let runs = [10..20, 30..31];
+    let staged = Staged::new(&store, &runs, Tokens::U16(&[1; 11])).unwrap();
     Tokens::Staged(&staged).copy_to(15, &mut [0; 6]);
 }
 
