@@ -91,7 +91,7 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-BENCHES := training_step presets cpu_attention growth sampling data_path tokenizing cold_rows compression
+BENCHES := training_step presets cpu_attention growth sampling data_path tokenizing cold_rows remote_rows compression
 
 bench: setup ## Rust benches, and the Python ones against their peers; tables of docs/performance.md
 	cargo bench

@@ -47,6 +47,7 @@ def repeated(small: Path, out: Path, size: int) -> None:
     parts += [starts[:-1].astype(np.uint64), np.arange(len(lengths) + 1, dtype=np.uint64)]
     (out / "tokens.idx").write_bytes(b"".join(bytes(part) for part in parts))
     (out / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    manifest.pop("pieces")  # for data sets that are elsewhere
     for name in manifest["files"]:
         manifest["files"][name]["bytes"] = (out / name).stat().st_size
     for key in ("num_documents", "num_tokens", "num_bytes"):

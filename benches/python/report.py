@@ -259,6 +259,21 @@ def cold_rows(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def remote_rows(results: dict[str, Any]) -> str:
+    """Speed and traffic of rows in object storage."""
+    rows = [
+        [
+            f"L={r['seq_len']}, {r['way']}",
+            f"{r['rows_per_second']:,.0f}",
+            f"{r['requests_per_row']:.2f}" if "requests_per_row" in r else "",
+            f"{r['bytes_per_row_byte']:.1f}" if "bytes_per_row_byte" in r else "",
+        ]
+        for r in results["found"]
+    ]
+    head = f"{results['megabytes']:g} MB | rows/s | requests a row | bytes read for each of a row"
+    return table(head, rows)
+
+
 def data_path(results: dict[str, Any]) -> str:
     """Text to rows, masks, packing and batches against their peers, and the cost of preparing."""
     compared = [r for r in results["rows"] if r["peer_name"] is not None]
@@ -329,6 +344,7 @@ SECTIONS: dict[str, Section] = {
     "presets": Section("presets.json", presets),
     "tokenizing": Section("tokenizing.json", tokenizing),
     "cold-rows": Section("cold_rows.json", cold_rows),
+    "remote-rows": Section("remote_rows.json", remote_rows),
     "speculation": Section("speculation.json", speculation),
     "parallel-decoding": Section("parallel_decoding.json", parallel_decoding),
 }

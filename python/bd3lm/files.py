@@ -7,6 +7,7 @@ alone survives a crash of the process, not one of the machine.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -118,6 +119,25 @@ def new_directory(path: Path) -> Iterator[Path]:
             sync_directory(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Make a directory of a cache, and let one process at a time complete it.
+
+    Raises:
+        DiskFullError: the disk is full.
+        StorageError: any other refusal of the system.
+    """
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks: each process works for itself
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,24 @@ T = TypeVar("T")
 
 WAITS = (0.5, 2.0, 8.0)
 """Seconds before each further attempt at a request that failed."""
+CONNECTIONS = 64
+"""Requests at once to S3, whose own default of 10 is too few for rows."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I)?)?B?", re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:://|::)")
+
+
+def parse_bytes(size: int | str, setting: str = "cache-size") -> int:
+    """Read a number of bytes, such as ``10GB``, ``512MiB`` or ``65536``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = _SIZE.fullmatch(str(size))
+    if found is None:
+        raise ConfigError(setting, size, "a number of bytes, such as 10GB or 512MiB")
+    number, prefix, binary = found.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def is_url(source: object) -> bool:
@@ -58,7 +75,7 @@ class Remote:
         self.url = url.rstrip("/")
         core: Any = require("fsspec.core", "storage", url)
         try:
-            self._fs, path = core.url_to_fs(self.url)
+            self._fs, path = core.url_to_fs(self.url, **_options(self.url))
         except ImportError as error:
             raise MissingPackageError(f"{url}: {error}; {install_hint('storage')}") from error
         except ValueError as error:
@@ -79,6 +96,41 @@ class Remote:
             return self._request(name, lambda: self._fs.cat_file(self._at(name)))
         except MissingFileError:
             return None
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Read parts of files, at once where the file system can do that.
+
+        Args:
+            ranges: name, first byte and the byte after the last of each part.
+
+        Returns:
+            Content of each part; shorter where the file ends before it.
+
+        Raises:
+            MissingFileError: there is no such file.
+        """
+        found: dict[int, bytes] = {}
+        for wait in (*WAITS, None):
+            left = [index for index in range(len(ranges)) if index not in found]
+            paths, begins, ends = zip(*(ranges[index] for index in left), strict=True)
+            paths = [self._at(name) for name in paths]
+            try:
+                contents = self._fs.cat_ranges(paths, [*begins], [*ends], on_error="return")
+            except Exception as error:  # each protocol has its own kinds
+                contents = [error] * len(left)
+            failures: dict[int, Exception] = {}
+            for index, content in zip(left, contents, strict=True):
+                if isinstance(content, Exception):
+                    failures[index] = content
+                else:
+                    found[index] = content
+            if not failures:
+                break
+            index, error = next(iter(failures.items()))
+            where = f"{self.url}/{ranges[index][0]}, bytes {ranges[index][1]} to {ranges[index][2]}"
+            self._raise_lasting(where, error, last=wait is None)
+            time.sleep(wait or 0.0)
+        return [found[index] for index in range(len(ranges))]
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file directly in a folder, by name; none where there is no folder."""
@@ -164,16 +216,30 @@ class Remote:
             try:
                 self._fs.invalidate_cache()
                 return request()
-            except FileNotFoundError as error:
-                raise MissingFileError(f"{where}: no such file or folder") from error
             except Exception as error:  # each protocol has its own kinds
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise DiskFullError(f"{where}: no space left on the device") from error
-                if wait is None or isinstance(error, PermissionError):
-                    reason = " ".join(str(error).split())[:200] or repr(error)
-                    raise StorageError(f"{where}: {reason}") from error
-            time.sleep(wait)
+                self._raise_lasting(where, error, last=wait is None)
+            time.sleep(wait or 0.0)
         raise AssertionError("the last attempt returns or raises")
+
+    @staticmethod
+    def _raise_lasting(where: str, error: Exception, *, last: bool) -> None:
+        """Raise the error of a request as one of ours, unless another attempt may succeed."""
+        if isinstance(error, FileNotFoundError):
+            raise MissingFileError(f"{where}: no such file or folder") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{where}: no space left on the device") from error
+        if last or isinstance(error, PermissionError):
+            reason = " ".join(str(error).split())[:200] or repr(error)
+            raise StorageError(f"{where}: {reason}") from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Options of a file system besides those that fsspec is configured with."""
+    config: Any = require("fsspec.config", "storage", url)
+    named = "config_kwargs"
+    if not url.startswith("s3://") or named in config.conf.get("s3", {}):
+        return {}
+    return {named: {"max_pool_connections": CONNECTIONS}}
 
 
 def cache_folder() -> Path:

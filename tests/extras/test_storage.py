@@ -1,6 +1,7 @@
 """Runs and checkpoints in S3, as a local server of moto speaks it, through s3fs."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -10,18 +11,22 @@ pytest.importorskip("moto")
 
 import fsspec
 import s3fs
+import torch
 from moto.server import ThreadedMotoServer
 
 from bd3lm import storage
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.steps import StepFolders
 from bd3lm.cli.evaluate import main as evaluate
-from bd3lm.errors import MissingFileError, StorageError
+from bd3lm.data import load_tokenizer
+from bd3lm.errors import CorruptError, MissingFileError, StorageError
 from bd3lm.storage import Remote
-from bd3lm.training import run_training
+from bd3lm.training import read_metrics, run_training
 from bd3lm.training.mirror import Mirror
-from tests.integration.conftest import Silent, config, corpus  # noqa: F401 (fixtures)
+from tests.integration.conftest import Silent, config, corpus, write_splits  # noqa: F401
 from tests.reliability.test_disk import save, saved
+from tests.reliability.test_kills import assert_same_run, state_of
+from tests.unit.test_remote_data import CACHE, PIECE, cut_into_pieces
 
 URL = "s3://bucket/runs/book"
 
@@ -59,6 +64,65 @@ def test_a_run_continues_on_another_machine(s3, config, corpus, tmp_path, capsys
     assert f'"checkpoint": "{URL}"' in capsys.readouterr().out
     again = dataclasses.replace(config, init_from=f"{URL}/checkpoint", init_optimizer=True)
     run_training(again, tmp_path / "again", Silent())
+
+
+@pytest.fixture
+def streamed(s3, config, tmp_path):  # noqa: F811
+    """A run on a directory, and the same on a bucket with a cache of a quarter of its tokens."""
+    data = write_splits(tmp_path, load_tokenizer("default"), rows=(60, 6), words=400)
+    for split in ("train", "valid"):
+        cut_into_pieces(data / split, PIECE)
+    s3.put(str(data), "bucket/data", recursive=True)
+    local = dataclasses.replace(config, data=str(data))
+    return local, dataclasses.replace(config, data="s3://bucket/data", cache_size=str(CACHE))
+
+
+def test_a_run_reads_a_bucket_through_a_cache_that_is_too_small(s3, streamed, tmp_path, capsys):
+    local, remote = streamed
+    size = s3.info("bucket/data/train/tokens.bin")["size"]
+    assert size > 4 * CACHE
+    run_training(local, tmp_path / "local", Silent())
+    run_training(remote, tmp_path / "remote", Silent())
+    assert_same_run(tmp_path / "local", tmp_path / "remote")
+    lines = read_metrics(tmp_path / "remote" / "metrics.jsonl")
+    assert max(line.get("data_seconds", 0.0) for line in lines) > 0
+    scored = []
+    for data in (f"{local.data}/valid", "s3://bucket/data/valid", "s3://bucket/data"):
+        run = str(tmp_path / "remote")
+        evaluate([run, "--data", data, "--json", "--device", "cpu", "--cache-size", str(CACHE)])
+        scored.append(json.loads(capsys.readouterr().out)["nelbo"])
+    evaluate([str(tmp_path / "remote"), "--json", "--device", "cpu"])
+    scored.append(json.loads(capsys.readouterr().out)["nelbo"])
+    assert len(set(scored)) == 1
+
+
+def test_a_run_stops_at_a_damaged_piece_and_continues_when_it_is_mended(s3, streamed, tmp_path):
+    local, remote = (dataclasses.replace(cfg, checkpoint_every=1) for cfg in streamed)
+    run_training(local, tmp_path / "local", Silent())
+    name, content = "bucket/data/train/tokens.bin", None
+    out = tmp_path / "remote"
+    half = dataclasses.replace(remote, steps=3)
+    run_training(half, out, Silent())
+    content = s3.cat_file(name)
+    s3.pipe_file(name, bytes(len(content)))
+    with pytest.raises(CorruptError, match=r"^s3://bucket/data/train/tokens.bin: piece \d+ "):
+        run_training(remote, out, Silent(), resume=True)
+    s3.pipe_file(name, content[: len(content) // 2])
+    with pytest.raises((CorruptError, StorageError), match=r"^s3://bucket/data/train/tokens.bin"):
+        run_training(remote, out, Silent(), resume=True)
+    s3.rm(name)
+    with pytest.raises(MissingFileError, match=r"^s3://bucket/data/train/tokens.bin"):
+        run_training(remote, out, Silent(), resume=True)
+    assert load_checkpoint(out).step == 3
+    s3.pipe_file(name, content)
+    run_training(remote, out, Silent(), resume=True)
+    assert losses(tmp_path / "local") == losses(out)
+    ours, theirs = state_of(out), state_of(tmp_path / "local")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def losses(run):
+    return [(m["step"], m["loss"]) for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
 
 
 def test_large_files_go_up_in_parts_and_come_back(s3, tmp_path):

@@ -147,7 +147,8 @@ def bytes_read(work: Callable[[], object]) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts of Linux")
 def test_a_large_data_set_is_verified_once(large: Path) -> None:
-    size = sum(path.stat().st_size for path in large.iterdir())
+    unread = "digests.bin"  # for data sets that are elsewhere
+    size = sum(path.stat().st_size for path in large.iterdir() if path.name != unread)
     assert size > 64 << 20
     remembered = large / ".verified.json"
     assert bytes_read(lambda: Dataset(large)) > size

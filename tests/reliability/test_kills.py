@@ -23,6 +23,7 @@ from bd3lm.config import to_dict
 from bd3lm.training import read_metrics
 from tests.reliability.test_disk import save, saved
 from tests.reliability.zygote import Zygote
+from tests.unit.test_remote_data import PIECE, cut_into_pieces
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,38 @@ def test_killed_while_checkpoints_are_written_in_the_background(zygote, long, wh
     kill = signal.SIGKILL
     met = interrupted_runs(zygote, long, whole, tmp_path, 10, kill, seed=6, patch=IN_BACKGROUND)
     assert met >= 5
+
+
+SLOW_READS = """
+import os, time
+from fsspec.implementations.local import LocalFileSystem
+from bd3lm.data import remote_tokens
+
+def slowly(self, path, start=None, end=None):
+    time.sleep(0.001)
+    with open(path, "rb") as file:
+        file.seek(start or 0)
+        return file.read(-1 if end is None else end - (start or 0))
+
+LocalFileSystem.cat_file = slowly
+remote_tokens.LEAST_SLOTS = 4
+os.environ["XDG_CACHE_HOME"] = {cache!r}
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_rows_come_from_a_url(zygote, long, whole, tmp_path):
+    """Ten kills of runs whose rows come slowly, through a cache of a part of the tokens."""
+    data, cache = tmp_path / "data", str(tmp_path / "cache")
+    shutil.copytree(long.data, data)
+    for split in ("train", "valid"):
+        cut_into_pieces(data / split, PIECE)
+    assert (data / "train" / "tokens.bin").stat().st_size > 7 * PIECE
+    remote = dataclasses.replace(long, data=f"file://{data}", cache_size=str(4 * PIECE))
+    patch, kill = SLOW_READS.format(cache=cache), signal.SIGKILL
+    met = interrupted_runs(zygote, remote, whole, tmp_path, 10, kill, seed=9, patch=patch)
+    assert met >= 5
+    assert not list((tmp_path / "cache" / "bd3lm" / "rows").iterdir())
 
 
 SLOW_UPLOADS = """

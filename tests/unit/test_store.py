@@ -99,7 +99,14 @@ def test_the_manifest_describes_the_files(made: Path, tokenizer: Tokenizer) -> N
     for name, record in manifest["files"].items():
         content = (made / name).read_bytes()
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert sorted(p.name for p in made.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+    pieces = manifest["pieces"]
+    tokens, digests = ((made / name).read_bytes() for name in ("tokens.bin", "digests.bin"))
+    assert digests == hashlib.sha256(tokens).digest(), "one piece"
+    assert pieces["bytes"] == 16384
+    record = {"bytes": len(digests), "sha256": hashlib.sha256(digests).hexdigest()}
+    assert pieces["digests"] == record
+    others = ["manifest.json", "digests.bin"]
+    assert sorted(p.name for p in made.iterdir()) == sorted([*manifest["files"], *others])
     assert manifest["tokenizer_sha256"] == tokenizer.sha256
     size = manifest["files"]["tokens.bin"]["bytes"]
     assert size == 2 * manifest["num_tokens"], "two bytes a token"

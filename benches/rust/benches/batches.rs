@@ -68,8 +68,19 @@ fn batches(c: &mut Criterion) {
                             rows: batch as u64,
                         };
                         let (clean, noised) = buffers.views();
-                        gather_noised(&store, &plan, &spec, key, &rows, 16, false, clean, noised)
-                            .expect("rows exist")
+                        gather_noised(
+                            &store,
+                            store.tokens(),
+                            &plan,
+                            &spec,
+                            key,
+                            &rows,
+                            16,
+                            false,
+                            clean,
+                            noised,
+                        )
+                        .expect("rows exist")
                     });
                 });
             }

@@ -48,7 +48,8 @@ fn packing(c: &mut Criterion) {
                         noisable: &mut noisable,
                         doc_ids: &mut doc_ids,
                     };
-                    gather(&store, &plan, &rows, name != "wrap", out).expect("rows exist")
+                    gather(&store, store.tokens(), &plan, &rows, name != "wrap", out)
+                        .expect("rows exist")
                 });
             });
         }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bd3lm.checkpoint.record import Record, parse_json
 from bd3lm.checkpoint.steps import BEST, FOLDER, LATEST, TRAINING, is_weights, step_folder
 from bd3lm.errors import CheckpointError, MissingFileError
-from bd3lm.files import digest_file, storage_errors, write_text
+from bd3lm.files import digest_file, locked_directory, storage_errors, write_text
 from bd3lm.storage import Remote, cache_folder
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -140,20 +137,6 @@ def _cached(remote: Remote, *, training: bool) -> Path:
     content = remote.read(CONFIG) or b""
     key = hashlib.sha256(remote.url.encode() + b"\n" + content).hexdigest()[:24]
     target = cache_folder() / "checkpoints" / key
-    with _locked(target):
+    with locked_directory(target):
         download_checkpoint(remote, target, training=training)
     return target
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make a folder, and let one process at a time complete it."""
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with suppress(OSError):  # a file system without locks: each process downloads for itself
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -165,8 +165,11 @@ def parse(kind: type[T], prog: str, argv: Sequence[str] | None, **options: Any) 
 
 
 def check_exists(path: Path | str) -> None:
-    """Raise :class:`MissingFileError` for an input that is not there, before slow imports."""
-    if not Path(path).exists():
+    """Raise :class:`MissingFileError` for an input that is not there, before slow imports.
+
+    A URL is looked at where it is read.
+    """
+    if not is_url(path) and not Path(path).exists():
         raise MissingFileError(f"{path}: no such file or directory")
 
 

@@ -20,6 +20,7 @@ from bd3lm.config import (
     ScheduleName,
     check_whole,
 )
+from bd3lm.storage import parse_bytes
 
 if TYPE_CHECKING:
     from bd3lm.checkpoint import Checkpoint
@@ -41,8 +42,10 @@ class EvalArgs:
     tokenizer: str | None = None
     """Tokenizer of a checkpoint that carries none: a file, a folder or a hub name. None: gpt2."""
     data: str | None = None
-    """A prepared data set (or a folder with its valid/), a text file or hub:NAME. None: the
-    validation data of the checkpoint's run."""
+    """A prepared data set (or a folder with its valid/), here or at a URL; a text file or
+    hub:NAME. None: the validation data of the checkpoint's run."""
+    cache_size: str = "10GB"
+    """Largest local cache of the rows of a data set at a URL, for each process."""
     text_field: str = "text"
     """Field of jsonl and parquet records that holds the text."""
     lines: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -96,6 +99,7 @@ class EvalArgs:
     """Print one JSON object and nothing else."""
 
     def __post_init__(self) -> None:
+        parse_bytes(self.cache_size)
         for name in ("batch_size", "repeats", "block_size", "rows", "stride"):
             value = getattr(self, name)
             if value is not None:
@@ -122,6 +126,7 @@ def evaluate(args: EvalArgs) -> None:
 def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.cli.progress import bar
+    from bd3lm.data.resolve import as_place
     from bd3lm.device import resolve_device
     from bd3lm.evaluate.score import Scoring, open_text
 
@@ -132,7 +137,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as work:
         data = open_text(
             loaded,
-            None if args.data is None else Path(args.data),
+            None if args.data is None else as_place(args.data),
             Path(work),
             console.print if ranks.first else lambda _: None,
             text_field=args.text_field,
@@ -140,6 +145,7 @@ def _evaluate(args: EvalArgs, ranks: Ranks) -> None:
             detokenizer=args.detokenizer,
             eos=args.eos,
             verify=args.verify or "auto",
+            cache_size=args.cache_size,
         )
         scoring = Scoring.prepare(
             loaded,

@@ -15,7 +15,7 @@ from bd3lm.config.objective import ObjectiveConfig
 from bd3lm.config.optim import OptimConfig
 from bd3lm.config.parallel import ParallelConfig
 from bd3lm.config.sample import SampleConfig
-from bd3lm.storage import is_url
+from bd3lm.storage import is_url, parse_bytes
 
 DEFAULT_BLOCK = 4
 """S of a bd3lm run where none is given."""
@@ -30,11 +30,13 @@ class TrainConfig:
     """One training run."""
 
     data: str | None = None
-    """Training data: a prepared directory, a text file (txt, jsonl, parquet; gz, xz, zst), or a
-    data set of the Hugging Face hub: hub:openwebtext, hub:lm1b, hub:PATH[:CONFIG]@SPLIT.
-    None: the English text shipped with the package."""
+    """Training data: a prepared directory, here or at a URL such as s3://bucket/text; a text file
+    (txt, jsonl, parquet; gz, xz, zst); or a data set of the Hugging Face hub: hub:openwebtext,
+    hub:lm1b, hub:PATH[:CONFIG]@SPLIT. None: the English text shipped with the package."""
     valid: str | None = None
     """Validation data, likewise. None: `valid/` inside `data`, or a share of its documents."""
+    cache_size: str = "10GB"
+    """Largest local cache of the rows of a data set at a URL, for each process."""
     tokenizer: str = "default"
     """Tokenizer of text: default, a file, a folder or a hub name. Prepared data has its own."""
     text_field: str = "text"
@@ -118,6 +120,7 @@ class TrainConfig:
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.checkpoint_minutes is not None:
             check_number("checkpoint-minutes", self.checkpoint_minutes, 0, interval="()")
+        parse_bytes(self.cache_size)
         url = "a URL, such as s3://bucket/runs/book"
         check(self.mirror is None or is_url(self.mirror), "mirror", self.mirror, url)
         self._check_block()

@@ -8,10 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from bd3lm.data.noise import NoiseSpec
+from bd3lm.data.remote_tokens import Ahead
 from bd3lm.data.rows import Batch, Loader
 
 AHEAD = 2
 """Steps that are made ahead of the current one."""
+FETCHED_AHEAD = 16
+"""Steps whose rows are fetched from object storage ahead of the one that is made, where the cache
+has room for them."""
 
 
 class _Made(NamedTuple):
@@ -24,7 +28,8 @@ class Prefetcher:
     """Prefetches the batches of the next steps in a background thread.
 
     A batch is a function of (seed, step, noise), so a prefetched batch is the same, bit for bit.
-    One made with noise that was replaced meanwhile is thrown away. The work is done in Rust without
+    One made with noise that was replaced meanwhile is thrown away. Rows in object storage are
+    fetched some steps before their batch is made. The work is done in Rust without
     the interpreter's lock, by one thread that starts with the first batch and ends with
     :meth:`close`.
 
@@ -51,6 +56,7 @@ class Prefetcher:
         self._parts = [(i * ranks + index, parts * ranks) for i in range(parts)]
         self._on_start = on_start
         self._made: deque[_Made] = deque()
+        self._fetching: deque[tuple[int, list[Ahead]]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
     def get(self, step: int, noise: Callable[[int], NoiseSpec]) -> list[Batch]:
@@ -80,6 +86,7 @@ class Prefetcher:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
+        self._release(self._steps)
 
     def _begin(self, step: int, spec: NoiseSpec) -> None:
         if self._thread is None:
@@ -89,4 +96,27 @@ class Prefetcher:
         self._made.append(_Made(step, spec, self._thread.submit(self._make, step, spec)))
 
     def _make(self, step: int, spec: NoiseSpec) -> list[Batch]:
+        if self._loader.rows.are_remote:
+            self._fetch_ahead(step)
         return [self._loader.batch(step, spec, part=part) for part in self._parts]
+
+    def _fetch_ahead(self, step: int) -> None:
+        """Begin to fetch the rows of the next steps; those before ``step`` were read."""
+        if self._fetching and self._fetching[0][0] > step:  # the run went back
+            self._release(self._steps)
+        self._release(step)
+        first = self._fetching[-1][0] + 1 if self._fetching else step
+        for later in range(first, min(step + FETCHED_AHEAD, self._steps - 1) + 1):
+            parts = [self._loader.fetch_ahead(later, part) for part in self._parts]
+            begun = [part for part in parts if part is not None]
+            if len(begun) < len(parts):  # no room yet
+                for part in begun:
+                    part.release()
+                break
+            self._fetching.append((later, begun))
+
+    def _release(self, step: int) -> None:
+        """Give back the room of rows of the steps before this one."""
+        while self._fetching and self._fetching[0][0] < step:
+            for part in self._fetching.popleft()[1]:
+                part.release()

@@ -10,9 +10,11 @@ from typing import Literal, TypedDict
 
 from bd3lm.data.hub import PREFIX, named, prepare_split
 from bd3lm.data.prepare import STDIN, prepare
+from bd3lm.data.remote import CACHE_SIZE
 from bd3lm.data.store import Dataset, Manifest
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm.errors import ConfigError, MissingFileError
+from bd3lm.storage import Remote, is_url
 
 HELD_OUT = 0.05
 MANIFEST = "manifest.json"
@@ -21,9 +23,17 @@ Verify = bool | Literal["auto"]
 """Time of a data set's verification; see :class:`bd3lm.data.Dataset`."""
 
 
-class _Options(TypedDict):
-    text_field: str
+Place = Path | str
+"""A path, or the URL of a prepared directory."""
+
+
+class _Opening(TypedDict):
     verify: Verify
+    cache_size: int | str
+
+
+class _Options(_Opening):
+    text_field: str
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,13 @@ def open_splits(
     *,
     text_field: str = "text",
     verify: Verify = "auto",
+    cache_size: int | str = CACHE_SIZE,
 ) -> Splits:
     """Open the data that is named, tokenizing text into ``work`` where that has not been done.
 
     Nothing named: the corpus shipped with the package. A directory with ``train/`` and
     ``valid/``: those. A prepared data set needs ``valid``, which may be text; a text file or a
-    folder of them has a share held out.
+    folder of them has a share held out. Prepared data may be at a URL.
 
     Args:
         data: training data, or None.
@@ -58,6 +69,7 @@ def open_splits(
         note: called with a line on each step.
         text_field: field of JSON and parquet records that holds the text.
         verify: when the data sets are verified.
+        cache_size: bytes of the local cache of each data set at a URL.
 
     Raises:
         MissingFileError: a path that does not exist.
@@ -65,30 +77,33 @@ def open_splits(
         ConfigError: validation data is missing and cannot be made, or the tokenizer that is named
             is not that of the prepared data.
     """
+    opening: _Opening = {"verify": verify, "cache_size": cache_size}
     if data is None:
         return _default(tokenizer, work, note, verify)
     if data.startswith(PREFIX):
         return _from_hub(data.removeprefix(PREFIX), valid, tokenizer, work, note, verify)
-    train = Path(data)
-    if valid is None and _is_prepared(train / "train") and _is_prepared(train / "valid"):
+    train = as_place(data)
+    has_splits = _has_splits(train)
+    if valid is None and has_splits:
         splits = Splits(
-            Dataset(train / "train", verify=verify), Dataset(train / "valid", verify=verify)
+            Dataset(below(train, "train"), **opening), Dataset(below(train, "valid"), **opening)
         )
         _check_tokenizer(splits.train, tokenizer)
         return splits
     if valid is not None:
-        has_splits = _is_prepared(train / "train") and _is_prepared(train / "valid")
-        train = train / "train" if has_splits else train
-        options: _Options = {"text_field": text_field, "verify": verify}
+        train = below(train, "train") if has_splits else train
+        options: _Options = {"text_field": text_field, **opening}
         opened = open_data(train, tokenizer, work / "train", note, **options)
         # Text that goes with a prepared data set is tokenized as that was.
         own = opened.tokenizer
-        return Splits(opened, open_data(Path(valid), own, work / "valid", note, **options))
-    if _is_prepared(train):
-        Dataset(train, verify=False)  # its own error first, if it is no data set at all
+        return Splits(opened, open_data(as_place(valid), own, work / "valid", note, **options))
+    if is_url(train) or is_prepared(train):
+        # Its own error first, if it is no data set at all.
+        Dataset(train, verify=False, cache_size=cache_size)
         raise ConfigError(
             "valid", None, f"a path: {train} holds no train/ and valid/ to choose from"
         )
+    assert isinstance(train, Path), "no URL"
     if not (work / "train").is_dir():  # otherwise the text itself may be gone
         _check_exists(train)
         note(f"tokenizing {_named(train)}, {HELD_OUT:.0%} of it held out for validation")
@@ -98,8 +113,33 @@ def open_splits(
     return Splits(Dataset(work / "train", verify=verify), Dataset(work / "valid", verify=verify))
 
 
-def _is_prepared(path: Path) -> bool:
-    return (path / MANIFEST).exists()
+def as_place(source: Place) -> Place:
+    """A path, unless it is a URL."""
+    return source if is_url(source) else Path(source)
+
+
+def below(place: Place, name: str) -> Place:
+    """A directory in another."""
+    return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name
+
+
+def is_prepared(place: Place) -> bool:
+    """Return whether a directory holds a manifest.
+
+    Raises:
+        StorageError: the storage behind a URL refuses to say so.
+    """
+    if is_url(place):
+        return Remote(str(place), "data").read(MANIFEST) is not None
+    return (Path(place) / MANIFEST).exists()
+
+
+def _holds_data(path: Path) -> bool:
+    return any(map(is_prepared, (path, path / "train", path / "valid")))
+
+
+def _has_splits(place: Place) -> bool:
+    return all(is_prepared(below(place, split)) for split in ("train", "valid"))
 
 
 def _named(path: Path) -> str:
@@ -117,7 +157,7 @@ def _check_tokenizer(data: Dataset, tokenizer: str | Tokenizer) -> None:
         return
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if loaded.sha256 != data.manifest.tokenizer_sha256:
-        allowed = f"left out or the tokenizer that {data.path} was prepared with"
+        allowed = f"left out or the tokenizer that {data.place} was prepared with"
         raise ConfigError("tokenizer", loaded.name, allowed)
 
 
@@ -154,7 +194,7 @@ def _from_hub(
 
 
 def open_data(
-    path: Path,
+    path: Place,
     tokenizer: str | Tokenizer,
     work: Path,
     note: Callable[[str], None],
@@ -164,8 +204,11 @@ def open_data(
     detokenizer: str | None = None,
     eos: bool = True,
     verify: Verify = "auto",
+    cache_size: int | str = CACHE_SIZE,
 ) -> Dataset:
     """Open a prepared directory, or tokenize text or a hub data set into ``work``.
+
+    The directory may be at a URL.
 
     ``text_field``, ``lines``, ``detokenizer`` and ``eos`` are those of
     :func:`bd3lm.data.prepare`, for text. A data set of the hub has its own detokenizer unless one
@@ -179,13 +222,14 @@ def open_data(
     source = named(str(path).removeprefix(PREFIX)) if str(path).startswith(PREFIX) else None
     if source is not None and detokenizer is not None:
         source = replace(source, detokenizer=detokenizer)
-    if source is None and any(map(_is_prepared, (path, path / "train", path / "valid"))):
-        opened = Dataset(path, verify=verify)
+    if source is None and (is_url(path) or _holds_data(Path(path))):
+        opened = Dataset(path, verify=verify, cache_size=cache_size)
         if isinstance(tokenizer, str):
             _check_tokenizer(opened, tokenizer)
         return opened
     if work.is_dir():
         return Dataset(work, verify=verify)
+    path = Path(path)
     if source is None:
         _check_exists(path)
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bd3lm import _core
 from bd3lm.data.noise import NoiseSpec, buffer
+from bd3lm.data.remote_tokens import Ahead
 from bd3lm.data.store import Dataset, TokenArrays
 from bd3lm.errors import ConfigError
 
@@ -101,6 +102,7 @@ class Rows:
         documents: bool | None = None,
     ) -> None:
         self.seq_len, self.block_size, self.row_eos = seq_len, block_size, row_eos
+        self._remote = data.remote
         self.documents = packing != "wrap" if documents is None else documents
         self.core = _core.RowPlan(
             data.core,
@@ -122,6 +124,19 @@ class Rows:
     def num_stream_tokens(self) -> int:
         """Tokens of the data set, whether or not they fell into a row."""
         return self.core.num_stream_tokens
+
+    @property
+    def are_remote(self) -> bool:
+        """Whether the rows are read from object storage."""
+        return self._remote is not None
+
+    def fetch_ahead(self, rows: NDArray[np.uint64]) -> Ahead | None:
+        """Begin to fetch rows that are read soon.
+
+        Returns:
+            What they need of the cache; None where it has no room now, or nothing is remote.
+        """
+        return None if self._remote is None else self._remote.fetch_ahead(self.core.runs(rows))
 
     def batch(self, rows: NDArray[np.uint64]) -> CleanBatch:
         """The given rows.
@@ -179,13 +194,8 @@ class Loader:
         Raises:
             ConfigError: a part that does not exist, or noise these rows do not allow.
         """
-        index, parts = part
-        if not 0 <= index < parts <= self.batch_size:
-            allowed = f"(index, number) with index < number, at most {self.batch_size} rows"
-            raise ConfigError("part", part, allowed)
-        first = index * self.batch_size // parts
-        size = (index + 1) * self.batch_size // parts - first
-        order = self._order(step * self.batch_size + first, size)
+        first, order = self._rows_of(step, part)
+        size = len(order)
         shape = (size, self.rows.seq_len)
         block_size = spec.block_size or self.rows.block_size
         blocks = (size, self.rows.seq_len // block_size)
@@ -222,6 +232,20 @@ class Loader:
             block_size=block_size,
             step=step,
         )
+
+    def fetch_ahead(self, step: int, part: tuple[int, int] = (0, 1)) -> Ahead | None:
+        """Begin to fetch the rows of a later batch, or of a part of it; see :class:`Rows`."""
+        return self.rows.fetch_ahead(self._rows_of(step, part)[1])
+
+    def _rows_of(self, step: int, part: tuple[int, int]) -> tuple[int, NDArray[np.uint64]]:
+        """First row of a part in its batch, and the rows of the data set that it has."""
+        index, parts = part
+        if not 0 <= index < parts <= self.batch_size:
+            allowed = f"(index, number) with index < number, at most {self.batch_size} rows"
+            raise ConfigError("part", part, allowed)
+        first = index * self.batch_size // parts
+        size = (index + 1) * self.batch_size // parts - first
+        return first, self._order(step * self.batch_size + first, size)
 
     def _order(self, first: int, size: int) -> NDArray[np.uint64]:
         """Rows at places ``first..first + size`` of the endless sequence of epochs."""

@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3lm import _core
+from bd3lm.data.remote import CACHE_SIZE, open_remote
+from bd3lm.data.remote_tokens import RemoteTokens
 from bd3lm.data.tokenizers import Tokenizer, load_tokenizer
+from bd3lm.storage import is_url
 
 
 @dataclass(frozen=True)
@@ -87,32 +90,56 @@ class Manifest:
 
 
 class Dataset:
-    """Documents of token ids, memory-mapped.
+    """Documents of token ids, memory-mapped, or in object storage.
+
+    The tokens of a data set at a URL are read in pieces of 16 KiB when they are needed, through a
+    local cache that ends with the process. Each piece is compared with its digest.
 
     Args:
-        path: a directory made by :func:`bd3lm.data.prepare`.
+        path: a directory made by :func:`bd3lm.data.prepare`, or its URL, such as
+            ``s3://bucket/text/train``.
         verify: compare the files with their digests, and every id with the vocabulary: ``auto``
             once, until a file changes by size, times or inode; True always; False never. Sizes and
             structure are always checked. That a data set of 64 MiB or more was verified is
-            remembered in ``.verified.json`` among its files, or in the user's cache.
+            remembered in ``.verified.json`` among its files, or in the user's cache. Files at a URL
+            are always verified.
+        cache_size: bytes of the cache for a URL, such as ``10GB``.
+
+    Attributes:
+        path: the directory; for a URL, that of local copies of all files but the tokens.
+        place: the directory or URL as it was given.
+        remote: reads the tokens at a URL; None for a directory.
 
     Raises:
         MissingFileError: no such directory.
         NotADatasetError: a directory that holds something else.
         TruncatedError: a file that is not as long as the manifest says.
         CorruptError: a file whose content is not the one that was written.
+        StorageError: the storage behind a URL refuses to give a file.
+        ConfigError: a cache that is too small.
     """
 
-    def __init__(self, path: Path | str, *, verify: bool | Literal["auto"] = "auto") -> None:
-        self.path = Path(path)
-        self.core = _core.TokenStore.open(str(path), None if verify == "auto" else verify)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        verify: bool | Literal["auto"] = "auto",
+        cache_size: int | str = CACHE_SIZE,
+    ) -> None:
+        self.place = str(path)
+        self.remote: RemoteTokens | None = None
+        if is_url(path):
+            self.path, self.core, self.remote = open_remote(self.place, cache_size)
+        else:
+            self.path = Path(path)
+            self.core = _core.TokenStore.open(str(path), None if verify == "auto" else verify)
         self.manifest = Manifest.from_json(self.core.manifest or "{}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids."""
         tokenizer = load_tokenizer(self.path / "tokenizer.json")
-        tokenizer.check_matches(self.manifest, self.path)
+        tokenizer.check_matches(self.manifest, self.place)
         return tokenizer
 
     @property
@@ -163,6 +190,7 @@ class TokenArrays:
     ) -> None:
         lengths = np.array([len(d) for d in documents], dtype=np.uint64)
         ids = np.concatenate([np.asarray(d, dtype=np.int32) for d in documents])
+        self.remote = None
         self.core = _core.TokenStore.from_arrays(
             ids, lengths, (vocab_size, bos_id, eos_id, mask_id)
         )

@@ -15,7 +15,8 @@ from bd3lm.checkpoint import Checkpoint, load_checkpoint
 from bd3lm.config import EstimatorName, EvalConfig, LikelihoodName, TrainConfig, check
 from bd3lm.data import Dataset, NoiseSpec, Rows, Schedule
 from bd3lm.data.hub import PREFIX
-from bd3lm.data.resolve import Verify, open_data
+from bd3lm.data.remote import CACHE_SIZE
+from bd3lm.data.resolve import Place, Verify, as_place, below, is_prepared, open_data
 from bd3lm.data.store import TokenArrays
 from bd3lm.device import autocast, check_attention
 from bd3lm.errors import ConfigError, MissingFileError
@@ -23,6 +24,7 @@ from bd3lm.evaluate.likelihood import Likelihood, RowSource, evaluate_likelihood
 from bd3lm.evaluate.variance import nelbo_variance
 from bd3lm.evaluate.windows import Part, Windows
 from bd3lm.ranks.group import ALONE, Ranks
+from bd3lm.storage import is_url
 from bd3lm.systems.sized_noise import schedule_of
 
 Text = Dataset | Path | str | Sequence[str]
@@ -350,7 +352,7 @@ class TextArrays(TokenArrays):
 
 def open_text(
     loaded: Checkpoint,
-    path: Path | None,
+    path: Place | None,
     work: Path,
     note: Callable[[str], None],
     *,
@@ -359,13 +361,14 @@ def open_text(
     detokenizer: str | None = None,
     eos: bool = True,
     verify: Verify = "auto",
+    cache_size: int | str = CACHE_SIZE,
 ) -> Dataset:
     """Open the text to score, or tokenize it.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
-        path: a prepared directory or one with a ``valid/``, a text file or ``hub:NAME``; None: the
-            validation split of the checkpoint's run.
+        path: a prepared directory or one with a ``valid/``, here or at a URL, a text file or
+            ``hub:NAME``; None: the validation split of the checkpoint's run.
         work: empty directory for a tokenized text.
         note: called with a line for each slow step.
         text_field: field of jsonl and parquet records that holds the text.
@@ -373,15 +376,17 @@ def open_text(
         detokenizer: rules for a tokenized benchmark text.
         eos: end documents of a text with EOS.
         verify: when a prepared data set is verified; see :class:`bd3lm.data.Dataset`.
+        cache_size: bytes of the local cache of a data set at a URL.
 
     Raises:
         Bd3lmError: it cannot be read, or was prepared with another tokenizer.
     """
     path = validation_path(loaded) if path is None else path
-    if not (path / "manifest.json").exists() and (path / "valid" / "manifest.json").exists():
-        path = path / "valid"
+    if not is_prepared(path) and is_prepared(below(path, "valid")):
+        path = below(path, "valid")
+    prepared = is_url(path) or Path(path).is_dir()
     check(
-        not path.is_dir() or (detokenizer is None and eos and not lines),
+        not prepared or (detokenizer is None and eos and not lines),
         "data",
         path,
         "a text file where lines, detokenizer or no-eos is given: a prepared data set has its own",
@@ -402,6 +407,7 @@ def open_text(
         detokenizer=detokenizer,
         eos=eos,
         verify=verify,
+        cache_size=cache_size,
     )
     check(
         data.manifest.tokenizer_sha256 == loaded.tokenizer.sha256,
@@ -412,20 +418,20 @@ def open_text(
     return data
 
 
-def validation_path(loaded: Checkpoint) -> Path:
+def validation_path(loaded: Checkpoint) -> Place:
     """The validation data of a checkpoint's run: in its folder, or named by its settings.
 
     Raises:
         MissingFileError: there is none.
     """
     cfg = loaded.config
-    places = [] if loaded.run is None else [loaded.run / "data" / "valid"]
+    places: list[Place] = [] if loaded.run is None else [loaded.run / "data" / "valid"]
     if cfg.valid is not None:
-        places.append(Path(cfg.valid))
+        places.append(as_place(cfg.valid))
     elif cfg.data is not None:
-        places.append(Path(cfg.data) / "valid")
+        places.append(below(as_place(cfg.data), "valid"))
     for place in places:
-        if place.exists():
+        if is_url(place) or Path(place).exists():
             return place
     where = f": there is no {' and no '.join(map(str, places))}" if places else ""
     raise MissingFileError(

@@ -321,7 +321,7 @@ def _check_data(trainer: Trainer, meta: Meta) -> None:
         if theirs is not None and theirs != mine:
             data = trainer.train if split == "train" else trainer.valid
             raise CheckpointError(
-                f"{data.path} is not the data that this run was trained on (its digest differs); "
+                f"{data.place} is not the data that this run was trained on (its digest differs); "
                 f"restore it, or begin another run with --init-from {shlex.quote(str(meta.path))}"
             )
 

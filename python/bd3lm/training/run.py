@@ -224,6 +224,7 @@ def _splits(
             reporter.note,
             text_field=cfg.text_field,
             verify=verify,
+            cache_size=cfg.cache_size,
         )
     except MissingFileError as error:
         if not started:

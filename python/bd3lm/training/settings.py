@@ -15,6 +15,7 @@ from bd3lm.hub import OFFLINE
 RESUMABLE = (
     "data",
     "valid",
+    "cache_size",
     "micro_batch",
     "checkpoint_every",
     "checkpoint_minutes",

@@ -2,6 +2,7 @@
 
 mod arrays;
 mod attention;
+mod elsewhere;
 mod errors;
 mod fused;
 mod interrupt;

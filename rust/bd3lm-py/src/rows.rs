@@ -1,5 +1,6 @@
 //! Packing plans and batches.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,11 +9,12 @@ use bd3lm_core::data::batch::{self, CleanBatch, NoiseBatch, NoisedBatch};
 use bd3lm_core::data::order::Order;
 use bd3lm_core::data::pack::{Packing, RowPlan};
 use bd3lm_core::data::read_ahead::ReadAhead;
-use bd3lm_core::data::store::TokenStore;
+use bd3lm_core::data::store::{TokenStore, Tokens};
 use bd3lm_core::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 
+use crate::elsewhere::{Elsewhere, runs_array};
 use crate::errors::to_py;
 use crate::noise::{Key, PyNoiseSpec, noise_key};
 use crate::store::PyTokenStore;
@@ -31,6 +33,7 @@ type Gathered<'py> = (Array<'py, i64>, Array<'py, bool>, Option<Array<'py, i32>>
 #[pyclass(name = "RowPlan", frozen, module = "bd3lm._core")]
 pub struct PyRowPlan {
     store: Arc<TokenStore>,
+    elsewhere: Option<Elsewhere>,
     plan: RowPlan,
     ahead: ReadAhead,
     /// Batches that were gathered.
@@ -49,6 +52,36 @@ impl PyRowPlan {
             return Ok(());
         }
         self.store.check_unchanged().map_err(to_py)
+    }
+
+    /// Runs of tokens that rows are made of. Rows that do not exist have none.
+    fn runs_of(&self, rows: &[u64]) -> Vec<Range<usize>> {
+        let mut runs = Vec::with_capacity(rows.len());
+        for row in rows
+            .iter()
+            .filter(|row| **row < self.plan.num_rows() as u64)
+        {
+            let keep = |run| runs.push(run);
+            self.plan.spans(&self.store, *row as usize, keep);
+        }
+        runs
+    }
+
+    /// Calls `read` with the store's tokens, or with copies of those of the rows.
+    fn with_tokens<R>(
+        &self,
+        py: Python<'_>,
+        rows: &[u64],
+        read: impl FnOnce(Tokens<'_>) -> PyResult<R>,
+    ) -> PyResult<R> {
+        match &self.elsewhere {
+            None => read(self.store.tokens()),
+            Some(elsewhere) => {
+                let runs = self.runs_of(rows);
+                let copies = elsewhere.read(py, &runs)?;
+                read(Tokens::Staged(&copies.staged(&self.store, &runs)?))
+            }
+        }
     }
 }
 
@@ -69,12 +102,13 @@ impl PyRowPlan {
         documents: bool,
     ) -> PyResult<Self> {
         let packing = Packing::parse(packing, row_eos, stride).map_err(to_py)?;
-        let store = store.0.clone();
+        let (store, elsewhere) = store.parts(py);
         let plan = py
             .detach(|| RowPlan::new(&store, seq_len, block_size, packing, keep_last))
             .map_err(to_py)?;
         Ok(PyRowPlan {
             store,
+            elsewhere,
             plan,
             ahead: ReadAhead::default(),
             batches: AtomicU64::new(0),
@@ -94,6 +128,15 @@ impl PyRowPlan {
     #[getter]
     fn num_stream_tokens(&self) -> u64 {
         self.plan.num_stream_tokens()
+    }
+
+    /// Runs of tokens that rows are made of, as begin and end [N, 2].
+    fn runs<'py>(
+        &self,
+        py: Python<'py>,
+        rows: PyReadonlyArray1<'py, u64>,
+    ) -> PyResult<Array<'py, i64>> {
+        runs_array(py, &self.runs_of(rows.as_slice()?))
     }
 
     /// Clean rows: ids [B, L], noisable flags [B, L], and document ids [B, L] unless every row is
@@ -133,12 +176,13 @@ impl PyRowPlan {
         };
         let (store, plan) = (&self.store, &self.plan);
         self.check_unchanged()?;
-        let padded = py
-            .detach(|| {
-                let read = || batch::gather(store, plan, rows, self.documents, out);
+        let padded = self.with_tokens(py, rows, |tokens| {
+            py.detach(|| {
+                let read = || batch::gather(store, tokens, plan, rows, self.documents, out);
                 self.ahead.around(store, plan, rows, read)
             })
-            .map_err(to_py)?;
+            .map_err(to_py)
+        })?;
         Ok((x0, noisable, doc_ids.filter(|_| padded || self.documents)))
     }
 
@@ -171,8 +215,8 @@ impl PyRowPlan {
         let (xt, mask_prob) = (xt.as_slice_mut()?, mask_prob.as_slice_mut()?);
         let (masked, masked_weight) = (masked.as_slice_mut()?, masked_weight.as_slice_mut()?);
         self.check_unchanged()?;
-        let filled = py
-            .detach(|| {
+        let filled = self.with_tokens(py, rows, |tokens| {
+            py.detach(|| {
                 // These stay here.
                 let mut mask = vec![0; x0.len()];
                 let mut weight = vec![0.0; mask_prob.len()];
@@ -196,10 +240,13 @@ impl PyRowPlan {
                 let (s, documents) = (block_size, self.documents);
                 self.ahead.around(store, plan, rows, || {
                     let key = noise_key(key);
-                    batch::gather_noised(store, plan, &spec.0, key, rows, s, documents, clean, out)
+                    batch::gather_noised(
+                        store, tokens, plan, &spec.0, key, rows, s, documents, clean, out,
+                    )
                 })
             })
-            .map_err(to_py)?;
+            .map_err(to_py)
+        })?;
         Ok((filled.noisable, filled.masked, filled.padded))
     }
 }

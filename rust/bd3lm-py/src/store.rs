@@ -1,5 +1,6 @@
 //! Tokenization into token stores, and opening them.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -9,13 +10,14 @@ use std::time::Duration;
 use bd3lm_core::Error;
 use bd3lm_core::cpu::threads;
 use bd3lm_core::data::prepare::prepare as run;
-use bd3lm_core::data::store::{self, TokenStore, Verify, Vocab};
+use bd3lm_core::data::store::{self, TokenStore, Tokens, Verify, Vocab};
 use bd3lm_core::data::text::{self, Chat, Detokenizer, Exchange, Format, ReadOptions, Reader};
 use bd3lm_core::data::tokenize::{self, Tokenizer};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
+use crate::elsewhere::Elsewhere;
 use crate::errors::to_py;
 use crate::interrupt::interruptible;
 
@@ -25,6 +27,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Documents>()?;
     m.add_function(wrap_pyfunction!(prepare, m)?)?;
     m.add_function(wrap_pyfunction!(join_stores, m)?)?;
+    m.add_function(wrap_pyfunction!(read_manifest, m)?)?;
     m.add_function(wrap_pyfunction!(detokenize, m)?)?;
     m.add_function(wrap_pyfunction!(vet_tokenizer, m)?)?;
     m.add_function(wrap_pyfunction!(parquet_rows, m)?)?;
@@ -46,7 +49,54 @@ fn vocab((vocab_size, bos_id, eos_id, mask_id): VocabTuple) -> Vocab {
 
 /// An open data set.
 #[pyclass(name = "TokenStore", frozen, module = "bd3lm._core")]
-pub struct PyTokenStore(pub Arc<TokenStore>);
+pub struct PyTokenStore {
+    store: Arc<TokenStore>,
+    elsewhere: Option<Elsewhere>,
+}
+
+impl PyTokenStore {
+    fn here(store: TokenStore) -> Self {
+        PyTokenStore {
+            store: Arc::new(store),
+            elsewhere: None,
+        }
+    }
+
+    /// The store, and the reader of its tokens if they are elsewhere.
+    pub fn parts(&self, py: Python<'_>) -> (Arc<TokenStore>, Option<Elsewhere>) {
+        let elsewhere = self.elsewhere.as_ref().map(|e| e.clone_ref(py));
+        (self.store.clone(), elsewhere)
+    }
+
+    /// Gives the tokens of a range to `each`, in parts.
+    fn read(
+        &self,
+        py: Python<'_>,
+        range: Range<usize>,
+        mut each: impl FnMut(&[i64]),
+    ) -> PyResult<()> {
+        let mut ids = Vec::new();
+        for start in range.clone().step_by(READ_TOGETHER) {
+            let part = start..range.end.min(start + READ_TOGETHER);
+            ids.resize(part.len(), 0);
+            match &self.elsewhere {
+                None => self.store.tokens().copy_to(start, &mut ids),
+                Some(elsewhere) => {
+                    py.check_signals()?;
+                    let runs = [part];
+                    let copies = elsewhere.read(py, &runs)?;
+                    let staged = copies.staged(&self.store, &runs)?;
+                    Tokens::Staged(&staged).copy_to(start, &mut ids);
+                }
+            }
+            each(&ids);
+        }
+        Ok(())
+    }
+}
+
+/// Tokens of a document that are read at a time.
+const READ_TOGETHER: usize = 1 << 20;
 
 #[pymethods]
 impl PyTokenStore {
@@ -59,8 +109,19 @@ impl PyTokenStore {
             Some(false) => Verify::Never,
         };
         let stop = AtomicBool::new(false);
-        interruptible(py, &stop, || TokenStore::open_unless(&path, verify, &stop))
-            .map(|store| PyTokenStore(Arc::new(store)))
+        interruptible(py, &stop, || TokenStore::open_unless(&path, verify, &stop)).map(Self::here)
+    }
+
+    /// Opens a directory that lacks the token files, whose runs of tokens `read` brings.
+    #[staticmethod]
+    fn open_absent(py: Python<'_>, path: PathBuf, read: Py<PyAny>) -> PyResult<Self> {
+        let stop = AtomicBool::new(false);
+        let open = || TokenStore::open_absent(&path, Verify::Once, &stop);
+        let store = interruptible(py, &stop, open)?;
+        Ok(PyTokenStore {
+            store: Arc::new(store),
+            elsewhere: Some(Elsewhere(read)),
+        })
     }
 
     #[staticmethod]
@@ -72,54 +133,61 @@ impl PyTokenStore {
         let ids = ids.as_array().to_vec();
         let lengths = lengths.as_array().to_vec();
         TokenStore::from_arrays(ids, &lengths, vocab(special))
-            .map(|store| PyTokenStore(Arc::new(store)))
+            .map(Self::here)
             .map_err(to_py)
     }
 
     #[getter]
     fn num_documents(&self) -> usize {
-        self.0.num_documents()
+        self.store.num_documents()
     }
 
     #[getter]
     fn num_tokens(&self) -> usize {
-        self.0.tokens().len()
+        self.store.num_tokens()
     }
 
     #[getter]
     fn num_prompt_tokens(&self) -> u64 {
-        self.0.prompts().iter().map(|n| u64::from(*n)).sum()
+        self.store.prompts().iter().map(|n| u64::from(*n)).sum()
     }
 
     #[getter]
     fn special(&self) -> VocabTuple {
-        let v = self.0.vocab();
+        let v = self.store.vocab();
         (v.vocab_size, v.bos_id, v.eos_id, v.mask_id)
     }
 
     /// The manifest as JSON; None for arrays.
     #[getter]
     fn manifest(&self) -> Option<String> {
-        let manifest = self.0.manifest()?;
+        let manifest = self.store.manifest()?;
         Some(serde_json::to_string(manifest).expect("a manifest is plain JSON"))
     }
 
     /// Number of occurrences of each id.
     fn token_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
         let stop = AtomicBool::new(false);
-        let counts = interruptible(py, &stop, || self.0.token_counts(&stop))?;
+        if self.elsewhere.is_some() {
+            let mut counts = vec![0u64; self.store.vocab().vocab_size as usize];
+            self.read(py, 0..self.store.num_tokens(), |ids| {
+                ids.iter().for_each(|id| counts[*id as usize] += 1);
+            })?;
+            return Ok(PyArray1::from_vec(py, counts));
+        }
+        let counts = interruptible(py, &stop, || self.store.token_counts(&stop))?;
         Ok(PyArray1::from_vec(py, counts))
     }
 
     fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let offsets = self.0.doc_offsets();
-        if index >= self.0.num_documents() {
-            let allowed = format!("below the {} documents", self.0.num_documents());
+        let offsets = self.store.doc_offsets();
+        if index >= self.store.num_documents() {
+            let allowed = format!("below the {} documents", self.store.num_documents());
             return Err(to_py(Error::config("document", index, allowed)));
         }
         let (start, end) = (offsets[index] as usize, offsets[index + 1] as usize);
-        let mut ids = vec![0; end - start];
-        self.0.tokens().copy_to(start, &mut ids);
+        let mut ids = Vec::with_capacity(end - start);
+        self.read(py, start..end, |part| ids.extend_from_slice(part))?;
         Ok(PyArray1::from_vec(py, ids))
     }
 }
@@ -177,6 +245,13 @@ fn rendered_by(render: Py<PyAny>) -> Chat {
 #[pyfunction]
 fn detokenize(name: &str, text: &str) -> PyResult<String> {
     Ok(Detokenizer::named(name).map_err(to_py)?.apply(text))
+}
+
+/// Checks the manifest of a directory; returns it as JSON.
+#[pyfunction]
+fn read_manifest(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    let manifest = py.detach(|| store::read_manifest(&path)).map_err(to_py)?;
+    Ok(serde_json::to_string(&manifest).expect("a manifest is plain JSON"))
 }
 
 /// Checks the definition of a tokenizer before the library loads it; returns its largest id.

@@ -6,7 +6,7 @@ use crate::cpu::buffers::{check_len, whole_rows};
 use crate::cpu::multiversion::multiversion;
 use crate::cpu::threads::is_owner;
 use crate::data::pack::{RowBuffers, RowPlan};
-use crate::data::store::TokenStore;
+use crate::data::store::{TokenStore, Tokens};
 use crate::error::{Error, Result};
 use crate::noise::{NoiseKey, NoiseSpec, Scratch};
 
@@ -78,16 +78,22 @@ fn check_rows(plan: &RowPlan, rows: &[u64]) -> Result<()> {
 }
 
 /// Prefetches the first rows, all at once.
-fn prefetch_first(store: &TokenStore, plan: &RowPlan, rows: &[u64]) {
+fn prefetch_first(store: &TokenStore, tokens: Tokens<'_>, plan: &RowPlan, rows: &[u64]) {
     for row in rows.iter().take(ROWS_AHEAD) {
-        plan.prefetch(store, *row as usize);
+        plan.prefetch(store, tokens, *row as usize);
     }
 }
 
 /// Prefetches the row that is read [`ROWS_AHEAD`] rows after row `index`.
-fn prefetch_after(store: &TokenStore, plan: &RowPlan, rows: &[u64], index: usize) {
+fn prefetch_after(
+    store: &TokenStore,
+    tokens: Tokens<'_>,
+    plan: &RowPlan,
+    rows: &[u64],
+    index: usize,
+) {
     if let Some(row) = rows.get(index + ROWS_AHEAD) {
-        plan.prefetch(store, *row as usize);
+        plan.prefetch(store, tokens, *row as usize);
     }
 }
 
@@ -137,13 +143,14 @@ impl NoiseBatch<'_> {
     }
 }
 
-/// Writes the given rows; returns whether any holds padding. `documents` as in
+/// Writes the given rows; returns whether any holds padding. `tokens` and `documents` as in
 /// [`RowPlan::gather`].
 ///
 /// # Errors
 /// A row that the plan does not have, or a buffer of another size.
 pub fn gather(
     store: &TokenStore,
+    tokens: Tokens<'_>,
     plan: &RowPlan,
     rows: &[u64],
     documents: bool,
@@ -152,10 +159,10 @@ pub fn gather(
     check_rows(plan, rows)?;
     let l = plan.seq_len();
     out.check(plan, documents, rows.len() * l)?;
-    prefetch_first(store, plan, rows);
+    prefetch_first(store, tokens, plan, rows);
     let one = |(index, mut buffers): (usize, RowBuffers<'_>)| {
-        prefetch_after(store, plan, rows, index);
-        plan.gather(store, rows[index] as usize, documents, &mut buffers)
+        prefetch_after(store, tokens, plan, rows, index);
+        plan.gather(store, tokens, rows[index] as usize, documents, &mut buffers)
     };
     let parts = out.split(l).enumerate();
     if !is_parallel(rows.len() * l) {
@@ -288,6 +295,7 @@ impl OwnedBatch {
 #[allow(clippy::too_many_arguments)]
 pub fn gather_noised(
     store: &TokenStore,
+    tokens: Tokens<'_>,
     plan: &RowPlan,
     spec: &NoiseSpec,
     key: NoiseKey,
@@ -298,22 +306,22 @@ pub fn gather_noised(
     out: NoisedBatch<'_>,
 ) -> Result<Filled> {
     let l = plan.seq_len();
-    let tokens = rows.len() * l;
-    check_len("xt", tokens, out.xt.len())?;
-    check_len("masked", tokens, out.masked.len())?;
-    check_len("masked_weight", tokens, out.masked_weight.len())?;
+    let size = rows.len() * l;
+    check_len("xt", size, out.xt.len())?;
+    check_len("masked", size, out.masked.len())?;
+    check_len("masked_weight", size, out.masked_weight.len())?;
     let noise = out.noise;
     check_rows(plan, rows)?;
     spec.check(l, block_size)?;
     check_key(&key, rows.len(), l / block_size)?;
-    clean.check(plan, documents, tokens)?;
-    noise.check(tokens, tokens / block_size)?;
+    clean.check(plan, documents, size)?;
+    noise.check(size, size / block_size)?;
     let k = l / block_size;
     let mask_id = i64::from(store.vocab().mask_id);
-    prefetch_first(store, plan, rows);
+    prefetch_first(store, tokens, plan, rows);
     let one = |scratch: &mut Scratch, index: usize, row: u64, mut out: RowOut<'_>| {
-        prefetch_after(store, plan, rows, index);
-        let padded = plan.gather(store, row as usize, documents, &mut out.clean);
+        prefetch_after(store, tokens, plan, rows, index);
+        let padded = plan.gather(store, tokens, row as usize, documents, &mut out.clean);
         let key = NoiseKey {
             row: key.row + index as u64,
             ..key
@@ -336,7 +344,7 @@ pub fn gather_noised(
         }
     };
     let outs = RowOut::split(clean, noise, out.xt, out.masked, out.masked_weight, l, k);
-    let filled: Vec<Filled> = if !is_parallel(tokens) {
+    let filled: Vec<Filled> = if !is_parallel(size) {
         let mut scratch = Scratch::default();
         let parts = outs.into_iter().zip(rows).enumerate();
         parts
@@ -494,8 +502,19 @@ mod tests {
             rows: global,
         };
         let (clean, noised) = b.views();
-        let filled =
-            gather_noised(store, plan, &spec(), key, rows, s, false, clean, noised).unwrap();
+        let filled = gather_noised(
+            store,
+            store.tokens(),
+            plan,
+            &spec(),
+            key,
+            rows,
+            s,
+            false,
+            clean,
+            noised,
+        )
+        .unwrap();
         (b, filled)
     }
 
@@ -510,7 +529,7 @@ mod tests {
                 noisable: &mut noisable,
                 doc_ids: &mut doc_ids,
             };
-            let padded = gather(&data.0, &data.1, &rows, documents, clean)?;
+            let padded = gather(&data.0, data.0.tokens(), &data.1, &rows, documents, clean)?;
             Ok::<_, Error>((x0, noisable, padded))
         };
         let full = plan(15 * 6, 16, 4);
@@ -593,7 +612,7 @@ mod tests {
                 noisable: &mut [],
                 doc_ids: &mut [],
             };
-            let refused = gather(&store, &plan, &[row], false, clean);
+            let refused = gather(&store, store.tokens(), &plan, &[row], false, clean);
             refused.unwrap_err().to_string()
         };
         let far = wrong(7, 16);

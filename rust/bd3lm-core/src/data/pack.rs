@@ -142,7 +142,7 @@ impl RowPlan {
                 "best_fit: this data set has prompts, which stay in a row with their responses",
             ));
         }
-        let total = store.tokens().len() as u64;
+        let total = store.num_tokens() as u64;
         let plan = match packing {
             Packing::Wrap { row_eos, stride } => {
                 wrap(total, seq_len, block_size, row_eos, stride, keep_last)?
@@ -193,7 +193,7 @@ impl RowPlan {
             Layout::Wrap { step, row_eos, .. } => {
                 let start = row * step;
                 let room = self.seq_len - 1 - usize::from(*row_eos);
-                f(start..store.tokens().len().min(start + room));
+                f(start..store.num_tokens().min(start + room));
             }
             Layout::Segments { rows, segments } => {
                 for segment in &segments[rows[row] as usize..rows[row + 1] as usize] {
@@ -204,25 +204,25 @@ impl RowPlan {
     }
 
     /// Prefetches the tokens of a row that is soon gathered.
-    pub fn prefetch(&self, store: &TokenStore, row: usize) {
-        let tokens = store.tokens();
+    pub fn prefetch(&self, store: &TokenStore, tokens: Tokens<'_>, row: usize) {
         self.spans(store, row, |span| tokens.prefetch(span.start, span.len()));
     }
 
-    /// Writes row `row < num_rows`; returns whether it holds padding.
+    /// Writes row `row < num_rows`; returns whether it holds padding. `tokens` are those of the
+    /// store, or copies of those of the row.
     ///
     /// With `documents`, `doc_ids` tells documents apart (numbered from 0 in each row); else
     /// every token of the row counts as document 0.
     pub fn gather(
         &self,
         store: &TokenStore,
+        tokens: Tokens<'_>,
         row: usize,
         documents: bool,
         out: &mut RowBuffers<'_>,
     ) -> bool {
         let vocab = store.vocab();
         let (bos, eos) = (i64::from(vocab.bos_id), i64::from(vocab.eos_id));
-        let tokens = store.tokens();
         match &self.layout {
             Layout::Wrap {
                 step,
@@ -238,7 +238,7 @@ impl RowPlan {
                     at: 0,
                     clean: 0,
                 };
-                place(&tokens, segment, bos, 0, out);
+                place(tokens, segment, bos, 0, out);
                 let mut end = 1 + len;
                 if *row_eos {
                     out.x0[end] = eos;
@@ -265,7 +265,7 @@ impl RowPlan {
                 let mine = &segments[rows[row] as usize..rows[row + 1] as usize];
                 for (number, segment) in mine.iter().enumerate() {
                     padded |= fill_padding(out, end, segment.at as usize, bos);
-                    place(&tokens, *segment, bos, number as i32, out);
+                    place(tokens, *segment, bos, number as i32, out);
                     end = segment.at as usize + 1 + segment.len as usize;
                 }
                 pad(out, end, bos) | padded
@@ -275,7 +275,7 @@ impl RowPlan {
 }
 
 /// BOS and the tokens of a segment, as document `number` of the row.
-fn place(tokens: &Tokens<'_>, segment: Segment, bos: i64, number: i32, out: &mut RowBuffers<'_>) {
+fn place(tokens: Tokens<'_>, segment: Segment, bos: i64, number: i32, out: &mut RowBuffers<'_>) {
     let (at, len) = (segment.at as usize, segment.len as usize);
     out.x0[at] = bos;
     tokens.copy_to(segment.start as usize, &mut out.x0[at + 1..at + 1 + len]);

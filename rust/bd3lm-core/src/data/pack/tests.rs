@@ -38,7 +38,7 @@ fn rows(store: &TokenStore, plan: &RowPlan, documents: bool) -> Vec<Row> {
                 noisable: &mut row.noisable,
                 doc_ids: &mut row.doc_ids,
             };
-            row.padded = plan.gather(store, i, documents, &mut out);
+            row.padded = plan.gather(store, store.tokens(), i, documents, &mut out);
             row
         })
         .collect()

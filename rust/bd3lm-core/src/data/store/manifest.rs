@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::digest::{CHUNK, sha256};
-use super::{BIN, IDX, MANIFEST, PROMPTS, TOKENIZER};
+use super::{BIN, DIGESTS, IDX, MANIFEST, PROMPTS, TOKENIZER};
 use crate::data::text::Records;
 use crate::error::{Error, Result};
 
@@ -48,6 +48,16 @@ pub struct FileRecord {
     pub chunk_bytes: Option<u64>,
 }
 
+/// Digests of the pieces of the token file, which are read and verified one by one where the data set
+/// is elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pieces {
+    /// Bytes of a piece; the last one may be shorter.
+    pub bytes: u64,
+    /// The file of their SHA-256 digests, 32 bytes each.
+    pub digests: FileRecord,
+}
+
 /// A data set that is a part of another, in a directory inside it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
@@ -83,6 +93,10 @@ pub struct Manifest {
     pub dtype: String,
     /// The other files of the directory.
     pub files: BTreeMap<String, FileRecord>,
+    /// Digests of the token file's pieces; `None` in data sets made before there were any. Their file
+    /// is none of `files`: a data set that is here is whole without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pieces: Option<Pieces>,
     /// Names of the files that were read.
     pub source: Vec<String>,
     /// Rules by which the text was put back before it was tokenized.
@@ -105,7 +119,11 @@ fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-pub(super) fn read_manifest(dir: &Path) -> Result<Manifest> {
+/// Reads the manifest of a directory, and checks it against its digest and itself.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::NotADataset`] or [`Error::Corrupt`].
+pub fn read_manifest(dir: &Path) -> Result<Manifest> {
     let not = |reason: String| Error::NotADataset {
         path: dir.into(),
         reason,
@@ -277,11 +295,25 @@ impl Manifest {
                 self.num_documents
             ));
         }
+        if let Some(Pieces { bytes, digests }) = &self.pieces {
+            if !(512..=CHUNK).contains(bytes) || !bytes.is_power_of_two() {
+                return Err(format!(
+                    "its pieces of {bytes} bytes must be of a power of two from 512 to {CHUNK}"
+                ));
+            }
+            if digests.bytes != 32 * self.files[BIN].bytes.div_ceil(*bytes) {
+                return Err(format!(
+                    "the {} bytes of {DIGESTS} are not 32 for each piece of {BIN}",
+                    digests.bytes
+                ));
+            }
+        }
         let chunked = |record: &FileRecord| match record.chunk_bytes {
             None => self.version == 1 || record.bytes <= CHUNK,
             Some(size) => size == CHUNK && record.bytes > CHUNK,
         };
-        if !self.files.values().all(chunked) {
+        let digests = self.pieces.as_ref().map(|pieces| &pieces.digests);
+        if !self.files.values().chain(digests).all(chunked) {
             return Err(format!(
                 "its chunk_bytes must be {CHUNK} for files longer than that"
             ));

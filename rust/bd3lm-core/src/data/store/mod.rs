@@ -6,15 +6,17 @@ mod index;
 mod manifest;
 mod partial;
 mod shards;
+mod staged;
 #[cfg(test)]
 mod tests;
 mod verify;
 mod writer;
 
 pub use digest::sha256;
-pub use manifest::{FileRecord, MAX_VOCAB, Manifest, Shard, Vocab};
+pub use manifest::{FileRecord, MAX_VOCAB, Manifest, Pieces, Shard, Vocab};
 pub use partial::Partial;
 pub use shards::join;
+pub use staged::Staged;
 pub use verify::Verify;
 pub use writer::{Recipe, StoreWriter, write_documents};
 
@@ -30,7 +32,8 @@ use crate::cpu::prefetch::prefetch;
 use crate::data::text::stopped;
 use crate::error::{Error, Result};
 use index::{read_index, read_prompts};
-use manifest::{check_regular, read_manifest};
+use manifest::check_regular;
+pub use manifest::read_manifest;
 use shards::Shards;
 
 /// Tokens that are counted between two looks at whether to stop.
@@ -42,6 +45,8 @@ pub const BIN: &str = "tokens.bin";
 pub const IDX: &str = "tokens.idx";
 /// Tokens of each document's prompt, of 32 bits each; only where a document has one.
 pub const PROMPTS: &str = "prompts.bin";
+/// Digests of the pieces of the token ids.
+pub const DIGESTS: &str = "digests.bin";
 /// Description and digests of the files.
 pub const MANIFEST: &str = "manifest.json";
 /// The tokenizer that made them.
@@ -57,6 +62,8 @@ pub enum Tokens<'a> {
     /// Those of several data sets.
     #[allow(private_interfaces)]
     Joined(&'a Shards),
+    /// Copies of those that a batch reads.
+    Staged(&'a Staged<'a>),
 }
 
 impl Tokens<'_> {
@@ -66,6 +73,7 @@ impl Tokens<'_> {
             Tokens::U16(x) => x.len(),
             Tokens::I32(x) => x.len(),
             Tokens::Joined(shards) => shards.len(),
+            Tokens::Staged(staged) => staged.len(),
         }
     }
 
@@ -80,6 +88,7 @@ impl Tokens<'_> {
             Tokens::U16(x) => prefetch(&x[start..start + len]),
             Tokens::I32(x) => prefetch(&x[start..start + len]),
             Tokens::Joined(shards) => shards.prefetch(start, len),
+            Tokens::Staged(_) => {} // just written
         }
     }
 
@@ -90,6 +99,7 @@ impl Tokens<'_> {
             Tokens::U16(x) => widen_u16(&x[start..start + out.len()], out),
             Tokens::I32(x) => widen_i32(&x[start..start + out.len()], out),
             Tokens::Joined(shards) => shards.copy_to(start, out),
+            Tokens::Staged(staged) => staged.copy_to(start, out),
         }
     }
 }
@@ -131,10 +141,15 @@ struct Opened {
 
 #[derive(Debug)]
 enum Data {
-    Mapped { map: Option<Mmap>, wide: bool },
+    Mapped {
+        map: Option<Mmap>,
+        wide: bool,
+    },
     Narrow(Vec<u16>),
     Wide(Vec<i32>),
     Joined(Shards),
+    /// Elsewhere: so many, of which the caller brings [`Staged`] copies.
+    Absent(usize),
 }
 
 impl TokenStore {
@@ -152,8 +167,24 @@ impl TokenStore {
     /// # Errors
     /// The same, and one that nobody sees where it was stopped.
     pub fn open_unless(dir: &Path, verify: Verify, stop: &AtomicBool) -> Result<Self> {
+        Self::open_parts(dir, verify, stop, true)
+    }
+
+    /// [`Self::open_unless`] for a directory that lacks `tokens.bin`, which is elsewhere.
+    ///
+    /// # Errors
+    /// The same, for the other files.
+    pub fn open_absent(dir: &Path, verify: Verify, stop: &AtomicBool) -> Result<Self> {
+        Self::open_parts(dir, verify, stop, false)
+    }
+
+    fn open_parts(dir: &Path, verify: Verify, stop: &AtomicBool, present: bool) -> Result<Self> {
         let manifest = read_manifest(dir)?;
-        for (name, record) in &manifest.files {
+        let mut here = manifest.clone();
+        if !present {
+            here.files.remove(BIN);
+        }
+        for (name, record) in &here.files {
             let path = dir.join(name);
             let meta = fs::metadata(&path).map_err(|e| Error::io(&path, e))?;
             check_regular(dir, name, &meta)?;
@@ -165,9 +196,10 @@ impl TokenStore {
                 });
             }
         }
-        verify::verify(dir, &manifest, verify, stop)?;
+        verify::verify(dir, &here, verify, stop)?;
         if !manifest.shards.is_empty() {
-            let (shards, offsets, prompts) = Shards::open(dir, &manifest, verify, stop)?;
+            let open = |path: &Path| Self::open_parts(path, verify, stop, present);
+            let (shards, offsets, prompts) = Shards::open(dir, &manifest, open)?;
             return Ok(TokenStore {
                 data: Data::Joined(shards),
                 offsets,
@@ -179,6 +211,16 @@ impl TokenStore {
         }
         let offsets = read_index(&dir.join(IDX), &manifest)?;
         let prompts = read_prompts(&dir.join(PROMPTS), &manifest, &offsets)?;
+        if !present {
+            return Ok(TokenStore {
+                data: Data::Absent(manifest.num_tokens as usize),
+                offsets,
+                prompts,
+                vocab: manifest.vocab,
+                manifest: Some(manifest),
+                opened: None,
+            });
+        }
         let path = dir.join(BIN);
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
         let meta = file.metadata().map_err(|e| Error::io(&path, e))?;
@@ -281,12 +323,25 @@ impl TokenStore {
         Ok(store)
     }
 
+    /// Number of ids.
+    pub fn num_tokens(&self) -> usize {
+        match &self.data {
+            Data::Absent(count) => *count,
+            Data::Joined(shards) => shards.len(),
+            _ => self.tokens().len(),
+        }
+    }
+
     /// All ids, document after document.
+    ///
+    /// # Panics
+    /// In a data set whose tokens are elsewhere ([`Self::open_absent`]).
     pub fn tokens(&self) -> Tokens<'_> {
         match &self.data {
             Data::Narrow(ids) => Tokens::U16(ids),
             Data::Wide(ids) => Tokens::I32(ids),
             Data::Joined(shards) => Tokens::Joined(shards),
+            Data::Absent(_) => panic!("the tokens of this data set are elsewhere"),
             Data::Mapped { map, wide } => {
                 let bytes: &[u8] = map.as_deref().unwrap_or(&[]);
                 // SAFETY: any bit pattern is a valid u16 or i32; `align_to` keeps to alignment,
@@ -381,7 +436,7 @@ impl TokenStore {
             match tokens {
                 Tokens::U16(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
                 Tokens::I32(x) => x[part].iter().for_each(|t| count(i64::from(*t))),
-                Tokens::Joined(_) => unreachable!("counted above"),
+                Tokens::Joined(_) | Tokens::Staged(_) => unreachable!("counted above"),
             }
         }
         match outside {

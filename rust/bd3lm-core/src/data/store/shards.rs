@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use super::digest::HashingFile;
 use super::manifest::{FORMAT, Shard, VERSION_OF_SHARDS, is_name, read_manifest};
 use super::partial::sync;
 use super::writer::write_manifest;
-use super::{MANIFEST, Manifest, TOKENIZER, TokenStore, Tokens, Verify};
+use super::{MANIFEST, Manifest, TOKENIZER, TokenStore, Tokens};
 use crate::error::{Error, Result};
 
 /// The parts of a data set.
@@ -24,8 +23,7 @@ impl Shards {
     pub(super) fn open(
         dir: &Path,
         manifest: &Manifest,
-        verify: Verify,
-        stop: &AtomicBool,
+        open: impl Fn(&Path) -> Result<TokenStore>,
     ) -> Result<(Self, Vec<u64>, Vec<u32>)> {
         let corrupt = |reason: String| Error::Corrupt {
             path: dir.join(MANIFEST),
@@ -42,10 +40,10 @@ impl Shards {
                     shard.name
                 )));
             }
-            let store = TokenStore::open_unless(&path, verify, stop)?;
+            let store = open(&path)?;
             let start = starts[starts.len() - 1];
             offsets.extend(store.offsets[1..].iter().map(|end| start as u64 + end));
-            starts.push(start + store.tokens().len());
+            starts.push(start + store.num_tokens());
             if manifest.num_prompt_tokens > 0 {
                 prompts.extend_from_slice(store.prompts());
                 prompts.resize(offsets.len() - 1, 0);
@@ -181,6 +179,7 @@ pub fn join(dir: &Path, names: &[String]) -> Result<Manifest> {
     let mut file = HashingFile::create(dir.join(TOKENIZER))?;
     file.write(&text)?;
     joined.files.clear();
+    joined.pieces = None; // each shard has its own
     joined.files.insert(TOKENIZER.into(), file.finish()?);
     (joined.format, joined.version, joined.shards) = (FORMAT.into(), VERSION_OF_SHARDS, shards);
     joined.sha256.clear();

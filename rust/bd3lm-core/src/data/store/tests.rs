@@ -54,6 +54,75 @@ fn wide_and_narrow_round_trip() {
 }
 
 #[test]
+fn tokens_that_are_elsewhere_are_read_from_copies() {
+    for vocab_size in [100, 70_000] {
+        let dir = tempfile::tempdir().unwrap();
+        let vocab = Vocab {
+            vocab_size,
+            ..VOCAB
+        };
+        let long: Vec<u32> = (0..20_000).map(|i| i * 7 % 99).collect();
+        let target = written(dir.path(), &[vec![1, 2, 3], long], vocab);
+        let whole = TokenStore::open(&target, Verify::Always).unwrap();
+        let bytes = fs::read(target.join(BIN)).unwrap();
+        let pieces = whole.manifest().unwrap().pieces.clone().unwrap();
+        let each = bytes.chunks(pieces.bytes as usize).map(sha256);
+        let digests = fs::read(target.join(DIGESTS)).unwrap();
+        let found = digests.chunks(32).map(digest::hex);
+        assert_eq!(found.collect::<Vec<_>>(), each.collect::<Vec<_>>());
+        assert_eq!(pieces.digests.sha256, sha256(&digests));
+        fs::remove_file(target.join(BIN)).unwrap();
+        let stop = AtomicBool::new(false);
+        let absent = TokenStore::open_absent(&target, Verify::Always, &stop).unwrap();
+        assert_eq!(absent.num_tokens(), whole.num_tokens());
+        assert_eq!(absent.doc_offsets(), whole.doc_offsets());
+        let runs = [4000..4100, 3..10, 3950..4050];
+        let mut copies = vec![0; 207];
+        let (mut at, mut expected) = (0, Vec::new());
+        for run in &runs {
+            whole
+                .tokens()
+                .copy_to(run.start, &mut copies[at..at + run.len()]);
+            expected.push(copies[at..at + run.len()].to_vec());
+            at += run.len();
+        }
+        let narrow: Vec<u16> = copies.iter().map(|id| *id as u16).collect();
+        let wide: Vec<i32> = copies.iter().map(|id| *id as i32).collect();
+        let ids = match vocab_size {
+            100 => Tokens::U16(&narrow),
+            _ => Tokens::I32(&wide),
+        };
+        let staged = Staged::new(&absent, &runs, ids).unwrap();
+        for (run, ids) in runs.iter().zip(&expected) {
+            let mut out = vec![0; run.len()];
+            Tokens::Staged(&staged).copy_to(run.start, &mut out);
+            assert_eq!(&out, ids);
+        }
+        assert_eq!(Tokens::Staged(&staged).len(), whole.num_tokens());
+        assert!(Staged::new(&absent, &runs[..2], ids).is_err());
+        let bad = if vocab_size == 100 { 100 } else { -1 };
+        for (bad, name) in [(99, "the mask id 99"), (bad, "vocabulary")] {
+            let (one, two) = ([1, bad as u16], [1, bad]);
+            let ids = match vocab_size {
+                100 => Tokens::U16(&one),
+                _ => Tokens::I32(&two),
+            };
+            let refused = Staged::new(&absent, &[5..6, 9..10], ids).unwrap_err();
+            assert!(refused.to_string().contains(name), "{refused}");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "not staged")]
+fn tokens_without_copies_are_not_read() {
+    let store = TokenStore::from_arrays(vec![1; 50], &[50], VOCAB).unwrap();
+    let runs = [10..20, 30..31];
+    let staged = Staged::new(&store, &runs, Tokens::U16(&[1; 11])).unwrap();
+    Tokens::Staged(&staged).copy_to(15, &mut [0; 6]);
+}
+
+#[test]
 fn nothing_is_left_of_an_unfinished_set() {
     let dir = tempfile::tempdir().unwrap();
     let partial = Partial::create(&dir.path().join("a/set")).unwrap();

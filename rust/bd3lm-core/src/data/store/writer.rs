@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::digest::{HashingFile, sha256};
+use super::digest::{HashingFile, PIECE, sha256};
 use super::index::{DTYPE_I32, DTYPE_U16, MAGIC};
-use super::manifest::{FORMAT, FileRecord, Manifest, VERSION, Vocab};
+use super::manifest::{FORMAT, FileRecord, Manifest, Pieces, VERSION, Vocab};
 use super::partial::{Partial, sync};
-use super::{BIN, IDX, MANIFEST, PROMPTS, TOKENIZER};
+use super::{BIN, DIGESTS, IDX, MANIFEST, PROMPTS, TOKENIZER};
 use crate::data::text::Records;
 use crate::error::{Error, Result};
 
@@ -34,7 +34,8 @@ struct Size {
     bytes: u64,
 }
 
-/// Writes a data set, a document at a time, in memory bounded by 4 bytes a document.
+/// Writes a data set, a document at a time, in memory bounded by 4 bytes a document and 32
+/// bytes for 16 KiB of tokens.
 pub struct StoreWriter {
     dir: PathBuf,
     bin: HashingFile,
@@ -59,7 +60,7 @@ impl StoreWriter {
     pub fn create(dir: &Path, recipe: Recipe) -> Result<Self> {
         Ok(StoreWriter {
             dir: dir.into(),
-            bin: HashingFile::create(dir.join(BIN))?,
+            bin: HashingFile::create_in_pieces(dir.join(BIN))?,
             buffer: Vec::new(),
             lengths: Vec::new(),
             current: Size::default(),
@@ -245,6 +246,12 @@ impl StoreWriter {
         let mut files = BTreeMap::new();
         files.insert(BIN.to_string(), self.bin.finish()?);
         files.insert(IDX.to_string(), self.write_index()?);
+        let mut digests = HashingFile::create(self.dir.join(DIGESTS))?;
+        digests.write(self.bin.take_pieces().as_flattened())?;
+        let pieces = Pieces {
+            bytes: PIECE,
+            digests: digests.finish()?,
+        };
         let prompt_tokens = self.prompts.iter().map(|n| u64::from(*n)).sum();
         if prompt_tokens > 0 {
             let mut file = HashingFile::create(self.dir.join(PROMPTS))?;
@@ -267,6 +274,7 @@ impl StoreWriter {
             num_bytes: self.total.bytes,
             dtype: if self.is_wide() { "int32" } else { "uint16" }.into(),
             files,
+            pieces: Some(pieces),
             source,
             detokenizer: self.recipe.detokenizer.clone(),
             no_eos: self.recipe.no_eos,
