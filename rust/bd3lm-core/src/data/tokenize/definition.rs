@@ -126,22 +126,29 @@ impl<'a> Definition<'a> {
     /// The text of the definition, with those tokens of the model alone that `keep` takes and the
     /// merges that make them.
     pub(super) fn text(&self, keep: Option<&dyn Fn(&str) -> bool>) -> String {
-        let kept = |token: &str| keep.is_none_or(|keep| keep(token));
-        let mut both = String::new();
-        let mut made = |Merge(left, right): &&Merge<'_>| {
-            both.clear();
-            both.extend([&**left, &**right]);
-            keep.is_none() || [left, right, &*both].iter().all(|token| kept(token))
-        };
         let mut whole = self.rest.clone();
-        if let Some(ids) = &self.vocab {
-            let ids = ids.iter().filter(|(token, _)| kept(token));
-            let ids = ids.map(|(token, id)| (token.to_string(), Value::from(*id)));
-            whole["model"]["vocab"] = ids.collect::<Map<_, _>>().into();
-        }
+        let ids = self.vocab.iter().flatten();
+        let ids = ids.filter(|(token, _)| keep.is_none_or(|keep| keep(token)));
+        let kept: FxHashMap<&str, u32> = ids.map(|(token, id)| (&**token, *id)).collect();
         if let Some(merges) = &self.merges {
+            let mut both = String::new();
+            let mut made = |Merge(left, right): &&Merge<'_>| {
+                let has = |token: &str| kept.contains_key(token);
+                keep.is_none()
+                    || has(left) && has(right) && {
+                        both.clear();
+                        both.extend([&**left, &**right]);
+                        has(&both)
+                    }
+            };
             let merges: Vec<&Merge<'_>> = merges.iter().filter(|merge| made(merge)).collect();
             whole["model"]["merges"] = serde_json::to_value(merges).expect("pairs of strings");
+        }
+        if self.vocab.is_some() {
+            let ids = kept
+                .into_iter()
+                .map(|(token, id)| (token.into(), id.into()));
+            whole["model"]["vocab"] = ids.collect::<Map<_, _>>().into();
         }
         whole.to_string()
     }

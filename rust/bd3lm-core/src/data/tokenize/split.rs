@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::chars::{Kinds, char_at};
-use super::rule::{Atoms, Automaton, MOST, NONE, Rule, SPACES};
+use super::rule::{Atoms, Automaton, MATCH, MOST, NONE, Rule, SPACES};
 
 /// The rule of the library's `ByteLevel`.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -29,6 +29,59 @@ struct Level {
     begins: u64,
     /// Whether text between matches is dropped.
     drops: bool,
+    plain: Plain,
+}
+
+/// Words of ASCII letters, which need no steps of the automaton: behind one other character or
+/// none, up to one that ends every word.
+struct Plain {
+    /// Bytes before the letters of a word that begins with a byte, or [`Plain::NONE`].
+    leads: [u8; 256],
+    /// Whether a word of letters ends before a byte.
+    ends: [bool; 256],
+}
+
+impl Plain {
+    const NONE: u8 = 2;
+
+    fn new(rule: &Automaton, runs: &[Run], ascii: &[u8; 256]) -> Self {
+        let mut plain = Plain {
+            leads: [Self::NONE; 256],
+            ends: [false; 256],
+        };
+        let next = |state: u8, byte: u8| rule.next[state as usize][ascii[byte as usize] as usize];
+        let letters = || (0..128).filter(u8::is_ascii_alphabetic);
+        let inside = next(1, b'a');
+        if runs[inside as usize] != Run::Letters
+            || rule.matched[inside as usize] != MATCH
+            || letters().any(|letter| next(1, letter) != inside)
+        {
+            return plain;
+        }
+        for byte in 0..128 {
+            let begun = next(1, byte);
+            if byte.is_ascii_alphabetic() {
+                plain.leads[byte as usize] = 0;
+            } else if begun != 0 && letters().all(|letter| next(begun, letter) == inside) {
+                plain.leads[byte as usize] = 1;
+            }
+            plain.ends[byte as usize] = next(inside, byte) == 0;
+        }
+        plain
+    }
+
+    /// The end of such a word that begins at `at`; `None` where another may begin there.
+    #[inline(always)]
+    fn end(&self, text: &[u8], at: usize) -> Option<usize> {
+        let lead = self.leads[text[at] as usize];
+        if lead == Self::NONE {
+            return None;
+        }
+        let start = at + lead as usize;
+        let end = run_end::<0x20>(text, start);
+        let is_whole = end > start && self.ends[*text.get(end)? as usize];
+        is_whole.then_some(end)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -109,13 +162,12 @@ impl Splitter {
             let rule = rule.automaton(&splitter.signatures)?;
             let kinds = 0..splitter.signatures.len();
             let begins = kinds.filter(|kind| rule.next[1][*kind] != 0);
+            let runs = rule.stays.iter().map(|stays| splitter.run(*stays));
+            let runs: Vec<Run> = runs.collect();
             let level = Level {
                 begins: begins.fold(0, |all, kind| all | 1 << kind),
-                runs: rule
-                    .stays
-                    .iter()
-                    .map(|stays| splitter.run(*stays))
-                    .collect(),
+                plain: Plain::new(&rule, &runs, &splitter.ascii),
+                runs,
                 rule,
                 drops,
             };
@@ -222,25 +274,37 @@ impl Splitter {
     #[inline]
     pub(super) fn word_end(&self, text: &str, at: usize, words: &mut Words) -> usize {
         let last = self.levels.len() - 1;
-        let mut level = last;
-        while level > 0 && words.ends[level - 1] <= at {
-            level -= 1;
-        }
-        while level < last {
-            let limit = if level == 0 {
-                text.len()
-            } else {
-                words.ends[level - 1]
-            };
-            words.ends[level] = self.piece_end(level, &text[..limit], at, words);
-            level += 1;
-        }
-        let limit = if last == 0 {
+        let mut limit = if last == 0 {
             text.len()
         } else {
             words.ends[last - 1]
         };
-        self.piece_end(last, &text[..limit], at, words)
+        if limit <= at {
+            limit = self.limit(text, at, words);
+        }
+        match self.levels[last].plain.end(&text.as_bytes()[..limit], at) {
+            Some(end) => end,
+            None => self.piece_end(last, &text[..limit], at, words),
+        }
+    }
+
+    /// The end of the piece in which the last rule looks for a word, by all rules before it.
+    #[cold]
+    fn limit(&self, text: &str, at: usize, words: &mut Words) -> usize {
+        let last = self.levels.len() - 1;
+        let mut level = last;
+        while level > 0 && words.ends[level - 1] <= at {
+            level -= 1;
+        }
+        let mut limit = text.len();
+        for level in level..last {
+            if level > 0 {
+                limit = words.ends[level - 1];
+            }
+            limit = self.piece_end(level, &text[..limit], at, words);
+            words.ends[level] = limit;
+        }
+        limit
     }
 
     /// The end of the match, or of the text between matches, that begins at `at`.
