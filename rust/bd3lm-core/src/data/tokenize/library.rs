@@ -2,8 +2,6 @@
 
 use std::sync::OnceLock;
 
-use rustc_hash::FxHashSet;
-use serde_json::Value;
 use tokenizers::{Result, Tokenizer};
 use unicode_normalization_alignments::UnicodeNormalization;
 
@@ -85,13 +83,9 @@ fn excerpt(definition: &Definition<'_>, texts: &[&str]) -> String {
         // Few tokens pass the first of these.
         token.as_bytes().windows(2).all(|two| pairs[pair(two)]) && image.contains(token)
     };
-    let added = definition.added().map(|token| &token["content"]);
-    let named = added.chain([&definition.rest["model"]["unk_token"]]);
-    let named: FxHashSet<&str> = named.filter_map(Value::as_str).collect();
-    let is_byte = |token: &str| token.starts_with("<0x");
-    definition.text(Some(&|token| {
-        held(token) || is_byte(token) || named.contains(token)
-    }))
+    let unknown = definition.rest["model"]["unk_token"].as_str();
+    let is_named = |token: &str| token.starts_with("<0x") || Some(token) == unknown;
+    definition.text(Some(&|token| held(token) || is_named(token)))
 }
 
 /// Texts as the models of the pipelines that are known see them.
@@ -108,4 +102,38 @@ fn image(texts: &[&str]) -> String {
         image.push('\n');
     }
     image
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PROBES;
+    use super::super::tests::shapes;
+    use super::*;
+
+    #[test]
+    fn a_part_encodes_its_texts_as_the_whole_does() {
+        for (name, tokenizer) in shapes() {
+            let definition = Definition::parse(tokenizer.json()).unwrap();
+            if definition.merges.is_none() {
+                continue; // WordPiece is loaded as a whole
+            }
+            let (whole, part) = (
+                tokenizer.library.get().unwrap(),
+                Library::part(&definition, &PROBES),
+            );
+            let part = part.get().unwrap();
+            for text in PROBES {
+                let ids = |from: &Tokenizer| from.encode_fast(text, false).unwrap();
+                assert_eq!(ids(part).get_ids(), ids(whole).get_ids(), "{name}: {text}");
+            }
+        }
+        let json = super::super::tests::definition();
+        let definition = Definition::parse(&json).unwrap();
+        let part = excerpt(&definition, &["a in"]);
+        let part = Definition::parse(&part).unwrap();
+        let mut tokens: Vec<&str> = part.vocab.iter().flatten().map(|(t, _)| &**t).collect();
+        tokens.sort_unstable();
+        assert_eq!(tokens, ["a", "i", "in", "n", "\u{120}"]);
+        assert_eq!(part.merges.unwrap().len(), 1);
+    }
 }

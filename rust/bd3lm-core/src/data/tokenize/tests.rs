@@ -191,7 +191,7 @@ fn pieces(normalizer: Value, pre_tokenizer: Value) -> String {
 }
 
 /// Every shape of tokenizer that is known here.
-fn shapes() -> Vec<(&'static str, Tokenizer)> {
+pub(super) fn shapes() -> Vec<(&'static str, Tokenizer)> {
     let isolated = |pattern| split(pattern, "Isolated", false);
     let mark = "\u{2581}";
     let replace =
