@@ -9,6 +9,7 @@ mod definition;
 mod fast;
 mod library;
 mod metaspace;
+mod plain;
 mod rule;
 mod split;
 mod vet;
