@@ -26,7 +26,7 @@ def main(text: Path | None = None, out: Path = RUNS / "example", **settings: Any
         tokenizer = bd3lm.load_tokenizer("default")
         bd3lm.prepare([text], tokenizer, data, lines=True, valid_fraction=0.05)
 
-    config = bd3lm.preset("demo", data=str(data), **{"steps": 200} | settings)
+    config = bd3lm.preset("demo", data=str(data), **{"steps": 100} | settings)
     summary = bd3lm.train(config, out)
     print(f"{summary['val_bpb']:.3f} bits per byte of text that the model has not seen")
 

@@ -37,12 +37,15 @@ class Recording(Quiet):
 
 def systems() -> dict[str, tuple[Any, str | None, float | None]]:
     """Name -> (settings, name of the run it starts from, the paper's perplexity)."""
+    from bd3lm_paper.recipes import Recipes
     from bd3lm_paper.scale import scale_named
-    from bd3lm_paper.tables import Recipes, table3
+    from bd3lm_paper.tables import TABLES
 
     found: dict[str, tuple[Any, str | None, float | None]] = {}
-    for row in table3(Recipes(scale_named("smoke" if REHEARSE else "full"))).rows:
+    for row in TABLES["table3"](Recipes(scale_named("smoke" if REHEARSE else "full"))).rows:
         cell = row.cells["PPL"]
+        if cell.paper is None:  # not one of the paper's systems
+            continue
         source = None
         for run in cell.run.lineage():
             last = run is cell.run

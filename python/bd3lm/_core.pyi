@@ -152,7 +152,7 @@ def cross_entropy(
     bias: NDArray[np.float32],
     target: NDArray[np.int64],
     weight: NDArray[np.float32] | None,
-    mask_id: int,
+    mask_id: int | None,
     nll: NDArray[np.float32],
     d_bias: NDArray[np.float32],
     threads: int,

@@ -14,11 +14,12 @@ from bd3lm.files import write_json, write_text
 from bd3lm.plots import plot_dots, plot_lines, plot_panels, plot_points, save
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.formulas import FORMULAS
+from bd3lm_paper.recipes import Recipes
 from bd3lm_paper.render import REPRODUCTION, figure, to_json, to_markdown
 from bd3lm_paper.runner import Events, Sweep
 from bd3lm_paper.scale import Corpora, scale_named
 from bd3lm_paper.spec import Table
-from bd3lm_paper.tables import TABLES, Recipes
+from bd3lm_paper.tables import TABLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -263,7 +263,32 @@ class Cost:
         return {"steps": cfg.steps, "tokens": tokens, "seconds": median * cfg.steps}
 
 
-AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve | Cost
+@dataclass(frozen=True)
+class Autoregressive:
+    """A perplexity of the same weights as an autoregressive model, for a causal clean stream.
+
+    Attributes:
+        of: the perplexity.
+    """
+
+    of: Perplexity
+
+    @property
+    def kind(self) -> str:
+        """Name in records."""
+        return f"{self.of.kind} as AR"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Roles of the texts it reads."""
+        return self.of.texts
+
+    def take(self, trained: Trained) -> Values:
+        """Return the values of :class:`Perplexity`; ``nelbo`` is the exact likelihood."""
+        return self.of.take(replace(trained, loaded=trained.loaded.as_autoregressive()))
+
+
+AnyMeasure = Perplexity | Variance | Generated | Lengths | Curve | Cost | Autoregressive
 
 
 def draw(trained: Trained, config: SampleConfig) -> list[Sample]:

@@ -38,6 +38,7 @@ SHAPES = {
     "mdlm": ("tiny", "mdlm", DIT),
     "dit_ar": ("tiny", "ar", {"kv_heads": None, "head_dim": None, "mlp_width": None}),
     "demo": ("demo", "bd3lm", {}),
+    "adaptive": ("demo", "bd3lm", {"embed_norm": True, "softmax_cutoffs": (9, 4000)}),
     "qwen": ("qwen", "bd3lm", {}),
     "yarn": ("qwen", "bd3lm", {"rope_scaling": RopeScaling("yarn", 4.0, 16)}),
     "smollm3": (

@@ -25,6 +25,10 @@ CASES = {
     "demo": {},
     "paper": {"optimizer": "adamw", "warmup_steps": 4},
 }
+SHAPES = {
+    "demo": {"softmax_cutoffs": (5, 9)},
+    "paper": {"softmax_cutoffs": (), "embed_norm": False, "head_bias": False},
+}
 
 
 def settings(name):
@@ -37,7 +41,10 @@ def settings(name):
         steps=20,
         batch_size=8,
         noise=noise,
-        model=dataclasses.replace(base.model, width=32, depth=2, heads=2, cond_width=8),
+        init_unigram=False,
+        model=dataclasses.replace(
+            base.model, width=32, depth=2, heads=2, cond_width=8, **SHAPES[name]
+        ),
         optim=dataclasses.replace(base.optim, **CASES[name]),
     )
 

@@ -53,6 +53,7 @@ def config(corpus: Path) -> TrainConfig:
         device="cpu",
         model=dataclasses.replace(base.model, width=32, depth=2, heads=2),
         eval=dataclasses.replace(base.eval, every=0),
+        init_unigram=False,
         sample=dataclasses.replace(base.sample, num=2, length=24),
     )
 

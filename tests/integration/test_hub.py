@@ -181,3 +181,15 @@ def test_the_files_of_a_repository_without_that_branch(served, tmp_path):
     put(tmp_path / "served" / "data-train-00000-of-00001.parquet", ["one", "two"])
     prepare_split(named("a/b@train"), "train", load_tokenizer("default"), tmp_path / "set")
     assert documents(Dataset(tmp_path / "set")) == ["one", "two"]
+
+
+def test_a_folder_of_a_repository_that_the_branch_does_not_have(served, tmp_path):
+    """As FineWeb's: ``sample/10BT``, while the branch holds configurations converted in part."""
+    served["a/b", "refs/convert/parquet"] = ["c/partial-train/0.parquet", "d/train/0.parquet"]
+    served["a/b", None] = ["data/c/0.parquet", "sample/10BT/000.parquet", "sample/100BT/0.parquet"]
+    put(tmp_path / "served" / "sample-10BT-000.parquet", ["one", "two", "three"])
+    prepare_split(named("a/b@10BT"), "10BT[1:]", load_tokenizer("default"), tmp_path / "set")
+    assert documents(Dataset(tmp_path / "set")) == ["two", "three"]
+    for name, reason in {"a/b@train": "must be named: c, d", "a/b:c@10BT": "has no c@10BT"}.items():
+        with pytest.raises(ConfigError, match=reason):
+            prepare_split(named(name), named(name).train, load_tokenizer("default"), tmp_path / "x")

@@ -18,11 +18,11 @@ from bd3lm_paper import cli as paper
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.formulas import FORMULAS, schedules
 from bd3lm_paper.make import chosen
+from bd3lm_paper.recipes import Recipes
 from bd3lm_paper.render import difference, figure
 from bd3lm_paper.runner import Sweep
 from bd3lm_paper.scale import scale_named
 from bd3lm_paper.spec import record_key
-from bd3lm_paper.tables import Recipes
 
 TEXTS = {"lm1b": "a", "owt": "b", "zero_lm1b": "c", "lambada": "none", "wikitext": "d"}
 
@@ -133,6 +133,20 @@ def test_tables_with_every_kind_of_cell(tmp_path, roles, capsys):
         assert row["cells"]["Gen. PPL"]["mean"] is None  # no evaluator was named
         assert row["cells"]["NFEs"]["mean"] <= row["cells"]["forwards"]["mean"]
         assert row["cells"]["entropy"]["mean"] > 0
+
+
+def test_a_joint_run_is_measured_as_both_of_its_models(tmp_path, roles):
+    whole = TABLES["table3"](Recipes(scale_named("smoke")))
+    table = dataclasses.replace(whole, rows=whole.rows[-2:])
+    sweep = Sweep(tmp_path, Texts(roles, tmp_path / "data"))
+    sweep.make([table], Silent())
+    (bound, ar) = (row.cells["PPL"] for row in table.rows)
+    assert bound.run == ar.run
+    assert all(run.config.objective.ar_weight == 1 for run in bound.run.lineage())
+    records = [sweep.record(cell.run, cell.measure) for cell in (bound, ar)]
+    assert [record["measure"] for record in records] == ["perplexity", "perplexity as AR"]
+    assert [record["values"]["forwards"] for record in records] == [16, 1]
+    assert records[0]["values"]["row_tokens"] == records[1]["values"]["row_tokens"]
 
 
 def test_every_table_is_well_formed_at_every_scale():

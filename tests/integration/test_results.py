@@ -7,10 +7,10 @@ from pathlib import Path
 from bd3lm_paper import TABLES, Corpora
 from bd3lm_paper.corpora import Texts
 from bd3lm_paper.formulas import FORMULAS
+from bd3lm_paper.recipes import Recipes
 from bd3lm_paper.render import to_markdown
 from bd3lm_paper.runner import Sweep
 from bd3lm_paper.scale import scale_named
-from bd3lm_paper.tables import Recipes
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = {

@@ -159,8 +159,11 @@ class NoWaits(TorchDispatchMode):
 
 
 def of_system(config, system):
-    """The configuration with another system's settings of its own."""
-    theirs = preset("demo", system)
+    """The configuration with another system's settings, without an adaptive softmax.
+
+    The host reads how many tokens each of its clusters has.
+    """
+    theirs = preset("demo", system, model={"softmax_cutoffs": ()})
     return dataclasses.replace(
         config,
         system=system,
@@ -169,6 +172,17 @@ def of_system(config, system):
         model=dataclasses.replace(theirs.model, width=32, depth=2, heads=2),
         micro_batch=4,
     )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_may_start_from_the_frequencies_of_its_text(config, splits, tmp_path, system):
+    """Features of zero predict the share of each token in the text."""
+    config = dataclasses.replace(of_system(config, system), init_unigram=True)
+    trainer = Trainer(config, splits.train, splits.valid, tmp_path, Silent())
+    trainer.batches.close()
+    counts = torch.from_numpy(splits.train.token_counts().astype("float64")) + 1
+    p = trainer.model.logits(torch.zeros(config.model.width)).softmax(-1)
+    torch.testing.assert_close(p, (counts / counts.sum()).float())
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -23,6 +23,7 @@ SHAPES = [
     {"cond_width": 8, "norm": "rmsnorm", "mlp": "swiglu", "mlp_bias": False, "kv_heads": 1},
     {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True, "qk_norm": True},
     {"mlp": "relu2", "qk_norm": True, "kv_heads": 1, "norm": "rmsnorm"},
+    {"cond_width": 8, "embed_norm": True, "softmax_cutoffs": (3, 9)},
 ]
 
 

@@ -12,7 +12,7 @@ SHAPES = [
     {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "kv_heads": 1, "mlp_bias": False},
     {"cond_width": 8, "mlp": "relu2"},
     {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True},
-    {"clean_stream": "causal", "qk_norm": True},
+    {"clean_stream": "causal", "qk_norm": True, "embed_norm": True},
 ]
 MODELS = pytest.mark.parametrize("changes", SHAPES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,19 @@ def test_rows_and_noise_are_the_same_on_any_number_of_ranks(
             again = joined([found[index] for index in sorted(found)])
             assert all(torch.equal(again[field], whole[field]) for field in whole)
             assert tokens == loader.batch(step, SPECS[name]).num_noisable
+
+
+def test_rows_in_the_order_of_the_data() -> None:
+    """Without shuffling every epoch visits the rows from the first to the last."""
+    data = Rows(token_arrays(1000), seq_len=L, block_size=S)
+    loader = Loader(data, 10, seed=5, shuffle=False)
+    steps = 2 * len(data) // 10 + 1
+    parts = [
+        loader.batch(step, SPECS["full"], part=(i, 2)).x0 for step in range(steps) for i in (0, 1)
+    ]
+    found = torch.cat(parts)[: 2 * len(data)]
+    once = data.batch(np.arange(len(data), dtype=np.uint64)).x0
+    assert torch.equal(found, torch.cat([once, once]))
 
 
 def test_micro_batches_are_as_few_as_fit() -> None:

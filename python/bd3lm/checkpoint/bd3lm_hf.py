@@ -89,6 +89,8 @@ def their_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "qkv_bias": shape.qkv_bias,
         "out_bias": shape.out_bias,
         "tied_embeddings": shape.tied_embeddings,
+        "embed_norm": shape.embed_norm,
+        "softmax_cutoffs": list(checkpoint.model.cutoffs),
         "mask_token_id": tokenizer.mask_id,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

@@ -32,6 +32,8 @@ def family_kind(config: TrainConfig) -> str | None:
         and shape.mlp == "swiglu"
         and not shape.cond_width
         and not shape.head_bias
+        and not shape.softmax_cutoffs
+        and not shape.embed_norm
     )
     if not fits:
         return None

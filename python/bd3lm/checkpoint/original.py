@@ -33,9 +33,11 @@ TOKENIZER = "gpt2"
 PARTS = {
     "time.up": "sigma_map.mlp.0",
     "time.down": "sigma_map.mlp.2",
+    "embed_norm": "embed_norm",
     "norm": "output_layer.norm_final",
     "ada": "output_layer.adaLN_modulation",
     "head": "output_layer.linear",
+    "clusters": "output_layer.clusters",
 }
 BLOCK_PARTS = {
     "norm1": "norm1",
@@ -189,7 +191,7 @@ def _settings(
 def _extension(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the keys that :mod:`bd3lm.checkpoint.bd3lm_hf` adds; defaults without them."""
     theta, scaling = read_rope(meta)
-    names = ("head_dim", "mlp", "norm", "norm_eps", "qk_norm", "tied_embeddings")
+    names = ("head_dim", "mlp", "norm", "norm_eps", "qk_norm", "tied_embeddings", "embed_norm")
     biases = ("mlp_bias", "head_bias", "qkv_bias", "out_bias")
     found = {name: meta[name] for name in (*names, *biases) if name in meta}
     if found.get("head_dim") == int(meta["hidden_dim"]) / int(meta["n_heads"]):
@@ -197,8 +199,9 @@ def _extension(meta: Mapping[str, Any]) -> dict[str, Any]:
     for ours, theirs in (("kv_heads", "n_kv_heads"), ("mlp_width", "mlp_dim")):
         if theirs in meta:
             found[ours] = meta[theirs]
-    layers = tuple(meta.get("nope_layers") or ())
-    return found | {"rope_theta": theta, "rope_scaling": scaling, "nope_layers": layers}
+    for name in ("nope_layers", "softmax_cutoffs"):
+        found[name] = tuple(meta.get(name) or ())
+    return found | {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _system(path: Path, meta: Mapping[str, Any], *, conditioned: bool, told: bool) -> SystemName:

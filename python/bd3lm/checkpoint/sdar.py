@@ -112,6 +112,8 @@ def _check_representable(config: TrainConfig) -> None:
         ("model.cond-width", shape.cond_width, 0, "hf"),
         ("model.clean-stream", shape.clean_stream, "block", "bd3lm"),
         ("model.token-shift", shape.token_shift, False, "bd3lm"),
+        ("model.embed-norm", shape.embed_norm, False, "bd3lm"),
+        ("model.softmax-cutoffs", shape.softmax_cutoffs, (), "bd3lm"),
         ("model.qk-norm", shape.qk_norm, True, "hf"),
         ("model.norm", shape.norm, "rmsnorm", "hf"),
         ("model.mlp", shape.mlp, "swiglu", "hf"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,6 +108,14 @@ class ModelConfig:
     """Output head shares the embedding matrix."""
     vocab_size: int | None = None
     """V, rows of the embedding. None: one for every id of the tokenizer. More: the rest pads."""
+    embed_norm: bool = False
+    """Normalise the embeddings before the first block."""
+    softmax_cutoffs: tuple[int, ...] = ()
+    """Ids at which the vocabulary of the output head is cut (adaptive softmax): the head predicts
+    the ids below the first cutoff and the cluster of the others, and for a token of a cluster the
+    token within it. Training is faster where small ids are frequent, as those of BPE are.
+    A GPU's host waits for the number of tokens in each cluster. Cutoffs from V on are left out.
+    Empty: one softmax over the whole vocabulary."""
     cond_width: int = 0
     """Width of the adaLN conditioning vector; 0 removes adaLN."""
     time_conditioning: bool = False
@@ -163,6 +172,9 @@ class ModelConfig:
             )
         if self.vocab_size is not None:
             check_whole("model.vocab-size", self.vocab_size, 1, LARGEST_VOCABULARY)
+        for low, high in itertools.pairwise((0, *self.softmax_cutoffs)):
+            allowed = "whole numbers of at least 1 in increasing order"
+            check(low < high, "model.softmax-cutoffs", self.softmax_cutoffs, allowed)
         check_number("model.dropout", self.dropout, 0, 1, interval="[)")
         check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
         check(

@@ -44,6 +44,8 @@ class TrainConfig:
     documents whole where they fit."""
     row_eos: bool = False
     """wrap: close every row with EOS, as the original implementation does."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in a random order. False: in the order of the data."""
     system: SystemName = "bd3lm"
     """bd3lm: block diffusion; mdlm: masked diffusion over the whole row; sedd: score entropy over
     the whole row; ar: one token after the other."""
@@ -62,6 +64,9 @@ class TrainConfig:
     tokenizer's own mask, else a new id after its last."""
     init_optimizer: bool = False
     """Also take over the optimizer's state of init_from."""
+    init_unigram: bool = False
+    """Start a new model from the frequencies of the tokens in the training text: the head's bias is
+    their logarithm, so that no step is spent on them. Without effect with init_from."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 512
@@ -123,6 +128,12 @@ class TrainConfig:
             "init-optimizer",
             self.init_optimizer,
             "False without init-from",
+        )
+        check(
+            self.model.head_bias or not self.init_unigram,
+            "init-unigram",
+            self.init_unigram,
+            "False without model.head-bias",
         )
         if self.micro_batch is not None:
             check_whole("micro-batch", self.micro_batch, 1)
@@ -188,6 +199,13 @@ class TrainConfig:
             "objective.complementary",
             both,
             "False with noise.fit-counts or model.time-conditioning",
+        )
+        cutoffs = self.model.softmax_cutoffs
+        check(
+            not cutoffs or self.system != "sedd",
+            "model.softmax-cutoffs",
+            cutoffs,
+            "empty for system = sedd, whose scores are not normalised",
         )
         shift = self.model.token_shift
         check(

@@ -3,7 +3,7 @@
 ``hub:NAME`` is one of :data:`KNOWN`, with its splits, text field and detokenizer;
 ``hub:PATH[:CONFIG]@SPLIT`` is any other data set of the hub (or a local folder) with a ``text``
 field. Files come from the parquet branch that the hub keeps of every data set, else from the
-repository itself; they are kept in the hub's cache. No code of a data set is run.
+repository itself (``_on_hub``); they are kept in the hub's cache. No code of a data set is run.
 """
 
 from __future__ import annotations
@@ -176,15 +176,7 @@ def _files(source: HubData, split: str) -> list[Path]:
         found = [path for path in inside.rglob("*") if path.is_file()]
         names = sorted(path.relative_to(inside).as_posix() for path in found)
         return [inside / name for name in _of_split(names, split)]
-    try:
-        revision: str | None = PARQUET
-        names = [_Converted.of(name) for name in hub.list_files(source.path, revision=PARQUET)]
-        chosen = _of_config([name for name in names if name], source.config, split)
-    except hub.HubError as error:
-        if "404" not in str(error) and "not found" not in str(error).lower():
-            raise
-        revision = None
-        chosen = _of_split(sorted(hub.list_files(source.path)), split)
+    chosen, revision = _on_hub(source, split)
     paths = []
     for name in chosen:
         path = hub.download(source.path, name, kind="dataset", revision=revision)
@@ -192,6 +184,30 @@ def _files(source: HubData, split: str) -> list[Path]:
             raise hub.HubError(f"{name} is gone")
         paths.append(path)
     return paths
+
+
+def _on_hub(source: HubData, split: str) -> tuple[list[str], str | None]:
+    """Names of a split's files, and the branch that holds them.
+
+    A split that the parquet branch has under no configuration, or in part, is looked for among
+    the files of the repository: ``HuggingFaceFW/fineweb-edu@10BT`` are those in ``sample/10BT``.
+    """
+    try:
+        listed = hub.list_files(source.path, revision=PARQUET)
+    except hub.HubError as error:
+        if "404" not in str(error) and "not found" not in str(error).lower():
+            raise
+        return _of_split(sorted(hub.list_files(source.path)), split), None
+    names = [name for name in map(_Converted.of, listed) if name]
+    try:
+        return _of_config(names, source.config, split), PARQUET
+    except hub.HubError as refused:
+        if source.config is not None or any(name.split == split for name in names):
+            raise
+        try:
+            return _of_split(sorted(hub.list_files(source.path)), split), None
+        except hub.HubError:
+            raise refused from None
 
 
 @dataclass(frozen=True, order=True)

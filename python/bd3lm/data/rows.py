@@ -141,7 +141,7 @@ class Rows:
 
 
 class Loader:
-    """Noised batches of a shuffled data set.
+    """Noised batches of a data set, shuffled or in its own order.
 
     Order and noise are functions of (seed, step, row of the global batch): never of how a batch
     is cut into parts, nor of threads. Strata also read its number of rows. There is no state to
@@ -151,11 +151,21 @@ class Loader:
         rows: to draw from.
         batch_size: rows of the global batch.
         seed: of order and noise.
+        shuffle: draw a new order of the rows in each epoch; False: that of the data set.
         pinned: put batches into page-locked memory, from which a GPU copies while it computes.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, *, pinned: bool = False) -> None:
-        self.rows, self.batch_size, self.seed, self.pinned = rows, batch_size, seed, pinned
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        pinned: bool = False,
+    ) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.shuffle, self.pinned = shuffle, pinned
 
     def batch(self, step: int, spec: NoiseSpec, *, part: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step, or a part of it.
@@ -175,7 +185,7 @@ class Loader:
             raise ConfigError("part", part, allowed)
         first = index * self.batch_size // parts
         size = (index + 1) * self.batch_size // parts - first
-        order = _core.row_order(self.seed, len(self.rows), step * self.batch_size + first, size)
+        order = self._order(step * self.batch_size + first, size)
         shape = (size, self.rows.seq_len)
         block_size = spec.block_size or self.rows.block_size
         blocks = (size, self.rows.seq_len // block_size)
@@ -212,3 +222,9 @@ class Loader:
             block_size=block_size,
             step=step,
         )
+
+    def _order(self, first: int, size: int) -> NDArray[np.uint64]:
+        """Rows at places ``first..first + size`` of the endless sequence of epochs."""
+        if self.shuffle:
+            return _core.row_order(self.seed, len(self.rows), first, size)
+        return np.arange(first, first + size, dtype=np.uint64) % np.uint64(len(self.rows))

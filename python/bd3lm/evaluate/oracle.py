@@ -135,8 +135,8 @@ class OracleDenoiser(nn.Module):
         out[:, bos:, 1:-1] = p
         return torch.from_numpy(out).log().flatten(0, 1)[select]
 
-    def logits(self, features: Tensor) -> Tensor:
-        """The log posteriors themselves."""
+    def logits(self, features: Tensor, without: int | None = None) -> Tensor:
+        """The log posteriors themselves, in which the mask token has no share."""
         return features.clone()
 
 

@@ -45,6 +45,8 @@ class BD3LMConfig(PretrainedConfig):
         qkv_bias: biases of queries, keys and values.
         out_bias: bias of the projection after attention.
         tied_embeddings: head and embedding were one matrix; they are stored, and trained, apart.
+        embed_norm: normalise the embeddings before the first block.
+        softmax_cutoffs: first ids of the clusters of an adaptive softmax; None: one softmax.
         mask_token_id: the mask; None: the last id.
         others: of every configuration of transformers.
     """
@@ -88,6 +90,8 @@ class BD3LMConfig(PretrainedConfig):
         qkv_bias: bool = False,
         out_bias: bool = False,
         tied_embeddings: bool = False,
+        embed_norm: bool = False,
+        softmax_cutoffs: list[int] | None = None,
         mask_token_id: int | None = None,
         **others: Any,
     ) -> None:
@@ -107,6 +111,8 @@ class BD3LMConfig(PretrainedConfig):
         self.mlp_bias, self.head_bias = mlp_bias, head_bias
         self.qkv_bias, self.out_bias = qkv_bias, out_bias
         self.tied_embeddings = tied_embeddings
+        self.embed_norm = embed_norm
+        self.softmax_cutoffs = list(softmax_cutoffs or [])
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         others["tie_word_embeddings"] = False
         super().__init__(**others)

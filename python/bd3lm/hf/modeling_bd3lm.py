@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +199,30 @@ class DDiTFinalLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(cfg.hidden_dim, cfg.norm, cfg.norm_eps)
         self.linear = nn.Linear(cfg.hidden_dim, cfg.vocab_size, bias=cfg.head_bias)
+        self.cutoffs, self.mask_id = cfg.softmax_cutoffs, cfg.mask_token_id
+        if self.cutoffs:
+            self.clusters = nn.Linear(cfg.hidden_dim, len(self.cutoffs))
         if cfg.adaln:
             self.adaLN_modulation = nn.Linear(cfg.cond_dim, 2 * cfg.hidden_dim)
 
     def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """[B, T, D] to logits [B, T, V]."""
+        """[B, T, D] to logits [B, T, V].
+
+        With an adaptive softmax the tokens of a cluster share the probability of its logit.
+        """
         x = self.norm_final(x)
         if cond is not None:
             shift, scale = self.adaLN_modulation(cond).chunk(2, -1)
             x = x * (1 + scale) + shift
-        return self.linear(x)
+        logits = self.linear(x)
+        if not self.cutoffs:
+            return logits
+        logits[..., self.mask_id] = -torch.inf
+        ends = [*self.cutoffs, logits.shape[-1]]
+        shortlist, *rare = logits.split([ends[0], *(b - a for a, b in pairwise(ends))], -1)
+        of_clusters = self.clusters(x).split(1, -1)
+        rare = [F.log_softmax(y, -1) + one for y, one in zip(rare, of_clusters, strict=True)]
+        return torch.cat([shortlist, *rare], -1)
 
 
 class DITBackbone(nn.Module):
@@ -217,6 +232,7 @@ class DITBackbone(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vocab_embed = EmbeddingLayer(cfg.hidden_dim, cfg.vocab_size)
+        self.embed_norm = Norm(cfg.hidden_dim, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         if cfg.adaln:
             self.sigma_map = TimestepEmbedder(cfg.cond_dim)
         self.rotary_emb = Rotary(cfg)
@@ -239,6 +255,8 @@ class DITBackbone(nn.Module):
                 sigma = torch.zeros(1, 1, device=ids.device)
             cond = F.silu(self.sigma_map(sigma))
         x = self.vocab_embed(ids)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         rope = self.rotary_emb(position, x.dtype)
         stream = [x]
         for block in self.blocks:

@@ -24,8 +24,8 @@ class LossInputs(NamedTuple):
     """True ids, int64 [R], never ``mask_id``."""
     weight: Tensor | None
     """float32 [R]; with it the logits become the gradient of Σ weight·loss. None: no gradient."""
-    mask_id: int
-    """Id of the mask token."""
+    mask_id: int | None
+    """Id of the mask token; None where it is not among these V."""
     d_bias: Tensor | None
     """float32 [V], to which the sum of the gradients over rows is added; or None."""
 
@@ -73,7 +73,7 @@ def triton_cross_entropy_(inputs: LossInputs) -> Tensor:
 
 @torch.library.custom_op("bd3lm::cross_entropy", mutates_args={"logits"})
 def fused_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int
+    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int | None
 ) -> Tensor:
     """Operator of :func:`bd3lm.model.cross_entropy_triton.run_cross_entropy`, for tracing."""
     from bd3lm.model.cross_entropy_triton import run_cross_entropy
@@ -91,7 +91,8 @@ def composed_cross_entropy_(inputs: LossInputs) -> Tensor:
     logits, bias, target, weight, mask_id, d_bias = inputs
     if bias is not None:
         logits.add_(bias)
-    logits[:, mask_id] = -torch.inf
+    if mask_id is not None:
+        logits[:, mask_id] = -torch.inf
     goal = target[:, None]
     log_p = logits.float().log_softmax(dim=-1)
     nll = -log_p.gather(1, goal).squeeze(1)

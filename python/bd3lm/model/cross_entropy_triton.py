@@ -74,7 +74,7 @@ def cross_entropy_kernel(
 
 @on_device_of_first
 def run_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int
+    logits: Tensor, target: Tensor, weight: Tensor | None, mask_id: int | None
 ) -> Tensor:
     """Nats of every row, float32 [R]; with a weight the logits become their gradient.
 
@@ -82,14 +82,14 @@ def run_cross_entropy(
         logits: [R, V], rows contiguous.
         target: true ids, int64 [R], never ``mask_id``.
         weight: float32 [R], or None where no gradient is wanted.
-        mask_id: the id whose probability is zero.
+        mask_id: the id whose probability is zero; None: there is none.
     """
     rows, vocab = logits.shape
     nll = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         cross_entropy_kernel[(rows,)](
             logits, target.contiguous(), nll if weight is None else weight.contiguous(), nll,
-            vocab, mask_id, logits.stride(0),
+            vocab, -1 if mask_id is None else mask_id, logits.stride(0),
             BLOCK=BLOCK, GRADIENT=weight is not None, INTERPRET=INTERPRETED, num_warps=WARPS,
         )  # fmt: skip
     return nll

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from bd3lm.config import TrainConfig
+from bd3lm.model.adaptive import ranges
 
 
 def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
@@ -48,9 +51,10 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     elif cfg.system == "bd3lm" and block < length:
         clean = length - block
     positions = length + clean
+    columns = head_columns(model.softmax_cutoffs, vocab_size)
     layer = positions * (to_queries + to_keys + after)
     last = queries * to_queries + positions * to_keys + predicted * after
-    products = (model.depth - 1) * layer + last + predicted * model.width * vocab_size
+    products = (model.depth - 1) * layer + last + predicted * model.width * columns
     # Blocks of either stream see their own and the clean ones before them.
     pairs = length * (length + block) / 2
     clean_pairs = clean * (clean + (1 if model.causal_clean else block)) / 2
@@ -59,6 +63,27 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     return cfg.batch_size * (of_products * products + 6.0 * attention)
 
 
+def head_columns(cutoffs: Sequence[int], vocab_size: int) -> float:
+    """Logits that the head computes for a predicted position, on average.
+
+    With an adaptive softmax those of the shortlist and, for a token of a cluster, those of the
+    cluster. Tokens are taken to follow Zipf's law: the id n has a share of 1/n.
+    """
+    cutoffs = [c for c in cutoffs if c < vocab_size]
+    if not cutoffs:
+        return vocab_size
+    columns = float(cutoffs[0] + len(cutoffs))
+    for low, high in ranges(cutoffs, vocab_size):
+        columns += (high - low) * (_harmonic(high) - _harmonic(low)) / _harmonic(vocab_size)
+    return columns
+
+
+def _harmonic(n: int) -> float:
+    """Sum of 1/k for k = 1..n, to a hundredth of its last term."""
+    return math.log(n) + EULER_GAMMA + 0.5 / n
+
+
+EULER_GAMMA = 0.5772156649
 CPU_PEAK_SIZE = 1024
 """Rows and columns of the square product whose speed is a CPU's peak."""
 CUDA_PEAK_SIZE = 8192

@@ -43,8 +43,8 @@ class HeadInputs(NamedTuple):
     """True ids, int64 [M], never ``mask_id``."""
     weight: Tensor
     """Loss weight of each position, float32 [M]."""
-    mask_id: int
-    """Id of the mask token."""
+    mask_id: int | None
+    """Id of the mask token; None where it is not among these V."""
 
 
 Kernel = Callable[[LossInputs], Tensor]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bd3lm.config import ModelConfig, check
+from bd3lm.model.adaptive import adaptive_logits, new_clusters, ranges
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.attention.mask import before_last
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
@@ -249,6 +250,7 @@ class Transformer(nn.Module):
         self.recompute = False  # activation checkpointing in denoise and encode
         self._compiled: Callable[..., Tensor] | None = None
         self.embed = nn.Embedding(vocab_size, cfg.width)
+        self.embed_norm = Norm(cfg.width, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = Norm(cfg.width, cfg.norm, cfg.norm_eps)
@@ -257,6 +259,10 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.width, vocab_size, bias=cfg.head_bias)
         if cfg.tied_embeddings:
             self.head.weight = self.embed.weight
+        self.cutoffs = tuple(c for c in cfg.softmax_cutoffs if c < vocab_size)
+        self.clusters = None
+        if self.cutoffs:
+            self.clusters = new_clusters(cfg.width, self.cutoffs, vocab_size)
         self.rotary = Rotary(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
         self.reset_parameters()
 
@@ -271,6 +277,22 @@ class Transformer(nn.Module):
         if self.cfg.cond_width:
             nn.init.zeros_(self.ada.weight)
             nn.init.zeros_(self.ada.bias)
+
+    @torch.no_grad()
+    def start_from_counts(self, counts: Tensor) -> None:
+        """Set the head's bias so that each token's probability is its frequency (plus one).
+
+        Args:
+            counts: occurrences of every id in the training text [ids], of at most V.
+        """
+        share = torch.ones(self.vocab_size, dtype=torch.float64)
+        share[: len(counts)] += counts
+        share *= (self.vocab_size - 1) / share.sum()  # a uniform distribution has biases of zero
+        self.head.bias.copy_(share.log())
+        if self.clusters is not None:
+            spans = ranges(self.cutoffs, self.vocab_size)
+            sums = torch.stack([share[low:high].sum() for low, high in spans])
+            self.clusters.bias.copy_(sums.log())
 
     def use_attention(self, backend: str) -> Transformer:
         """Select the attention backend by name; ``auto`` takes the best available one."""
@@ -395,6 +417,11 @@ class Transformer(nn.Module):
         causal_end = seq_len if self.cfg.causal_clean else 0
         return BlockMask.training(seq_len, block_size, doc_ids, causal_end=causal_end)
 
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Residual stream [..., D] before the first block."""
+        h = self.embed(ids)
+        return h if self.embed_norm is None else self.embed_norm(h)
+
     def _both_streams(
         self,
         xt: Tensor,
@@ -410,7 +437,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
         cond = self.condition(sigma, mask.block_size, clean=mask.clean_len)
-        h = self.embed(torch.cat([xt, x0], dim=1))
+        h = self._embedded(torch.cat([xt, x0], dim=1))
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
         if queries is not None:
@@ -462,7 +489,7 @@ class Transformer(nn.Module):
         )
         cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
-        h = self.embed(ids)
+        h = self._embedded(ids)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             h = self._run(
@@ -519,7 +546,7 @@ class Transformer(nn.Module):
         rope = (table[0][position], table[1][position])
         cond = self.condition(sigma, block_size)
         here = CacheAt(cache, position)
-        h = self.embed(ids)
+        h = self._embedded(ids)
         for layer, block in enumerate(self.blocks):
             last_one = layer == len(self.blocks) - 1
             chosen = select if last_one else None
@@ -551,7 +578,7 @@ class Transformer(nn.Module):
         rope = (cos[flat], sin[flat])
         cond = self.condition(None, 1)
         slots = CacheSlots(cache, slot)
-        h = self.embed(ids.flatten()[None])
+        h = self._embedded(ids.flatten()[None])
         for layer, block in enumerate(self.blocks):
             h = block(h, mask, rope, cond, cache=slots, layer=layer)
         return self._finish(h, cond, None, None).view(*ids.shape, -1)
@@ -587,7 +614,7 @@ class Transformer(nn.Module):
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
         cond = self.condition(sigma, block_size)
         rows = (select - 1).clamp(min=0) if self.cfg.token_shift else select
-        h = self.embed(xt)
+        h = self._embedded(xt)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)
@@ -634,9 +661,19 @@ class Transformer(nn.Module):
             return checkpoint(call, *args, use_reentrant=False, **options)
         return call(*args, **options)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores [..., V] of features [..., D]."""
-        return self.head(features)
+    def logits(self, features: Tensor, without: int | None = None) -> Tensor:
+        """Scores [..., V] of features [..., D].
+
+        Args:
+            features: normalised.
+            without: id of the mask token, whose score is -inf. None: it has one like any other.
+        """
+        scores = self.head(features)
+        if without is not None:
+            scores[..., without] = -torch.inf
+        if self.clusters is None:
+            return scores
+        return adaptive_logits(scores, self.clusters(features), self.cutoffs)
 
     def _finish(
         self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None

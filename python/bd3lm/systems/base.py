@@ -16,6 +16,7 @@ from bd3lm.config import TrainConfig
 from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
+from bd3lm.model.adaptive import adaptive_cross_entropy
 from bd3lm.model.head import TILE_ROWS
 from bd3lm.systems.parts import LossParts
 
@@ -115,6 +116,8 @@ class System(ABC):
         """Sum of weight·loss, and the loss of every position [M], from features [M, D]."""
         head = model.head
         inputs = HeadInputs(features, head.weight, head.bias, target, weight, self.mask_id)
+        if model.clusters is not None:
+            return adaptive_cross_entropy(inputs, model.clusters, model.cutoffs)
         return self.chunked_loss(inputs)
 
     def nats(self, model: Transformer, features: Tensor, x0: Tensor, select: Tensor) -> Tensor:
@@ -148,9 +151,7 @@ class System(ABC):
 
     def logits(self, model: Transformer, features: Tensor) -> Tensor:
         """Unnormalised log-probabilities [R, V] to draw tokens from; the mask token has -inf."""
-        logits = model.logits(features)
-        logits[:, self.mask_id] = -torch.inf
-        return logits
+        return model.logits(features, self.mask_id)
 
     def level_grid(self, steps: int) -> NDArray[np.float64]:
         """Mask probabilities of N ancestral steps, from 1 down to 0: float64 [N+1].

@@ -335,8 +335,8 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, source: str) -
     Raises:
         CheckpointError: names the setting.
     """
-    names = ("heads", "mlp", "norm", "norm_eps", "rope_theta", "tied_embeddings")
-    for name in (*names, "rope_scaling", "nope_layers"):
+    names = ("heads", "mlp", "norm", "norm_eps", "embed_norm", "rope_theta", "tied_embeddings")
+    for name in (*names, "rope_scaling", "nope_layers", "softmax_cutoffs"):
         mine, theirs = getattr(wanted, name), getattr(found, name)
         if mine != theirs:
             raise CheckpointError(

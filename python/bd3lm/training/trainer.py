@@ -104,7 +104,9 @@ class Trainer:
             row_eos=cfg.row_eos,
         )
         pinned = self.device.type == "cuda"
-        self.loader = Loader(self.rows, cfg.batch_size, cfg.seed, pinned=pinned)
+        self.loader = Loader(
+            self.rows, cfg.batch_size, cfg.seed, shuffle=cfg.shuffle, pinned=pinned
+        )
         self.parts = micro_batches(cfg, ranks.size)
         self.watch = DataWatch(train, valid)
         digests = {"train": digest_of(train), "valid": digest_of(valid)}
@@ -114,6 +116,8 @@ class Trainer:
         self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device, share)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
+        if cfg.init_unigram and cfg.init_from is None:
+            model.start_from_counts(torch.from_numpy(train.token_counts().astype(np.float64)))
         model.recompute = cfg.recompute
         if cfg.lora.rank:
             add_adapters(model, cfg.lora)

@@ -23,7 +23,7 @@ fn cross_entropy(
     bias: PyReadonlyArray1<'_, f32>,
     target: PyReadonlyArray1<'_, i64>,
     weight: Option<PyReadonlyArray1<'_, f32>>,
-    mask_id: usize,
+    mask_id: Option<usize>,
     mut nll: PyReadwriteArray1<'_, f32>,
     mut d_bias: PyReadwriteArray1<'_, f32>,
     threads: usize,

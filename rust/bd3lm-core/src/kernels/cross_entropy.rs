@@ -22,7 +22,7 @@ fn one_row<T: Stored>(
     bias: &[f32],
     target: usize,
     weight: Option<f32>,
-    mask_id: usize,
+    mask_id: Option<usize>,
     room: &mut [f32],
     d_bias: &mut [f32],
 ) -> f32 {
@@ -31,7 +31,9 @@ fn one_row<T: Stored>(
     for i in 0..vocab {
         room[i] = row[i].get() + bias[i];
     }
-    room[mask_id] = f32::NEG_INFINITY;
+    if let Some(id) = mask_id {
+        room[id] = f32::NEG_INFINITY;
+    }
     let goal = room[target];
     let (lanes, rest) = room.as_chunks_mut::<LANES>();
     let mut tops = [f32::NEG_INFINITY; LANES];
@@ -72,7 +74,7 @@ struct Rows<'a, T> {
     bias: &'a [f32],
     target: &'a [i64],
     weight: Option<&'a [f32]>,
-    mask_id: usize,
+    mask_id: Option<usize>,
     nll: &'a mut [f32],
     /// Scratch of one row.
     room: &'a mut [f32],
@@ -102,8 +104,8 @@ pub struct Targets<'a> {
     pub ids: &'a [i64],
     /// Weight of each row `[R]`; None: no gradients.
     pub weight: Option<&'a [f32]>,
-    /// The id whose probability is zero.
-    pub mask_id: usize,
+    /// The id whose probability is zero, if there is one.
+    pub mask_id: Option<usize>,
 }
 
 /// Cross-entropy of logits [R, V], the mask token excluded (docs/math.md §5).
@@ -143,11 +145,12 @@ pub fn cross_entropy<T: Stored>(
         return Err(Error::config("logits", given, allowed));
     }
     check_len("d_bias", vocab, d_bias.len())?;
-    let outside = |id: i64| !(0..vocab as i64).contains(&id) || id == mask_id as i64;
-    if mask_id >= vocab {
+    if let Some(id) = mask_id.filter(|id| *id >= vocab) {
         let allowed = format!("below the vocabulary of {vocab}");
-        return Err(Error::config("mask_id", mask_id, allowed));
+        return Err(Error::config("mask_id", id, allowed));
     }
+    let masked = mask_id.map(|id| id as i64);
+    let outside = |id: i64| !(0..vocab as i64).contains(&id) || Some(id) == masked;
     if let Some(id) = ids.iter().find(|id| outside(**id)) {
         return Err(Error::TokenOutOfRange {
             id: *id,
@@ -206,14 +209,14 @@ mod tests {
         x: &mut [T],
         ids: &[i64],
         weight: Option<&[f32]>,
-        mask_id: usize,
+        mask_id: impl Into<Option<usize>>,
     ) -> Result<Vec<f32>> {
         let vocab = x.len() / ids.len();
         let (mut nll, mut d_bias) = (vec![0.0; ids.len()], vec![0.0; vocab]);
         let targets = Targets {
             ids,
             weight,
-            mask_id,
+            mask_id: mask_id.into(),
         };
         let zeros = vec![0.0; vocab];
         cross_entropy(x, &zeros, targets, &mut nll, &mut d_bias, 1)?;
@@ -343,6 +346,14 @@ mod tests {
         for (x, want) in row.iter().zip(want) {
             assert!((f64::from(x.get()) - want).abs() < 0.004);
         }
+    }
+
+    #[test]
+    fn without_a_mask_token_every_id_has_a_share() {
+        let mut row = [0f32; 4];
+        let nll = plain(&mut row, &[3], Some(&[1.0]), None).unwrap();
+        assert!((nll[0] - 4f32.ln()).abs() < 1e-6);
+        assert_eq!(row, [0.25, 0.25, 0.25, -0.75]);
     }
 
     #[test]
