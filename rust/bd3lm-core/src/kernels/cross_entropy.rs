@@ -255,7 +255,7 @@ mod tests {
                 let targets = Targets {
                     ids: &target,
                     weight,
-                    mask_id,
+                    mask_id: Some(mask_id),
                 };
                 let mut d_bias = vec![9.0; vocab];
                 cross_entropy(&mut x, &bias, targets, &mut nll, &mut d_bias, threads).unwrap();

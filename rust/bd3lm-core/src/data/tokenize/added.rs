@@ -1,7 +1,9 @@
 //! Added tokens: texts that become one id before anything else is done.
 
 use aho_corasick::{AhoCorasick, BuildError, MatchKind};
-use serde_json::Value;
+use rustc_hash::FxHashMap;
+
+use super::definition::Definition;
 
 /// The added tokens of a tokenizer.
 pub(super) struct Added {
@@ -24,16 +26,16 @@ pub(super) enum Part<'a> {
 
 impl Added {
     pub(super) fn new(
-        definition: &Value,
-        normalizes: bool,
-        id: impl Fn(&str) -> Option<u32>,
+        definition: &Definition<'_>,
+        ids: &FxHashMap<&str, u32>,
     ) -> Result<Self, BuildError> {
+        let normalizes = !definition.rest["normalizer"].is_null();
         let mut plain: [(Vec<&str>, Vec<u32>); 2] = Default::default();
         let mut odd = Vec::new();
-        for token in definition["added_tokens"].as_array().into_iter().flatten() {
+        for token in definition.added() {
             let content = token["content"].as_str().unwrap_or_default();
-            let Some(id) = id(content).filter(|_| !content.is_empty()) else {
-                continue;
+            let Some(id) = ids.get(content).copied() else {
+                continue; // it is empty
             };
             let set = |field: &str| token[field] == true;
             let later = set("normalized");

@@ -1,10 +1,12 @@
 //! Byte-pair encoding of words, over bytes or over characters, without the library.
 
+use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use rustc_hash::FxBuildHasher;
-use serde_json::Value;
+
+use super::definition::{Definition, Merge};
 
 /// Words up to this many symbols are merged by scanning, longer ones with a heap.
 const SCANNED: usize = 32;
@@ -30,13 +32,14 @@ pub(super) struct Bpe {
 }
 
 impl Bpe {
-    /// From the `model` of a `tokenizer.json`, over bytes or over characters; or why it is not
-    /// known. `join` sees the text of every pair.
+    /// From a `tokenizer.json`, over bytes or over characters; or why it is not known. `join` sees
+    /// the text of every pair.
     pub(super) fn new(
-        model: &Value,
+        definition: &Definition<'_>,
         over_bytes: bool,
         mut join: impl FnMut(&str),
     ) -> Result<Self, &'static str> {
+        let model = &definition.rest["model"];
         let empty = |field: &str| model[field].as_str().unwrap_or_default().is_empty();
         if !(model["dropout"].is_null() || model["dropout"] == 0.0)
             || !empty("continuing_subword_prefix")
@@ -44,12 +47,7 @@ impl Bpe {
         {
             return Err("its merges have options");
         }
-        let vocab = model["vocab"].as_object().ok_or("it has no vocabulary")?;
-        // Hundreds of thousands of look-ups: hashed, they take a third of the time.
-        let vocab: HashMap<&str, u32, FxBuildHasher> = vocab
-            .iter()
-            .filter_map(|(token, id)| Some((token.as_str(), id.as_u64()? as u32)))
-            .collect();
+        let vocab = definition.vocab.as_ref().ok_or("it has no vocabulary")?;
         let id = |token: &str| vocab.get(token).copied();
         let mut bytes = [0; 256];
         let printable = printable();
@@ -76,7 +74,7 @@ impl Bpe {
             }
             Symbols::Bytes(bytes)
         } else {
-            let single = |(token, id): (&&str, &u32)| {
+            let single = |(token, id): (&Cow<'_, str>, &u32)| {
                 let mut chars = token.chars();
                 chars
                     .next()
@@ -86,14 +84,10 @@ impl Bpe {
             let chars = vocab.iter().filter_map(single).collect();
             Symbols::Chars { chars, bytes }
         };
-        let mut merges = HashMap::default();
+        let pairs = definition.merges.as_ref().ok_or("it has no merges")?;
+        let mut merges = HashMap::with_capacity_and_hasher(pairs.len(), FxBuildHasher);
         let mut both = String::new();
-        for (rank, merge) in model["merges"].as_array().into_iter().flatten().enumerate() {
-            let pair = match merge {
-                Value::String(pair) => pair.split_once(' '),
-                pair => pair[0].as_str().zip(pair[1].as_str()),
-            };
-            let (left, right) = pair.ok_or("its merges are not pairs")?;
+        for (rank, Merge(left, right)) in pairs.iter().enumerate() {
             both.clear();
             both.push_str(left);
             both.push_str(right);
@@ -220,7 +214,7 @@ impl Bpe {
 }
 
 /// The printable character that a byte-level vocabulary writes for each byte.
-fn printable() -> [char; 256] {
+pub(super) fn printable() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|byte| {
         let itself = matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);

@@ -6,6 +6,7 @@ use unicode_normalization_alignments::{IsNormalized, UnicodeNormalization, is_nf
 
 use super::bpe::Bpe;
 use super::chars::Kinds;
+use super::definition::Definition;
 use super::split::Splitter;
 
 /// Characters that composition neither changes nor reorders, and all others.
@@ -22,17 +23,16 @@ pub(super) struct ByteLevel {
 
 impl ByteLevel {
     /// From a `tokenizer.json`; or why it is not known.
-    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
-        let normalizer = &definition["normalizer"];
+    pub(super) fn new(definition: &Definition<'_>) -> Result<Self, &'static str> {
+        let normalizer = &definition.rest["normalizer"];
         let nfc = match normalizer["type"].as_str() {
             _ if is_identity(normalizer) => None,
             Some("NFC") => Some(Kinds::new()),
             _ => return Err("it normalizes text in a way that is not known here"),
         };
-        let model = &definition["model"];
         Ok(ByteLevel {
-            splitter: Splitter::new(&definition["pre_tokenizer"])?,
-            bpe: Bpe::new(model, true, |_| ())?,
+            splitter: Splitter::new(&definition.rest["pre_tokenizer"])?,
+            bpe: Bpe::new(definition, true, |_| ())?,
             nfc,
         })
     }

@@ -24,13 +24,16 @@ const LONG_BYTES: usize = 8 << 20;
 /// meanwhile, which otherwise takes as long as all the rest.
 const TOGETHER: usize = 16;
 
+/// The key of a word that has too many bytes for the table, and of no other.
+const LONG: u128 = u128::MAX;
+
 /// A word of a text that is about to be looked up.
 #[derive(Clone, Copy, Default)]
 struct Wanted<K> {
     start: usize,
     end: usize,
     kind: K,
-    /// 0 for a word that the table does not hold.
+    /// [`LONG`] for a word that the table does not hold.
     key: u128,
     at: usize,
 }
@@ -72,12 +75,15 @@ impl WordCache {
         make: impl Fn(Range<usize>, K, &mut Vec<u32>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut words = [Wanted::default(); TOGETHER];
+        // Ids that were found and are not in `out` yet. All four numbers of an entry are copied
+        // there, the next over those that are no ids: no branch depends on their count.
+        let mut found = [0; (INLINE + 1) * TOGETHER];
         loop {
             let mut count = 0;
             while count < TOGETHER
                 && let Some((start, end, kind)) = next()
             {
-                let (mut key, mut at) = (0, 0);
+                let (mut key, mut at) = (LONG, 0);
                 if end - start <= KEY_BYTES {
                     key = key_of(text, start, end - start);
                     at = self.place(key);
@@ -95,72 +101,58 @@ impl WordCache {
             if count == 0 {
                 return Ok(());
             }
+            let mut filled = 0;
             for word in &words[..count] {
                 let (Wanted { key, at, .. }, range) = (*word, word.start..word.end);
-                self.get(key, at, &text[range.clone()], out, |out| {
-                    make(range, word.kind, out)
-                })?;
+                let set = &self.sets[at];
+                let (first, second) = (set.keys[0] == key, set.keys[1] == key);
+                let ids = set.ids[usize::from(second)];
+                let held = ids[INLINE] as usize;
+                if (first | second) & (held <= INLINE) {
+                    found[filled..filled + INLINE + 1].copy_from_slice(&ids);
+                    filled += held;
+                } else {
+                    out.extend_from_slice(&found[..filled]);
+                    filled = 0;
+                    let is_new = key != LONG && !(first | second);
+                    let known = (key, at, is_new);
+                    self.get(known, &text[range.clone()], out, |out| {
+                        make(range, word.kind, out)
+                    })?;
+                }
             }
+            out.extend_from_slice(&found[..filled]);
         }
     }
 
-    #[inline]
+    /// Appends the ids of a word that the table does not hold; `is_new`: it has room for it.
+    #[cold]
     fn get<E>(
         &mut self,
-        key: u128,
-        at: usize,
+        (key, at, is_new): (u128, usize, bool),
         word: &[u8],
         out: &mut Vec<u32>,
         make: impl FnOnce(&mut Vec<u32>) -> Result<(), E>,
     ) -> Result<(), E> {
-        if key == 0 {
+        if !is_new {
             return self.get_long(word, out, make);
         }
-        let set = &mut self.sets[at];
-        for way in 0..2 {
-            if set.keys[way] == key {
-                let ids = set.ids[way];
-                let count = ids[INLINE] as usize;
-                if count <= INLINE {
-                    // All of them are copied and the length set after: no loop.
-                    let before = out.len();
-                    out.extend_from_slice(&ids[..INLINE]);
-                    out.truncate(before + count);
-                    return Ok(());
-                }
-                return self.get_long(word, out, make);
-            }
-        }
         let before = out.len();
-        self.get_long_or(word, out, make)?;
+        make(out)?;
         let made = &out[before..];
         let mut ids = [0; INLINE + 1];
         ids[INLINE] = made.len().min(INLINE + 1) as u32;
         if made.len() <= INLINE {
             ids[..made.len()].copy_from_slice(made);
+        } else {
+            let made = made.into();
+            self.keep(word, made);
         }
         let set = &mut self.sets[at];
         set.keys[1] = set.keys[0];
         set.ids[1] = set.ids[0];
         set.keys[0] = key;
         set.ids[0] = ids;
-        Ok(())
-    }
-
-    /// Makes the ids of a short word, which go to the map only where the table has no room.
-    #[cold]
-    fn get_long_or<E>(
-        &mut self,
-        word: &[u8],
-        out: &mut Vec<u32>,
-        make: impl FnOnce(&mut Vec<u32>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let before = out.len();
-        make(out)?;
-        if out.len() - before > INLINE {
-            let ids = out[before..].into();
-            self.keep(word, ids);
-        }
         Ok(())
     }
 
@@ -197,12 +189,23 @@ impl WordCache {
     }
 }
 
+/// The bytes of a word of so many.
+const MASKS: [u128; KEY_BYTES + 1] = {
+    let mut masks = [0; KEY_BYTES + 1];
+    let mut length = 0;
+    while length <= KEY_BYTES {
+        masks[length] = (1 << (8 * length)) - 1;
+        length += 1;
+    }
+    masks
+};
+
 /// The bytes of a short word with its length above them; never 0.
 #[inline]
 fn key_of(text: &[u8], start: usize, length: usize) -> u128 {
     let bytes = if let Some(sixteen) = text.get(start..start + 16) {
         let all = u128::from_le_bytes(sixteen.try_into().expect("16 bytes"));
-        all & ((1 << (8 * length)) - 1)
+        all & MASKS[length]
     } else {
         let mut padded = [0; 16];
         padded[..length].copy_from_slice(&text[start..start + length]);

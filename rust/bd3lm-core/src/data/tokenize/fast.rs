@@ -1,9 +1,9 @@
 //! Exact ids without the library where its pipeline is known: words are looked up, new ones made.
 
-use serde_json::Value;
-
 use super::byte_level::{ByteLevel, is_identity};
 use super::cache::WordCache;
+use super::definition::Definition;
+use super::library::Library;
 use super::metaspace::{Metaspace, Place};
 use super::split::Words;
 use super::word_piece::{Word, WordPiece};
@@ -17,9 +17,10 @@ pub(super) enum Fast {
 
 impl Fast {
     /// From a `tokenizer.json`; or why the library has to do all of it.
-    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
-        let bytes = definition["model"]["byte_fallback"] == true;
-        match definition["model"]["type"].as_str() {
+    pub(super) fn new(definition: &Definition<'_>) -> Result<Self, &'static str> {
+        let model = &definition.rest["model"];
+        let bytes = model["byte_fallback"] == true;
+        match model["type"].as_str() {
             Some("WordPiece") => {
                 vet_added(definition, true)?;
                 WordPiece::new(definition).map(|m| Fast::WordPiece(Box::new(m)))
@@ -28,7 +29,7 @@ impl Fast {
                 Metaspace::new(definition).map(|m| Fast::Metaspace(Box::new(m)))
             }
             Some("BPE") => {
-                vet_added(definition, !is_identity(&definition["normalizer"]))?;
+                vet_added(definition, !is_identity(&definition.rest["normalizer"]))?;
                 ByteLevel::new(definition).map(|m| Fast::ByteLevel(Box::new(m)))
             }
             _ => Err("its model is neither BPE nor WordPiece"),
@@ -40,7 +41,7 @@ impl Fast {
         &self,
         text: &str,
         place: Place,
-        oracle: &tokenizers::Tokenizer,
+        library: &Library,
         cache: &mut WordCache,
         out: &mut Vec<u32>,
     ) -> tokenizers::Result<()> {
@@ -64,7 +65,7 @@ impl Fast {
                 })?;
                 if words.foreign {
                     out.truncate(before);
-                    let made = oracle.encode_fast(text, false)?;
+                    let made = library.get()?.encode_fast(text, false)?;
                     out.extend_from_slice(made.get_ids());
                 }
                 Ok(())
@@ -87,7 +88,7 @@ impl Fast {
                 })
             }
             Fast::WordPiece(model) => {
-                let mut end = 0;
+                let (mut end, oracle) = (0, library.get()?);
                 let next = || {
                     let start = model.skip(bytes, end);
                     (start < bytes.len()).then(|| {
@@ -114,10 +115,8 @@ impl Fast {
 }
 
 /// Refuses added tokens that are looked for in normalized text.
-fn vet_added(definition: &Value, normalizes: bool) -> Result<(), &'static str> {
-    let added = definition["added_tokens"].as_array();
-    let normalized = |token: &Value| token["normalized"] == true;
-    if normalizes && added.is_some_and(|tokens| tokens.iter().any(normalized)) {
+fn vet_added(definition: &Definition<'_>, normalizes: bool) -> Result<(), &'static str> {
+    if normalizes && definition.added().any(|token| token["normalized"] == true) {
         return Err("its added tokens are looked for in normalized text");
     }
     Ok(())

@@ -4,9 +4,10 @@ use rustc_hash::FxHashSet;
 use serde_json::Value;
 
 use super::bpe::Bpe;
+use super::definition::Definition;
 
 /// The mark in such vocabularies.
-const MARK: char = '\u{2581}';
+pub(super) const MARK: char = '\u{2581}';
 
 /// When a text gets a mark that it does not begin with.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,8 +77,11 @@ fn unmarked(c: char) -> char {
 
 impl Metaspace {
     /// From a `tokenizer.json`; or why it is not known.
-    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
-        let (normalizer, pre) = (&definition["normalizer"], &definition["pre_tokenizer"]);
+    pub(super) fn new(definition: &Definition<'_>) -> Result<Self, &'static str> {
+        let (normalizer, pre) = (
+            &definition.rest["normalizer"],
+            &definition.rest["pre_tokenizer"],
+        );
         let (normalizer_prepends, replaces) = normalizers(normalizer)?;
         let mut prepend = if normalizer_prepends {
             Prepend::Normalizer
@@ -107,11 +111,10 @@ impl Metaspace {
             let content = token["content"].as_str().unwrap_or_default();
             token["normalized"] == true && content.contains([' ', MARK])
         };
-        let added = definition["added_tokens"].as_array();
-        if !normalizer.is_null() && added.is_some_and(|tokens| tokens.iter().any(marked)) {
+        if !normalizer.is_null() && definition.added().any(marked) {
             return Err("its added tokens are looked for in normalized text");
         }
-        let model = &definition["model"];
+        let model = &definition.rest["model"];
         if model["byte_fallback"] != true || model["ignore_merges"] == true {
             return Err("it does not fall back to bytes");
         }
@@ -119,7 +122,7 @@ impl Metaspace {
             ascii: vec![0; 128],
             ..Joins::default()
         };
-        let bpe = Bpe::new(model, false, |text| joins.add(text))?;
+        let bpe = Bpe::new(definition, false, |text| joins.add(text))?;
         Ok(Metaspace {
             bpe,
             prepend,

@@ -5,8 +5,11 @@ mod bpe;
 mod byte_level;
 mod cache;
 mod chars;
+mod definition;
 mod fast;
+mod library;
 mod metaspace;
+mod plain;
 mod rule;
 mod split;
 mod vet;
@@ -19,7 +22,9 @@ use crate::data::store::Vocab;
 use crate::error::{Error, Result};
 use added::{Added, Part};
 use cache::WordCache;
+use definition::Definition;
 use fast::Fast;
+use library::Library;
 use metaspace::Place;
 
 /// Text handed to the library at once: longer documents are cut where that is exact.
@@ -37,13 +42,9 @@ const PROBES: [&str; 5] = [
     " \u{2581}HTMLElement/ǅ 'ſ\u{c5c}<s> http://www.x.org/a_b?c=1&d[0]=%20 $5 ▁▁ \u{1112}\u{1161}\u{11ab}",
 ];
 
-/// Content of the mask token while texts are encoded: characters that no text holds.
-const NO_TEXT: &str = "\u{fdd0}\u{fdd1}bd3lm mask\u{fdd1}\u{fdd0}";
-
 /// A tokenizer with the special ids of its vocabulary.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    json: String,
+    library: Library,
     vocab: Vocab,
     cut: Cut,
     fast: std::result::Result<Fast, &'static str>,
@@ -78,9 +79,9 @@ pub struct Seam {
 /// # Errors
 /// [`Error::Tokenizer`] for one that would abort the process, or run or grow without bound.
 pub fn vet(json: &str) -> Result<Option<u64>> {
-    let value: Value = serde_json::from_str(json).map_err(|e| bad(&e))?;
-    vet::vet(&value).map_err(|e| bad(&e))?;
-    Ok(vet::largest_id(&value))
+    let definition = Definition::parse(json).map_err(|e| bad(&e))?;
+    vet::vet(&definition).map_err(|e| bad(&e))?;
+    Ok(definition.largest_id())
 }
 
 fn bad(reason: &dyn std::fmt::Display) -> Error {
@@ -99,42 +100,46 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the definition does not load, or needs ids beyond the vocabulary.
     pub fn from_json(json: &str, vocab: Vocab) -> Result<Self> {
-        let mut value: Value = serde_json::from_str(json).map_err(|e| bad(&e))?;
-        vet::vet(&value).map_err(|e| bad(&e))?;
-        let needed = vet::largest_id(&value).map_or(0, |id| id + 1);
+        let mut definition = Definition::parse(json).map_err(|e| bad(&e))?;
+        vet::vet(&definition).map_err(|e| bad(&e))?;
+        let needed = definition.largest_id().map_or(0, |id| id + 1);
         if needed > u64::from(vocab.vocab_size) {
             return Err(bad(&format!(
                 "it makes {needed} ids, more than the vocabulary of {}",
                 vocab.vocab_size
             )));
         }
-        let changed = drop_dropout(&mut value) | hide_mask(&mut value, vocab.mask_id);
-        let rewritten = changed.then(|| value.to_string());
-        let text = rewritten.as_deref().unwrap_or(json);
-        // Loading the library's tokenizer and ours takes about the same time: in parallel.
-        let (inner, read) = std::thread::scope(|scope| {
-            let value = &value;
-            let read = scope.spawn(move || guarded(|| Fast::new(value)));
-            let inner = guarded(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
-            (inner, read.join().expect("its panics are caught"))
+        definition.drop_dropout();
+        definition.hide_mask(vocab.mask_id);
+        let read = guarded(|| {
+            let ids = definition.added_ids();
+            let fast = ids.as_ref().map_err(|reason| *reason);
+            let fast = fast.and_then(|_| Fast::new(&definition));
+            (fast, Added::new(&definition, &ids.unwrap_or_default()))
         });
-        let mut inner = inner.map_err(|e| bad(&e))?.map_err(|e| bad(&e))?;
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| bad(&e))?;
-        let fast = read.map_err(|e| bad(&e))?;
-        let normalizes = !value["normalizer"].is_null();
-        let added = Added::new(&value, normalizes, |content| inner.token_to_id(content));
+        let (fast, added) = read.map_err(|e| bad(&e))?;
+        // Comparing needs a part of the library's tokenizer, which loads in a hundredth of the
+        // time. WordPiece needs all of it for words that are not ASCII.
+        let in_part = matches!(fast, Ok(Fast::ByteLevel(_) | Fast::Metaspace(_)));
+        let library = if in_part {
+            Library::part(&definition, &PROBES)
+        } else {
+            Library::new(json, vocab.mask_id)
+        };
+        library.get().map_err(|e| bad(&e))?;
         let mut made = Tokenizer {
-            cut: Cut::of(&value, &fast),
+            cut: Cut::of(&definition, &fast),
             fast,
             added: added.map_err(|e| bad(&e))?,
-            inner,
-            json: json.into(),
+            library,
             vocab,
         };
-        if !made.agrees() {
+        if made.fast.is_ok() && !made.agrees() {
             made.fast = Err("its ids are not those of its definition as it is read here");
             made.cut = Cut::Never;
+        }
+        if in_part {
+            made.library = Library::new(json, vocab.mask_id);
         }
         Ok(made)
     }
@@ -153,7 +158,7 @@ impl Tokenizer {
 
     /// The definition, as it was given.
     pub fn json(&self) -> &str {
-        &self.json
+        self.library.json()
     }
 
     /// Special ids.
@@ -179,7 +184,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the model cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.library(text, |text| self.inner.encode_fast(text, false))
+        self.guarded(|library| library.encode_fast(text, false))
             .map(|encoding| encoding.get_ids().to_vec())
     }
 
@@ -194,12 +199,11 @@ impl Tokenizer {
         }
     }
 
-    fn library(
+    fn guarded(
         &self,
-        text: &str,
-        encode: impl FnOnce(&str) -> tokenizers::Result<tokenizers::Encoding>,
+        encode: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<tokenizers::Encoding>,
     ) -> Result<tokenizers::Encoding> {
-        guarded(|| encode(text))
+        guarded(|| self.library.get().and_then(encode))
             .map_err(|e| refused(&e))?
             .map_err(|e| refused(&e))
     }
@@ -218,64 +222,6 @@ impl Tokenizer {
         };
         found.unwrap_or(text.len())
     }
-}
-
-/// BPE-dropout is for training a model on several tokenizations of a text, by another at each
-/// epoch. In a data set it would be frozen, and in a prompt it would be random.
-fn drop_dropout(definition: &mut Value) -> bool {
-    let dropout = definition["model"].get_mut("dropout");
-    dropout.is_some_and(|dropout| !std::mem::take(dropout).is_null())
-}
-
-/// Gives the mask token a content that no text holds, so that a text that spells it out is encoded
-/// as ordinary characters. It is not removed: the ids of the added tokens after it would move.
-fn hide_mask(definition: &mut Value, mask_id: u32) -> bool {
-    let added = definition["added_tokens"]
-        .as_array_mut()
-        .into_iter()
-        .flatten();
-    let mut content = None;
-    for token in added {
-        if token["id"] == mask_id {
-            content = Some(std::mem::replace(&mut token["content"], NO_TEXT.into()));
-            for rule in ["normalized", "lstrip", "rstrip", "single_word"] {
-                token[rule] = false.into();
-            }
-        }
-    }
-    let Some(Value::String(content)) = content else {
-        return false;
-    };
-    let model = &mut definition["model"];
-    let in_merges = |merge: &Value| match merge {
-        Value::String(pair) => pair.replacen(' ', "", 1) == content,
-        pair => pair[0]
-            .as_str()
-            .zip(pair[1].as_str())
-            .is_some_and(|(a, b)| content == [a, b].concat()),
-    };
-    if model["merges"]
-        .as_array()
-        .is_some_and(|merges| merges.iter().any(in_merges))
-    {
-        return true; // the model makes it out of characters
-    }
-    match &mut model["vocab"] {
-        Value::Object(ids) => {
-            if let Some(id) = ids.remove(&content) {
-                ids.insert(NO_TEXT.into(), id);
-            }
-        }
-        Value::Array(pieces) => {
-            if let Some(piece) = pieces.get_mut(mask_id as usize)
-                && piece[0] == content
-            {
-                piece[0] = NO_TEXT.into();
-            }
-        }
-        _ => {}
-    }
-    true
 }
 
 fn refused(e: &dyn std::fmt::Display) -> Error {
@@ -324,11 +270,11 @@ impl Encoder<'_> {
             }
         };
         let mut place = place;
-        let (inner, cache) = (&tokenizer.inner, &mut self.cache);
+        let (library, cache) = (&tokenizer.library, &mut self.cache);
         let mut take = |part: Part<'_>| {
             match part {
                 Part::Token(id) => out.push(id),
-                Part::Text(text) => fast.encode(text, place, inner, cache, out)?,
+                Part::Text(text) => fast.encode(text, place, library, cache, out)?,
             }
             place = Place::Behind;
             tokenizers::Result::Ok(())
@@ -364,7 +310,7 @@ impl Encoder<'_> {
             };
             let rest = tokenizer.continued(text, place);
             let skipped = text.len() - rest.len();
-            let encoding = tokenizer.library(rest, |text| tokenizer.inner.encode(text, false))?;
+            let encoding = tokenizer.guarded(|library| library.encode(rest, false))?;
             let (mut end, mut last) = (0, 0);
             for (ids, (from, to)) in encoding.get_offsets().iter().copied().enumerate() {
                 let from = from + if from > 0 { skipped } else { 0 };
@@ -394,11 +340,11 @@ impl Encoder<'_> {
 }
 
 impl Cut {
-    fn of(definition: &Value, fast: &std::result::Result<Fast, &'static str>) -> Self {
+    fn of(definition: &Definition<'_>, fast: &std::result::Result<Fast, &'static str>) -> Self {
         let (cut, ends): (_, &[char]) = match fast {
             Ok(Fast::ByteLevel(_)) => (Cut::ByteLevel, &[' ', '\n']),
             Ok(Fast::Metaspace(_)) => (Cut::Metaspace, &[' ']),
-            _ if definition["pre_tokenizer"]["type"] == "BertPreTokenizer" => {
+            _ if definition.rest["pre_tokenizer"]["type"] == "BertPreTokenizer" => {
                 (Cut::AtSpace, &[' ', '\n'])
             }
             _ => (Cut::Never, &[]),
@@ -408,8 +354,7 @@ impl Cut {
             let content = token["content"].as_str().unwrap_or_default();
             content.contains(ends) || token["rstrip"] == true
         };
-        let added = definition["added_tokens"].as_array();
-        if added.is_some_and(|tokens| tokens.iter().any(spaced)) {
+        if definition.added().any(spaced) {
             return Cut::Never;
         }
         cut

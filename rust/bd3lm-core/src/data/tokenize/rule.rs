@@ -84,7 +84,7 @@ pub(super) struct Rule {
 
 /// No match, a match, and a match of white space that gives back its last character.
 pub(super) const NONE: u8 = 0;
-const MATCH: u8 = 1;
+pub(super) const MATCH: u8 = 1;
 pub(super) const SPACES: u8 = 2;
 
 impl Rule {

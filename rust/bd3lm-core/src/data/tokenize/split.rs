@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::chars::{Kinds, char_at};
+use super::plain::{Plain, Run, run_end};
 use super::rule::{Atoms, Automaton, MOST, NONE, Rule, SPACES};
 
 /// The rule of the library's `ByteLevel`.
@@ -29,13 +30,7 @@ struct Level {
     begins: u64,
     /// Whether text between matches is dropped.
     drops: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Run {
-    Letters,
-    Lower,
-    Other,
+    plain: Plain,
 }
 
 /// The rules of a tokenizer.
@@ -109,13 +104,12 @@ impl Splitter {
             let rule = rule.automaton(&splitter.signatures)?;
             let kinds = 0..splitter.signatures.len();
             let begins = kinds.filter(|kind| rule.next[1][*kind] != 0);
+            let runs = rule.stays.iter().map(|stays| splitter.run(*stays));
+            let runs: Vec<Run> = runs.collect();
             let level = Level {
                 begins: begins.fold(0, |all, kind| all | 1 << kind),
-                runs: rule
-                    .stays
-                    .iter()
-                    .map(|stays| splitter.run(*stays))
-                    .collect(),
+                plain: Plain::new(&rule, &runs, &splitter.ascii),
+                runs,
                 rule,
                 drops,
             };
@@ -222,25 +216,37 @@ impl Splitter {
     #[inline]
     pub(super) fn word_end(&self, text: &str, at: usize, words: &mut Words) -> usize {
         let last = self.levels.len() - 1;
-        let mut level = last;
-        while level > 0 && words.ends[level - 1] <= at {
-            level -= 1;
-        }
-        while level < last {
-            let limit = if level == 0 {
-                text.len()
-            } else {
-                words.ends[level - 1]
-            };
-            words.ends[level] = self.piece_end(level, &text[..limit], at, words);
-            level += 1;
-        }
-        let limit = if last == 0 {
+        let mut limit = if last == 0 {
             text.len()
         } else {
             words.ends[last - 1]
         };
-        self.piece_end(last, &text[..limit], at, words)
+        if limit <= at {
+            limit = self.limit(text, at, words);
+        }
+        match self.levels[last].plain.end(&text.as_bytes()[..limit], at) {
+            Some(end) => end,
+            None => self.piece_end(last, &text[..limit], at, words),
+        }
+    }
+
+    /// The end of the piece in which the last rule looks for a word, by all rules before it.
+    #[cold]
+    fn limit(&self, text: &str, at: usize, words: &mut Words) -> usize {
+        let last = self.levels.len() - 1;
+        let mut level = last;
+        while level > 0 && words.ends[level - 1] <= at {
+            level -= 1;
+        }
+        let mut limit = text.len();
+        for level in level..last {
+            if level > 0 {
+                limit = words.ends[level - 1];
+            }
+            limit = self.piece_end(level, &text[..limit], at, words);
+            words.ends[level] = limit;
+        }
+        limit
     }
 
     /// The end of the match, or of the text between matches, that begins at `at`.
@@ -310,31 +316,6 @@ impl Splitter {
         }
         Some(end)
     }
-}
-
-/// The end of a run of ASCII letters that begins at `at`, eight at a time: a branch for each letter
-/// would be predicted wrongly once a word. `FOLD` is the bit of the case that does not matter.
-#[inline]
-fn run_end<const FOLD: u8>(bytes: &[u8], mut at: usize) -> usize {
-    const HIGH: u64 = 0x8080_8080_8080_8080;
-    const fn all(byte: u8) -> u64 {
-        u64::from_le_bytes([byte; 8])
-    }
-    while let Some(eight) = bytes.get(at..at + 8) {
-        let eight = u64::from_le_bytes(eight.try_into().expect("8 bytes"));
-        let low = (eight | all(FOLD)) & !HIGH;
-        // The high bit of a byte: at least `a`, and above `z`. Neither sum carries.
-        let (from, beyond) = (low + all(0x80 - b'a'), low + all(0x7F - b'z'));
-        let others = !(from & !beyond & !eight) & HIGH;
-        if others != 0 {
-            return at + others.trailing_zeros() as usize / 8;
-        }
-        at += 8;
-    }
-    while at < bytes.len() && (bytes[at] | FOLD).is_ascii_lowercase() {
-        at += 1;
-    }
-    at
 }
 
 impl Words {

@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
 
+use super::definition::{Definition, Merge};
 use crate::data::store::MAX_VOCAB;
 
 /// WordPiece tries every substring of a word: the square of this many.
@@ -16,20 +17,17 @@ const MAX_WORD_CHARS: u64 = 1000;
 const MAX_GROWTH: f64 = 64.0;
 
 /// Checks a definition; the error is the reason to refuse it.
-pub(super) fn vet(definition: &Value) -> Result<(), String> {
-    if !definition["model"].is_object() {
-        return Err("it must be the JSON of a tokenizer: it has no model".into());
-    }
-    if let Some(largest) = largest_id(definition)
+pub(super) fn vet(definition: &Definition<'_>) -> Result<(), String> {
+    if let Some(largest) = definition.largest_id()
         && largest >= u64::from(MAX_VOCAB)
     {
         return Err(format!(
             "its largest id is {largest}; it must be below {MAX_VOCAB}"
         ));
     }
-    vet_model(&definition["model"])?;
-    let growth =
-        vet_normalizer(&definition["normalizer"])? * vet_normalizer(&definition["pre_tokenizer"])?;
+    vet_model(definition)?;
+    let rest = &definition.rest;
+    let growth = vet_normalizer(&rest["normalizer"])? * vet_normalizer(&rest["pre_tokenizer"])?;
     if growth > MAX_GROWTH {
         return Err(format!(
             "its normalizers make a text up to {growth:.3e} times as long; at most {MAX_GROWTH} are \
@@ -39,21 +37,8 @@ pub(super) fn vet(definition: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// The largest id of the model's vocabulary and of the added tokens.
-pub(super) fn largest_id(definition: &Value) -> Option<u64> {
-    let vocab = &definition["model"]["vocab"];
-    let by_name = vocab.as_object().into_iter().flat_map(|ids| ids.values());
-    let added = definition["added_tokens"].as_array().into_iter().flatten();
-    let ids = by_name.chain(added.map(|token| &token["id"]));
-    let by_place = vocab
-        .as_array()
-        .and_then(|pieces| pieces.len().checked_sub(1));
-    ids.filter_map(Value::as_u64)
-        .chain(by_place.map(|id| id as u64))
-        .max()
-}
-
-fn vet_model(model: &Value) -> Result<(), String> {
+fn vet_model(definition: &Definition<'_>) -> Result<(), String> {
+    let model = &definition.rest["model"];
     let longest = model["max_input_chars_per_word"].as_u64();
     if longest.is_some_and(|longest| longest > MAX_WORD_CHARS) {
         return Err(format!(
@@ -64,19 +49,11 @@ fn vet_model(model: &Value) -> Result<(), String> {
     let prefix = model["continuing_subword_prefix"]
         .as_str()
         .unwrap_or_default();
-    if prefix.is_empty() {
-        return Ok(());
-    }
-    for merge in model["merges"].as_array().into_iter().flatten() {
-        let right = match merge {
-            Value::String(pair) => pair.split_once(' ').map(|(_, right)| right),
-            pair => pair[1].as_str(),
-        };
-        if right.is_some_and(|right| !right.is_char_boundary(prefix.len())) {
-            return Err(format!(
-                "a merge is shorter than its continuing_subword_prefix {prefix:?}"
-            ));
-        }
+    let shorter = |Merge(_, right): &Merge<'_>| !right.is_char_boundary(prefix.len());
+    if definition.merges.iter().flatten().any(shorter) {
+        return Err(format!(
+            "a merge is shorter than its continuing_subword_prefix {prefix:?}"
+        ));
     }
     Ok(())
 }
@@ -164,7 +141,11 @@ mod tests {
         for (key, value) in part.as_object().unwrap() {
             definition[key] = value.clone();
         }
-        vet(&definition).err().unwrap_or_default()
+        let definition = definition.to_string();
+        let read = Definition::parse(&definition);
+        read.and_then(|definition| vet(&definition))
+            .err()
+            .unwrap_or_default()
     }
 
     #[test]

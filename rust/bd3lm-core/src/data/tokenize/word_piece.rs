@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 
 use rustc_hash::FxBuildHasher;
-use serde_json::Value;
 use tokenizers::{
     NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
 };
 
 use super::chars::{Kinds, char_at};
+use super::definition::Definition;
 
 const WORD: u8 = 0;
 const SPACE: u8 = 1;
@@ -62,24 +62,24 @@ pub(super) enum Word {
 
 impl WordPiece {
     /// Builds the pipeline from a `tokenizer.json`, or gives the reason why the library is needed.
-    pub(super) fn new(definition: &Value) -> Result<Self, &'static str> {
-        if definition["normalizer"]["type"] != "BertNormalizer" {
+    pub(super) fn new(definition: &Definition<'_>) -> Result<Self, &'static str> {
+        let rest = &definition.rest;
+        if rest["normalizer"]["type"] != "BertNormalizer" {
             return Err("its normalizer is not BERT's");
         }
-        if definition["pre_tokenizer"]["type"] != "BertPreTokenizer" {
+        if rest["pre_tokenizer"]["type"] != "BertPreTokenizer" {
             return Err("its pre-tokenizer is not BERT's");
         }
-        let model = &definition["model"];
-        let vocab = model["vocab"].as_object().ok_or("it has no vocabulary")?;
+        let model = &rest["model"];
+        let vocab = definition.vocab.as_ref().ok_or("it has no vocabulary")?;
         let text = |field: &str| model[field].as_str().ok_or("its model is not whole");
         let (prefix, unknown) = (text("continuing_subword_prefix")?, text("unk_token")?);
         let longest_word = model["max_input_chars_per_word"].as_u64();
         let (mut first, mut continuing, mut longest) = (Pieces::default(), Pieces::default(), 0);
         for (token, id) in vocab {
-            let id = id.as_u64().ok_or("its ids are not numbers")? as u32;
-            first.insert(token.as_bytes().into(), id);
+            first.insert(token.as_bytes().into(), *id);
             if let Some(rest) = token.strip_prefix(prefix) {
-                continuing.insert(rest.as_bytes().into(), id);
+                continuing.insert(rest.as_bytes().into(), *id);
             }
             longest = longest.max(token.len());
         }
@@ -91,7 +91,7 @@ impl WordPiece {
             continuing,
             longest,
             longest_word: longest_word.ok_or("its model is not whole")? as usize,
-            lower: definition["normalizer"]["lowercase"] == true,
+            lower: rest["normalizer"]["lowercase"] == true,
             kinds: Kinds::new(),
         })
     }
