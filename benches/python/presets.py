@@ -1,6 +1,7 @@
 """Cost of each preset: parameters, memory, operations and time of a step, time of the whole run.
 
-The time of a step is that of a few rows, multiplied; a run of such a preset would take days here.
+The time of a step of the large presets is that of a few rows, multiplied: their runs would take
+days here. The rows are those of the shipped text.
 The table of docs/performance.md adds estimates for GPUs from the counted operations.
 
 Run: python benches/python/presets.py [--rounds N] [--threads N] [--presets NAME …] [--out FILE]
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 from common import RESULTS, spread, write
-from training_step import Case, RandomText, peak_memory
+from training_step import peak_memory
 
 from bd3lm.config import PRESETS, preset
+from bd3lm.data.resolve import open_splits
 from bd3lm.model import Transformer
 from bd3lm.model.flops import step_flops
 from bd3lm.model.memory import training_memory
@@ -31,17 +33,18 @@ from bd3lm.training.trainer import Trainer, frozen
 
 VOCAB = 16_384
 """Ids of the default tokenizer."""
-ROWS = 8
-"""Rows of a measured step, at most."""
+WHOLE, ROWS = 32, 8
+"""Steps of at most so many rows are measured as they are, and this many rows of others."""
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """One preset in this process."""
     whole = preset(name)
-    few = dataclasses.replace(whole, batch_size=min(whole.batch_size, ROWS), steps=1 << 20)
-    text = RandomText(Case(name, few.seq_len, few.block, few.batch_size, VOCAB))
+    rows = whole.batch_size if whole.batch_size <= WHOLE else ROWS
+    few = dataclasses.replace(whole, batch_size=rows, steps=1 << 20)
     with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(few, text, text, Path(out), None)  # type: ignore[arg-type]
+        text = open_splits(None, None, "default", Path(out) / "data", lambda _: None)
+        trainer = Trainer(few, text.train, text.valid, Path(out), None)  # type: ignore[arg-type]
         times = []
         with closing(trainer.batches), frozen():
             for _ in range(rounds + 1):
