@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.Monkey
 def test_the_thread_that_pins_memory_chooses_its_device_first() -> None:
     class Made(Loader):
         def __init__(self) -> None:
-            pass
+            self.rows = SimpleNamespace(are_remote=False)  # type: ignore[assignment]
 
         def batch(self, step, spec, part=(0, 1)):  # type: ignore[override]
             events.append("batch")
