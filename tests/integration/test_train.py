@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.native import read_meta
 from bd3lm.checkpoint.steps import find_checkpoint
+from bd3lm.data import Dataset
 from bd3lm.data.resolve import open_splits
 from bd3lm.errors import (
     CheckpointError,
@@ -101,6 +102,18 @@ def _stopped(config, out, after):
 
     with pytest.raises(InterruptedRunError, match=f"after step {after} of 6.*--resume"):
         run_training(config, out, Press())
+
+
+def test_a_resumed_run_counts_no_tokens(config, tmp_path, monkeypatch):
+    """Its weights hold what was counted; in object storage all of the text would be read."""
+    config = dataclasses.replace(config, init_unigram=True)
+    run_training(config, tmp_path / "whole", Silent())
+    _stopped(config, tmp_path / "parts", after=3)
+    monkeypatch.delattr(Dataset, "token_counts")
+    run_training(config, tmp_path / "parts", Silent(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(AttributeError):
+        run_training(config, tmp_path / "other", Silent())
 
 
 def test_dropout_resumes_bitwise_too(config, tmp_path):

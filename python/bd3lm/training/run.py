@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bd3lm.checkpoint.record import read_json
+from bd3lm.checkpoint.steps import FOLDER, StepFolders
 from bd3lm.config import TrainConfig, check, from_dict, to_dict
 from bd3lm.data import Dataset
 from bd3lm.data.resolve import Splits, Verify, open_splits
@@ -263,8 +264,10 @@ def _trainer(
 ) -> Trainer:
     """Make a trainer at its first step or, resuming, at the one it had reached."""
     _check_data(cfg, splits)
-    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter, ranks)
-    if resume and ranks.by_first(trainer.checkpoints.latest) is not None:
+    latest = StepFolders(out / FOLDER, cfg.keep).latest
+    resumes = resume and ranks.by_first(latest) is not None
+    trainer = Trainer(cfg, splits.train, splits.valid, out, reporter, ranks, resumes=resumes)
+    if resumes:
         trainer.resume()
         return trainer
     ranks.by_first(lambda: trainer.metrics.rewind(-1))

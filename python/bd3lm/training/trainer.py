@@ -73,6 +73,7 @@ class Trainer:
         out: directory of the run, for ``checkpoint/`` and ``metrics.jsonl``; it exists.
         reporter: receives the events; of rank 0.
         ranks: the processes that train together.
+        resumes: the weights come from a checkpoint of the run, so the text is not counted for them.
 
     Attributes:
         callbacks: follow the lines of ``metrics.jsonl``; none at first.
@@ -87,6 +88,8 @@ class Trainer:
         out: Path,
         reporter: Reporter,
         ranks: Ranks = ALONE,
+        *,
+        resumes: bool = False,
     ) -> None:
         self.cfg, self.out, self.reporter, self.ranks = cfg, out, reporter, ranks
         self.train, self.valid = train, valid
@@ -116,7 +119,7 @@ class Trainer:
         self.batches = Prefetcher(self.loader, cfg.steps, self.parts, use_device, share)
         torch.manual_seed(cfg.seed)
         model = Transformer(cfg.model, self.tokenizer.vocab_size).use_attention(cfg.attention)
-        if cfg.init_unigram and cfg.init_from is None:
+        if cfg.init_unigram and cfg.init_from is None and not resumes:
             model.start_from_counts(torch.from_numpy(train.token_counts().astype(np.float64)))
         model.recompute = cfg.recompute
         if cfg.lora.rank:
