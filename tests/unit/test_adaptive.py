@@ -89,6 +89,8 @@ def test_unfit_cutoffs_are_refused():
         return str(error.value)
 
     assert "in increasing order" in refused(model={"softmax_cutoffs": (8, 8)})
+    assert "a whole number" in refused(model={"softmax_cutoffs": (8.5,)})
+    assert "at least 1" in refused(model={"softmax_cutoffs": (0, 8)})
     assert "empty for system = sedd" in refused(system="sedd", model={"softmax_cutoffs": (8,)})
     assert "init-unigram" in refused(init_unigram=True, model={"head_bias": False})
 

@@ -111,11 +111,11 @@ class ModelConfig:
     embed_norm: bool = False
     """Normalise the embeddings before the first block."""
     softmax_cutoffs: tuple[int, ...] = ()
-    """Ids at which the vocabulary of the output head is cut (adaptive softmax): the head predicts
-    the ids below the first cutoff and the cluster of the others, and for a token of a cluster the
-    token within it. Training is faster where small ids are frequent, as those of BPE are.
-    A GPU's host waits for the number of tokens in each cluster. Cutoffs from V on are left out.
-    Empty: one softmax over the whole vocabulary."""
+    """First ids of the clusters of an adaptive softmax. The head first predicts a token below the
+    first cutoff or a cluster. The tokens of a cluster are scored only where the target is one of
+    them, so training is faster where small ids are frequent, as in BPE. A GPU's host waits for the
+    number of tokens in each cluster. Cutoffs from V on are left out. Empty: one softmax over the
+    whole vocabulary."""
     cond_width: int = 0
     """Width of the adaLN conditioning vector; 0 removes adaLN."""
     time_conditioning: bool = False
@@ -172,9 +172,11 @@ class ModelConfig:
             )
         if self.vocab_size is not None:
             check_whole("model.vocab-size", self.vocab_size, 1, LARGEST_VOCABULARY)
-        for low, high in itertools.pairwise((0, *self.softmax_cutoffs)):
-            allowed = "whole numbers of at least 1 in increasing order"
-            check(low < high, "model.softmax-cutoffs", self.softmax_cutoffs, allowed)
+        cutoffs, field_name = self.softmax_cutoffs, "model.softmax-cutoffs"
+        for cutoff in cutoffs:
+            check_whole(field_name, cutoff, 1)
+        increase = all(low < high for low, high in itertools.pairwise(cutoffs))
+        check(increase, field_name, cutoffs, "whole numbers of at least 1 in increasing order")
         check_number("model.dropout", self.dropout, 0, 1, interval="[)")
         check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
         check(
