@@ -85,6 +85,12 @@ class Recipes:
         """Var. NELBO under the run's own noise."""
         return Cell(run, Variance(batches=self.scale.variance_batches), "variance", paper)
 
+    def perplexity_and_variance(
+        self, run: Run, ppl: float | None, variance: float | None
+    ) -> dict[str, Cell]:
+        """Cells of a table of noise by their columns, with the paper's values."""
+        return {"PPL": self.perplexity(run, ppl), "Var. NELBO": self.variance(run, variance)}
+
 
 def joint(run: Run) -> Run:
     """A BD3-LM's run with a causal clean stream and the next-token loss, its ancestors' too."""

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bd3lm.model.head as head
 import bd3lm.model.transformer as transformer
-import bd3lm.systems.base as base
 import bd3lm.systems.learned_noise as learned
 from bd3lm.config import NoiseConfig, preset
 from bd3lm.data import Loader, Prefetcher, Rows
@@ -225,7 +224,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once(
         return graph.forward
 
     monkeypatch.setattr(transformer, "COMPILER", count)
-    monkeypatch.setattr(base, "TILE_ROWS", 1)
+    monkeypatch.setattr(head, "TILE_ROWS", 1)
     torch._dynamo.reset()
     config = dataclasses.replace(
         of_system(config, system), micro_batch=None, batch_size=24, precision="fp32"

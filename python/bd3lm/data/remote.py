@@ -25,7 +25,7 @@ from bd3lm.errors import (
     NotADatasetError,
     TruncatedError,
 )
-from bd3lm.files import locked_directory, storage_errors, write_text
+from bd3lm.files import digest_file, locked_directory, storage_errors, write_text
 from bd3lm.storage import Remote, cache_folder
 
 MANIFEST, TOKENS = "manifest.json", "tokens.bin"
@@ -164,8 +164,10 @@ def _copy(remote: Remote, folder: Path, name: str, record: dict[str, Any]) -> No
 def _digest_of(file: Path, record: dict[str, Any]) -> str:
     """SHA-256 of a file, or of the digests of its chunks."""
     chunk = record.get("chunk_bytes")
-    with storage_errors(file), file.open("rb") as opened:
+    with storage_errors(file):
         if chunk is None:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-        digests = iter(lambda: opened.read(chunk), b"")
-        return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()
+            return digest_file(file)
+        with file.open("rb") as opened:
+            chunks = iter(lambda: opened.read(chunk), b"")
+            digests = b"".join(hashlib.sha256(content).digest() for content in chunks)
+    return hashlib.sha256(digests).hexdigest()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3lm.model.head import TILE_ROWS, HeadInputs, head_cross_entropy
+from bd3lm.model.head import HeadInputs, head_cross_entropy, whole_tiles
 
 
 def new_clusters(width: int, cutoffs: Sequence[int], vocab_size: int) -> nn.Linear:
@@ -72,15 +72,15 @@ def adaptive_cross_entropy(
         HeadInputs(features, shortlist, offset, first, weight, masked(0, sizes[0]))
     )
     for index, (low, high) in enumerate(ranges(cutoffs, len(head)), start=1):
-        rows = _whole_tiles((cluster == index).nonzero().squeeze(1))
-        repeated = rows.diff(prepend=rows.new_full((1,), -1)) == 0
+        rows = (cluster == index).nonzero().squeeze(1)
+        rows, of_rows = whole_tiles(rows, weight[rows])
         more, values = head_cross_entropy(
             HeadInputs(
                 features.index_select(0, rows),
                 matrices[index],
                 offsets[index],
                 target[rows] - low,
-                weight[rows].masked_fill(repeated, 0.0),
+                of_rows,
                 masked(low, high),
             )
         )
@@ -92,11 +92,6 @@ def adaptive_cross_entropy(
 def _inside(mask_id: int | None, low: int, high: int) -> int | None:
     """Place of the mask token in a range of ids; None where it is elsewhere."""
     return mask_id - low if mask_id is not None and low <= mask_id < high else None
-
-
-def _whole_tiles(rows: Tensor) -> Tensor:
-    """Repeat the last row until there are whole tiles of them."""
-    return torch.cat([rows, rows[-1:].expand(-len(rows) % TILE_ROWS)])
 
 
 def adaptive_logits(scores: Tensor, clusters: Tensor, cutoffs: Sequence[int]) -> Tensor:

@@ -280,10 +280,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
-        """Set the head's bias so that each token's probability is its frequency (plus one).
+        """Set the head's bias so that each token's probability is its frequency.
+
+        One occurrence is added to each, so that no probability is zero.
 
         Args:
-            counts: occurrences of every id in the training text [ids], of at most V.
+            counts: occurrences in the training text of each of the tokenizer's ids, at most V.
         """
         share = torch.ones(self.vocab_size, dtype=torch.float64)
         share[: len(counts)] += counts

@@ -9,7 +9,8 @@ from torch import Tensor
 from bd3lm.config import NoiseConfig, TrainConfig, check
 from bd3lm.data import Batch, NoiseSpec
 from bd3lm.model import Transformer
-from bd3lm.systems.base import Denoiser, System, flat_targets, whole_tiles
+from bd3lm.model.head import whole_tiles
+from bd3lm.systems.base import Denoiser, System, flat_targets
 
 
 class Autoregressive(System):

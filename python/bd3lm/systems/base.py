@@ -17,7 +17,6 @@ from bd3lm.data import Batch, Dataset, NoiseSpec, Schedule
 from bd3lm.data.store import TokenArrays
 from bd3lm.model import HeadInputs, Transformer, head_cross_entropy
 from bd3lm.model.adaptive import adaptive_cross_entropy
-from bd3lm.model.head import TILE_ROWS
 from bd3lm.systems.parts import LossParts
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -169,22 +168,6 @@ class System(ABC):
 def sigma_of(mask_prob: Tensor) -> Tensor:
     """-log(1 - p), capped for the network that reads it."""
     return (-torch.log1p(-mask_prob.double())).clamp(max=MAX_SIGMA).float()
-
-
-def whole_tiles(select: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad positions and weights [M] to a multiple of the tile size, with weight 0.
-
-    PyTorch's CPU matrix products cache one compiled kernel per number of rows. Without padding,
-    every step of the tiny model would add 6 MB, because each masks another number of tokens.
-
-    Returns:
-        ``(select, weight)``, int64 and float32 [M rounded up].
-    """
-    more = -len(select) % TILE_ROWS
-    if not more:
-        return select, weight
-    padded = torch.cat([select, select[-1:].expand(more)])
-    return padded, torch.cat([weight, weight.new_zeros(more)])
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:

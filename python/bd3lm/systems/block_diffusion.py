@@ -14,7 +14,8 @@ from bd3lm.data import Batch, Dataset, NoiseSpec
 from bd3lm.data.store import TokenArrays
 from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
-from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of, whole_tiles
+from bd3lm.model.head import whole_tiles
+from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of
 from bd3lm.systems.complement import with_complement
 from bd3lm.systems.learned_noise import rarity_exponents
 from bd3lm.systems.sized_noise import SizedNoise, schedule_of

@@ -26,7 +26,7 @@ def table2(r: Recipes) -> Table:
         rows.append(
             Row(
                 (name, interval(clip)),
-                {"PPL": r.perplexity(run, ppl), "Var. NELBO": r.variance(run, variance)},
+                r.perplexity_and_variance(run, ppl, variance),
                 base=(name, interval(None)),
             )
         )
@@ -70,7 +70,7 @@ def table8(r: Recipes) -> Table:
             rows.append(
                 Row(
                     (str(block), f"{schedule} {interval(clip)}"),
-                    {"PPL": r.perplexity(run, ppl), "Var. NELBO": r.variance(run, variance)},
+                    r.perplexity_and_variance(run, ppl, variance),
                     base=(str(block), f"loglinear {interval(None)}"),
                 )
             )
@@ -139,7 +139,7 @@ def table10(r: Recipes) -> Table:
             rows.append(
                 Row(
                     (name, f"{label} {interval(clip)}"),
-                    {"PPL": r.perplexity(run, ppl), "Var. NELBO": r.variance(run, variance)},
+                    r.perplexity_and_variance(run, ppl, variance),
                     base=(name, f"loglinear {interval(None)}"),
                 )
             )
@@ -174,7 +174,7 @@ def table11(r: Recipes) -> Table:
         run = r.tuned("lm1b", block, (400, 100), pretraining=pretraining, clip=clip, **noise)
         name = str(block or "L")
         before = "bimodal 0.3, 0.6" if bimodal else "loglinear"
-        cells = {"PPL": r.perplexity(run, ppl), "Var. NELBO": r.variance(run, variance)}
+        cells = r.perplexity_and_variance(run, ppl, variance)
         rows.append(Row((name, before, f"{label} {interval(clip)}"), cells))
     return Table(
         "table11",
@@ -233,7 +233,7 @@ def combined(r: Recipes) -> Table:
                     "lm1b", 4, (400, 100), weighting=weighting, frequency_gap=gap, **noise
                 )
                 label = (schedule, weighting, "on" if gap else "off")
-                cells = {"PPL": r.perplexity(run, None), "Var. NELBO": r.variance(run, None)}
+                cells = r.perplexity_and_variance(run, None, None)
                 rows.append(Row(label, cells, base=("loglinear", "nelbo", "off")))
     return Table(
         "combined",
