@@ -7,13 +7,20 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
+from cases import DTYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
+from bd3lm.model.attention.mask import BlockMask
 from bd3lm.model.attention.triton import backward, decode, forward
+from bd3lm.model.attention.triton.ranges import ranges
 from bd3lm.model.attention.triton.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -61,6 +68,7 @@ class Compiled:
     async_copies: int
     wide_loads: int
     """Loads of 16 bytes a thread from global memory into registers."""
+    tma_loads: int
 
 
 def compile_kernel(
@@ -115,6 +123,46 @@ def compile_with(
     return _read(chosen, built.asm["cubin"], built.metadata.shared)
 
 
+def compile_hopper(width: int, dtype: str) -> Compiled:
+    """Compile the Hopper kernel as its launch module launches it, up to the driver."""
+    from bd3lm.model.attention.hopper import forward, launch
+    from bd3lm.model.attention.hopper.worklist import KEYS, QUERIES, worklist
+
+    mask = BlockMask.training(128, 16)
+    q = torch.zeros(1, 2, mask.num_queries, width, dtype=DTYPES[dtype])
+    built = []
+    kernel = forward.forward_kernel
+
+    class Warmup:
+        """Stands where the kernel is, and compiles without a launch."""
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *args, **options: built.append(
+                kernel.warmup(*args, grid=grid, **options)
+            )
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+    )
+    try:
+        with (
+            mock.patch.object(forward, "forward_kernel", Warmup()),
+            mock.patch.object(launch, "section", lambda *sizes: 2),
+        ):
+            work = worklist(mask, "cpu")
+            launch.run_forward.__wrapped__(
+                q, q, q, ranges(mask, "cpu")[0], work, mask.noised, width**-0.5
+            )
+    finally:
+        driver.reset_active()
+    chosen = Tiles(QUERIES, KEYS, built[0].metadata.num_warps, launch.STAGES[width])
+    return _read(chosen, built[0].asm["cubin"], built[0].metadata.shared)
+
+
 def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -132,6 +180,7 @@ def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
         tensor_core={name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA")},
         async_copies=len(re.findall(r"\bLDGSTS\b", code)),
         wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
+        tma_loads=len(re.findall(r"\bUTMALDG\b", code)),
     )
 
 
