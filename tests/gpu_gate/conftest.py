@@ -72,11 +72,11 @@ def logits(answers: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def emulated(answers: dict[str, Any]) -> dict[str, Any]:
-    """Findings of :func:`hopper.run`."""
+    """Findings of :func:`emulated.run`."""
     return answers["emulated"]
 
 
 @pytest.fixture(scope="session")
 def emulated_exhaustive(answers: dict[str, Any]) -> dict[str, Any]:
-    """Findings of :func:`hopper.run_exhaustive`."""
+    """Findings of :func:`emulated.run_exhaustive`."""
     return answers["emulated_exhaustive"]

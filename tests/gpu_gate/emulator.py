@@ -23,169 +23,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from gluon_parts import (
+    Barrier,
+    Barriers,
+    Buffer,
+    Copy,
+    Descriptor,
+    Hazard,
+    Pointer,
+    Product,
+    Shared,
+    load,
+    no_layout,
+    store,
+    value,
+    where,
+)
 
 SCHEDULES = ("early copies", "late copies", "first consumer ahead", "last consumer ahead", "random")
-
-
-class Hazard(Exception):
-    """A fault of the protocol: a race, a deadlock, an address out of bounds."""
-
-
-# --- values -------------------------------------------------------------------------------------
-
-
-class Value(np.ndarray):
-    """Array with the methods of a Gluon tensor; int32 that overflows is a fault."""
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]
-        with np.errstate(all="ignore"):
-            found = np.asarray(getattr(ufunc, method)(*plain, **options))
-        if found.dtype == np.int32 and ufunc in (np.add, np.subtract, np.multiply):
-            exact = ufunc(*(np.asarray(x).astype(np.int64) for x in plain))
-            if (exact != found).any():
-                raise Hazard("a 32-bit number overflows")
-        return found.view(Value)
-
-    def to(self, dtype: str) -> Value:
-        """The same numbers in another dtype; 16-bit floats stay float32, rounded."""
-        return convert(self, dtype)
-
-
-def value(x: Any) -> Value:
-    """``x`` as a :class:`Value`."""
-    return np.asarray(x).view(Value)
-
-
-def convert(x: np.ndarray, dtype: str) -> Value:
-    """Round to nearest even, as the device does."""
-    kinds = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
-    plain = np.asarray(x)
-    if dtype in kinds:
-        return value(plain.astype(kinds[dtype]))
-    half = torch.from_numpy(np.array(plain, np.float32)).to(getattr(torch, dtype))
-    return value(half.float().numpy())
-
-
-class Pointer:
-    """Address inside the memory of a tensor."""
-
-    def __init__(self, tensor: torch.Tensor, offset: Any = None) -> None:
-        self.tensor = tensor
-        self.offset = np.int64(tensor.storage_offset()) if offset is None else offset
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.tensor, np.asarray(self.offset + np.asarray(offset, np.int64)))
-
-    def cells(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """The memory as one row, the indices into it, and where they are wanted."""
-        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
-        memory = self.tensor.detach().as_strided((size,), (1,), 0)
-        wanted = np.broadcast_to(True if mask is None else np.asarray(mask), self.offset.shape)
-        index = np.where(wanted, self.offset, 0)
-        if index.min() < 0 or index.max() >= size:
-            raise Hazard("an address out of bounds")
-        return memory, torch.from_numpy(np.atleast_1d(index)), wanted
-
-
-# --- shared memory ------------------------------------------------------------------------------
-
-
-class Buffer:
-    """State of one buffer of shared memory."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.filled = False
-        self.fills = 0
-        self.readers = 0
-
-
-class Shared:
-    """Shared memory: an array, and the state of each entry of its first axis."""
-
-    def __init__(self, data: np.ndarray, buffers: list[Buffer]) -> None:
-        self.data, self.buffers = data, buffers
-
-    @property
-    def buffer(self) -> Buffer:
-        """The buffer that this is."""
-        (found,) = self.buffers
-        return found
-
-    def index(self, i: Any) -> Shared:
-        """One entry of the first axis."""
-        return Shared(self.data[int(i)], [self.buffers[int(i)]])
-
-    def reshape(self, shape: Sequence[int]) -> Shared:
-        """The same memory in another shape."""
-        view = self.data.view()
-        view.shape = tuple(shape)
-        return Shared(view, self.buffers)
-
-    def permute(self, order: Sequence[int]) -> Shared:
-        """The same memory with its axes in another order."""
-        return Shared(self.data.transpose(order), self.buffers)
-
-
-class Barrier:
-    """An mbarrier: a phase ends when all arrivals and all bytes are there."""
-
-    def __init__(self) -> None:
-        self.count = self.pending = self.bytes = self.phases = 0
-
-    def advance(self) -> None:
-        """End the phase if it is complete."""
-        if self.count == 0:
-            raise Hazard("a barrier is used before it is made")
-        if self.pending < 0:
-            raise Hazard("more arrivals than a barrier counts")
-        if self.pending == 0 and self.bytes == 0:
-            self.phases += 1
-            self.pending = self.count
-
-
-class Barriers:
-    """A row of barriers."""
-
-    def __init__(self, count: int) -> None:
-        self.all = [Barrier() for _ in range(count)]
-
-    def index(self, i: Any) -> Barrier:
-        """One of them."""
-        return self.all[int(i)]
-
-
-class Product:
-    """A WGMMA under way; nobody may look at its result before it is waited for."""
-
-    def __init__(self, a: Any, b: Shared, acc: Any) -> None:
-        self.operands = [x for x in (a, b) if isinstance(x, Shared)]
-        for x in self.operands:
-            if not x.buffer.filled:
-                raise Hazard(f"a product reads {x.buffer.name} before it is filled")
-            x.buffer.readers += 1
-        self.seen = [x.buffer.fills for x in self.operands]
-        left = a.data if isinstance(a, Shared) else np.asarray(a)
-        if left.shape[1] != b.data.shape[0]:
-            raise Hazard(f"a product of {left.shape} and {b.data.shape}")
-        self.left, self.right = left, b.data
-        self.acc = None if acc is None else np.asarray(acc)
-        self.result: Value | None = None
-
-    def finish(self) -> None:
-        """Read the operands, as late as the device may."""
-        if self.result is not None:
-            return
-        for x, fills in zip(self.operands, self.seen, strict=True):
-            x.buffer.readers -= 1
-            if x.buffer.fills != fills or not x.buffer.filled:
-                raise Hazard(f"{x.buffer.name} changes under a product")
-        found = self.left.astype(np.float32) @ self.right.astype(np.float32)
-        self.result = value(found if self.acc is None else found + self.acc)
-
-
-# --- the block ----------------------------------------------------------------------------------
 
 
 class Task:
@@ -195,6 +50,7 @@ class Task:
         self.index = index
         self.baton = threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
+        self.barrier: Barrier | None = None
         self.done = False
         self.products: list[Product] = []
         self.thread = threading.Thread(target=self.body, args=(block, run, args), daemon=True)
@@ -208,7 +64,7 @@ class Task:
                 run(*args)
                 if any(product.result is None for product in self.products):
                     raise Hazard("a partition ends while a product is under way")
-        except BaseException as error:  # noqa: BLE001  (shown by the block, which is another thread)
+        except BaseException as error:
             block.fault = block.fault or error
         self.done = True
         block.back.release()
@@ -224,14 +80,16 @@ class Block:
         self.back = threading.Semaphore(0)
         self.fault: BaseException | None = None
         self.tasks: list[Task] = []
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[Copy] = []
         self.buffers = 0
         self.fenced = True
 
-    def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
-        """Let others run until ``ready()``."""
+    def pause(
+        self, ready: Callable[[], bool] = lambda: True, barrier: Barrier | None = None
+    ) -> None:
+        """Let others run until ``ready()``, which depends on ``barrier``."""
         task = self.local.task
-        task.ready = ready
+        task.ready, task.barrier = ready, barrier
         self.back.release()
         task.baton.acquire()
         if self.fault is not None:
@@ -247,7 +105,10 @@ class Block:
         for task in self.tasks:
             task.thread.start()
         while any(not task.done for task in self.tasks):
-            task = self.choose()
+            try:
+                task = self.choose()
+            except Hazard as fault:
+                self.fault, task = fault, None
             if task is not None:
                 task.baton.release()
                 self.back.acquire()
@@ -267,8 +128,7 @@ class Block:
         """The partition that runs next; None: a copy landed instead."""
         able = [task for task in self.tasks if not task.done and task.ready()]
         if not able and not self.copies:
-            self.fault = Hazard("deadlock")
-            return None
+            raise Hazard("deadlock")
         loaders_first = sorted(able, key=lambda task: -task.index)
         if self.schedule == "random":
             pick = self.random.randrange(len(able) + len(self.copies))
@@ -282,7 +142,10 @@ class Block:
         elif self.schedule == "late copies":
             if able:
                 return able[0]
-            self.copies.pop()()
+            # One that somebody waits for, and no other.
+            waited = [task.barrier for task in self.tasks if not task.done]
+            wanted = [i for i, land in enumerate(self.copies) if land.barrier in waited]
+            self.copies.pop(wanted[0] if wanted else 0)()
         else:  # one of the consumers runs only where nobody else can
             slow = 1 if self.schedule == "first consumer ahead" else 0
             fast = [task for task in loaders_first if task.index != slow]
@@ -348,7 +211,7 @@ class Block:
 
     def wait(self, barrier: Barrier, phase: Any) -> None:
         parity = int(phase)
-        self.pause(lambda: barrier.phases & 1 != parity)
+        self.pause(lambda: barrier.phases & 1 != parity, barrier)
 
     def copy(self, desc: Descriptor, where_: Sequence[Any], barrier: Barrier, to: Shared) -> None:
         self.pause()
@@ -360,19 +223,8 @@ class Block:
             raise Hazard(f"a copy of {tile.shape} into {to.data.shape}")
         buffer.filled = False
         buffer.fills += 1
-        fills = buffer.fills
         to.data[...] = np.nan
-
-        def land() -> None:
-            if buffer.fills != fills:
-                self.fault = self.fault or Hazard(f"two copies into {buffer.name} at once")
-                return
-            to.data[...] = tile
-            buffer.filled = True
-            barrier.bytes -= tile.size * desc.base.element_size()
-            barrier.advance()
-
-        self.copies.append(land)
+        self.copies.append(Copy(barrier, to, tile, tile.size * desc.base.element_size()))
 
     def multiply(
         self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False
@@ -393,81 +245,31 @@ class Block:
         return found[0] if len(found) == 1 else found
 
 
-def no_layout(*args: Any, **options: Any) -> None:
-    return None
-
-
-def where(condition: Any, a: Any, b: Any) -> Value:
-    return value(np.where(np.asarray(condition), *(_weak(x) for x in (a, b))))
-
-
-def _weak(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return np.asarray(x)
-    return np.float32(x) if isinstance(x, float) else np.int32(x)
-
-
-def load(pointer: Pointer, mask: Any = None) -> Value:
-    memory, index, _ = pointer.cells(mask)
-    found = memory[index].reshape(np.shape(pointer.offset))
-    return value(found.float().numpy() if found.is_floating_point() else found.numpy())
-
-
-def store(pointer: Pointer, x: Any, mask: Any = None) -> None:
-    shape = np.broadcast_shapes(np.shape(pointer.offset), np.shape(x))
-    pointer = Pointer(pointer.tensor, np.broadcast_to(pointer.offset, shape))
-    memory, index, wanted = pointer.cells(None if mask is None else np.broadcast_to(mask, shape))
-    source = torch.from_numpy(np.array(np.broadcast_to(x, shape), np.float32)).to(memory.dtype)
-    memory[index[torch.from_numpy(wanted.copy())]] = source[torch.from_numpy(wanted.copy())]
-
-
-class Descriptor:
-    """A TMA descriptor: what lies outside of its axes is read as zero."""
-
-    def __init__(self, real: Any) -> None:
-        self.base, self.shape, self.strides = real.base, list(real.shape), list(real.strides)
-        self.block, self.layout = list(real.block_shape), real.layout
-        self.dtype = str(real.base.dtype).removeprefix("torch.")
-
-    def tile(self, start: Sequence[int]) -> np.ndarray:
-        """The block that begins at these coordinates."""
-        offset = np.zeros(self.block, np.int64) + self.base.storage_offset()
-        inside = np.ones(self.block, bool)
-        for axis, (first, size) in enumerate(zip(start, self.block, strict=True)):
-            shape = [-1 if i == axis else 1 for i in range(len(self.block))]
-            place = (first + np.arange(size)).reshape(shape)
-            inside = inside & (place >= 0) & (place < self.shape[axis])
-            offset = offset + place * int(self.strides[axis])
-        memory, index, wanted = Pointer(self.base, offset).cells(inside)
-        return np.where(wanted, memory[index].float().numpy(), 0.0).astype(np.float32)
-
-
-# --- the kernel ---------------------------------------------------------------------------------
-
-
 class Kernel:
     """A kernel of a module, launched as Triton launches it."""
 
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         name: str,
-        schedule: str = "random",
+        schedule: str,
         mutation: tuple[str, str] | None = None,
     ) -> None:
-        text = path.read_text()
+        text = "\n".join(path.read_text() for path in paths)
+        # Imports of the future come first, and none is executed.
+        text = text.replace("from __future__ import annotations\n", "")
         if mutation is not None:
             if mutation[0] not in text:
-                raise SystemExit(f"{path.name} no longer holds {mutation[0]!r}")
+                raise SystemExit(f"the kernels no longer hold {mutation[0]!r}")
             text = text.replace(*mutation)
         tree = ast.parse(text)
-        tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         for function in tree.body:
             function.decorator_list = []
             for node in ast.walk(function):  # annotations are the compiler's
                 if isinstance(node, ast.arg):
                     node.annotation = None
-        self.code = compile(tree, str(path), "exec")
+        self.code = compile(tree, str(paths[-1]), "exec")
         self.name, self.schedule = name, schedule
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -476,7 +278,7 @@ class Kernel:
             for program in range(grid[0]):
                 block = Block(program, self.schedule, seed=program)
                 names = block.namespace()
-                exec(self.code, names)  # noqa: S102  (our own kernel)
+                exec(self.code, names)
                 function = names[self.name]
                 bound = inspect.signature(function).bind(*map(argument, args), **constants)
                 function(*bound.args, **bound.kwargs)

@@ -36,16 +36,16 @@ from bd3lm.model.attention.triton.ranges import ranges
 names = (f"mutant{i}" for i in itertools.count())
 
 
-def of_hopper(function: str) -> Callable[[], Any]:
-    """A check of :mod:`hopper`, which imports Gluon."""
-    return lambda: getattr(importlib.import_module("hopper"), function)()
+def of_emulated(function: str) -> Callable[[], Any]:
+    """A check of :mod:`emulated`, which imports this module."""
+    return lambda: getattr(importlib.import_module("emulated"), function)()
 
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "traced": traced.run,
     "logits": logits.run,
-    "emulated": of_hopper("run"),
-    "emulated_exhaustive": of_hopper("run_exhaustive"),
+    "emulated": of_emulated("run"),
+    "emulated_exhaustive": of_emulated("run_exhaustive"),
 }
 
 

@@ -123,23 +123,37 @@ def compile_with(
     return _read(chosen, built.asm["cubin"], built.metadata.shared)
 
 
-def compile_hopper(width: int, dtype: str) -> Compiled:
-    """Compile the Hopper kernel as its launch module launches it, up to the driver."""
-    from bd3lm.model.attention.hopper import forward, launch
-    from bd3lm.model.attention.hopper.worklist import KEYS, QUERIES, worklist
+def compile_hopper(kernel: str, width: int, dtype: str = "bf16") -> Compiled:
+    """Compile a Hopper kernel as its launch module launches it, up to the driver.
+
+    Args:
+        kernel: ``forward``, ``keys`` (dK and dV) or ``queries`` (dQ).
+        width: D.
+        dtype: of the matrices.
+    """
+    from bd3lm.model.attention.hopper import backward, forward, launch
+    from bd3lm.model.attention.hopper.worklist import ROWS, key_worklist, query_worklist
 
     mask = BlockMask.training(128, 16)
     q = torch.zeros(1, 2, mask.num_queries, width, dtype=DTYPES[dtype])
+    sums = torch.zeros(q.shape[:3])
+    keys, queries = ranges(mask, "cpu")
+    work = query_worklist(mask, "cpu"), key_worklist(mask, "cpu", width)
+    wanted = {"keys": False, "queries": True}.get(kernel)
     built = []
-    kernel = forward.forward_kernel
 
     class Warmup:
-        """Stands where the kernel is, and compiles without a launch."""
+        """In the place of a kernel: compiles the wanted one, and launches nothing."""
+
+        def __init__(self, function: Any) -> None:
+            self.function = function
 
         def __getitem__(self, grid: tuple[int]) -> Any:
-            return lambda *args, **options: built.append(
-                kernel.warmup(*args, grid=grid, **options)
-            )
+            def compile_only(*args: Any, **options: Any) -> None:
+                if options.get("OWN_QUERIES") == wanted:
+                    built.append(self.function.warmup(*args, grid=grid, **options))
+
+            return compile_only
 
     driver.set_active(
         SimpleNamespace(
@@ -150,17 +164,24 @@ def compile_hopper(width: int, dtype: str) -> Compiled:
     )
     try:
         with (
-            mock.patch.object(forward, "forward_kernel", Warmup()),
-            mock.patch.object(launch, "section", lambda *sizes: 2),
+            mock.patch.object(forward, "forward_kernel", Warmup(forward.forward_kernel)),
+            mock.patch.object(backward, "gradient_kernel", Warmup(backward.gradient_kernel)),
+            mock.patch.object(launch, "section", return_value=2),
+            mock.patch.object(launch, "run_delta", return_value=sums),
         ):
-            work = worklist(mask, "cpu")
-            launch.run_forward.__wrapped__(
-                q, q, q, ranges(mask, "cpu")[0], work, mask.noised, width**-0.5
-            )
+            # Without the choice of a device, which there is none of.
+            run_forward = launch.run_forward.__wrapped__  # type: ignore[attr-defined]
+            run_backward = launch.run_backward.__wrapped__  # type: ignore[attr-defined]
+            if kernel == "forward":
+                run_forward(q, q, q, keys, work[0], True, 1.0)
+            else:
+                run_backward(q, q, q, q, q, sums, keys, queries, *work, True, 1.0)
     finally:
         driver.reset_active()
-    chosen = Tiles(QUERIES, KEYS, built[0].metadata.num_warps, launch.STAGES[width])
-    return _read(chosen, built[0].asm["cubin"], built[0].metadata.shared)
+    (found,) = built
+    shape = launch.SHAPES[kernel, width]
+    chosen = Tiles(ROWS, shape.met, found.metadata.num_warps, shape.stages)
+    return _read(chosen, found.asm["cubin"], found.metadata.shared)
 
 
 def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:

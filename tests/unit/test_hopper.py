@@ -10,7 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3lm.model.attention import AUTO, BACKENDS, BlockMask, choose, hopper
-from bd3lm.model.attention.hopper.worklist import KEYS, QUERIES, pairs_streams, worklist
+from bd3lm.model.attention.hopper.worklist import (
+    ROWS,
+    WIDE,
+    key_worklist,
+    pairs_streams,
+    queries_met,
+    query_worklist,
+)
 
 DOCUMENTS = torch.tensor([[0] * 11 + [1] * 109 + [-1] * 30, [7] * 80 + [8] * 70])
 MASKS = {
@@ -32,18 +39,23 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_every_pair_that_attends_is_in_one_step(name: str) -> None:
     mask = MASKS[name]
-    for row, dense in zip(worklist(mask, "cpu"), mask.dense(), strict=True):
-        check_row(mask, row.tolist(), dense)
+    queries, keys = (2 if mask.noised and mask.clean_queries else 1), (2 if mask.noised else 1)
+    for row, dense in zip(query_worklist(mask, "cpu"), mask.dense(), strict=True):
+        check_row(row.tolist(), dense, queries, keys, WIDE)
+    for head in (64, 128):
+        for row, dense in zip(key_worklist(mask, "cpu", head), mask.dense(), strict=True):
+            check_row(row.tolist(), dense.T, keys, queries, queries_met(head))
 
 
-def check_row(mask: BlockMask, entries: list[list[int]], dense: Tensor) -> None:
-    """The worklist of one row of the batch against its mask [Tq, Tk]."""
-    streams = 2 if mask.noised and mask.clean_queries else 1
-    length = mask.num_queries // streams
-    times = torch.zeros(mask.num_queries)
+def check_row(
+    entries: list[list[int]], dense: Tensor, streams: int, met_streams: int, width: int
+) -> None:
+    """The worklist of one row of the batch against its mask [owned rows, rows met]."""
+    length, met_length = dense.shape[0] // streams, dense.shape[1] // met_streams
+    times = torch.zeros(len(dense))
     for clean_first, clean_steps, noised_first, steps, *tiles in entries:
         for stream, start, begin, end, *full in (tiles[:8], tiles[8:]):
-            rows = slice(stream * length + start, stream * length + min(start + QUERIES, length))
+            rows = slice(stream * length + start, stream * length + min(start + ROWS, length))
             times[rows] += 1
             live = dense[rows]
             left = live.clone()
@@ -51,10 +63,11 @@ def check_row(mask: BlockMask, entries: list[list[int]], dense: Tensor) -> None:
             for t in range(begin, end):
                 noised = t >= clean_steps
                 tile = noised_first + t - clean_steps if noised else clean_first + t
-                first = tile * KEYS + (mask.seq_len if mask.noised and not noised else 0)
-                stop = min(tile * KEYS + KEYS, mask.seq_len) + first - tile * KEYS
-                left[:, first:stop] = False
-                whole = stop - first == KEYS and bool(live[:, first:stop].all())
+                offset = 0 if noised else (met_streams - 1) * met_length
+                first, stop = tile * width, min(tile * width + width, met_length)
+                part = slice(offset + first, offset + stop)
+                left[:, part] = False
+                whole = stop - first == width and bool(live[:, part].all())
                 called = full[0] <= t < full[1] or full[2] <= t < full[3]
                 assert called == (whole and len(live) > 0)
             assert not left.any(), "a pair is in no step"
@@ -69,28 +82,28 @@ def test_streams_share_a_block_where_a_block_of_the_mask_fits_into_a_tile() -> N
         "training", "training, S=1", "training, documents", "training, causal", "one position",
     }  # fmt: skip
     # At L = 1024: 16 pairs of tiles, of which the i-th shares i + 1 clean tiles.
-    steps = worklist(BlockMask.training(1024, 16), "cpu")[0, :, 3]
+    steps = query_worklist(BlockMask.training(1024, 16), "cpu")[0, :, 3]
     assert steps.tolist() == [i + 2 for i in reversed(range(16))]
 
 
 def test_a_triton_whose_gluon_is_unknown_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hopper.kernel_takes.cache_clear()
+    hopper.kernels_take.cache_clear()
     with caplog.at_level(logging.WARNING):
         monkeypatch.setattr(hopper, "version", lambda package: hopper.TRITONS[0])
-        assert hopper.kernel_takes(torch.bfloat16, 64)
+        assert hopper.kernels_take(torch.bfloat16, 64)
         assert not caplog.messages
-        assert not hopper.kernel_takes(torch.float32, 64)
-        assert not hopper.kernel_takes(torch.bfloat16, 80)
+        assert not hopper.kernels_take(torch.float32, 64)
+        assert not hopper.kernels_take(torch.bfloat16, 80)
         monkeypatch.setattr(hopper, "version", lambda package: "3.5.0")
         for _ in range(2):
-            assert not hopper.kernel_takes(torch.float16, 128)
-    hopper.kernel_takes.cache_clear()
+            assert not hopper.kernels_take(torch.float16, 128)
+    hopper.kernels_take.cache_clear()
     assert [message.partition(", since ")[2] for message in caplog.messages] == [
-        "its kernel takes fp16 and bf16 heads of 64 or 128 features, not float32 of 64",
-        "its kernel takes fp16 and bf16 heads of 64 or 128 features, not bfloat16 of 80",
-        f"its kernel was compiled with Triton {', '.join(hopper.TRITONS)}, not with 3.5.0",
+        "its kernels take fp16 and bf16 of 64 or 128 features, not float32 of 64",
+        "its kernels take fp16 and bf16 of 64 or 128 features, not bfloat16 of 80",
+        f"its kernels were compiled with Triton {', '.join(hopper.TRITONS)}, not with 3.5.0",
     ]
 
 
@@ -105,7 +118,7 @@ def test_it_is_taken_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_operator_traces_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "version", lambda package: hopper.TRITONS[0])
-    hopper.kernel_takes.cache_clear()
+    hopper.kernels_take.cache_clear()
     mask = BlockMask.training(70, 5)
     with FakeTensorMode():
         q = torch.empty(2, 4, 140, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -114,4 +127,4 @@ def test_the_operator_traces_with_its_gradient(monkeypatch: pytest.MonkeyPatch) 
         gradients = torch.autograd.grad(out.float().sum(), (q, k))
         assert out.shape == q.shape
         assert [x.shape for x in gradients] == [q.shape, k.shape]
-    hopper.kernel_takes.cache_clear()
+    hopper.kernels_take.cache_clear()

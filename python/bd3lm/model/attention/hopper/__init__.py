@@ -1,8 +1,8 @@
-"""Block-diffusion attention on Hopper: a warp-specialized forward kernel in Gluon.
+"""Block-diffusion attention on Hopper: warp-specialized kernels in Gluon, forward and backward.
 
-The gradient and decoding are those of the Triton kernels, which also take what this kernel does
-not. File by file: ``worklist.py`` the work of every block · ``forward.py`` the kernel ·
-``launch.py`` buffers and descriptors · ``ops.py`` the PyTorch operator.
+Decoding is left to the Triton kernels, which also take what these do not. File by file:
+``worklist.py`` the work of every block · ``forward.py backward.py`` the kernels · ``launch.py``
+buffers and descriptors · ``ops.py`` PyTorch operators.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from bd3lm.model.attention import triton
 from bd3lm.model.attention.dynamo import fixed_while_compiling
 from bd3lm.model.attention.hopper import ops
-from bd3lm.model.attention.hopper.worklist import worklist
+from bd3lm.model.attention.hopper.worklist import key_worklist, query_worklist
 from bd3lm.model.attention.mask import BlockMask
 from bd3lm.model.attention.triton.ranges import ranges
 
 NEEDS = "needs an NVIDIA GPU of compute capability 9.0 and the triton package"
-TRITONS = ("3.6.0", "3.7.0", "3.8.0", "3.9.0")
-"""Versions whose Gluon the kernel was compiled with; its names change from version to version."""
+TRITONS = ("3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0")
+"""Versions whose Gluon the kernels were compiled with; names change from version to version."""
 DTYPES = (torch.float16, torch.bfloat16)
 WIDTHS = (64, 128)
 
@@ -37,8 +37,8 @@ def available() -> bool:
 def hopper_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`.
 
-    Takes fp16 and bf16 heads of 64 or 128 features with the Hopper kernel; leaves other ones, a
-    few queries over a long cache and gradients to the Triton kernels.
+    Takes fp16 and bf16 heads of 64 or 128 features with the Hopper kernels; leaves other ones and
+    a few queries over a long cache to the Triton kernels.
 
     Args:
         q: fp16, bf16 or fp32 [B, H, Tq, D], D up to 256.
@@ -49,26 +49,26 @@ def hopper_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor
     Returns:
         [B, H, Tq, D]; zero for queries that see nothing.
     """
-    if triton.is_decoding(q, k, v, mask) or not kernel_takes(q.dtype, q.shape[-1]):
+    if triton.is_decoding(q, k, v, mask) or not kernels_take(q.dtype, q.shape[-1]):
         return triton.triton_attention(q, k, v, mask)
-    device = str(q.device)
+    device, width = str(q.device), q.shape[-1]
     keys, queries = ranges(mask, device)
-    work = worklist(mask, device)
-    return ops.hopper_attention(
-        q, k, v, keys, queries, work, mask.noised, q.shape[-1] ** -0.5
-    )[0]  # fmt: skip
+    work = query_worklist(mask, device), key_worklist(mask, device, width)
+    return ops.hopper_attention(q, k, v, keys, queries, *work, mask.noised, width**-0.5)[0]
 
 
 @fixed_while_compiling
 @cache
-def kernel_takes(dtype: torch.dtype, width: int) -> bool:
-    """Return whether the kernel takes such heads with this Triton; if not, say so once."""
+def kernels_take(dtype: torch.dtype, width: int) -> bool:
+    """Return whether the kernels take such heads with this Triton; if not, say so once."""
     found = version("triton")
     if found not in TRITONS:
-        reason = f"its kernel was compiled with Triton {', '.join(TRITONS)}, not with {found}"
+        reason = f"its kernels were compiled with Triton {', '.join(TRITONS)}, not with {found}"
     elif dtype not in DTYPES or width not in WIDTHS:
-        name = str(dtype).removeprefix("torch.")
-        reason = f"its kernel takes fp16 and bf16 heads of 64 or 128 features, not {name} of {width}"
+        kind = str(dtype).removeprefix("torch.")
+        reason = (
+            f"its kernels take fp16 and bf16 heads of 64 or 128, not {kind} of {width} features"
+        )
     else:
         return True
     logging.getLogger(__name__).warning(

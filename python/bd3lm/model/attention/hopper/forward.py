@@ -75,15 +75,11 @@ def loader(
 
 
 @gluon.jit
-def pass_over(t, bars, STAGES: gl.constexpr):
-    """Free the buffers of a step whose keys these queries do not see."""
-    _, k_full, k_free, v_full, v_free = bars
-    stage = t % STAGES
-    phase = (t // STAGES) & 1
-    mbarrier.wait(k_full.index(stage), phase)
-    mbarrier.arrive(k_free.index(stage), count=1)
-    mbarrier.wait(v_full.index(stage), phase)
-    mbarrier.arrive(v_free.index(stage), count=1)
+def pass_over(n, full, free, STAGES: gl.constexpr):
+    """Free the n-th filling of a ring, which these rows do not need."""
+    stage = n % STAGES
+    mbarrier.wait(full.index(stage), (n // STAGES) & 1)
+    mbarrier.arrive(free.index(stage), count=1)
 
 
 @gluon.jit
@@ -157,7 +153,8 @@ def consumer(
     mbarrier.wait(q_full.index(g), 0)
     q = q_tiles.index(g).reshape([BM, D])
     for t in range(0, begin):
-        pass_over(t, bars, STAGES)
+        pass_over(t, k_full, k_free, STAGES)
+        pass_over(t, v_full, v_free, STAGES)
     if end > begin:
         stage = begin % STAGES
         mbarrier.wait(k_full.index(stage), (begin // STAGES) & 1)
@@ -191,7 +188,8 @@ def consumer(
         acc = warpgroup_mma_wait(0, deps=(acc_next,))
         mbarrier.arrive(v_free.index(last), count=1)
     for t in range(end, steps):
-        pass_over(t, bars, STAGES)
+        pass_over(t, k_full, k_free, STAGES)
+        pass_over(t, v_full, v_free, STAGES)
 
     empty = total == 0.0
     safe = gl.where(empty, 1.0, total)

@@ -1,4 +1,4 @@
-"""The Hopper kernel as a PyTorch operator; its gradient is that of the Triton kernels."""
+"""The Hopper kernels as PyTorch operators, as those of ``triton/ops.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def hopper_attention(
     v: Tensor,
     key_ranges: Tensor,
     query_ranges: Tensor,
-    work: Tensor,
+    query_work: Tensor,
+    key_work: Tensor,
     noised: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,8 @@ def hopper_attention(
         v: as ``k``.
         key_ranges: int32 [B or 1, 4, Tq], the keys of every query.
         query_ranges: int32 [B or 1, 4, Tk], the queries of every key.
-        work: int32 [B or 1, blocks, 20], see ``worklist.py``.
+        query_work: int32 [B or 1, blocks, 20], see ``worklist.py``.
+        key_work: the same for blocks that own keys.
         noised: keys lie as [xt ; x0], not as x0 alone.
         scale: of the scores.
 
@@ -39,7 +41,7 @@ def hopper_attention(
     """
     from bd3lm.model.attention.hopper.launch import run_forward
 
-    return run_forward(q, k, v, key_ranges, work, noised, scale)
+    return run_forward(q, k, v, key_ranges, query_work, noised, scale)
 
 
 @hopper_attention.register_fake
@@ -47,18 +49,48 @@ def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
     return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.custom_op("bd3lm::hopper_attention_backward", mutates_args=())
+def hopper_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_ranges: Tensor,
+    query_ranges: Tensor,
+    query_work: Tensor,
+    key_work: Tensor,
+    noised: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; arguments as :func:`hopper_attention` took and gave them."""
+    from bd3lm.model.attention.hopper.launch import run_backward
+
+    return run_backward(
+        dout, q, k, v, out, lse, key_ranges, query_ranges, query_work, key_work, noised, scale
+    )
+
+
+@hopper_attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_ranges, query_ranges, _, ctx.noised, ctx.scale = inputs
+    q, k, v, *mask, ctx.noised, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, key_ranges, query_ranges)
+    ctx.save_for_backward(q, k, v, out, lse, *mask)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.bd3lm.block_attention_backward(
+    gradients = torch.ops.bd3lm.hopper_attention_backward(
         dout, *ctx.saved_tensors, ctx.noised, ctx.scale
     )
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, *[None] * 6)
 
 
 hopper_attention.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Work of every block of the Hopper kernel: its two tiles of queries and the keys they see."""
+"""Work of every block of the Hopper kernels: two tiles that it owns, and the tiles they meet."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bd3lm.model.attention.mask import BlockMask
 from bd3lm.model.attention.mask_cache import cached_per_mask
 from bd3lm.model.attention.triton.ranges import ranges
 
-QUERIES = 64
-"""Queries of a tile: one warpgroup's."""
-KEYS = 64
-"""Keys of a tile."""
+ROWS = 64
+"""Rows of a tile that a warpgroup owns."""
+WIDE, NARROW = 64, 32
+"""Rows of a tile that it meets: dK and dV of 128 features leave no registers for more than 32."""
 
 
 def query_streams(mask: BlockMask) -> int:
@@ -27,31 +27,64 @@ def pairs_streams(mask: BlockMask) -> bool:
     Both see the same clean keys, up to their own block of the mask. If that fits into a tile, two
     tiles of xt and of x0 need one step less than those of neighbouring positions would.
     """
-    return query_streams(mask) == 2 and mask.block_size <= KEYS
+    return query_streams(mask) == 2 and mask.block_size <= WIDE
 
 
 @cached_per_mask
-def worklist(mask: BlockMask, device: str) -> Tensor:
+def query_worklist(mask: BlockMask, device: str) -> Tensor:
+    """Work of the blocks that own queries; see :func:`_worklist`."""
+    keys, _ = ranges(mask, device)
+    return _worklist(keys, query_streams(mask), WIDE, pairs_streams(mask))
+
+
+def key_worklist(mask: BlockMask, device: str, head: int) -> Tensor:
+    """Work of the blocks that own keys of ``head`` features; see :func:`_worklist`."""
+    return (_meeting_wide if queries_met(head) == WIDE else _meeting_narrow)(mask, device)
+
+
+def queries_met(head: int) -> int:
+    """Rows of a tile of queries that keys of ``head`` features meet."""
+    return WIDE if head <= 64 else NARROW
+
+
+@cached_per_mask
+def _meeting_wide(mask: BlockMask, device: str) -> Tensor:
+    return _worklist(ranges(mask, device)[1], 2 if mask.noised else 1, WIDE, False)
+
+
+@cached_per_mask
+def _meeting_narrow(mask: BlockMask, device: str) -> Tensor:
+    return _worklist(ranges(mask, device)[1], 2 if mask.noised else 1, NARROW, False)
+
+
+def _worklist(bounds: Tensor, streams: int, width: int, paired: bool) -> Tensor:
     """One entry for each block, in the order in which they start: most steps first.
 
-    A step is a tile of keys that the block loads, for both of its tiles of queries: clean ones,
-    then noised ones, each in order. A tile of queries takes part in the steps from ``begin`` to
+    A step is a tile of the other axis that the block loads, for both tiles that it owns: clean
+    ones, then noised ones, each in order. An owned tile takes part in the steps from ``begin`` to
     ``end``, and needs no mask in those from ``full`` to ``full_end``.
 
+    Args:
+        bounds: int32 [B or 1, 4, rows], see ``ranges.py``.
+        streams: how many the rows come from.
+        width: rows of a tile that is met.
+        paired: whether the two tiles of a block are the same positions of two streams, and not
+            neighbours in one.
+
     Returns:
-        int32 [B or 1, blocks, 20]: first clean tile of keys, number of clean steps, first noised
-        tile, number of steps; then for each tile of queries stream, first row, begin, end, and
-        full and full_end of the clean and of the noised steps.
+        int32 [B or 1, blocks, 20]: first clean tile met, number of clean steps, first noised tile,
+        number of steps; then for each owned tile stream, first row, begin, end, and full and
+        full_end of the clean and of the noised steps.
     """
-    keys, _ = ranges(mask, device)
-    streams = query_streams(mask)
-    rows = keys.unflatten(2, (streams, -1))  # [B, 4, streams, length]
-    missing = -rows.shape[3] % QUERIES
+    device = bounds.device
+    rows = bounds.unflatten(2, (streams, -1))  # [B, 4, streams, length]
+    missing = -rows.shape[3] % ROWS
     rows = torch.cat([rows, rows[..., -1:].expand(-1, -1, -1, missing)], dim=3)
-    rows = rows.unflatten(3, (-1, QUERIES))  # [B, 4, streams, tiles, QUERIES]
-    spans = torch.stack([*_tiles_met(rows[:, 0], rows[:, 1]), *_tiles_met(rows[:, 2], rows[:, 3])])
+    rows = rows.unflatten(3, (-1, ROWS))  # [B, 4, streams, tiles, ROWS]
+    met = [*_tiles_met(rows[:, 0], rows[:, 1], width), *_tiles_met(rows[:, 2], rows[:, 3], width)]
+    spans = torch.stack(met)  # [8, B, streams, tiles]
     tiles = spans.shape[3]
-    if pairs_streams(mask):
+    if paired:
         spans = spans.movedim(2, 3)
         tile = torch.arange(tiles, device=device)[:, None].expand(-1, 2)
         stream = torch.arange(2, device=device).expand(tiles, -1)
@@ -61,32 +94,32 @@ def worklist(mask: BlockMask, device: str) -> Tensor:
         tile = torch.arange(2 * halves, device=device).view(halves, 2).repeat(streams, 1)
         stream = torch.arange(streams, device=device).repeat_interleave(halves)
         stream = stream[:, None].expand(-1, 2)
-    return _entries(spans, stream, tile * QUERIES)
+    return _entries(spans, stream, tile * ROWS)
 
 
-def _tiles_met(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tiles of keys that rows [..., QUERIES] meet, as ``tile_span`` of ``triton.common``.
+def _tiles_met(lo: Tensor, hi: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tiles that rows with these bounds [..., ROWS] meet, as ``tile_span`` of ``triton.common``.
 
     Returns:
         first, last, full_first and full_last, int32 [...]: tiles [first, last) are met, and of
-        these [full_first, full_last) by every row in all of their keys.
+        these [full_first, full_last) by every row as a whole.
     """
     seen = hi > lo
     end = torch.where(seen, hi, 0).amax(-1)
     start = torch.where(seen, lo, end[..., None]).amin(-1)
-    first, last = start // KEYS, (end + KEYS - 1) // KEYS
-    full_first = ((lo.amax(-1) + KEYS - 1) // KEYS).maximum(first).minimum(last)
-    full_last = (hi.amin(-1) // KEYS).maximum(full_first).minimum(last)
+    first, last = start // width, (end + width - 1) // width
+    full_first = ((lo.amax(-1) + width - 1) // width).maximum(first).minimum(last)
+    full_last = (hi.amin(-1) // width).maximum(full_first).minimum(last)
     return first, last, full_first, full_last
 
 
 def _entries(spans: Tensor, stream: Tensor, start: Tensor) -> Tensor:
-    """The worklist of pairs of tiles of queries.
+    """The worklist of pairs of owned tiles.
 
     Args:
-        spans: int32 [8, B, blocks, 2], the tiles of clean and noised keys met.
+        spans: int32 [8, B, blocks, 2], the clean and the noised tiles met.
         stream: [blocks, 2].
-        start: [blocks, 2], first row of each tile of queries.
+        start: [blocks, 2], first row of each owned tile.
     """
     firsts, counts = [], []
     for first, last in ((spans[0], spans[1]), (spans[4], spans[5])):
@@ -95,7 +128,7 @@ def _entries(spans: Tensor, stream: Tensor, start: Tensor) -> Tensor:
         counts.append((high - low).clamp(min=0))
         firsts.append(torch.where(counts[-1] > 0, low, 0))
     steps = counts[0] + counts[1]
-    # From tiles of keys to steps.
+    # From tiles to steps.
     clean = spans[:4] - firsts[0][..., None]
     noised = spans[4:] + (counts[0] - firsts[1])[..., None]
     begins, ends = [], []
