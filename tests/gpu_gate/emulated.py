@@ -15,7 +15,7 @@ from emulator import SCHEDULES, Hazard, Kernel
 from hopper_mutations import MUTATIONS, PROBE, Mutation
 
 from bd3lm.model.attention import hopper
-from bd3lm.model.attention.hopper import backward, forward, launch
+from bd3lm.model.attention.hopper import backward, common, forward, launch
 from bd3lm.model.attention.hopper.worklist import key_worklist, query_worklist
 from bd3lm.model.attention.triton.ranges import ranges
 
@@ -57,7 +57,7 @@ EXHAUSTIVE = (
 @contextmanager
 def in_emulator(schedule: str, mutation: tuple[str, str] | None = None) -> Iterator[None]:
     """Launch the emulator where the kernels would be."""
-    paths = [Path(module.__file__) for module in (forward, backward)]
+    paths = [Path(module.__file__) for module in (common, forward, backward)]
     with (
         mock.patch.object(
             forward, "forward_kernel", Kernel(paths, "forward_kernel", schedule, mutation)

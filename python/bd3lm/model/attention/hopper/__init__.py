@@ -1,8 +1,8 @@
 """Block-diffusion attention on Hopper: warp-specialized kernels in Gluon, forward and backward.
 
 Decoding is left to the Triton kernels, which also take what these do not. File by file:
-``worklist.py`` the work of every block · ``forward.py backward.py`` the kernels · ``launch.py``
-buffers and descriptors · ``ops.py`` PyTorch operators.
+``worklist.py`` the work of every block · ``common.py forward.py backward.py`` the kernels ·
+``launch.py`` buffers and descriptors · ``ops.py`` PyTorch operators.
 """
 
 from __future__ import annotations

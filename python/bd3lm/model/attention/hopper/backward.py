@@ -27,7 +27,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bd3lm.model.attention.hopper.forward import load, pass_over, place
+from bd3lm.model.attention.hopper.common import (
+    is_full,
+    is_seen,
+    load,
+    load_bounds,
+    pass_over,
+    place,
+    store_tile,
+    tile_of_step,
+    work_of_block,
+    work_of_tile,
+)
 
 
 @gluon.jit
@@ -39,41 +50,25 @@ def gradient_loader(
     """Loads both owned tiles, then what they meet, head by head."""
     own_full, full, free = bars
     for g in gl.static_range(2):
-        stream = gl.load(WORK + 4 + 8 * g)
-        row = gl.load(WORK + 5 + 8 * g)
+        rows, _, _ = work_of_tile(WORK, g)
         mbarrier.expect(own_full.index(g), 2 * BM * D * 2)
-        load(own1, [batch, own_head, stream, row, 0], own_full.index(g), own_tiles1.index(g))
-        load(own2, [batch, own_head, stream, row, 0], own_full.index(g), own_tiles2.index(g))
-    clean_first = gl.load(WORK)
-    clean_steps = gl.load(WORK + 1)
-    noised_first = gl.load(WORK + 2)
-    steps = gl.load(WORK + 3)
+        start = [batch, own_head, rows[0], rows[1], 0]
+        load(own1, start, own_full.index(g), own_tiles1.index(g))
+        load(own2, start, own_full.index(g), own_tiles2.index(g))
+    block = work_of_block(WORK)
+    steps = block[3]
     for h in range(0, met_heads):
         for t in range(0, steps):
             stage = (h * steps + t) % STAGES
             phase = ((h * steps + t) // STAGES) & 1
-            noised = t >= clean_steps
-            row = gl.where(noised, noised_first + t - clean_steps, clean_first + t) * BN
+            tile, noised = tile_of_step(t, block)
+            row = tile * BN
             stream = gl.where(noised, 0, clean_stream)
             head = met_head + h
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), 2 * BN * D * 2)
             load(met1, [batch, head, stream, row, 0], full.index(stage), ring1.index(stage))
             load(met2, [batch, head, stream, row, 0], full.index(stage), ring2.index(stage))
-
-
-@gluon.jit
-def store_tile(
-    OUT, x, stream, start, length, stride_t, BM: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr
-):
-    """Write a tile [BM, D] of rows ``start`` on, without those past the end of the stream."""
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    x = gl.convert_layout(x.to(dtype), STORE)
-    row = gl.arange(0, BM, gl.SliceLayout(1, STORE))
-    col = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    base = OUT + (stream * length + start).to(gl.int64) * stride_t
-    inside = start + row < length
-    gl.store(base + row[:, None] * stride_t + col[None, :], x, mask=inside[:, None])
 
 
 @gluon.jit
@@ -95,23 +90,14 @@ def gradient_consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     COL: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
 
-    clean_first = gl.load(WORK)
-    clean_steps = gl.load(WORK + 1)
-    noised_first = gl.load(WORK + 2)
-    steps = gl.load(WORK + 3)
-    stream = gl.load(WORK + 4 + 8 * g)
-    start = gl.load(WORK + 5 + 8 * g)
-    begin = gl.load(WORK + 6 + 8 * g)
-    end = gl.load(WORK + 7 + 8 * g)
-    c_full = gl.load(WORK + 8 + 8 * g)
-    c_full_end = gl.load(WORK + 9 + 8 * g)
-    n_full = gl.load(WORK + 10 + 8 * g)
-    n_full_end = gl.load(WORK + 11 + 8 * g)
+    block = work_of_block(WORK)
+    steps = block[3]
+    own_rows, part, whole = work_of_tile(WORK, g)
+    stream, start = own_rows
+    begin, end = part
+    # Rows past the end of a stream repeat its last one, and are not stored.
     row = stream * length + gl.minimum(start + gl.arange(0, BM, ROW), length - 1)
-    c_lo = gl.load(RANGES + row)
-    c_hi = gl.load(RANGES + rows + row)
-    n_lo = gl.load(RANGES + 2 * rows + row)
-    n_hi = gl.load(RANGES + 3 * rows + row)
+    bounds = load_bounds(RANGES, rows, row)
     if OWN_QUERIES:
         lse = gl.load(LSE + row)[:, None]
         delta = gl.load(DELTA + row)[:, None]
@@ -128,8 +114,7 @@ def gradient_consumer(
         for t in range(begin, end):
             stage = (h * steps + t) % STAGES
             phase = ((h * steps + t) // STAGES) & 1
-            noised = t >= clean_steps
-            tile = gl.where(noised, noised_first + t - clean_steps, clean_first + t)
+            tile, noised = tile_of_step(t, block)
             met = tile * BN + gl.arange(0, BN, COL)
             if not OWN_QUERIES:
                 # Before the waits, which hide what these loads take.
@@ -144,12 +129,8 @@ def gradient_consumer(
             d_next = warpgroup_mma(own2, met2.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             p = gl.exp2(s * scale - lse)
-            whole = ((t >= c_full) & (t < c_full_end)) | ((t >= n_full) & (t < n_full_end))
-            if not whole:
-                lo = gl.where(noised, n_lo, c_lo)
-                hi = gl.where(noised, n_hi, c_hi)
-                seen = (met[None, :] >= lo[:, None]) & (met[None, :] < hi[:, None])
-                p = gl.where(seen, p, 0.0)
+            if not is_full(t, whole):
+                p = gl.where(is_seen(met, noised, bounds), p, 0.0)
             if OWN_QUERIES:
                 d = warpgroup_mma_wait(0, deps=(d_next,))
                 ds = gl.convert_layout((p * (d - delta)).to(dtype), P_LAYOUT)

@@ -1,12 +1,8 @@
 """Forward kernel for Hopper in Gluon: TMA, mbarriers, WGMMA and warp specialization.
 
-A block takes two tiles of 64 queries, one for each of two consumer warpgroups, and loads every tile
+A block owns two tiles of 64 queries, one for each of two consumer warpgroups, and loads every tile
 of keys that either of them sees once, for both. ``worklist.py`` says which queries and keys. One
-more warp loads: K and V pass through rings of ``STAGES`` buffers. A buffer has two mbarriers. The
-loader waits on ``free``, where both consumers arrive when they have read it, and fills it by TMA,
-which completes ``full``. Every buffer is filled in each round, and a consumer that needs none of
-it waits for it and frees it all the same: so rounds never mix, and the block does not end while a
-copy is under way.
+more warp loads K and V into rings of buffers (``common.py``).
 
 A consumer starts the scores of one tile of keys, then the product with the values of the tile
 before it, and takes the softmax of the former while the latter runs (docs/math.md §7).
@@ -26,22 +22,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# Its name since Triton 3.8, and the one before.
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def place(program, ranks, pairs, section):
-    """Work of a program: (entry of the worklist, pair of row and head), as ``triton.common``."""
-    first = program // (ranks * section) * section
-    width = gl.minimum(section, pairs - first)
-    left = program - first * ranks
-    return left // width, first + left % width
+from bd3lm.model.attention.hopper.common import (
+    is_full,
+    is_seen,
+    load,
+    load_bounds,
+    pass_over,
+    place,
+    store_tile,
+    tile_of_step,
+    work_of_block,
+    work_of_tile,
+)
 
 
 @gluon.jit
@@ -52,19 +48,15 @@ def loader(
     """Loads both tiles of queries, then keys and values in the order of the worklist."""
     q_full, k_full, k_free, v_full, v_free = bars
     for g in gl.static_range(2):
-        stream = gl.load(WORK + 4 + 8 * g)
-        row = gl.load(WORK + 5 + 8 * g)
+        rows, _, _ = work_of_tile(WORK, g)
         mbarrier.expect(q_full.index(g), BM * D * 2)
-        load(q_desc, [batch, head, stream, row, 0], q_full.index(g), q_tiles.index(g))
-    clean_first = gl.load(WORK)
-    clean_steps = gl.load(WORK + 1)
-    noised_first = gl.load(WORK + 2)
-    steps = gl.load(WORK + 3)
-    for t in range(0, steps):
+        load(q_desc, [batch, head, rows[0], rows[1], 0], q_full.index(g), q_tiles.index(g))
+    block = work_of_block(WORK)
+    for t in range(0, block[3]):
         stage = t % STAGES
         phase = (t // STAGES) & 1
-        noised = t >= clean_steps
-        row = gl.where(noised, noised_first + t - clean_steps, clean_first + t) * BN
+        tile, noised = tile_of_step(t, block)
+        row = tile * BN
         stream = gl.where(noised, 0, clean_stream)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), BN * D * 2)
@@ -75,30 +67,17 @@ def loader(
 
 
 @gluon.jit
-def pass_over(n, full, free, STAGES: gl.constexpr):
-    """Free the n-th filling of a ring, which these rows do not need."""
-    stage = n % STAGES
-    mbarrier.wait(full.index(stage), (n // STAGES) & 1)
-    mbarrier.arrive(free.index(stage), count=1)
-
-
-@gluon.jit
-def softmax(s, peak, total, scale, t, work, bounds, BN: gl.constexpr, S_LAYOUT: gl.constexpr):
+def softmax(
+    s, peak, total, scale, t, block, full, bounds, BN: gl.constexpr, S_LAYOUT: gl.constexpr
+):
     """Fold the scores [BM, BN] of step ``t`` into peak and total; gives weights and decay, too.
 
     ``peak`` is the largest scaled score so far, in units of log 2, or -inf.
     """
-    clean_first, clean_steps, noised_first, c_full, c_full_end, n_full, n_full_end = work
-    full = ((t >= c_full) & (t < c_full_end)) | ((t >= n_full) & (t < n_full_end))
-    if not full:
-        c_lo, c_hi, n_lo, n_hi = bounds
-        noised = t >= clean_steps
-        tile = gl.where(noised, noised_first + t - clean_steps, clean_first + t)
+    if not is_full(t, full):
+        tile, noised = tile_of_step(t, block)
         key = tile * BN + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
-        lo = gl.where(noised, n_lo, c_lo)
-        hi = gl.where(noised, n_hi, c_hi)
-        seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
-        s = gl.where(seen, s, float("-inf"))
+        s = gl.where(is_seen(key, noised, bounds), s, float("-inf"))
     new = gl.maximum(peak, gl.max(s, 1) * scale)
     safe = gl.where(new == float("-inf"), 0.0, new)
     p = gl.exp2(s * scale - safe[:, None])
@@ -123,28 +102,14 @@ def consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
 
-    clean_first = gl.load(WORK)
-    clean_steps = gl.load(WORK + 1)
-    noised_first = gl.load(WORK + 2)
-    steps = gl.load(WORK + 3)
-    stream = gl.load(WORK + 4 + 8 * g)
-    start = gl.load(WORK + 5 + 8 * g)
-    begin = gl.load(WORK + 6 + 8 * g)
-    end = gl.load(WORK + 7 + 8 * g)
-    c_full = gl.load(WORK + 8 + 8 * g)
-    c_full_end = gl.load(WORK + 9 + 8 * g)
-    n_full = gl.load(WORK + 10 + 8 * g)
-    n_full_end = gl.load(WORK + 11 + 8 * g)
-    work = (clean_first, clean_steps, noised_first, c_full, c_full_end, n_full, n_full_end)
+    block = work_of_block(WORK)
+    rows, part, full = work_of_tile(WORK, g)
+    stream, start = rows
+    begin, end = part
     # Rows past the end of a stream repeat its last one, and are not stored.
     row = stream * length + gl.minimum(start + gl.arange(0, BM, ROW), length - 1)
-    c_lo = gl.load(RANGES + row)
-    c_hi = gl.load(RANGES + queries + row)
-    n_lo = gl.load(RANGES + 2 * queries + row)
-    n_hi = gl.load(RANGES + 3 * queries + row)
-    bounds = (c_lo, c_hi, n_lo, n_hi)
+    bounds = load_bounds(RANGES, queries, row)
     peak = gl.full([BM], float("-inf"), gl.float32, ROW)
     total = gl.full([BM], 0.0, gl.float32, ROW)
     acc = gl.zeros([BM, D], gl.float32, O_LAYOUT)
@@ -162,7 +127,9 @@ def consumer(
         s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_free.index(stage), count=1)
-        p, decay, peak, total = softmax(s, peak, total, scale, begin, work, bounds, BN, S_LAYOUT)
+        p, decay, peak, total = softmax(
+            s, peak, total, scale, begin, block, full, bounds, BN, S_LAYOUT
+        )
         for t in range(begin + 1, end):
             stage = t % STAGES
             last = (t - 1) % STAGES
@@ -176,7 +143,9 @@ def consumer(
             acc_next = warpgroup_mma(weights, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_free.index(stage), count=1)
-            p, decay, peak, total = softmax(s, peak, total, scale, t, work, bounds, BN, S_LAYOUT)
+            p, decay, peak, total = softmax(
+                s, peak, total, scale, t, block, full, bounds, BN, S_LAYOUT
+            )
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_free.index(last), count=1)
         last = (end - 1) % STAGES
@@ -187,21 +156,14 @@ def consumer(
         acc_next = warpgroup_mma(weights, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc_next,))
         mbarrier.arrive(v_free.index(last), count=1)
-    for t in range(end, steps):
+    for t in range(end, block[3]):
         pass_over(t, k_full, k_free, STAGES)
         pass_over(t, v_full, v_free, STAGES)
 
     empty = total == 0.0
     safe = gl.where(empty, 1.0, total)
-    out = (acc / gl.convert_layout(safe, ROW_O)[:, None]).to(dtype)
-    out = gl.convert_layout(out, STORE)
-    row_o = gl.arange(0, BM, gl.SliceLayout(1, STORE))
-    col = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    base = OUT + (stream * length + start).to(gl.int64) * stride_ot
-    gl.store(
-        base + row_o[:, None] * stride_ot + col[None, :], out,
-        mask=(start + row_o < length)[:, None],
-    )  # fmt: skip
+    out = acc / gl.convert_layout(safe, ROW_O)[:, None]
+    store_tile(OUT, out, stream, start, length, stride_ot, BM, D, dtype)
     row = gl.arange(0, BM, ROW)
     lse = gl.where(empty, float("inf"), peak + gl.log2(safe))
     gl.store(LSE + stream * length + start + row, lse, mask=start + row < length)
