@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_streams_share_a_block_where_a_block_of_the_mask_fits_into_a_tile() -> N
 def test_a_triton_whose_gluon_is_unknown_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hopper.kernels_take.cache_clear()
+    hopper._judge.cache_clear()
     with caplog.at_level(logging.WARNING):
         monkeypatch.setattr(hopper, "version", lambda package: hopper.TRITONS[0])
         assert hopper.kernels_take(torch.bfloat16, 64)
@@ -99,7 +101,7 @@ def test_a_triton_whose_gluon_is_unknown_is_named_once(
         monkeypatch.setattr(hopper, "version", lambda package: "3.5.0")
         for _ in range(2):
             assert not hopper.kernels_take(torch.float16, 128)
-    hopper.kernels_take.cache_clear()
+    hopper._judge.cache_clear()
     assert [message.partition(", since ")[2] for message in caplog.messages] == [
         "its kernels take fp16 and bf16 of 64 or 128 features, not float32 of 64",
         "its kernels take fp16 and bf16 of 64 or 128 features, not bfloat16 of 80",
@@ -118,7 +120,7 @@ def test_it_is_taken_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_operator_traces_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "version", lambda package: hopper.TRITONS[0])
-    hopper.kernels_take.cache_clear()
+    hopper._judge.cache_clear()
     mask = BlockMask.training(70, 5)
     with FakeTensorMode():
         q = torch.empty(2, 4, 140, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -127,4 +129,28 @@ def test_the_operator_traces_with_its_gradient(monkeypatch: pytest.MonkeyPatch) 
         gradients = torch.autograd.grad(out.float().sum(), (q, k))
         assert out.shape == q.shape
         assert [x.shape for x in gradients] == [q.shape, k.shape]
-    hopper.kernels_take.cache_clear()
+    hopper._judge.cache_clear()
+
+
+@pytest.mark.slow
+def test_compiled_it_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "version", lambda package: hopper.TRITONS[0])
+    hopper._judge.cache_clear()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return lambda *inputs: (torch.zeros(()),)
+
+    mask = BlockMask.training(70, 5)
+    q = torch.zeros(1, 2, 140, 64, dtype=torch.bfloat16)
+
+    @torch.compile(backend=keep, fullgraph=True)
+    def run(q: Tensor) -> Tensor:
+        return hopper.hopper_attention(q, q, q, mask).sum()
+
+    run(q)
+    operator = torch.ops.bd3lm.hopper_attention.default
+    (graph,) = graphs
+    assert [node.target for node in graph.graph.nodes].count(operator) == 1
+    hopper._judge.cache_clear()

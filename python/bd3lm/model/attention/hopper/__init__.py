@@ -58,17 +58,19 @@ def hopper_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor
 
 
 @fixed_while_compiling
-@cache
 def kernels_take(dtype: torch.dtype, width: int) -> bool:
     """Return whether the kernels take such heads with this Triton; if not, say so once."""
+    return _judge(dtype, width)
+
+
+@cache
+def _judge(dtype: torch.dtype, width: int) -> bool:
     found = version("triton")
     if found not in TRITONS:
         reason = f"its kernels were compiled with Triton {', '.join(TRITONS)}, not with {found}"
     elif dtype not in DTYPES or width not in WIDTHS:
         kind = str(dtype).removeprefix("torch.")
-        reason = (
-            f"its kernels take fp16 and bf16 heads of 64 or 128, not {kind} of {width} features"
-        )
+        reason = f"its kernels take fp16 and bf16 of 64 or 128 features, not {kind} of {width}"
     else:
         return True
     logging.getLogger(__name__).warning(
