@@ -230,19 +230,18 @@ def numerics(shard: int, shards: int) -> None:
         record("numerics", what="spills", ok=not spilled, spilled=spilled, shard=shard)
 
 
-def same_bits() -> dict[str, Any]:
+def same_bits(backend: str = "triton") -> dict[str, Any]:
     """Return whether three runs give the same bits."""
     import torch
 
-    from bd3lm.model.attention import BlockMask
-    from bd3lm.model.attention.triton import triton_attention
+    from bd3lm.model.attention import BACKENDS, BlockMask
 
     mask = BlockMask.training(1024, 16)
     torch.manual_seed(0)
     qkv = [torch.randn(4, 6, 2048, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     runs = []
     for _ in range(3):
-        out = triton_attention(*qkv, mask)
+        out = BACKENDS[backend].run(*qkv, mask)
         runs.append([out, *torch.autograd.grad(out, qkv, torch.ones_like(out))])
     same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     return {"ok": same}

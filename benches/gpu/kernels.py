@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from checks import masks, one_case
+from checks import masks, one_case, same_bits
 from common import (
     DEVICE,
     HERE,
@@ -154,7 +154,7 @@ def attention() -> None:
 
 
 def hopper() -> None:
-    """The Hopper kernel: numerics of every mask, then its time next to the Triton kernels'."""
+    """The Hopper kernels: numerics of every mask, then their time next to the Triton kernels'."""
     from bd3lm.model.attention import BlockMask, hopper
 
     if DEVICE == "cuda" and not hopper.available():
@@ -166,6 +166,7 @@ def hopper() -> None:
         reason = f"its kernels were compiled with Triton {', '.join(hopper.TRITONS)}"
         record("hopper", what="skipped", ok=True, reason=reason)
         return
+    from bd3lm.model.attention.hopper.backward import gradient_kernel
     from bd3lm.model.attention.hopper.forward import forward_kernel
 
     with emulated_in_rehearsal():
@@ -187,7 +188,8 @@ def hopper() -> None:
                         measured(BlockMask.training(n, s), b, h, 64 if REHEARSE else w)),
                         L=length, S=block, D=width, H=heads)  # fmt: skip
     if DEVICE == "cuda":
-        stats = compiled_stats(forward_kernel)
+        attempt("hopper", "same bits", lambda: same_bits("hopper"))
+        stats = compiled_stats(forward_kernel, gradient_kernel)
         record("hopper", what="compiled", ok=not any(k["spills"] for k in stats), kernels=stats)
 
 

@@ -155,29 +155,26 @@ def compile_hopper(kernel: str, width: int, dtype: str = "bf16") -> Compiled:
 
             return compile_only
 
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        )
+    # A driver without a device, as far as compiling asks for one.
+    absent = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    try:
-        with (
-            mock.patch.object(forward, "forward_kernel", Warmup(forward.forward_kernel)),
-            mock.patch.object(backward, "gradient_kernel", Warmup(backward.gradient_kernel)),
-            mock.patch.object(launch, "section", return_value=2),
-            mock.patch.object(launch, "run_delta", return_value=sums),
-        ):
-            # Without the choice of a device, which there is none of.
-            run_forward = launch.run_forward.__wrapped__  # type: ignore[attr-defined]
-            run_backward = launch.run_backward.__wrapped__  # type: ignore[attr-defined]
-            if kernel == "forward":
-                run_forward(q, q, q, keys, work[0], True, 1.0)
-            else:
-                run_backward(q, q, q, q, q, sums, keys, queries, *work, True, 1.0)
-    finally:
-        driver.reset_active()
+    with (
+        mock.patch.object(driver, "_active", absent),
+        mock.patch.object(forward, "forward_kernel", Warmup(forward.forward_kernel)),
+        mock.patch.object(backward, "gradient_kernel", Warmup(backward.gradient_kernel)),
+        mock.patch.object(launch, "section", return_value=2),
+        mock.patch.object(launch, "run_delta", return_value=sums),
+    ):
+        # Without the choice of a device, which there is none of.
+        run_forward = launch.run_forward.__wrapped__  # type: ignore[attr-defined]
+        run_backward = launch.run_backward.__wrapped__  # type: ignore[attr-defined]
+        if kernel == "forward":
+            run_forward(q, q, q, keys, work[0], True, 1.0)
+        else:
+            run_backward(q, q, q, q, q, sums, keys, queries, *work, True, 1.0)
     (found,) = built
     assert found.metadata.global_scratch_size == 0, "Triton would ask for an allocator"
     shape = launch.SHAPES[kernel, width]
