@@ -102,7 +102,7 @@ def attention(case: Case, schedule: str, mutation: tuple[str, str] | None = None
     errors = {n: error(f, w) for (n, f), w in zip(found.items(), wanted, strict=True)}
     # Where both are infinite their difference is not a number.
     apart = (lse.double() - sums).masked_fill(lse.double() == sums, 0.0)
-    errors["lse"] = apart.abs().max().nan_to_num(math.inf).item()
+    errors["lse"] = apart.abs().max().nan_to_num(math.inf, posinf=math.inf).item()
     if not case.far and not all(borders_are_nan(x) for x in found.values()):
         errors["borders"] = math.inf
     return errors

@@ -14,7 +14,8 @@ Shapes: B batch, D head width, BM rows of an owned tile, BN rows of a tile that 
 
 # Gluon is not typed, and may not be installed.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportMissingImports=false, reportOptionalSubscript=false
+# pyright: reportOperatorIssue=false, reportMissingImports=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # ruff: noqa: ANN001, ANN201, N803, N806  (Gluon gives arguments their types; capitals are pointers)
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ BM queries of a tile, BN keys of a tile.
 
 # Gluon is not typed, and may not be installed.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportOperatorIssue=false, reportMissingImports=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # ruff: noqa: ANN001, ANN201, N803, N806  (Gluon gives arguments their types; capitals are pointers)
 from __future__ import annotations
 
