@@ -69,6 +69,8 @@ class Compiled:
     wide_loads: int
     """Loads of 16 bytes a thread from global memory into registers."""
     tma_loads: int
+    overlaps: int
+    """Waits for warp-group products that leave the last one under way."""
 
 
 def compile_kernel(
@@ -200,6 +202,7 @@ def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
         async_copies=len(re.findall(r"\bLDGSTS\b", code)),
         wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
         tma_loads=len(re.findall(r"\bUTMALDG\b", code)),
+        overlaps=len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", code)),
     )
 
 

@@ -81,3 +81,5 @@ def test_the_launch_compiles_without_spills(kernel: str, width: int, dtype: str)
     tiles = 4 if kernel == "forward" else 6
     assert compiled.tma_loads == tiles * width * 2 // 128
     assert compiled.registers * 3 * 128 <= 65536
+    # ptxas waits for each product at once where it cannot prove that nobody touches its registers.
+    assert compiled.overlaps == (4 if kernel == "keys" else 2)
