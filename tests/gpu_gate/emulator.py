@@ -1,7 +1,7 @@
 """Run a Gluon kernel's own text on a CPU, and find faults of its protocol.
 
 The functions of a module that ``gluon.jit`` decorates are executed with a Gluon of NumPy arrays.
-Partitions of a block are threads of which one runs at a time; at every operation on a barrier, a
+Partitions of a program are threads of which one runs at a time; at every operation on a barrier, a
 copy or a product a schedule chooses who goes on, so a fault needs no luck to show twice. A TMA copy
 lands when the schedule says so, and until then its buffer holds NaN. A product reads shared memory
 when it starts and again when it is waited for. An mbarrier counts arrivals and bytes, and a waiter
@@ -46,36 +46,36 @@ SCHEDULES = ("early copies", "late copies", "first consumer ahead", "last consum
 class Task:
     """A partition: a thread that runs while it holds the baton."""
 
-    def __init__(self, block: Block, index: int, run: Callable[..., None], args: tuple) -> None:
+    def __init__(self, program: Program, index: int, run: Callable[..., None], args: tuple) -> None:
         self.index = index
         self.baton = threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
         self.barrier: Barrier | None = None
         self.done = False
         self.products: list[Product] = []
-        self.thread = threading.Thread(target=self.body, args=(block, run, args), daemon=True)
+        self.thread = threading.Thread(target=self.body, args=(program, run, args), daemon=True)
 
-    def body(self, block: Block, run: Callable[..., None], args: tuple) -> None:
+    def body(self, program: Program, run: Callable[..., None], args: tuple) -> None:
         """Run to the end, or to a fault."""
-        block.local.task = self
+        program.local.task = self
         self.baton.acquire()
         try:
-            if block.fault is None:
+            if program.fault is None:
                 run(*args)
                 if any(product.result is None for product in self.products):
                     raise Hazard("a partition ends while a product is under way")
         except BaseException as error:
-            block.fault = block.fault or error
+            program.fault = program.fault or error
         self.done = True
-        block.back.release()
+        program.back.release()
 
 
-class Block:
-    """One block of the grid, under one schedule."""
+class Program:
+    """One program of the grid, under one schedule."""
 
-    def __init__(self, program: int, schedule: str, seed: int) -> None:
-        self.program, self.schedule = program, schedule
-        self.random = random.Random(seed)
+    def __init__(self, index: int, schedule: str) -> None:
+        self.index, self.schedule = index, schedule
+        self.random = random.Random(index)
         self.local = threading.local()
         self.back = threading.Semaphore(0)
         self.fault: BaseException | None = None
@@ -122,7 +122,7 @@ class Block:
         if self.fault is not None:
             raise self.fault
         if self.copies:
-            raise Hazard("the block ends while a copy is under way")
+            raise Hazard("the program ends while a copy is under way")
 
     def choose(self) -> Task | None:
         """The partition that runs next; None: a copy landed instead."""
@@ -163,7 +163,7 @@ class Block:
         gl = SimpleNamespace(
             int32="int32", int64="int64", float32="float32",
             static_range=range, constexpr=None, warp_specialize=self.specialize,
-            program_id=lambda axis: value(np.int32(self.program)),
+            program_id=lambda axis: value(np.int32(self.index)),
             NVMMADistributedLayout=no_layout, DotOperandLayout=no_layout, SliceLayout=no_layout,
             BlockedLayout=no_layout, convert_layout=lambda x, layout: x,
             arange=lambda a, b, layout=None: value(np.arange(a, b, dtype=np.int32)),
@@ -275,9 +275,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
             assert (num_warps, maxnreg) == (4, 168)
-            for program in range(grid[0]):
-                block = Block(program, self.schedule, seed=program)
-                names = block.namespace()
+            for index in range(grid[0]):
+                names = Program(index, self.schedule).namespace()
                 exec(self.code, names)
                 function = names[self.name]
                 bound = inspect.signature(function).bind(*map(argument, args), **constants)

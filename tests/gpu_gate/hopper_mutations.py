@@ -18,7 +18,7 @@ class Mutation(NamedTuple):
 
 
 # More rounds of the rings than one, and of those that one consumer passes over: before its own steps
-# in the last block, after them in the first.
+# in the last program, after them in the first.
 PROBE = Case("clean", 512, 512, 64, "bf16", documents=((64, 384, 64),))
 DOCUMENTED = Case("clean", 450, 16, 64, "bf16", documents=((250, 200),))
 BOTH = Case("training", 130, 7, 64, "bf16", heads=2)
@@ -50,7 +50,7 @@ MUTATIONS = (
     Mutation("forward: scores read too early", SCORES, SCORES.replace("wait(1", "wait(2")),
     Mutation("forward: sums read too early", SUMS, SUMS.replace("wait(0", "wait(1")),
     Mutation("forward: frees twice", FREE_K, FREE_K.replace("count=1", "count=2")),
-    Mutation("forward: leaves the last steps", "for t in range(end, block[3])", "for t in range(0, 0)"),
+    Mutation("forward: leaves the last steps", "for t in range(end, work[3])", "for t in range(0, 0)"),
     Mutation("forward: leaves the first steps", "for t in range(0, begin):\n        pass_over(t,", "for t in range(0, 0):\n        pass_over(t,"),
     Mutation("passes over without waiting", "    mbarrier.wait(full.index(stage), (n // STAGES) & 1)\n", ""),
     Mutation("loader: keys overwritten", "mbarrier.wait(k_free.index(stage), phase ^ 1)", "pass"),
@@ -60,7 +60,7 @@ MUTATIONS = (
     Mutation("loader: keys and values exchanged", "load(k_desc, [batch, kv_head, stream, row, 0]", "load(v_desc, [batch, kv_head, stream, row, 0]"),
     Mutation("loader: keys of the wrong stream", "gl.where(noised, 0, clean_stream)", "0", BOTH),
     Mutation("loader: keys of the wrong head", "                  head // group,", "                  head,", SHARED),
-    Mutation("loader: one step too few", "for t in range(0, block[3])", "for t in range(0, block[3] - 1)"),
+    Mutation("loader: one step too few", "for t in range(0, work[3])", "for t in range(0, work[3] - 1)"),
     Mutation("barriers: one arrival frees", "init(k_free.index(j), count=2)", "init(k_free.index(j), count=1)"),
     Mutation("barriers: no fence", "    fence_async_shared()\n", ""),
     Mutation("forward: sums not rescaled", "acc * gl.convert_layout(decay, ROW_O)[:, None]", "acc"),

@@ -1,4 +1,4 @@
-"""The Hopper backend without its kernel: the work of every block, and when the kernel is taken."""
+"""The Hopper backend without its kernels: the work of every program, and when they are taken."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_row(
     assert counts == sorted(counts, reverse=True)
 
 
-def test_streams_share_a_block_where_a_block_of_the_mask_fits_into_a_tile() -> None:
+def test_streams_share_a_program_where_a_block_fits_into_a_tile() -> None:
     paired = {name for name, mask in MASKS.items() if pairs_streams(mask)}
     assert paired == {
         "training", "training, S=1", "training, documents", "training, causal", "one position",

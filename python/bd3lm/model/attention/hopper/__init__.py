@@ -1,7 +1,7 @@
 """Block-diffusion attention on Hopper: warp-specialized kernels in Gluon, forward and backward.
 
 Decoding is left to the Triton kernels, which also take what these do not. File by file:
-``worklist.py`` the work of every block · ``common.py forward.py backward.py`` the kernels ·
+``worklist.py`` the work of every program · ``common.py forward.py backward.py`` the kernels ·
 ``launch.py`` buffers and descriptors · ``ops.py`` PyTorch operators.
 """
 

@@ -1,6 +1,6 @@
 """Gradients for Hopper in Gluon: dQ by tiles of queries, dK and dV by tiles of keys, no atomics.
 
-One kernel does both. A block *owns* two tiles of 64 rows, one for each consumer warpgroup, and
+One kernel does both. A program *owns* two tiles of 64 rows, one for each consumer warpgroup, and
 *meets* tiles of the other axis in the order of its worklist, which one more warp loads as in
 ``forward.py``. To compute dQ it owns queries (Q and dO) and meets keys (K and V); to compute dK and
 dV it owns keys (K and V) and meets queries (Q and dO) of every query head of the group. Either way
@@ -37,7 +37,7 @@ from bd3lm.model.attention.hopper.common import (
     place,
     store_tile,
     tile_of_step,
-    work_of_block,
+    work_of_program,
     work_of_tile,
 )
 
@@ -56,13 +56,13 @@ def gradient_loader(
         start = [batch, own_head, rows[0], rows[1], 0]
         load(own1, start, own_full.index(g), own_tiles1.index(g))
         load(own2, start, own_full.index(g), own_tiles2.index(g))
-    block = work_of_block(WORK)
-    steps = block[3]
+    work = work_of_program(WORK)
+    steps = work[3]
     for h in range(0, met_heads):
         for t in range(0, steps):
             stage = (h * steps + t) % STAGES
             phase = ((h * steps + t) // STAGES) & 1
-            tile, noised = tile_of_step(t, block)
+            tile, noised = tile_of_step(t, work)
             row = tile * BN
             stream = gl.where(noised, 0, clean_stream)
             head = met_head + h
@@ -91,8 +91,8 @@ def gradient_consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     COL: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
 
-    block = work_of_block(WORK)
-    steps = block[3]
+    work = work_of_program(WORK)
+    steps = work[3]
     own_rows, part, whole = work_of_tile(WORK, g)
     stream, start = own_rows
     begin, end = part
@@ -115,7 +115,7 @@ def gradient_consumer(
         for t in range(begin, end):
             stage = (h * steps + t) % STAGES
             phase = ((h * steps + t) // STAGES) & 1
-            tile, noised = tile_of_step(t, block)
+            tile, noised = tile_of_step(t, work)
             met = tile * BN + gl.arange(0, BN, COL)
             if not OWN_QUERIES:
                 # Before the waits, which hide what these loads take.

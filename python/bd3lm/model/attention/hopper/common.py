@@ -3,7 +3,7 @@
 A ring has ``STAGES`` buffers of shared memory, each with two mbarriers. The loader waits on
 ``free``, where both consumers arrive when they have read the buffer, and fills it by TMA, which
 completes ``full``. Every filling is waited for and freed by both consumers, also by one that needs
-none of it: so phases never mix, and a block does not end while a copy is under way.
+none of it: so phases never mix, and a program does not end while a copy is under way.
 """
 
 # Gluon is not typed, and may not be installed.
@@ -31,7 +31,7 @@ def place(program, ranks, pairs, section):
 
 
 @gluon.jit
-def work_of_block(WORK):
+def work_of_program(WORK):
     """First clean tile met, number of clean steps, first noised tile, number of steps."""
     return gl.load(WORK), gl.load(WORK + 1), gl.load(WORK + 2), gl.load(WORK + 3)
 
@@ -48,9 +48,9 @@ def work_of_tile(WORK, g: gl.constexpr):
 
 
 @gluon.jit
-def tile_of_step(t, block):
+def tile_of_step(t, work):
     """The tile met in step ``t``, and whether it is noised."""
-    clean_first, clean_steps, noised_first, _ = block
+    clean_first, clean_steps, noised_first, _ = work
     noised = t >= clean_steps
     return gl.where(noised, noised_first + t - clean_steps, clean_first + t), noised
 

@@ -1,6 +1,6 @@
 """Forward kernel for Hopper in Gluon: TMA, mbarriers, WGMMA and warp specialization.
 
-A block owns two tiles of 64 queries, one for each of two consumer warpgroups, and loads every tile
+A program owns two tiles of 64 queries, one for each of two consumer warpgroups, and loads every tile
 of keys that either of them sees once, for both. ``worklist.py`` says which queries and keys. One
 more warp loads K and V into rings of buffers (``common.py``).
 
@@ -36,7 +36,7 @@ from bd3lm.model.attention.hopper.common import (
     place,
     store_tile,
     tile_of_step,
-    work_of_block,
+    work_of_program,
     work_of_tile,
 )
 
@@ -52,11 +52,11 @@ def loader(
         rows, _, _ = work_of_tile(WORK, g)
         mbarrier.expect(q_full.index(g), BM * D * 2)
         load(q_desc, [batch, head, rows[0], rows[1], 0], q_full.index(g), q_tiles.index(g))
-    block = work_of_block(WORK)
-    for t in range(0, block[3]):
+    work = work_of_program(WORK)
+    for t in range(0, work[3]):
         stage = t % STAGES
         phase = (t // STAGES) & 1
-        tile, noised = tile_of_step(t, block)
+        tile, noised = tile_of_step(t, work)
         row = tile * BN
         stream = gl.where(noised, 0, clean_stream)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
@@ -68,15 +68,13 @@ def loader(
 
 
 @gluon.jit
-def softmax(
-    s, peak, total, scale, t, block, full, bounds, BN: gl.constexpr, S_LAYOUT: gl.constexpr
-):
+def softmax(s, peak, total, scale, t, work, full, bounds, BN: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Fold the scores [BM, BN] of step ``t`` into peak and total; gives weights and decay, too.
 
     ``peak`` is the largest scaled score so far, in units of log 2, or -inf.
     """
     if not is_full(t, full):
-        tile, noised = tile_of_step(t, block)
+        tile, noised = tile_of_step(t, work)
         key = tile * BN + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
         s = gl.where(is_seen(key, noised, bounds), s, float("-inf"))
     new = gl.maximum(peak, gl.max(s, 1) * scale)
@@ -104,7 +102,7 @@ def consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
 
-    block = work_of_block(WORK)
+    work = work_of_program(WORK)
     rows, part, full = work_of_tile(WORK, g)
     stream, start = rows
     begin, end = part
@@ -129,7 +127,7 @@ def consumer(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_free.index(stage), count=1)
         p, decay, peak, total = softmax(
-            s, peak, total, scale, begin, block, full, bounds, BN, S_LAYOUT
+            s, peak, total, scale, begin, work, full, bounds, BN, S_LAYOUT
         )
         for t in range(begin + 1, end):
             stage = t % STAGES
@@ -145,7 +143,7 @@ def consumer(
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(k_free.index(stage), count=1)
             p, decay, peak, total = softmax(
-                s, peak, total, scale, t, block, full, bounds, BN, S_LAYOUT
+                s, peak, total, scale, t, work, full, bounds, BN, S_LAYOUT
             )
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_free.index(last), count=1)
@@ -157,7 +155,7 @@ def consumer(
         acc_next = warpgroup_mma(weights, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc_next,))
         mbarrier.arrive(v_free.index(last), count=1)
-    for t in range(end, block[3]):
+    for t in range(end, work[3]):
         pass_over(t, k_full, k_free, STAGES)
         pass_over(t, v_full, v_free, STAGES)
 

@@ -30,8 +30,8 @@ def hopper_attention(
         v: as ``k``.
         key_ranges: int32 [B or 1, 4, Tq], the keys of every query.
         query_ranges: int32 [B or 1, 4, Tk], the queries of every key.
-        query_work: int32 [B or 1, blocks, 20], see ``worklist.py``.
-        key_work: the same for blocks that own keys.
+        query_work: int32 [B or 1, programs, 20], see ``worklist.py``.
+        key_work: the same for programs that own keys.
         noised: keys lie as [xt ; x0], not as x0 alone.
         scale: of the scores.
 

@@ -1,4 +1,4 @@
-"""Work of every block of the Hopper kernels: two tiles that it owns, and the tiles they meet."""
+"""Work of every program of the Hopper kernels: two tiles that it owns, and the tiles they meet."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def query_streams(mask: BlockMask) -> int:
 
 
 def pairs_streams(mask: BlockMask) -> bool:
-    """Return whether a block takes the same positions of xt and of x0.
+    """Return whether a program takes the same positions of xt and of x0.
 
-    Both see the same clean keys, up to their own block of the mask. If that fits into a tile, two
+    Both see the same clean keys, up to their own block. If a block fits into a tile, two
     tiles of xt and of x0 need one step less than those of neighbouring positions would.
     """
     return query_streams(mask) == 2 and mask.block_size <= WIDE
@@ -32,13 +32,13 @@ def pairs_streams(mask: BlockMask) -> bool:
 
 @cached_per_mask
 def query_worklist(mask: BlockMask, device: str) -> Tensor:
-    """Work of the blocks that own queries; see :func:`_worklist`."""
+    """Work of the programs that own queries; see :func:`_worklist`."""
     keys, _ = ranges(mask, device)
     return _worklist(keys, query_streams(mask), WIDE, pairs_streams(mask))
 
 
 def key_worklist(mask: BlockMask, device: str, head: int) -> Tensor:
-    """Work of the blocks that own keys of ``head`` features; see :func:`_worklist`."""
+    """Work of the programs that own keys of ``head`` features; see :func:`_worklist`."""
     return (_meeting_wide if queries_met(head) == WIDE else _meeting_narrow)(mask, device)
 
 
@@ -58,9 +58,9 @@ def _meeting_narrow(mask: BlockMask, device: str) -> Tensor:
 
 
 def _worklist(bounds: Tensor, streams: int, width: int, paired: bool) -> Tensor:
-    """One entry for each block, in the order in which they start: most steps first.
+    """One entry for each program, in the order in which they start: most steps first.
 
-    A step is a tile of the other axis that the block loads, for both tiles that it owns: clean
+    A step is a tile of the other axis that the program loads, for both tiles that it owns: clean
     ones, then noised ones, each in order. An owned tile takes part in the steps from ``begin`` to
     ``end``, and needs no mask in those from ``full`` to ``full_end``.
 
@@ -68,11 +68,11 @@ def _worklist(bounds: Tensor, streams: int, width: int, paired: bool) -> Tensor:
         bounds: int32 [B or 1, 4, rows], see ``ranges.py``.
         streams: how many the rows come from.
         width: rows of a tile that is met.
-        paired: whether the two tiles of a block are the same positions of two streams, and not
+        paired: whether the two tiles of a program are the same positions of two streams, and not
             neighbours in one.
 
     Returns:
-        int32 [B or 1, blocks, 20]: first clean tile met, number of clean steps, first noised tile,
+        int32 [B or 1, programs, 20]: first clean tile met, number of clean steps, first noised tile,
         number of steps; then for each owned tile stream, first row, begin, end, and full and
         full_end of the clean and of the noised steps.
     """
@@ -117,9 +117,9 @@ def _entries(spans: Tensor, stream: Tensor, start: Tensor) -> Tensor:
     """The worklist of pairs of owned tiles.
 
     Args:
-        spans: int32 [8, B, blocks, 2], the clean and the noised tiles met.
-        stream: [blocks, 2].
-        start: [blocks, 2], first row of each owned tile.
+        spans: int32 [8, B, programs, 2], the clean and the noised tiles met.
+        stream: [programs, 2].
+        start: [programs, 2], first row of each owned tile.
     """
     firsts, counts = [], []
     for first, last in ((spans[0], spans[1]), (spans[4], spans[5])):
