@@ -36,7 +36,7 @@ TUNE_SHARDS = 1 if REHEARSE else 5
 STAGES: list[list[tuple[str, int, int]]] = [
     [("smoke", 60, 1)],
     [("numerics", 90, SHARDS), ("pytest", 90, 1), ("warm_tune", 90, TUNE_SHARDS),
-     ("warm_flex", 100, 1), ("warm_step", 100, 1)],
+     ("warm_flex", 100, 1), ("warm_step", 100, 1), ("warm_hopper", 90, 1)],
     [("train", 50, 1)],
     [("sample", 40, 1)],
     [("attention", 75, 1)],
@@ -53,7 +53,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "train": learning.train, "sample": learning.sample, "attention": kernels.attention,
     "warm_flex": kernels.warm_flex, "warm_tune": kernels.warm_tune, "warm_step": speed.warm_step,
     "tune": kernels.tune, "step": speed.step, "speed": speed.speed, "ncu": kernels.ncu,
-    "hopper": kernels.hopper,
+    "warm_hopper": kernels.warm_hopper, "hopper": kernels.hopper,
 }  # fmt: skip
 SHARDED = ("numerics", "warm_tune")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common import (
     HERE,
     OUT,
     REHEARSE,
+    ROOT,
     attempt,
     compiled_stats,
     live_pairs,
@@ -153,6 +155,10 @@ def attention() -> None:
                     m, n, h, w), L=length, S=block, D=width, H=heads)  # fmt: skip
 
 
+HOPPER = [("bf16", 64), ("bf16", 128), ("fp16", 64)]
+"""Dtypes and head widths that the section checks."""
+
+
 def hopper() -> None:
     """The Hopper kernels: numerics of every mask, then their time next to the Triton kernels'."""
     from bd3lm.model.attention import BlockMask, hopper
@@ -170,7 +176,7 @@ def hopper() -> None:
     from bd3lm.model.attention.hopper.forward import forward_kernel
 
     with emulated_in_rehearsal():
-        for dtype, width in (("bf16", 64), ("bf16", 128), ("fp16", 64))[: 1 if REHEARSE else 3]:
+        for dtype, width in HOPPER[: 1 if REHEARSE else None]:
             for name, (mask, batch, heads, kv_heads) in masks(REHEARSE).items():
                 if REHEARSE and name not in ("training", "clean documents"):
                     continue
@@ -191,6 +197,21 @@ def hopper() -> None:
         attempt("hopper", "same bits", lambda: same_bits("hopper"))
         stats = compiled_stats(forward_kernel, gradient_kernel)
         record("hopper", what="compiled", ok=not any(k["spills"] for k in stats), kernels=stats)
+
+
+def warm_hopper() -> None:
+    """Compile the Hopper kernels into the caches, without launching any."""
+    from bd3lm.model.attention import hopper
+
+    if REHEARSE or not hopper.available():
+        return
+    sys.path.insert(0, str(ROOT / "tests" / "gpu_gate"))
+    from offline import compile_hopper
+
+    for dtype, width in HOPPER:
+        for kernel in ("forward", "keys", "queries"):
+            attempt("warm_hopper", kernel, lambda k=kernel, w=width, d=dtype: asdict(
+                compile_hopper(k, w, d)), dtype=dtype, width=width)  # fmt: skip
 
 
 def emulated_in_rehearsal() -> AbstractContextManager[None]:

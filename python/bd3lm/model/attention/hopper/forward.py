@@ -1,8 +1,8 @@
 """Forward kernel for Hopper in Gluon: TMA, mbarriers, WGMMA and warp specialization.
 
-A program owns two tiles of 64 queries, one for each of two consumer warpgroups, and loads every tile
-of keys that either of them sees once, for both. ``worklist.py`` says which queries and keys. One
-more warp loads K and V into rings of buffers (``common.py``).
+A program owns two tiles of 64 queries, one for each of two consumer warpgroups, and loads every
+tile of keys that either of them sees once, for both. ``worklist.py`` says which queries and keys.
+One more warp loads K and V into rings of buffers (``common.py``).
 
 A consumer starts the scores of one tile of keys, then the product with the values of the tile
 before it, and takes the softmax of the former while the latter runs (docs/math.md §7).

@@ -72,8 +72,8 @@ def _worklist(bounds: Tensor, streams: int, width: int, paired: bool) -> Tensor:
             neighbours in one.
 
     Returns:
-        int32 [B or 1, programs, 20]: first clean tile met, number of clean steps, first noised tile,
-        number of steps; then for each owned tile stream, first row, begin, end, and full and
+        int32 [B or 1, programs, 20]: first clean tile met, number of clean steps, first noised
+        tile, number of steps; then for each owned tile stream, first row, begin, end, and full and
         full_end of the clean and of the noised steps.
     """
     device = bounds.device
