@@ -148,6 +148,20 @@ def train() -> None:
             return found
 
         attempt("train", f"{name} {precision}", run)
+    attempt("train", "tiny recorded", lambda: recorded_losses(data))
+
+
+def recorded_losses(data: Any) -> dict[str, Any]:
+    """The losses of a step that is replayed as a CUDA graph, and of the same step launched."""
+    cfg = dataclasses.replace(curve_configs()["tiny"], steps=2 if REHEARSE else 40)
+    replayed = dataclasses.replace(cfg, cuda_graph=True)
+    wanted, launched, _ = losses(cfg, data, DEVICE, validated=False)
+    found, spent, _ = losses(replayed, data, DEVICE, validated=False)
+    apart = [abs(a - b) / b for a, b in zip(found, wanted, strict=True)]
+    return {
+        "ok": apart[0] <= 1e-5 and max(apart) <= 4e-3, "largest": max(apart),
+        "ms_a_step": spent, "launched_ms_a_step": launched,
+    }  # fmt: skip
 
 
 def random_model(preset_name: str, bf16: bool = False) -> Any:
