@@ -130,7 +130,7 @@ def _compiled(
     from torch.nn.attention.flex_attention import flex_attention
 
     gqa = queries[1] != keys[1]
-    # Given only where it is asked for: the oldest PyTorch does not know it.
+    # Left out where it is not named: the oldest PyTorch does not know it.
     options: dict[str, Any] = {} if kernel is None else {"kernel_options": {"BACKEND": kernel}}
 
     def run(q: Tensor, k: Tensor, v: Tensor, block_mask: TileMask) -> Any:
