@@ -105,7 +105,7 @@ def tiny_trainer(data: Any, recorded: bool) -> Any:
     """A step of 4096 tokens, which a host launches more slowly than a GPU runs it."""
     from bd3lm.config import preset
 
-    cfg = step_config("triton", True)
+    cfg = step_config("triton", not REHEARSE)
     model = cfg.model if REHEARSE else preset("tiny").model
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(model, softmax_cutoffs=()), cuda_graph=recorded,

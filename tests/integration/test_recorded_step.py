@@ -169,7 +169,7 @@ def test_a_step_that_is_not_recorded_costs_a_sentence(config, splits, tmp_path):
                 p.grad = torch.full_like(p, 1e9)
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    mine = trainer_of(of_system(config, "ar"), splits, tmp_path)
+    mine = trainer_of(of_system(config, "bd3lm"), splits, tmp_path, batch_size=2)
     mine.recorded = cuda_graph.over_buffers(mine, Refusing())
     outcomes, _ = run(mine, 2)
     assert outcomes.max() < 1e3
