@@ -57,6 +57,7 @@ QUICK = [
     ("triton", torch.bfloat16, 64),
     ("hopper", torch.bfloat16, 64),
     ("flex", torch.bfloat16, 64),
+    ("flex-fa4", torch.bfloat16, 64),
     ("dense", torch.float32, 64),
 ]
 EVERY = [
