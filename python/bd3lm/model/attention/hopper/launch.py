@@ -45,7 +45,7 @@ SHAPES = {
     ("keys", 64): Shape(queries_met(64), 3),
     ("keys", 128): Shape(queries_met(128), 4),
 }
-"""By kernel and head width: the largest that compile without spills; none has been timed."""
+"""By kernel and head width; all compile without spills, and none has been timed."""
 REGISTERS = 240
 """Registers a thread of the consumers: what 24 for the loader leaves of :data:`MAX_REGISTERS`."""
 MAX_REGISTERS = 168
