@@ -90,7 +90,8 @@ class TrainConfig:
     (activation checkpointing): less memory, more time, the same gradients."""
     compile: bool | None = None
     """Fuse the operations between a block's matrix products with torch.compile, which takes a
-    minute at the start. None: on CUDA. If the compiler fails, the run continues without it."""
+    minute at the start. None: on CUDA, but not under FSDP. If the compiler fails, a run of one
+    process continues without it."""
     checkpoint_every: int = 500
     """Steps between checkpoints. One is also written at the end and when a signal stops the run."""
     checkpoint_minutes: float | None = 30.0
