@@ -21,6 +21,7 @@ from bd3lm.data.tokenizer_json import (
     EOS_NAMES,
     MASK_NAMES,
     ROLES,
+    has_field,
     own_roles,
     renamed,
     with_added,
@@ -157,7 +158,7 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         """The chat template in Jinja; None where there is none."""
-        if f'"{CHAT}"' not in self.json:
+        if not has_field(self.json, CHAT, '"'):
             return None
         added = json.loads(self.json).get("added_tokens") or []
         return next((entry[CHAT] for entry in added if CHAT in entry), None)
