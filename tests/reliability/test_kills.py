@@ -222,12 +222,16 @@ def test_signals_finish_the_step_and_save(zygote, long, whole, tmp_path, number)
 
 def test_a_signal_in_a_library_that_raises_an_error_of_its_own():
     """As FSDP's dispatch of operators does with any error."""
-    with pytest.raises(InterruptedRunError, match="^stopped$") as caught, immediate("stopped"):
+
+    def library():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         except Exception as error:
             raise RuntimeError("no such operator") from error
+
+    with pytest.raises(InterruptedRunError, match=r"^stopped$") as caught, immediate("stopped"):
+        library()
     assert caught.value.exit_code == 128 + signal.SIGTERM
 
 

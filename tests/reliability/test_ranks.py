@@ -272,6 +272,41 @@ def test_two_copies_of_two_shards(zygote, exact, tmp_path):
     assert_same_curve(one, run(zygote, 4, shared, tmp_path / "four"))
 
 
+COMPILED = """
+import torch._dynamo
+from bd3lm.model import transformer
+from bd3lm.training.trainer import Trainer
+
+transformer.COMPILER = "aot_eager"
+after = Trainer._after_step
+def counted(self, window):
+    after(self, window)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with open(order["out"] + "/graphs-" + os.environ["RANK"], "a") as file:
+        print(graphs, file=file)
+Trainer._after_step = counted
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"precision": "bf16"}])
+def test_blocks_that_are_compiled_behind_the_hooks_of_fsdp(zygote, exact, tmp_path, options):
+    """Each part of a block is compiled once, by every rank; the losses are those without it."""
+    model = dataclasses.replace(exact.model, depth=3)
+    config = parallel(dataclasses.replace(exact, model=model, batch_size=6), strategy="fsdp")
+    config = dataclasses.replace(config, **options)
+    plain = run(zygote, 2, config, tmp_path / "plain")
+    compiled = dataclasses.replace(config, compile=True)
+    made = run(zygote, 2, compiled, tmp_path / "compiled", patch=COMPILED)
+    rounding = 0.02 if config.precision == "bf16" else 1e-5
+    assert losses(made) == pytest.approx(losses(plain), rel=0, abs=rounding)
+    for rank in range(2):
+        counts = [int(line) for line in (made / f"graphs-{rank}").read_text().split()]
+        assert len(counts) == config.steps
+        assert 0 < counts[0] <= 6  # two parts of a middle block, of the last one, and between
+        assert counts[-1] == counts[0]
+
+
 # --- scores and samples -------------------------------------------------------------------------
 
 
@@ -565,4 +600,31 @@ def test_two_ranks_preempted_ten_times_and_always_resumed(zygote, long, whole, t
         codes += finish(zygote, processes)
     run(zygote, 2, long, out)
     assert set(codes) <= {0, 2, 128 + signal.SIGTERM}, log.read_text()
+    assert_same_run(reference, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_slurm_job_that_is_requeued_until_it_ends(zygote, long, tmp_path, strategy):
+    """The job keeps its number, hence its port; some signals come to one task alone."""
+    config = parallel(long, strategy=strategy)
+    draw, out, log = random.Random(11), tmp_path / "run", tmp_path / "run.log"
+    begun = time.perf_counter()
+    reference = run(zygote, 2, config, tmp_path / "whole")
+    seconds, codes, job = time.perf_counter() - begun, [], draw.randrange(10**6)
+    while not codes or any(codes[-2:]):
+        assert len(codes) < 60, log.read_text()
+        processes = zygote.step(2, to_dict(config), out, log, job=job)
+        time.sleep(draw.uniform(0.2, 0.5) * seconds)
+        number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
+        for process in draw.choice([processes, processes[:1], processes[1:]]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        codes += finish(zygote, processes)
+    stopped = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    stopped = {128 + number for number in numbers}
+    assert sum(code in stopped for code in codes) >= 4, log.read_text()
+    # A task that was not yet told how to end dies of the signal.
+    assert set(codes) <= {0, 2, *stopped, *(-number for number in numbers)}, log.read_text()
     assert_same_run(reference, out)

@@ -46,7 +46,7 @@ def immediate(message: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            # Libraries, such as FSDP's dispatch of operators, raise an error of theirs in its place.
+            # Some libraries (FSDP's dispatch of operators) raise an error of theirs in its place.
             if raised and error is not raised[-1]:
                 raise raised[-1] from error
             raise
