@@ -609,22 +609,34 @@ def test_a_slurm_job_that_is_requeued_until_it_ends(zygote, long, tmp_path, stra
     """The job keeps its number, hence its port; some signals come to one task alone."""
     config = parallel(long, strategy=strategy)
     draw, out, log = random.Random(11), tmp_path / "run", tmp_path / "run.log"
-    begun = time.perf_counter()
     reference = run(zygote, 2, config, tmp_path / "whole")
-    seconds, codes, job = time.perf_counter() - begun, [], draw.randrange(10**6)
+    codes, job, numbers = [], draw.randrange(10**6), (signal.SIGTERM, signal.SIGUSR1)
     while not codes or any(codes[-2:]):
         assert len(codes) < 60, log.read_text()
         processes = zygote.step(2, to_dict(config), out, log, job=job)
-        time.sleep(draw.uniform(0.2, 0.5) * seconds)
-        number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
+        if draw.random() < 0.3:  # while it starts
+            time.sleep(draw.uniform(0, 2))
+        else:
+            wait_for_lines(out / "metrics.jsonl", draw.randint(1, 15))
+        number = draw.choice(numbers)
         for process in draw.choice([processes, processes[:1], processes[1:]]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
         codes += finish(zygote, processes)
-    stopped = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
     stopped = {128 + number for number in numbers}
     assert sum(code in stopped for code in codes) >= 4, log.read_text()
-    # A task that was not yet told how to end dies of the signal.
+    # A task that is only beginning dies of the signal.
     assert set(codes) <= {0, 2, *stopped, *(-number for number in numbers)}, log.read_text()
     assert_same_run(reference, out)
+
+
+def wait_for_lines(file: Path, count: int) -> None:
+    """Wait for so many more lines, or those of the last of 60 steps."""
+
+    def lines() -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    wanted, deadline = min(lines() + count, 60), time.monotonic() + 120
+    while lines() < wanted:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.005)
