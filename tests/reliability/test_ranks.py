@@ -615,12 +615,16 @@ def test_a_slurm_job_that_is_requeued_until_it_ends(zygote, long, tmp_path, stra
     while not codes or any(codes[-2:]):
         assert len(codes) < 60, log.read_text()
         processes = zygote.step(2, to_dict(config), out, log, job=job)
+        number, chosen = (
+            draw.choice(numbers),
+            draw.choice([processes, processes[:1], processes[1:]]),
+        )
+        done = lines_of(out / "metrics.jsonl")
         if draw.random() < 0.3:  # while it starts
             time.sleep(draw.uniform(0, 2))
         else:
-            wait_for_lines(out / "metrics.jsonl", draw.randint(1, 15))
-        number = draw.choice(numbers)
-        for process in draw.choice([processes, processes[:1], processes[1:]]):
+            wait_for_lines(out / "metrics.jsonl", min(done + draw.randint(1, 15), 60))
+        for process in chosen if done < 60 else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
         codes += killed_if_left(zygote, processes)
@@ -651,13 +655,12 @@ def killed_if_left(zygote, processes):
         timer.cancel()
 
 
+def lines_of(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def wait_for_lines(file: Path, count: int) -> None:
-    """Wait for so many more lines, or those of the last of 60 steps."""
-
-    def lines() -> int:
-        return file.read_bytes().count(b"\n") if file.exists() else 0
-
-    wanted, deadline = min(lines() + count, 60), time.monotonic() + 120
-    while lines() < wanted:
+    deadline = time.monotonic() + 120
+    while lines_of(file) < count:
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.005)
