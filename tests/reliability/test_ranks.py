@@ -615,10 +615,8 @@ def test_a_slurm_job_that_is_requeued_until_it_ends(zygote, long, tmp_path, stra
     while not codes or any(codes[-2:]):
         assert len(codes) < 60, log.read_text()
         processes = zygote.step(2, to_dict(config), out, log, job=job)
-        number, chosen = (
-            draw.choice(numbers),
-            draw.choice([processes, processes[:1], processes[1:]]),
-        )
+        number = draw.choice(numbers)
+        chosen = draw.choice([processes, processes[:1], processes[1:]])
         done = lines_of(out / "metrics.jsonl")
         if draw.random() < 0.3:  # while it starts
             time.sleep(draw.uniform(0, 2))
