@@ -31,6 +31,7 @@ TESTS = (
     "tests/unit/test_sampler.py",
     "tests/unit/test_decoding.py",
     "tests/unit/test_optim.py",
+    "tests/integration/test_recorded_step.py",
     "tests/integration/test_step.py",
 )
 

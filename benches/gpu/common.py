@@ -70,12 +70,15 @@ def pretend_gpu() -> None:
     from bd3lm.model.cross_entropy import triton_cross_entropy_
     from bd3lm.sample import block
     from bd3lm.sample.draw_triton import run_draw
+    from bd3lm.training import cuda_graph
 
     # The interpreter takes as long for a large block as for a small one.
     cross_entropy_triton.BLOCK = 4096
     fused.on_cpu = layers.on_cpu = lambda *tensors: False
     head.cross_entropy_ = triton_cross_entropy_
     block.draw = run_draw
+    # Nothing records here: a step runs over the buffers of a recorded one.
+    cuda_graph.obstacle, cuda_graph.CudaRecorder = lambda trainer: None, lambda: None
     transformer.wants_last_clean = lambda device: True
     inference._pack = lambda *a: None
     inference.PackedBlock = lambda block: block

@@ -171,7 +171,7 @@ def summary() -> None:
         keys = ("fwd_tflops", "bwd_tflops", "both_tflops", "ms", "tokens_per_second", "mfu",
                 "host_ms", "tflops", "forward_ms", "draw_ms_1.0", "draw_ms_0.9", "ms_a_step",
                 "first", "first_20", "largest", "same", "bf16_tflops", "copy_tbps",
-                "best")  # fmt: skip
+                "launched_ms_a_step", "best")  # fmt: skip
         for r in mine:
             values = {k: r[k] for k in keys if k in r}
             if values and not name.startswith("warm"):

@@ -33,11 +33,11 @@ def shapes() -> Iterator[tuple[int, int, int, int, tuple[str, ...]]]:
     if REHEARSE:
         yield 32, 4, 1, 16, ("ours", "dense")
         return
-    everyone = ("ours", "flex", "dense", "causal")
+    everyone = ("ours", "flex", "fa4", "dense", "causal")
     yield 1024, 16, 12, 64, everyone
     yield 4096, 16, 12, 64, everyone
-    yield 16384, 16, 12, 64, ("ours", "flex", "causal")
-    yield 4096, 16, 8, 128, ("ours", "flex", "causal")
+    yield 16384, 16, 12, 64, ("ours", "flex", "fa4", "causal")
+    yield 4096, 16, 8, 128, ("ours", "flex", "fa4", "causal")
     yield 8192, 16, 12, 64, ("ours", "flex")
     yield 1024, 4, 12, 64, ("ours", "flex")
     yield 1024, 64, 12, 64, ("ours", "flex")
@@ -50,8 +50,13 @@ TOKENS = 32768
 """Rows of a batch times L."""
 
 
-def flex_peer(mask: Any) -> Callable[..., Any]:
-    """Compiled FlexAttention, static shapes, with the mask as arithmetic, as its users write it."""
+def flex_peer(mask: Any, kernel: str | None = None) -> Callable[..., Any]:
+    """Compiled FlexAttention, static shapes, with the mask as arithmetic, as its users write it.
+
+    Args:
+        mask: the mask.
+        kernel: FLASH for the kernels of FlashAttention-4; None: Triton's.
+    """
     import torch
     from torch.nn.attention.flex_attention import BlockMask as TileMask
     from torch.nn.attention.flex_attention import flex_attention
@@ -73,7 +78,8 @@ def flex_peer(mask: Any) -> Callable[..., Any]:
     )  # fmt: skip
     torch._dynamo.reset()  # or the second length would make the shapes of all dynamic
     run = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: run(q, k, v, block_mask=tiles)
+    options = {} if kernel is None else {"kernel_options": {"BACKEND": kernel}}
+    return lambda q, k, v: run(q, k, v, block_mask=tiles, **options)
 
 
 def contenders(mask: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
@@ -95,6 +101,7 @@ def contenders(mask: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
     return {
         "ours": lambda: lambda q, k, v: triton_attention(q, k, v, mask),
         "flex": lambda: flex_peer(mask),
+        "fa4": lambda: flex_peer(mask, "FLASH"),
         "dense": lambda: lambda q, k, v: attend(q, k, v, mask, backend="dense"),
         "causal": causal,
     }
@@ -137,11 +144,13 @@ def measured(
 
 
 def attention() -> None:
-    """Ours, compiled FlexAttention, SDPA over the dense mask, and a plain causal kernel."""
-    from bd3lm.model.attention import BlockMask
+    """Ours, FlexAttention by Triton and FA4, SDPA over the dense mask, a plain causal kernel."""
+    from bd3lm.model.attention import BlockMask, flex
 
+    fa4 = flex.fa4_available()
+    record("attention", what="fa4 is here", ok=True, available=fa4)
     # Ours first, over all shapes, so that a slow compiler cannot keep them from being timed.
-    for names in (("ours", "causal"), ("flex", "dense")):
+    for names in (("ours", "causal"), ("flex", "dense"), ("fa4",) if fa4 else ()):
         for length, block, heads, width, who in shapes():
             mask = BlockMask.training(length, block)
             for name in (n for n in who if n in names):

@@ -12,6 +12,11 @@ from typing import Any
 from common import DEVICE, HERE, REHEARSE, WORK, attempt, errors
 
 TINY_STEPS, DEMO_STEPS = 60, 200
+SHAPING = (
+    "system", "seq_len", "block_size", "steps", "batch_size", "micro_batch", "seed", "precision",
+    "packing", "shuffle", "init_unigram", "model", "noise", "objective", "optim", "eval",
+)  # fmt: skip
+"""Settings that a curve depends on."""
 
 
 class Quiet:
@@ -59,7 +64,9 @@ def splits() -> Any:
     return open_splits(None, None, "default", folder, lambda note: None)
 
 
-def losses(cfg: Any, data: Any, device: str) -> tuple[list[float], float, float | None]:
+def losses(
+    cfg: Any, data: Any, device: str, *, validated: bool = not REHEARSE
+) -> tuple[list[float], float, float | None]:
     """The loss of every step, milliseconds a step, and nats a token of the validation split."""
     import torch
 
@@ -71,11 +78,36 @@ def losses(cfg: Any, data: Any, device: str) -> tuple[list[float], float, float 
     values = torch.stack([trainer.step()[0] for _ in range(cfg.steps)]).tolist()  # waits once
     spent = (time.perf_counter() - begun) / cfg.steps * 1e3
     trainer.batches.close()
-    return values, spent, None if REHEARSE else trainer.validate(quick=True).nelbo
+    return values, spent, trainer.validate(quick=True).nelbo if validated else None
+
+
+def curve_settings(cfg: Any) -> dict[str, Any]:
+    """The settings that a curve depends on, as its file keeps them."""
+    from bd3lm.config import to_dict
+
+    values = to_dict(cfg)
+    return {name: values[name] for name in SHAPING}
+
+
+def stale_curves() -> list[str]:
+    """Curves whose settings are not today's; a setting that the file lacks had its default."""
+    from bd3lm.config import TrainConfig
+    from bd3lm.config.serialize import from_dict
+
+    known = json.loads((HERE / "cpu_curve.json").read_text())
+    wanted = {name: curve_settings(cfg) for name, cfg in curve_configs().items()}
+    return [
+        name
+        for name in sorted(wanted.keys() | known.keys())
+        if name not in wanted
+        or name not in known
+        or curve_settings(from_dict(TrainConfig, known[name]["settings"])) != wanted[name]
+        or len(known[name]["losses"]) != wanted[name]["steps"]
+    ]
 
 
 def curve(only: list[str] | None) -> None:
-    """Write the losses of the CPU next to this file."""
+    """Write the losses of the CPU and the settings they belong to next to this file."""
     WORK.mkdir(parents=True, exist_ok=True)
     data = splits()
     path = HERE / "cpu_curve.json"
@@ -84,7 +116,8 @@ def curve(only: list[str] | None) -> None:
         if only and name not in only:
             continue
         values, spent, nelbo = losses(cfg, data, "cpu")
-        known[name] = {"losses": [round(v, 6) for v in values], "nelbo": nelbo}
+        rounded = [round(v, 6) for v in values]
+        known[name] = {"settings": curve_settings(cfg), "losses": rounded, "nelbo": nelbo}
         path.write_text(json.dumps(known) + "\n")
         print(name, spent, values[:3], values[-3:], flush=True)
 
@@ -115,6 +148,20 @@ def train() -> None:
             return found
 
         attempt("train", f"{name} {precision}", run)
+    attempt("train", "tiny recorded", lambda: recorded_losses(data))
+
+
+def recorded_losses(data: Any) -> dict[str, Any]:
+    """The losses of a step that is replayed as a CUDA graph, and of the same step launched."""
+    cfg = dataclasses.replace(curve_configs()["tiny"], steps=2 if REHEARSE else 40)
+    replayed = dataclasses.replace(cfg, cuda_graph=True)
+    wanted, launched, _ = losses(cfg, data, DEVICE, validated=False)
+    found, spent, _ = losses(replayed, data, DEVICE, validated=False)
+    apart = [abs(a - b) / b for a, b in zip(found, wanted, strict=True)]
+    return {
+        "ok": apart[0] <= 1e-5 and max(apart) <= 4e-3, "largest": max(apart),
+        "ms_a_step": spent, "launched_ms_a_step": launched,
+    }  # fmt: skip
 
 
 def random_model(preset_name: str, bf16: bool = False) -> Any:

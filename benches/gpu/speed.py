@@ -30,19 +30,20 @@ def step_config(attention: str, compiled: bool) -> Any:
     )  # fmt: skip
 
 
-def trainer_of(data: Any, attention: str, compiled: bool) -> Any:
+def trainer_of(data: Any, cfg: Any) -> Any:
     """A trainer whose notes, such as that of a failing compiler, are findings."""
     from bd3lm.model import transformer
     from bd3lm.training import Trainer
 
     class Recording(Quiet):
         def note(self, message: str) -> None:
-            record("step", what="note", ok=not message.startswith("compile"), note=message)
+            record("step", what="note", ok=not message.startswith(("compile", "cuda-graph")),
+                   note=message)  # fmt: skip
 
     if REHEARSE:
         transformer.COMPILER = "aot_eager"
     out = Path(tempfile.mkdtemp(dir=WORK))
-    return Trainer(step_config(attention, compiled), data.train, data.valid, out, Recording())
+    return Trainer(cfg, data.train, data.valid, out, Recording())
 
 
 def step_time(trainer: Any, warm: int, steps: int) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def step_time(trainer: Any, warm: int, steps: int) -> dict[str, Any]:
     host = (time.perf_counter() - begun) / steps
     sync()
     spent = (time.perf_counter() - begun) / steps
+    trainer.batches.close()
     rate = step_flops(cfg, trainer.tokenizer.vocab_size) / spent
     memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
     return {
@@ -77,7 +79,7 @@ def step() -> None:
     def run(attention: str, compiled: bool, profiled: bool) -> dict[str, Any]:
         import torch
 
-        trainer = trainer_of(data, attention, compiled)
+        trainer = trainer_of(data, step_config(attention, compiled))
         try:
             found = step_time(trainer, warm, steps)
             if profiled:
@@ -93,6 +95,23 @@ def step() -> None:
     attempt("step", "triton", lambda: run("triton", False, False))
     attempt("step", "triton, compiled", lambda: run("triton", True, True))
     attempt("step", "flex, compiled", lambda: run("flex", True, True))
+    warm, steps = (1, 1) if REHEARSE else (12, 30)  # a graph is recorded when its size comes again
+    for name, recorded in (("tiny", False), ("tiny, recorded", True)):
+        attempt("step", name, lambda g=recorded, w=warm, n=steps: step_time(
+            tiny_trainer(data, g), w, n), B=32, L=128)  # fmt: skip
+
+
+def tiny_trainer(data: Any, recorded: bool) -> Any:
+    """A step of 4096 tokens, which a host launches more slowly than a GPU runs it."""
+    from bd3lm.config import preset
+
+    cfg = step_config("triton", not REHEARSE)
+    model = cfg.model if REHEARSE else preset("tiny").model
+    cfg = dataclasses.replace(
+        cfg, model=dataclasses.replace(model, softmax_cutoffs=()), cuda_graph=recorded,
+        seq_len=cfg.seq_len if REHEARSE else 128, batch_size=2 if REHEARSE else 32,
+    )  # fmt: skip
+    return trainer_of(data, cfg)
 
 
 def profile(trainer: Any) -> dict[str, Any]:
@@ -116,18 +135,18 @@ def profile(trainer: Any) -> dict[str, Any]:
 
 
 def warm_step() -> None:
-    """Compile the blocks of a training step into the caches."""
+    """Compile the blocks of both training steps into the caches."""
     if REHEARSE:
         return
     data = splits()
 
-    def run() -> None:
-        trainer = trainer_of(data, "triton", True)
+    def run(trainer: Any) -> None:
         trainer.step()
         sync()
         trainer.batches.close()
 
-    attempt("warm_step", "blocks", run)
+    attempt("warm_step", "small", lambda: run(trainer_of(data, step_config("triton", True))))
+    attempt("warm_step", "tiny", lambda: run(tiny_trainer(data, recorded=False)))
 
 
 def speed() -> None:

@@ -9,6 +9,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from bd3lm.config import TrainConfig, check
 from bd3lm.data.prepare import available_threads
@@ -43,6 +44,16 @@ def resolve_device(name: str) -> torch.device:
         check(device.index < count, "device", name, f"below cuda:{count}")
         torch.cuda.set_device(device)  # allocations that name no device go there, too
     return device
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for earlier work of a GPU.
+
+    Only a copy from page-locked memory is queued behind that work.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def limit_threads() -> None:

@@ -53,7 +53,12 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> None:
     assert (found.double() - wanted).abs().max() <= limit * wanted.abs().max()
 
 
-QUICK = [("triton", torch.bfloat16, 64), ("flex", torch.bfloat16, 64), ("dense", torch.float32, 64)]
+QUICK = [
+    ("triton", torch.bfloat16, 64),
+    ("flex", torch.bfloat16, 64),
+    ("flex-fa4", torch.bfloat16, 64),
+    ("dense", torch.float32, 64),
+]
 EVERY = [
     (backend, dtype, width)
     for backend, dtype, width in itertools.product(

@@ -200,6 +200,33 @@ def test_inputs_that_a_backend_does_not_take_are_named() -> None:
         attend(*inputs(mask, True), mask, backend="flex")
 
 
+def test_flash_attention_4_runs_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention gets its option, and no other backend does."""
+    from torch.nn.attention import flex_attention as flexible
+
+    options: list[dict[str, Any]] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        options.append(given.get("kernel_options", {}))
+        return q
+
+    monkeypatch.setattr(flexible, "flex_attention", record)
+    monkeypatch.setattr(torch, "compile", lambda run, **how: run)
+    mask = MASKS["training"]
+    with pytest.raises(ConfigError, match="flex-fa4 needs a Hopper GPU"):
+        attend(*inputs(mask, False), mask, backend="flex-fa4")
+    there = BACKENDS["flex-fa4"]._replace(available=lambda: True)
+    monkeypatch.setitem(BACKENDS, "flex-fa4", there)
+    with pytest.raises(ConfigError, match="takes fp16 or bf16 on CUDA with heads of 64"):
+        attend(*inputs(mask, False), mask, backend="flex-fa4")
+    monkeypatch.setitem(BACKENDS, "flex-fa4", there._replace(supports=BACKENDS["flex"].supports))
+    flex._compiled.cache_clear()
+    for backend in ("flex", "flex-fa4"):
+        attend(*inputs(mask, False), mask, backend=backend)
+    flex._compiled.cache_clear()
+    assert options == [{}, {"BACKEND": "FLASH"}]
+
+
 def test_auto_names_backends() -> None:
     assert all(name in BACKENDS for names in AUTO.values() for name in names)
     assert all(names[-1] == "dense" for names in AUTO.values())

@@ -5,15 +5,20 @@ from __future__ import annotations
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from bd3lm.data import Loader, Prefetcher
+from bd3lm.data import Loader, Prefetcher, Rows
 from bd3lm.device import resolve_device
 from bd3lm.errors import ConfigError
-from bd3lm.model import DecodeStep, KVCache
+from bd3lm.evaluate import likelihood
+from bd3lm.evaluate.likelihood import Measure, evaluate_likelihood
+from bd3lm.evaluate.row_scorer import RowScorer
+from bd3lm.model import DecodeStep, KVCache, head
 from bd3lm.model.flops import data_sheet_peak, peak_flops
-from tests.conftest import random_ids, tiny_model
+from bd3lm.systems import BlockDiffusion
+from tests.conftest import MASK_ID, random_ids, tiny_model, token_arrays
 
 
 def test_the_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +92,67 @@ def test_a_replayed_forward_past_the_cache_is_refused_on_the_host() -> None:
         step(ids, select, commit=4)
         with pytest.raises(ValueError, match="capacity of 12; the cache's is 8"):
             step(ids, select)
+
+
+# --- scoring: nothing is read back inside a batch ---------------------------------------------
+
+
+SLOW = [
+    Measure(estimator="exact"),
+    Measure("marginal"),
+    Measure("left-to-right"),
+    Measure("orders", repeats=2),
+]
+MEASURES = [
+    Measure(estimator="stratified", repeats=2),
+    Measure("confidence"),
+    *(pytest.param(measure, marks=pytest.mark.slow) for measure in SLOW),
+]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return Rows(token_arrays(60), seq_len=8, block_size=4, keep_last=True)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: f"{m.likelihood} {m.estimator}")
+def test_scoring_a_batch_reads_nothing_back(
+    measure: Measure, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the meta device have no values to read: any attempt raises."""
+    monkeypatch.setattr(head, "compute_dtype", lambda features: features.dtype)  # no autocast there
+    model, numbers = tiny_model(depth=1).to("meta"), np.arange(3, dtype=np.uint64)
+    batch = rows.batch(numbers)
+    with torch.no_grad():
+        whole = measure.likelihood == "confidence"
+        scorer = RowScorer(BlockDiffusion(4, MASK_ID), model, batch, whole_distribution=whole)
+        found = measure.take(scorer, batch, numbers, len(rows))
+    assert found.nats.is_meta
+    assert found.variance.is_meta
+    with pytest.raises(NotImplementedError):
+        found.nats.cpu()
+
+
+def test_scores_are_read_once_a_batch_and_one_batch_late(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    take, add = Measure.take, likelihood._Totals.add
+
+    def taken(self, *arguments):
+        events.append("score")
+        return take(self, *arguments)
+
+    def added(self, *arguments):
+        events.append("read")
+        return add(self, *arguments)
+
+    monkeypatch.setattr(Measure, "take", taken)
+    monkeypatch.setattr(likelihood._Totals, "add", added)
+    done: list[int] = []
+    system = BlockDiffusion(4, MASK_ID)
+    evaluate_likelihood(
+        system, tiny_model(), rows, batch_size=3, max_rows=7, progress=lambda n, _: done.append(n)
+    )
+    assert events == ["score", "score", "read", "score", "read", "read"]
+    assert done == [3, 6, 7]

@@ -91,6 +91,10 @@ class TrainConfig:
     compile: bool | None = None
     """Fuse the operations between a block's matrix products with torch.compile, which takes a
     minute at the start. None: on CUDA. If the compiler fails, the run continues without it."""
+    cuda_graph: bool = False
+    """Record the optimizer step on CUDA once and replay it, for models so small that a GPU waits
+    for the host. Where a step cannot be recorded, the run says so and continues without it. Not
+    run on a GPU yet (docs/gpu.md)."""
     checkpoint_every: int = 500
     """Steps between checkpoints. One is also written at the end and when a signal stops the run."""
     checkpoint_minutes: float | None = 30.0

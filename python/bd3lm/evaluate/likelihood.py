@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from bd3lm.config import EstimatorName, LikelihoodName, check, check_estimator, check_likelihood
 from bd3lm.data import Schedule
 from bd3lm.data.rows import CleanBatch
+from bd3lm.device import uploaded
 from bd3lm.evaluate.draws import Draw, exact_draws, sampled_draws
 from bd3lm.evaluate.marginal import score_subsets
 from bd3lm.evaluate.orders import (
@@ -29,6 +30,8 @@ from bd3lm.model import Transformer
 from bd3lm.model.threads import adaptive_waiting
 from bd3lm.ranks.group import ALONE, Ranks
 from bd3lm.systems import System
+
+T = TypeVar("T")
 
 
 class RowSource(Protocol):
@@ -98,7 +101,7 @@ class Likelihood:
 
 @dataclass
 class RowScores:
-    """Scores of a batch of rows.
+    """Scores of a batch of rows, on the device of the model.
 
     Attributes:
         nats: of each row, float64 [B].
@@ -195,21 +198,21 @@ class Measure:
 
 def _nelbo(scorer: RowScorer, draws: Iterable[Draw], groups: int) -> RowScores:
     """Σ weight·nats over the draws; ``groups`` of them are independent estimates."""
-    shape = scorer.x0.shape
-    nats = torch.zeros(groups, shape[0], dtype=torch.float64)
-    tokens = torch.zeros(shape, dtype=torch.float64)
-    correct = torch.ones(shape[0], dtype=torch.bool)
+    shape, device = scorer.x0.shape, scorer.x0.device
+    nats = torch.zeros(groups, shape[0], dtype=torch.float64, device=device)
+    tokens = torch.zeros(shape, dtype=torch.float64, device=device)
+    correct = torch.ones(shape[0], dtype=torch.bool, device=device)
     for draw in draws:
         found = scorer(draw.mask, draw.mask_prob)
         weight = draw.weight.double().repeat_interleave(scorer.block_size, dim=1) * draw.share
-        weighted = found.nats * weight
+        weighted = found.nats * uploaded(weight, device)
         nats[draw.group] += weighted.sum(1)
         tokens += weighted / groups
         if found.correct is not None:
-            correct &= (found.correct | ~draw.mask).all(1)
+            correct &= found.correct.all(1)
     # Draws are independent between rows; the bernoulli estimator's strata tie them together in a
     # way that only lowers the true error.
-    variance = nats.var(0) / groups if groups > 1 else torch.zeros(shape[0], dtype=torch.float64)
+    variance = nats.var(0) / groups if groups > 1 else torch.zeros_like(nats[0])
     mean = nats.mean(0)
     return RowScores(mean, variance, mean, tokens, correct, scorer.forwards)
 
@@ -228,7 +231,7 @@ def _one_order(scorer: RowScorer, tokens: Tensor, correct: Tensor) -> RowScores:
 def _orders(scorer: RowScorer, measure: Measure, keys: NDArray[np.uint64]) -> RowScores:
     """The multi-order bound; the mean over its orders is the NELBO, estimated."""
     rows, seq_len = scorer.x0.shape
-    blocks, correct = [], torch.ones(rows, dtype=torch.bool)
+    blocks, correct = [], torch.ones(rows, dtype=torch.bool, device=scorer.x0.device)
     conditioned = scorer.model.cfg.time_conditioning
     for repeat in range(measure.repeats):
         level = random_levels(measure.seed, repeat, keys, seq_len)
@@ -297,20 +300,34 @@ def evaluate_likelihood(
     model.eval()
     chosen = _spread(len(rows), max_rows)
     scores = _Totals(rows, len(chosen), per_token, greedy)
-    for index, start in enumerate(range(0, len(chosen), batch_size)):
-        if not ranks.mine(index):
-            continue
-        numbers = chosen[start : start + batch_size]
-        batch = rows.batch(numbers)
-        scorer = RowScorer(
-            system, model, batch, whole_distribution=greedy or likelihood == "confidence"
-        )
-        keys = _keys(rows, numbers, start)
-        scores.add(start, batch, measure.take(scorer, batch, keys, len(chosen)))
+
+    def scored() -> Iterator[tuple[int, CleanBatch, RowScores]]:
+        for index, start in enumerate(range(0, len(chosen), batch_size)):
+            if not ranks.mine(index):
+                continue
+            numbers = chosen[start : start + batch_size]
+            batch = rows.batch(numbers)
+            scorer = RowScorer(
+                system, model, batch, whole_distribution=greedy or likelihood == "confidence"
+            )
+            keys = _keys(rows, numbers, start)
+            yield start, batch, measure.take(scorer, batch, keys, len(chosen))
+
+    for start, batch, found in _one_behind(scored()):
+        scores.add(start, batch, found)
         if progress is not None:
-            progress(start + len(numbers), len(chosen))
+            progress(start + len(found.nats), len(chosen))
     scores.merge(ranks)
     return scores.result(measure, num_bytes)
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item after the next one was made, so that a GPU has work while one is read."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 def _spread(total: int, most: int | None) -> NDArray[np.uint64]:
@@ -343,21 +360,21 @@ class _Totals:
     def add(self, start: int, batch: CleanBatch, found: RowScores) -> None:
         """Add the rows from place ``start`` on."""
         part = slice(start, start + len(found.nats))
-        self.nats[part], self.variance[part] = found.nats.numpy(), found.variance.numpy()
+        self.nats[part], self.variance[part] = _read(found.nats), _read(found.variance)
         self.tokens[part] = batch.noisable.sum(1).numpy()
         self.forwards = max(self.forwards, found.forwards)
         if found.nelbo is None:
             self.nelbo = None
         elif self.nelbo is not None:
-            self.nelbo[part] = found.nelbo.numpy()
+            self.nelbo[part] = _read(found.nelbo)
         if self.greedy is not None:
-            self.greedy[part] = found.correct.numpy()
+            self.greedy[part] = _read(found.correct)
         if self.ids is not None:
             self.ids.append((start, batch.x0[batch.noisable].numpy()))
         if found.tokens is None:
             self.token_nats = None
         elif self.token_nats is not None:
-            self.token_nats.append((start, found.tokens[batch.noisable].numpy()))
+            self.token_nats.append((start, _read(found.tokens)[batch.noisable.numpy()]))
 
     def merge(self, ranks: Ranks) -> None:
         """Take over the rows of the other ranks; a row is scored by one of them."""
@@ -404,6 +421,10 @@ class _Totals:
             token_nats=_joined(self.token_nats),
             row_greedy=self.greedy,
         )
+
+
+def _read(values: Tensor) -> NDArray[Any]:
+    return values.cpu().numpy()
 
 
 def _merged(parts: list[tuple[int, Any]] | None, ranks: Ranks) -> list[tuple[int, Any]] | None:

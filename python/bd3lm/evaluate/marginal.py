@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3lm.device import uploaded
 from bd3lm.evaluate.draws import beta
 from bd3lm.evaluate.row_scorer import RowScorer
 
 
 @dataclass(frozen=True)
 class SubsetScores:
-    """Every subset of every block, scored.
+    """Every subset of every block, scored; on the device of the model.
 
     Attributes:
         marginal: -log F of each block, float64 [B, K], in nats; 0 where nothing is scored.
@@ -48,12 +49,12 @@ def score_subsets(scorer: RowScorer) -> SubsetScores:
     rows, seq_len = scorer.noisable.shape
     noisable = scorer.noisable.view(rows, -1, size)
     num_blocks = noisable.shape[1]
-    weight = torch.tensor(
-        [[beta(k, n) for k in range(size + 1)] for n in range(size + 1)], dtype=torch.float64
-    )[noisable.sum(-1)]  # [B, K, k]
-    log_f = torch.zeros(1 << size, rows, num_blocks, dtype=torch.float64)
-    nelbo = torch.zeros(rows, num_blocks, size, dtype=torch.float64)
-    correct = torch.ones(rows, dtype=torch.bool)
+    device = scorer.x0.device
+    table = [[beta(k, n) for k in range(size + 1)] for n in range(size + 1)]
+    weight = torch.tensor(table, dtype=torch.float64)[noisable.sum(-1)]  # [B, K, k]
+    log_f = torch.zeros(1 << size, rows, num_blocks, dtype=torch.float64, device=device)
+    nelbo = torch.zeros(rows, num_blocks, size, dtype=torch.float64, device=device)
+    correct = torch.ones(rows, dtype=torch.bool, device=device)
     for subset in range(1, 1 << size):  # the subsets of a set have smaller numbers
         inside = [i for i in range(size) if subset >> i & 1]
         chosen = torch.zeros(size, dtype=torch.bool)
@@ -64,11 +65,11 @@ def score_subsets(scorer: RowScorer) -> SubsetScores:
             continue
         found = scorer(mask)
         nats = found.nats.view(noisable.shape)
-        nelbo += nats * (weight[..., len(inside)] * fits)[..., None]
+        nelbo += nats * uploaded(weight[..., len(inside)] * fits, device)[..., None]
         terms = [log_f[subset ^ 1 << i] - nats[..., i] for i in inside]
         log_f[subset] = torch.logsumexp(torch.stack(terms), 0) - math.log(len(inside))
         if found.correct is not None:
-            correct &= (found.correct | ~mask).all(1)
+            correct &= found.correct.all(1)
     number = (noisable * (1 << torch.arange(size))).sum(-1)  # of each block's whole set
-    marginal = -log_f.gather(0, number[None])[0]
+    marginal = -log_f.gather(0, uploaded(number[None], device))[0]
     return SubsetScores(marginal + 0.0, nelbo.view(rows, seq_len), correct)

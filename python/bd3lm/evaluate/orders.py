@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bd3lm.device import uploaded
 from bd3lm.evaluate.row_scorer import RowScorer
 
 
@@ -21,8 +22,8 @@ def left_to_right(scorer: RowScorer) -> tuple[Tensor, Tensor]:
     """-log p of each token when blocks are filled from left to right.
 
     Returns:
-        ``(nats, correct)``: float64 [B, L], and bool [B]: whether greedy decoding in this order
-        gives every token of the row (True where the scorer does not read that).
+        ``(nats, correct)`` on the device: float64 [B, L], and bool [B]: whether greedy decoding in
+        this order gives every token of the row (True where the scorer does not read that).
     """
     falling = -torch.arange(scorer.x0.shape[1], dtype=torch.float64)
     return by_level(scorer, falling.expand(scorer.x0.shape))
@@ -49,7 +50,7 @@ def by_level(
         found = scorer(hidden, top.float() if time_conditioned else None, at)
         nats += found.nats
         if found.correct is not None:
-            correct &= (found.correct | ~at).all(1)
+            correct &= found.correct.all(1)
         hidden &= ~at
     return nats, correct
 
@@ -67,9 +68,11 @@ def by_confidence(scorer: RowScorer) -> tuple[Tensor, Tensor]:
         As :func:`left_to_right`.
     """
     nats, correct = _nothing(scorer)
-    hidden = scorer.noisable.clone()
-    while hidden.any():
-        found = scorer(hidden)
+    hidden = uploaded(scorer.noisable, scorer.x0.device).clone()
+    # Each forward reveals a position of every block that has one, so the host knows their number.
+    blocks = scorer.noisable.view(-1, scorer.block_size).sum(1)
+    for forward in range(int(blocks.max())):
+        found = scorer(hidden, count=int((blocks - forward).clamp(min=0).sum()))
         assert found.confidence is not None
         assert found.correct is not None
         at, _ = _highest(found.confidence, hidden, scorer.block_size)
@@ -113,8 +116,9 @@ def orders_bound(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nothing(scorer: RowScorer) -> tuple[Tensor, Tensor]:
-    shape = scorer.x0.shape
-    return torch.zeros(shape, dtype=torch.float64), torch.ones(shape[0], dtype=torch.bool)
+    shape, device = scorer.x0.shape, scorer.x0.device
+    nats = torch.zeros(shape, dtype=torch.float64, device=device)
+    return nats, torch.ones(shape[0], dtype=torch.bool, device=device)
 
 
 def _highest(value: Tensor, hidden: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -124,6 +128,6 @@ def _highest(value: Tensor, hidden: Tensor, block_size: int) -> tuple[Tensor, Te
     """
     rows = len(hidden)
     blocks = torch.where(hidden, value, -torch.inf).view(rows, -1, block_size)
-    top, index = blocks.max(-1)  # the first of equals, on the CPU
+    top, index = blocks.max(-1)  # the first of equals
     at = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, index[..., None], True)
     return at.view(rows, -1) & hidden, torch.where(top.isinf(), 0.0, top)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bd3lm.data.rows import CleanBatch
+from bd3lm.device import uploaded
 from bd3lm.model import Transformer
 from bd3lm.systems import System
 
@@ -17,13 +18,15 @@ CHUNK_ROWS = 512
 
 @dataclass(frozen=True)
 class Predictions:
-    """One forward, on the CPU; 0 or False where nothing was scored.
+    """One forward, on the device of the model.
 
     Attributes:
-        nats: -log p of the true token, or the system's bound on it, float64 [B, L].
+        nats: -log p of the true token, or the system's bound on it, float64 [B, L]; 0 where
+            nothing was scored.
         confidence: log-probability of the most probable token, float32 [B, L]; None without
             ``whole_distribution``.
-        correct: whether the true token is the most probable one, bool [B, L]; likewise.
+        correct: whether the true token is the most probable one, or nothing was scored, bool
+            [B, L]; likewise.
     """
 
     nats: Tensor
@@ -59,32 +62,40 @@ class RowScorer:
         self.forwards = system.preparing_forwards(self.x0.shape[1])
 
     def __call__(
-        self, mask: Tensor, level: Tensor | None = None, at: Tensor | None = None
+        self,
+        mask: Tensor,
+        level: Tensor | None = None,
+        at: Tensor | None = None,
+        *,
+        count: int | None = None,
     ) -> Predictions:
-        """Run the rows with ``mask`` hidden.
+        """Run the rows with ``mask`` hidden; nothing is read back from the device.
 
         Args:
-            mask: bool [B, L].
+            mask: bool [B, L], on the host; or on the device with ``count``.
             level: mask probability of each block [B, K], read by time-conditioned models only;
                 None: 0.
             at: positions to predict, some of the masked ones, bool [B, L]; None: all of them.
+            count: number of positions to predict, where the host cannot count them.
         """
         self.forwards += 1
         device, at = self.x0.device, mask if at is None else at
-        select = at.flatten().nonzero().squeeze(1)
-        xt = torch.where(mask.to(device), self.system.mask_id, self.x0)
+        if count is None:
+            select = uploaded(at.flatten().nonzero().squeeze(1), device)
+        else:
+            select = torch.nonzero_static(at.flatten(), size=count).squeeze(1)
+        xt = torch.where(uploaded(mask, device), self.system.mask_id, self.x0)
         if level is None:
-            level = torch.zeros(len(mask), mask.shape[1] // self.block_size)
-        where = select.to(device)
-        features = self._denoise(xt, where, level.to(device))
+            level = torch.zeros(len(mask), mask.shape[1] // self.block_size, device=device)
+        features = self._denoise(xt, select, uploaded(level, device))
         if not self.whole_distribution:
-            nats = self.system.nats(self.model, features, self.x0, where)
+            nats = self.system.nats(self.model, features, self.x0, select)
             return Predictions(self._spread(nats.double(), select))
-        nats, confidence, correct = self._read_logits(features, torch.take(self.x0, where))
+        nats, confidence, correct = self._read_logits(features, torch.take(self.x0, select))
         return Predictions(
             self._spread(nats.double(), select),
             self._spread(confidence, select),
-            self._spread(correct, select),
+            self._spread(correct, select, elsewhere=True),
         )
 
     def _read_logits(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +113,7 @@ class RowScorer:
         nats, confidence, correct = (torch.cat(x) for x in zip(*parts, strict=True))
         return nats, confidence, correct
 
-    def _spread(self, values: Tensor, select: Tensor) -> Tensor:
-        """Values of selected positions in their places [B, L], on the CPU."""
-        out = torch.zeros(self.x0.numel(), dtype=values.dtype)
-        out[select] = values.cpu()
-        return out.view(self.x0.shape)
+    def _spread(self, values: Tensor, select: Tensor, elsewhere: float = 0) -> Tensor:
+        """Values of selected positions in their places [B, L]."""
+        out = values.new_full((self.x0.numel(),), elsewhere)
+        return out.index_copy_(0, select, values).view(self.x0.shape)

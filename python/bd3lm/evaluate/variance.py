@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bd3lm.config import check
 from bd3lm.data import NoiseSpec, Rows, Schedule, draw_noise
 from bd3lm.data.noise import MIN_LEVEL
 from bd3lm.data.rows import CleanBatch
+from bd3lm.device import uploaded
 from bd3lm.evaluate.row_scorer import RowScorer
 from bd3lm.model import Transformer
 from bd3lm.ranks.group import ALONE, Ranks
@@ -61,9 +63,13 @@ def nelbo_variance(
             spec, batch.x0, batch.noisable, system.block_size, seed=seed, step=index
         )
         nats = RowScorer(system, model, batch)(mask, level).nats
-        total = nats.view(*level.shape, -1).sum(-1).numpy()
-        found.append((index, np.var(total * weight.numpy() / system.block_size, ddof=1)))
-    return float(np.mean(ranks.shared(found)))
+        found.append((index, nats.view(*level.shape, -1).sum(-1), weight.numpy()))
+    # The device is read after its last batch.
+    variances = [
+        (index, np.var(total.cpu().numpy() * weight / system.block_size, ddof=1))
+        for index, total, weight in found
+    ]
+    return float(np.mean(ranks.shared(variances)))
 
 
 @dataclass(frozen=True)
@@ -159,25 +165,28 @@ def count_statistics(
     model.eval()
     size = system.block_size
     spec = NoiseSpec(Schedule("loglinear"), estimator="count")
-    found: list[tuple[int, tuple[NDArray[np.float64], NDArray[np.int64]]]] = []
+    found: list[tuple[int, Tensor, NDArray[np.int64]]] = []
     chosen = np.linspace(0, len(rows) - 1, min(max_rows, len(rows))).round().astype(np.uint64)
     for index, start in enumerate(range(0, len(chosen), batch_size)):
         if not ranks.mine(index):
             continue
         batch = rows.batch(chosen[start : start + batch_size])
-        noisable = batch.noisable.view(-1, size).sum(1).numpy()
-        sums = np.zeros((3, size + 1, size + 1))
-        found.append((index, (sums, np.bincount(noisable, minlength=size + 1))))
+        noisable = batch.noisable.view(-1, size).sum(1)
         scorer = RowScorer(system, model, batch)
+        device = scorer.x0.device
+        sums = torch.zeros(3, (size + 1) ** 2, dtype=torch.float64, device=device)
+        found.append((index, sums, np.bincount(noisable.numpy(), minlength=size + 1)))
         for repeat in range(repeats):
             mask, level, _ = draw_noise(
                 spec, batch.x0, batch.noisable, size, seed=seed, step=repeat, first_row=start
             )
-            total = scorer(mask, level).nats.view(-1, size).sum(-1).numpy()
-            count = mask.view(-1, size).sum(1).numpy()
-            for moment, values in enumerate((np.ones_like(total), total, total**2)):
-                np.add.at(sums[moment], (noisable, count), values)
-    parts = ranks.shared(found)
+            total = scorer(mask, level).nats.view(-1, size).sum(-1)
+            place = uploaded(noisable * (size + 1) + mask.view(-1, size).sum(1), device)
+            sums.index_add_(1, place, torch.stack([torch.ones_like(total), total, total**2]))
+    # The device is read after its last batch.
+    parts = ranks.shared(
+        [(i, (s.view(3, size + 1, size + 1).cpu().numpy(), blocks)) for i, s, blocks in found]
+    )
     shares = np.sum([part[1] for part in parts], axis=0)
     mean, square = _moments(np.sum([part[0] for part in parts], axis=0))
     return CountStatistics(size, shares / shares.sum(), mean, square)

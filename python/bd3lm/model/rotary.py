@@ -57,12 +57,14 @@ class Rotary:
     """Rotary position embedding, rotating the two halves of each head against each other.
 
     The tables grow on demand and are kept per device, in float32: bf16 angles lose the
-    position of distant tokens.
+    position of distant tokens. Shorter tables stay in memory too, since a recorded CUDA graph may
+    read them.
     """
 
     def __init__(self, head_width: int, theta: float, scaling: RopeScaling | None = None) -> None:
         self.frequencies, self.factor = frequencies(head_width, theta, scaling or RopeScaling())
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._shorter: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode(False)  # kept for later calls, which may want gradients
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,8 @@ class Rotary:
         """
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
+            if known is not None:
+                self._shorter.append(known)
             size = max(128, 1 << (length - 1).bit_length())
             position = torch.arange(size, dtype=torch.float64, device="cpu")
             angle = position[:, None] * self.frequencies

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3lm.config import SampleConfig
+from bd3lm.device import uploaded
 from bd3lm.model import Transformer
 from bd3lm.sample.draw import draw
 from bd3lm.sample.plan import block_uniforms
@@ -90,7 +91,7 @@ class BlockDraw:
         """
         numbers = self._uniform[rows, pos]
         row_dev, pos_dev, uniform = (
-            torch.from_numpy(x).to(self._device, non_blocking=True) for x in (rows, pos, numbers)
+            uploaded(torch.from_numpy(x), self._device) for x in (rows, pos, numbers)
         )
         logits = self._logits(row_dev, pos_dev, level, one_each=one_each)
         self._state.count_forward(rows)
@@ -189,4 +190,4 @@ class BlockDraw:
         """Sigma of every block of the forward, [B, blocks]; finished blocks are clean."""
         p = np.zeros((len(level), waiting // self._size + 1), dtype=np.float32)
         p[:, -1] = level
-        return sigma_of(torch.from_numpy(p)).to(self._device)
+        return uploaded(sigma_of(torch.from_numpy(p)), self._device)

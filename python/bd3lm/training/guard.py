@@ -37,7 +37,8 @@ class Window(NamedTuple):
 class StepGuard:
     """Detects steps that are not finite, without a wait of the host for the device.
 
-    Sums and counts stay on the device until :meth:`look` fetches them in one transfer.
+    Sums and counts stay on the device, and at their addresses, until :meth:`look` fetches them in
+    one transfer.
 
     Args:
         device: of the loss and the gradients.
@@ -49,17 +50,16 @@ class StepGuard:
     def __init__(self, device: torch.device) -> None:
         self.names: Sequence[str] = ()
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._steps = 0
-        # Steps that were skipped; in a row until now; most in a row. Step and cause that began the
-        # present row and the longest one.
-        self._counts = torch.tensor([0, 0, 0], device=device)
+        # Steps; those that were skipped; in a row until now; most in a row. Step and cause that
+        # began the present row and the longest one.
+        self._counts = torch.tensor([0, 0, 0, 0], device=device)
         self._starts = torch.tensor([[-1, -1], [-1, -1]], device=device)
 
-    def judge(self, step: int, loss: Tensor, norms: Tensor, total: Tensor) -> Tensor:
+    def judge(self, step: int | Tensor, loss: Tensor, norms: Tensor, total: Tensor) -> Tensor:
         """Count one step; returns whether it is finite, a boolean on the device.
 
         Args:
-            step: its number, from 1.
+            step: its number, from 1; on the host, or int64 [] on the device.
             loss: its loss.
             norms: the norm of each gradient.
             total: the norm of all.
@@ -67,25 +67,27 @@ class StepGuard:
         loss = loss.to(total.device)  # gradients may be in the memory of the host
         of_loss, of_norm = loss.isfinite(), norms.isfinite()
         finite = of_loss & total.isfinite()
-        skipped, row, most = self._counts.unbind()
+        steps, skipped, row, most = self._counts.unbind()
         bad = (~finite).long()
         row = (row + 1) * bad
-        self._counts = torch.stack([skipped + bad, row, torch.maximum(most, row)])
+        counts = torch.stack([steps + 1, skipped + bad, row, torch.maximum(most, row)])
         cause = torch.where(of_norm.all(), _NORM, of_norm.long().argmin())
-        now = torch.stack([torch.full_like(cause, step), torch.where(of_loss, cause, _LOSS)])
+        number = step if isinstance(step, Tensor) else torch.full_like(cause, step)
+        now = torch.stack([number, torch.where(of_loss, cause, _LOSS)])
         start, longest = self._starts.unbind()
         start = torch.where(row == 1, now, start)
         longest = torch.where((row >= most) & ~finite, start, longest)
-        self._starts = torch.stack([start, longest])
+        self._starts.copy_(torch.stack([start, longest]))
+        self._counts.copy_(counts)
         self._loss += torch.where(finite, loss, 0.0)
-        self._steps += 1
         return finite
 
     def look(self, norm: Tensor) -> Window:
         """Fetch the window and begin the next one: one wait for the device."""
         parts = [self._loss[None], norm.double()[None], self._counts, self._starts[1]]
-        loss, last, skipped, _, most, step, cause = torch.cat([p.double() for p in parts]).tolist()
-        good = self._steps - int(skipped)
+        every = torch.cat([p.double() for p in parts]).tolist()
+        loss, last, steps, skipped, _, most, step, cause = every
+        good = int(steps - skipped)
         window = Window(
             loss=loss / good if good else None,
             norm=last,
@@ -94,18 +96,18 @@ class StepGuard:
             step=int(step),
             cause=self._cause(int(cause)),
         )
-        row = self._counts[1]
+        row = self._counts[2]
         self._loss.zero_()
-        self._steps = 0
-        self._counts = torch.stack([torch.zeros_like(row), row, row])
+        self._counts.copy_(torch.stack([torch.zeros_like(row), torch.zeros_like(row), row, row]))
         return window
 
     def state(self) -> dict[str, Any]:
         """Everything of the window as plain JSON."""
+        steps, *counts = self._counts.tolist()
         return {
             "loss": self._loss.item(),
-            "steps": self._steps,
-            "counts": self._counts.tolist(),
+            "steps": steps,
+            "counts": counts,
             "starts": self._starts.flatten().tolist(),
         }
 
@@ -118,8 +120,7 @@ class StepGuard:
         loss, steps = state.floating("loss"), state.integer("steps")
         counts, starts = state.integers("counts", 3), state.integers("starts", 4)
         self._loss.fill_(loss)
-        self._steps = steps
-        self._counts.copy_(torch.tensor(counts))
+        self._counts.copy_(torch.tensor([steps, *counts]))
         self._starts.copy_(torch.tensor(starts).view(2, 2))
 
     def _cause(self, number: int) -> str:

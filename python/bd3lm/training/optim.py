@@ -54,7 +54,8 @@ class Driver(Protocol):
     """One of PyTorch's optimizers, driven through its functional form."""
 
     param_groups: list[dict[str, Any]]
-    """Each with ``params`` and ``weight_decay``; ``lr`` is set before every step."""
+    """Each with ``params`` and ``weight_decay``; ``lr`` is set before every step, to a number or
+    float32 [] on the device."""
     state: dict[Tensor, dict[str, Tensor]]
     """State of every parameter, complete from the start."""
 
@@ -167,7 +168,11 @@ class Muon:
             rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             weight = local(p)
             new = weight * (1 - group["lr"] * group["weight_decay"])
-            _keep(weight, new.add_(step, alpha=-rate), finite)
+            if isinstance(rate, Tensor):
+                new.addcmul_(step, rate, value=-1)
+            else:
+                new.add_(step, alpha=-rate)
+            _keep(weight, new, finite)
 
 
 def _keep(old: Tensor, new: Tensor, finite: Tensor | None) -> None:
@@ -219,15 +224,38 @@ class Optimizers:
 
         Args:
             factor: share of the peak learning rates.
+            finite: see :meth:`apply`.
+        """
+        self.set_rates(factor)
+        self.apply(finite)
+
+    def set_rates(self, factor: float) -> None:
+        """Set the learning rates to ``factor`` times their peaks."""
+        for optimizer, peak in self._peaks:
+            for group in optimizer.param_groups:
+                rate = group.get("lr")
+                if isinstance(rate, Tensor):
+                    rate.fill_(peak * factor)
+                else:
+                    group["lr"] = peak * factor
+
+    def hold_rates_on(self, device: torch.device) -> None:
+        """Keep the learning rates on the device from now on, for steps that are replayed there."""
+        for optimizer, _ in self._peaks:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
+
+    def apply(self, finite: Tensor | None = None) -> None:
+        """Update once, and clear the gradients.
+
+        Args:
             finite: a boolean on the device of the gradients; where it is false, nothing but the
                 gradients changes.
         """
         applied = True
         if finite is not None and self.host_decides:
             applied, finite = bool(finite), None
-        for optimizer, peak in self._peaks:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+        for optimizer, _ in self._peaks:
             if applied:
                 optimizer.step(finite)
         self.zero_grad()

@@ -48,6 +48,7 @@ from bd3lm.systems import BlockDiffusion, System, build_system
 from bd3lm.training.adapters import add_adapters, merged_weights
 from bd3lm.training.callbacks import Callbacks
 from bd3lm.training.clock import StepClock
+from bd3lm.training.cuda_graph import NotRecordedError, Outcome, recorded_step
 from bd3lm.training.data_files import DataWatch, digest_of
 from bd3lm.training.ema import Ema
 from bd3lm.training.guard import StepGuard, Window
@@ -133,6 +134,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, cfg.optim, compute_dtype(cfg, self.device))
         self.ema = Ema(self.model, cfg.optim.ema_decay)
         self.guard = StepGuard(next(self.model.parameters()).device)
+        self.recorded = recorded_step(self) if cfg.cuda_graph else None
         self.metrics = MetricsLog(out / "metrics.jsonl")
         self.checkpoints = StepFolders(self.checkpoint, cfg.keep)
         self.mirror: Mirror | None = None
@@ -258,24 +260,9 @@ class Trainer:
         self.model.train()
         with record_function(DATA), self._clock.waiting_for_data():
             batches = self.batches.get(step, self.system.noise)
-        try:
-            total = self._accumulate(batches)
-        except Exception as error:
-            compiled = self.model.compiles_blocks and self.ranks.size == 1
-            if not compiled or isinstance(error, torch.OutOfMemoryError):
-                raise
-            # If the compiler was not the cause, the same error comes again without it.
-            self.model.compile_blocks(False)
-            self.optimizers.zero_grad()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self.reporter.note(f"compile: off from now on, since the compiler failed ({reason})")
-            total = self._accumulate(batches)
-        if not self.guard.names:
-            named = self.model.named_parameters()
-            self.guard.names = [name for name, p in named if p.grad is not None]
-        norms, norm = clip_gradients(list(self.model.parameters()), cfg.optim.grad_clip)
-        finite = self.guard.judge(step + 1, total, norms, norm)
-        self.optimizers.step(lr_factor(step, cfg.steps, cfg.optim), finite)
+        self.optimizers.set_rates(lr_factor(step, cfg.steps, cfg.optim))
+        self._seed_dropout()
+        total, norm = self._recorded_or_not(batches)
         with record_function(AVERAGE):
             self.ema.update()
         self.steps_done += 1
@@ -285,12 +272,59 @@ class Trainer:
         self.system.update_noise_after_step(self.steps_done)
         return total, norm
 
-    def _accumulate(self, batches: list[Batch]) -> Tensor:
+    def _recorded_or_not(self, batches: list[Batch]) -> Outcome:
+        """Run the part of a step that a GPU can replay, as a CUDA graph where it is one."""
+        number = self.steps_done + 1
+        if self.recorded is not None:
+            try:
+                return self.recorded(batches[0], number)
+            except NotRecordedError as error:
+                self.recorded = None
+                reason = error.__cause__ or error
+                self._give_up("cuda-graph", "the step could not be recorded", reason)
+        return self.update(batches, self._noisable(batches), number)
+
+    def update(self, batches: list[Batch], noisable: int | Tensor, number: int | Tensor) -> Outcome:
+        """Compute loss and gradient, and update the weights; returns loss and gradient norm.
+
+        Args:
+            batches: the micro-batches.
+            noisable: tokens by which the loss is divided; float32 [] on the device.
+            number: of the step, from 1; int64 [] on the device.
+        """
+        try:
+            total = self._accumulate(batches, noisable)
+        except Exception as error:
+            compiled = self.model.compiles_blocks and self.ranks.size == 1
+            recording = self.recorded is not None and self.recorded.recording
+            if not compiled or recording or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # If the compiler was not the cause, the same error comes again without it.
+            self.model.compile_blocks(False)
+            self._give_up("compile", "the compiler failed", error)
+            total = self._accumulate(batches, noisable)
+        if not self.guard.names:
+            named = self.model.named_parameters()
+            self.guard.names = [name for name, p in named if p.grad is not None]
+        norms, norm = clip_gradients(list(self.model.parameters()), self.cfg.optim.grad_clip)
+        finite = self.guard.judge(number, total, norms, norm)
+        self.optimizers.apply(finite)
+        return total, norm
+
+    def _give_up(self, setting: str, what: str, error: BaseException) -> None:
+        """Say that a setting is off from now on, and begin the step anew."""
+        self.optimizers.zero_grad()
+        self._seed_dropout()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.reporter.note(f"{setting}: off from now on, since {what} ({reason})")
+
+    def _seed_dropout(self) -> None:
+        if self.cfg.model.dropout:
+            torch.manual_seed(dropout_seed(self.cfg.seed, self.steps_done, self.ranks.rank))
+
+    def _accumulate(self, batches: list[Batch], noisable: int | Tensor) -> Tensor:
         """Add the gradient of a step's loss to the parameters'; returns the loss on the device."""
         cfg = self.cfg
-        if cfg.model.dropout:
-            torch.manual_seed(dropout_seed(cfg.seed, self.steps_done, self.ranks.rank))
-        noisable = self._noisable(batches)
         self._clock.begin()
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches, 1):

@@ -1,7 +1,12 @@
-"""PyTorch's FlexAttention, compiled, with its block mask built tile by tile from the intervals."""
+"""PyTorch's FlexAttention, compiled, with its block mask built tile by tile from the intervals.
+
+Its kernels are Inductor's Triton templates, or by name those of FlashAttention-4 (``flex-fa4``).
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import typing
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType
@@ -24,6 +29,14 @@ LIMITS = (
     "takes heads of 16 features or more, compiles itself and not inside another torch.compile, "
     "and on a CPU gives no gradient"
 )
+FA4_NEEDS = (
+    "needs a Hopper GPU (compute capability 9.x), a PyTorch whose FlexAttention has the FLASH "
+    "backend, and the flash-attn-4 package"
+)
+FA4_LIMITS = (
+    "takes fp16 or bf16 on CUDA with heads of 64, 96 or 128 features, and compiles itself and not "
+    "inside another torch.compile"
+)
 
 
 def available() -> bool:
@@ -43,6 +56,33 @@ def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
     return q.shape[-1] >= 16 and (q.is_cuda or not wants_grad)
 
 
+@lru_cache(maxsize=1)
+def fa4_available() -> bool:
+    """Return whether FlexAttention can run the kernels of FlashAttention-4 here.
+
+    Blackwell would need tiles of 256 queries.
+    """
+    from torch.nn.attention import flex_attention
+
+    if "FLASH" not in typing.get_args(getattr(flex_attention, "_Backend", None)):
+        return False
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return hopper and _has_fa4()
+
+
+def _has_fa4() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def fa4_supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+    """Return whether the kernels of FlashAttention-4 take these inputs."""
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 96, 128)
+    return q.is_cuda and fits and supports(q, k, v, mask)
+
+
 def suits(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
     """Return whether ``auto`` takes it: in training and scoring, where the same shapes come again.
 
@@ -54,18 +94,33 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
     return (wants_grad or mask.noised) and width & (width - 1) == 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str | None = None
+) -> Tensor:
+    """Attention under ``mask``; see :func:`bd3lm.model.attention.attend`.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: the mask.
+        kernel: FlexAttention's own backend, such as FLASH; None: it chooses one of Triton's.
+    """
     block_mask = tile_mask(mask, str(q.device))
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     documents = mask.doc_ids is not None
-    run = _compiled(q.shape, k.shape, q.dtype, str(q.device), mask.noised, documents, wants_grad)
-    return run(q, k, v, block_mask)
+    kind = q.dtype, str(q.device), mask.noised, documents, wants_grad
+    return _compiled(q.shape, k.shape, kernel, *kind)(q, k, v, block_mask)
+
+
+def fa4_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Run :func:`attention` by the kernels of FlashAttention-4."""
+    return attention(q, k, v, mask, "FLASH")
 
 
 @lru_cache(maxsize=256)
 def _compiled(
-    queries: torch.Size, keys: torch.Size, *kind: Any
+    queries: torch.Size, keys: torch.Size, kernel: str | None, *kind: Any
 ) -> Callable[[Tensor, Tensor, Tensor, TileMask], Tensor]:
     """FlexAttention compiled for one shape, which is faster than code for any shape.
 
@@ -75,11 +130,13 @@ def _compiled(
     from torch.nn.attention.flex_attention import flex_attention
 
     gqa = queries[1] != keys[1]
+    # Left out where it is not named: the oldest PyTorch does not know it.
+    options: dict[str, Any] = {} if kernel is None else {"kernel_options": {"BACKEND": kernel}}
 
     def run(q: Tensor, k: Tensor, v: Tensor, block_mask: TileMask) -> Any:
-        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=gqa, **options)
 
-    shape = "_".join(map(str, (*queries, keys[1], keys[2])))
+    shape = "_".join(map(str, (*queries, keys[1], keys[2], kernel or "triton")))
     code = run.__code__.replace(co_name=f"flex_{shape}")
     own = FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     return torch.compile(own, dynamic=False, backend=COMPILER)

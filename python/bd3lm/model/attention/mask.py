@@ -13,9 +13,11 @@ With a causal clean stream, an x0 query sees no x0 key after its own position.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,8 +164,33 @@ class BlockMask:
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask as booleans [B or 1, Tq, Tk], True where attention is allowed."""
         if self.doc_ids is None:
-            return _dense_of(self.shape, str(device))
+            return used(_dense_of(self.shape, str(device)))
         return _materialise(self.intervals(device), self)
+
+
+T = TypeVar("T")
+_collections: list[list[object]] = []
+
+
+@contextmanager
+def collected_forms() -> Iterator[list[object]]:
+    """Collect the cached forms of masks that are used meanwhile.
+
+    A recorded CUDA graph reads their memory again, so it keeps them when the cache does not.
+    """
+    forms: list[object] = []
+    _collections.append(forms)
+    try:
+        yield forms
+    finally:
+        _collections.pop()
+
+
+def used(form: T) -> T:
+    """Return a cached form, and show it to :func:`collected_forms`."""
+    for forms in _collections:
+        forms.append(form)
+    return form
 
 
 def before_last(seq_len: int, block_size: int) -> int:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from bd3lm.model.attention.mask import BlockMask, Shape
+from bd3lm.model.attention.mask import BlockMask, Shape, used
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def cached_per_mask(build: Callable[[BlockMask, str], T]) -> Callable[[BlockMask
         if torch.compiler.is_compiling():
             return build(mask, device)
         if mask.doc_ids is None:
-            return of_shape(mask.shape, device)
+            return used(of_shape(mask.shape, device))
         known = of_mask.setdefault(mask, {})
         if device not in known:
             known[device] = fresh(mask, device)

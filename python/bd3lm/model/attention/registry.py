@@ -75,6 +75,13 @@ BACKENDS: dict[str, Backend] = {
         flex.LIMITS,
         suits=flex.suits,
     ),
+    "flex-fa4": Backend(
+        flex.fa4_available,
+        flex.fa4_supports,
+        flex.fa4_attention,
+        flex.FA4_NEEDS,
+        flex.FA4_LIMITS,
+    ),
     "rust": Backend(
         lambda: True,
         rust.supports,
