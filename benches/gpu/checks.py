@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from common import (
@@ -99,15 +101,15 @@ def masks(small: bool) -> dict[str, tuple[Any, int, int, int]]:
 
 def one_case(
     name: str | Any, width: int, dtype: str, length: int = 0, block: int = 0, batch: int = 1,
-    heads: int = 2, kv_heads: int = 2,
+    heads: int = 2, kv_heads: int = 2, backend: str = "triton",
 ) -> dict[str, Any]:  # fmt: skip
     """Errors of one shape; outputs are poisoned first, so unwritten elements show."""
     from unittest import mock
 
     import torch
 
-    from bd3lm.model.attention import BlockMask, attend
-    from bd3lm.model.attention.triton import launch, triton_attention
+    from bd3lm.model.attention import BACKENDS, BlockMask, attend
+    from bd3lm.model.attention.triton import launch
 
     mask = getattr(BlockMask, name)(length // (5 if REHEARSE else 1), block) \
         if isinstance(name, str) else name  # fmt: skip
@@ -120,8 +122,15 @@ def one_case(
     theirs = [x.detach().double().requires_grad_() for x in mine]
     wanted = attend(*theirs, mask, backend="dense")
     plain = launch.empty_rows
-    with mock.patch.object(launch, "empty_rows", lambda x: plain(x).fill_(float("nan"))):
-        out = triton_attention(*mine, mask)
+
+    def poisoned(x: Any) -> Any:
+        return plain(x).fill_(float("nan"))
+
+    with ExitStack() as patches:
+        for owner in {"triton", backend}:
+            module = importlib.import_module(f"bd3lm.model.attention.{owner}.launch")
+            patches.enter_context(mock.patch.object(module, "empty_rows", poisoned))
+        out = BACKENDS[backend].run(*mine, mask)
         dout = torch.randn_like(out)
         gradients = torch.autograd.grad(out, mine, dout)
     expected = torch.autograd.grad(wanted, theirs, dout.double())
@@ -221,19 +230,18 @@ def numerics(shard: int, shards: int) -> None:
         record("numerics", what="spills", ok=not spilled, spilled=spilled, shard=shard)
 
 
-def same_bits() -> dict[str, Any]:
+def same_bits(backend: str = "triton") -> dict[str, Any]:
     """Return whether three runs give the same bits."""
     import torch
 
-    from bd3lm.model.attention import BlockMask
-    from bd3lm.model.attention.triton import triton_attention
+    from bd3lm.model.attention import BACKENDS, BlockMask
 
     mask = BlockMask.training(1024, 16)
     torch.manual_seed(0)
     qkv = [torch.randn(4, 6, 2048, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     runs = []
     for _ in range(3):
-        out = triton_attention(*qkv, mask)
+        out = BACKENDS[backend].run(*qkv, mask)
         runs.append([out, *torch.autograd.grad(out, qkv, torch.ones_like(out))])
     same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     return {"ok": same}

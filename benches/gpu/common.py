@@ -135,12 +135,12 @@ def errors(found: Any, wanted: Any) -> dict[str, float]:
     }
 
 
-def compiled_stats() -> list[dict[str, Any]]:
-    """Registers, spills and shared memory of every kernel that this process has loaded."""
+def compiled_stats(*functions: Any) -> list[dict[str, Any]]:
+    """Registers, spills and shared memory of kernels as loaded; by default all Triton ones."""
     from bd3lm.model.attention.triton import backward, decode, forward
 
     found = []
-    for function in (
+    for function in functions or (
         forward.forward_kernel, backward.delta_kernel, backward.key_kernel,
         backward.query_kernel, decode.decode_kernel, decode.combine_kernel,
     ):  # fmt: skip

@@ -36,11 +36,12 @@ TUNE_SHARDS = 1 if REHEARSE else 5
 STAGES: list[list[tuple[str, int, int]]] = [
     [("smoke", 60, 1)],
     [("numerics", 90, SHARDS), ("pytest", 90, 1), ("warm_tune", 90, TUNE_SHARDS),
-     ("warm_flex", 100, 1), ("warm_step", 100, 1)],
+     ("warm_flex", 100, 1), ("warm_step", 100, 1), ("warm_hopper", 90, 1)],
     [("train", 50, 1)],
     [("sample", 40, 1)],
     [("attention", 75, 1)],
     [("step", 75, 1)],
+    [("hopper", 45, 1)],
     [("tune", 50, 1)],
     [("speed", 45, 1)],
     [("ncu", 45, 1)],
@@ -52,6 +53,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "train": learning.train, "sample": learning.sample, "attention": kernels.attention,
     "warm_flex": kernels.warm_flex, "warm_tune": kernels.warm_tune, "warm_step": speed.warm_step,
     "tune": kernels.tune, "step": speed.step, "speed": speed.speed, "ncu": kernels.ncu,
+    "warm_hopper": kernels.warm_hopper, "hopper": kernels.hopper,
 }  # fmt: skip
 SHARDED = ("numerics", "warm_tune")
 
@@ -163,7 +165,7 @@ def summary() -> None:
         ]  # fmt: skip
         worst: dict[str, float] = {}
         for r in mine:
-            if name == "numerics" and "worst" in r:
+            if "worst" in r:
                 key = f"{r.get('dtype')} {r.get('width')}"
                 worst[key] = max(worst.get(key, 0.0), r["worst"])
         if worst:

@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checks import masks, one_case, same_bits
 from common import (
     DEVICE,
     HERE,
     OUT,
     REHEARSE,
+    ROOT,
     attempt,
     compiled_stats,
     live_pairs,
@@ -88,6 +92,7 @@ def contenders(mask: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from bd3lm.model.attention import attend
+    from bd3lm.model.attention.hopper import hopper_attention
     from bd3lm.model.attention.triton import triton_attention
 
     def causal() -> Callable[..., Any]:
@@ -100,6 +105,7 @@ def contenders(mask: Any) -> dict[str, Callable[[], Callable[..., Any]]]:
 
     return {
         "ours": lambda: lambda q, k, v: triton_attention(q, k, v, mask),
+        "hopper": lambda: lambda q, k, v: hopper_attention(q, k, v, mask),
         "flex": lambda: flex_peer(mask),
         "fa4": lambda: flex_peer(mask, "FLASH"),
         "dense": lambda: lambda q, k, v: attend(q, k, v, mask, backend="dense"),
@@ -156,6 +162,74 @@ def attention() -> None:
             for name in (n for n in who if n in names):
                 attempt("attention", name, lambda m=mask, n=name, h=heads, w=width: measured(
                     m, n, h, w), L=length, S=block, D=width, H=heads)  # fmt: skip
+
+
+HOPPER = [("bf16", 64), ("bf16", 128), ("fp16", 64)]
+"""Dtypes and head widths that the section checks."""
+
+
+def hopper() -> None:
+    """The Hopper kernels: numerics of every mask, then their time next to the Triton kernels'."""
+    from bd3lm.model.attention import BlockMask, hopper
+
+    if DEVICE == "cuda" and not hopper.available():
+        record("hopper", what="skipped", ok=True, reason=f"hopper {hopper.NEEDS}")
+        return
+    import torch
+
+    if not hopper.kernels_take(torch.bfloat16, 64):
+        reason = f"its kernels were compiled with Triton {', '.join(hopper.TRITONS)}"
+        record("hopper", what="skipped", ok=True, reason=reason)
+        return
+    from bd3lm.model.attention.hopper.backward import gradient_kernel
+    from bd3lm.model.attention.hopper.forward import forward_kernel
+
+    with emulated_in_rehearsal():
+        for dtype, width in HOPPER[: 1 if REHEARSE else None]:
+            for name, (mask, batch, heads, kv_heads) in masks(REHEARSE).items():
+                if REHEARSE and name not in ("training", "clean documents"):
+                    continue
+                attempt(
+                    "hopper", name,
+                    lambda m=mask, b=batch, h=heads, kv=kv_heads, w=width, d=dtype: one_case(
+                        m, w, d, batch=b, heads=h, kv_heads=kv, backend="hopper"
+                    ),
+                    dtype=dtype, width=width,
+                )  # fmt: skip
+        for length, block, heads, width, who in shapes():
+            if "dense" in who or width == 128:
+                for name in ("hopper", "ours"):
+                    attempt("hopper", name, lambda n=length, s=block, h=heads, w=width, b=name: (
+                        measured(BlockMask.training(n, s), b, h, 64 if REHEARSE else w)),
+                        L=length, S=block, D=width, H=heads)  # fmt: skip
+    if DEVICE == "cuda":
+        attempt("hopper", "same bits", lambda: same_bits("hopper"))
+        stats = compiled_stats(forward_kernel, gradient_kernel)
+        record("hopper", what="compiled", ok=not any(k["spills"] for k in stats), kernels=stats)
+
+
+def warm_hopper() -> None:
+    """Compile the Hopper kernels into the caches, without launching any."""
+    from bd3lm.model.attention import hopper
+
+    if REHEARSE or not hopper.available():
+        return
+    sys.path.insert(0, str(ROOT / "tests" / "gpu_gate"))
+    from offline import compile_hopper
+
+    for dtype, width in HOPPER:
+        for kernel in ("forward", "keys", "queries"):
+            attempt("warm_hopper", kernel, lambda k=kernel, w=width, d=dtype: asdict(
+                compile_hopper(k, w, d)), dtype=dtype, width=width)  # fmt: skip
+
+
+def emulated_in_rehearsal() -> AbstractContextManager[None]:
+    """On a CPU, the emulator of the gate in the place of the kernel."""
+    if not REHEARSE:
+        return nullcontext()
+    from emulated import in_emulator
+
+    return in_emulator("random")
 
 
 def warm_flex() -> None:

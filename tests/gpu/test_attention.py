@@ -55,6 +55,7 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> None:
 
 QUICK = [
     ("triton", torch.bfloat16, 64),
+    ("hopper", torch.bfloat16, 64),
     ("flex", torch.bfloat16, 64),
     ("flex-fa4", torch.bfloat16, 64),
     ("dense", torch.float32, 64),

@@ -18,6 +18,8 @@ JOBS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "mutated": mutation_jobs,
     "traced": list,
     "logits": list,
+    "emulated": list,
+    "emulated_exhaustive": list,
     "exhaustive": lambda: [job(EXHAUSTIVE)],
 }
 
@@ -66,3 +68,15 @@ def traced(answers: dict[str, Any]) -> dict[str, Any]:
 def logits(answers: dict[str, Any]) -> dict[str, Any]:
     """Findings of :mod:`logits`."""
     return answers["logits"]
+
+
+@pytest.fixture(scope="session")
+def emulated(answers: dict[str, Any]) -> dict[str, Any]:
+    """Findings of :func:`emulated.run`."""
+    return answers["emulated"]
+
+
+@pytest.fixture(scope="session")
+def emulated_exhaustive(answers: dict[str, Any]) -> dict[str, Any]:
+    """Findings of :func:`emulated.run_exhaustive`."""
+    return answers["emulated_exhaustive"]

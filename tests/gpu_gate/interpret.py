@@ -3,8 +3,8 @@
 A script of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported. Standard
 input holds named lists of jobs, each ``{"mutation": null or [file, old, new], "cases": [...],
 "decode": [...], "order": bool, "backward": bool}``. Their results have the same names and are
-lists of lists of ``{"out": ..., "dq": ..., ...}``. The names "traced" and "logits" select the
-checks of those modules.
+lists of lists of ``{"out": ..., "dq": ..., ...}``. The names of
+:data:`CHECKS` select the checks of other modules.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,19 @@ import bd3lm.model.attention.triton as package
 from bd3lm.model.attention.triton.ranges import ranges
 
 names = (f"mutant{i}" for i in itertools.count())
+
+
+def of_emulated(function: str) -> Callable[[], Any]:
+    """A check of :mod:`emulated`, which imports this module."""
+    return lambda: getattr(importlib.import_module("emulated"), function)()
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    "traced": traced.run,
+    "logits": logits.run,
+    "emulated": of_emulated("run"),
+    "emulated_exhaustive": of_emulated("run_exhaustive"),
+}
 
 
 def load(mutation: list[str] | None, folder: Path) -> ModuleType:
@@ -164,8 +178,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sys.path.insert(0, folder)
         for name, jobs in asked.items():
-            if name in ("traced", "logits"):
-                answers[name] = {"traced": traced, "logits": logits}[name].run()
+            if name in CHECKS:
+                answers[name] = CHECKS[name]()
             else:
                 answers[name] = [answer(job, Path(folder)) for job in jobs]
     Path(sys.argv[1]).write_text(json.dumps(answers))

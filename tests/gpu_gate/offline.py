@@ -7,13 +7,20 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
+from cases import DTYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
+from bd3lm.model.attention.mask import BlockMask
 from bd3lm.model.attention.triton import backward, decode, forward
+from bd3lm.model.attention.triton.ranges import ranges
 from bd3lm.model.attention.triton.tuning import Kernel, Tiles, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -61,6 +68,9 @@ class Compiled:
     async_copies: int
     wide_loads: int
     """Loads of 16 bytes a thread from global memory into registers."""
+    tma_loads: int
+    overlaps: int
+    """Waits for warp-group products that leave the last one under way."""
 
 
 def compile_kernel(
@@ -115,6 +125,65 @@ def compile_with(
     return _read(chosen, built.asm["cubin"], built.metadata.shared)
 
 
+def compile_hopper(kernel: str, width: int, dtype: str = "bf16") -> Compiled:
+    """Compile a Hopper kernel as its launch module launches it, up to the driver.
+
+    Args:
+        kernel: ``forward``, ``keys`` (dK and dV) or ``queries`` (dQ).
+        width: D.
+        dtype: of the matrices.
+    """
+    from bd3lm.model.attention.hopper import backward, forward, launch
+    from bd3lm.model.attention.hopper.worklist import ROWS, key_worklist, query_worklist
+
+    mask = BlockMask.training(128, 16)
+    q = torch.zeros(1, 2, mask.num_queries, width, dtype=DTYPES[dtype])
+    sums = torch.zeros(q.shape[:3])
+    keys, queries = ranges(mask, "cpu")
+    work = query_worklist(mask, "cpu"), key_worklist(mask, "cpu", width)
+    wanted = {"keys": False, "queries": True}.get(kernel)
+    built = []
+
+    class Warmup:
+        """In the place of a kernel: compiles the wanted one, and launches nothing."""
+
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def compile_only(*args: Any, **options: Any) -> None:
+                if options.get("OWN_QUERIES") == wanted:
+                    built.append(self.function.warmup(*args, grid=grid, **options))
+
+            return compile_only
+
+    # A driver without a device, as far as compiling asks for one.
+    absent = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    with (
+        mock.patch.object(driver, "_active", absent),
+        mock.patch.object(forward, "forward_kernel", Warmup(forward.forward_kernel)),
+        mock.patch.object(backward, "gradient_kernel", Warmup(backward.gradient_kernel)),
+        mock.patch.object(launch, "section", return_value=2),
+        mock.patch.object(launch, "run_delta", return_value=sums),
+    ):
+        # Without the choice of a device, which there is none of.
+        run_forward = launch.run_forward.__wrapped__  # type: ignore[attr-defined]
+        run_backward = launch.run_backward.__wrapped__  # type: ignore[attr-defined]
+        if kernel == "forward":
+            run_forward(q, q, q, keys, work[0], True, 1.0)
+        else:
+            run_backward(q, q, q, q, q, sums, keys, queries, *work, True, 1.0)
+    (found,) = built
+    assert found.metadata.global_scratch_size == 0, "Triton would ask for an allocator"
+    shape = launch.SHAPES[kernel, width]
+    chosen = Tiles(ROWS, shape.met, found.metadata.num_warps, shape.stages)
+    return _read(chosen, found.asm["cubin"], found.metadata.shared)
+
+
 def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -132,6 +201,8 @@ def _read(chosen: Tiles, cubin: bytes, shared: int) -> Compiled:
         tensor_core={name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA")},
         async_copies=len(re.findall(r"\bLDGSTS\b", code)),
         wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
+        tma_loads=len(re.findall(r"\bUTMALDG\b", code)),
+        overlaps=len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", code)),
     )
 
 

@@ -90,7 +90,7 @@ def test_the_first_kernels_are_rehearsed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
-    [("numerics",), ("train",), ("sample",), ("attention", "tune"), ("step", "speed")],
+    [("numerics",), ("train",), ("sample",), ("attention", "tune"), ("step", "speed"), ("hopper",)],
     ids="+".join,
 )
 def test_sections_are_rehearsed(tmp_path, sections):

@@ -15,7 +15,7 @@ ScheduleName = Literal[
     "table",
 ]
 SystemName = Literal["bd3lm", "mdlm", "sedd", "ar"]
-AttentionName = Literal["auto", "triton", "flash", "flex", "flex-fa4", "rust", "dense"]
+AttentionName = Literal["auto", "triton", "hopper", "flash", "flex", "flex-fa4", "rust", "dense"]
 EstimatorName = Literal["exact", "stratified", "count", "bernoulli"]
 LikelihoodName = Literal["nelbo", "marginal", "left-to-right", "confidence", "orders"]
 DetokenizerName = Literal["lm1b", "wikitext", "ptb", "lambada", "scientific_papers"]

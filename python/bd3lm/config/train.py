@@ -84,7 +84,8 @@ class TrainConfig:
     """auto: bf16 autocast where the device has it."""
     attention: AttentionName = "auto"
     """Attention backend. auto: on a CPU the Rust kernel; on CUDA FlexAttention for training and the
-    Triton kernels for decoding; dense otherwise."""
+    Triton kernels for decoding; dense otherwise. hopper (kernels for sm_90, not run on a GPU yet)
+    and flash are taken by name alone."""
     recompute: bool = False
     """Keep only the residual stream of each block and compute the rest again in the backward pass
     (activation checkpointing): less memory, more time, the same gradients."""

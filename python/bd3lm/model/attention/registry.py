@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bd3lm.errors import ConfigError
-from bd3lm.model.attention import flash, flex, rust, triton
+from bd3lm.model.attention import flash, flex, hopper, rust, triton
 from bd3lm.model.attention.dense import dense_attention, dense_cached, dense_ranges
 from bd3lm.model.attention.mask import BlockMask, CachedMask, Intervals, RangeMask
 
@@ -63,6 +63,14 @@ BACKENDS: dict[str, Backend] = {
         triton.supports,
         triton.triton_attention,
         triton.NEEDS,
+        triton.LIMITS,
+        triton.cached_attention,
+    ),
+    "hopper": Backend(
+        hopper.available,
+        triton.supports,
+        hopper.hopper_attention,
+        hopper.NEEDS,
         triton.LIMITS,
         triton.cached_attention,
     ),
@@ -138,8 +146,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str = "auto") -
         q: queries [B, H, Tq, Dh]; with a :class:`BlockMask`, ``Tq = mask.num_queries``.
         k: keys [B, Hkv, Tk, Dh], ``Tk = mask.num_keys``; H is a multiple of Hkv.
         v: values, shaped as the keys.
-        mask: the mask (docs/math.md §7); or the end of each query's keys in a cache (``triton``
-            and ``dense`` only); or any ranges (``rust`` and ``dense`` only).
+        mask: the mask (docs/math.md §7); or the end of each query's keys in a cache (``triton``,
+            ``hopper`` and ``dense`` only); or any ranges (``rust`` and ``dense`` only).
         backend: a name in :data:`BACKENDS`, or ``auto`` (see :data:`AUTO`).
 
     Returns:

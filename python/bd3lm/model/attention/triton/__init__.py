@@ -68,7 +68,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor
     width = q.shape[-1]
     scale = width**-0.5
     q, k, v = _widened(q, k, v)
-    if _is_decoding(q, k, v, mask):
+    if is_decoding(q, k, v, mask):
         out = ops.decode_attention(q, k, v, None, keys[:, 0], keys[:, 1], scale, 0)
     else:
         out = ops.block_attention(q, k, v, keys, queries, mask.noised, scale)[0]
@@ -134,7 +134,8 @@ def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(F.pad(x, (0, missing)) for x in tensors) if missing else tensors
 
 
-def _is_decoding(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+def is_decoding(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> bool:
+    """Return whether a few queries meet a long cache, which the decoding kernel splits."""
     if mask.noised or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return False
     rows = q.shape[1] // k.shape[1] * q.shape[2]

@@ -126,6 +126,16 @@ def run_forward(
     return out, lse
 
 
+def run_delta(out: Tensor, dout: Tensor) -> Tensor:
+    """Sum of out * dout over D, float32 [B, H, Tq]; both as :func:`laid_out` gives them."""
+    batch, heads, queries, width = out.shape
+    delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
+    backward.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
+        out, dout, delta, heads, queries, *strides(out, dout), BM=64, D=width, DP=padded(width)
+    )
+    return delta
+
+
 @on_device_of_first
 def run_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -141,10 +151,7 @@ def run_backward(
     group = heads // kv_heads
     shape = {"D": width, "DP": padded(width)}
 
-    delta = torch.empty_like(lse)
-    backward.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
-        out, dout, delta, heads, queries, *strides(out, dout), BM=64, **shape
-    )
+    delta = run_delta(out, dout)
     dk, dv = empty_rows(k), empty_rows(v)
     tile = choose("keys", q)
     programs = keys // length * triton.cdiv(length, tile.block_n)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def _rows(x: Tensor) -> Tensor:
+def empty_rows_like(x: Tensor) -> Tensor:
     """Fake output of ``x``'s shape, with the strides that the launch module gives it."""
     batch, heads, rows, width = x.shape
     return x.new_empty(batch, rows, heads, width).transpose(1, 2)
@@ -50,7 +50,7 @@ def block_attention(
 
 @block_attention.register_fake
 def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
-    return _rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("bd3lm::block_attention_backward", mutates_args=())
@@ -76,7 +76,7 @@ def block_attention_backward(
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows(q), _rows(k), _rows(v)
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -129,4 +129,4 @@ def decode_attention(
 
 @decode_attention.register_fake
 def _(q: Tensor, *_rest: object) -> Tensor:
-    return _rows(q)
+    return empty_rows_like(q)
