@@ -57,7 +57,12 @@ def python_for(name: str) -> str:
         return sys.executable
     find = [uv(), "python", "find", "-q", "--no-python-downloads", "3.12"]
     found = subprocess.run(find, capture_output=True, text=True, cwd="/", check=False)
-    return found.stdout.strip() if found.returncode == 0 else sys.executable
+    if found.returncode == 0:
+        return found.stdout.strip()
+    # uv takes the first python3.12 on the path, and pyenv's does not run unless it is selected.
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    own = sorted(pyenv.glob("versions/3.12*/bin/python"))
+    return str(own[-1]) if own else sys.executable
 
 
 def environment(name: str, base: str) -> Path:

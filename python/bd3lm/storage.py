@@ -8,7 +8,6 @@ s3fs, which the extra ``storage`` installs.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -240,9 +239,3 @@ def _options(url: str) -> dict[str, Any]:
     if not url.startswith("s3://") or named in config.conf.get("s3", {}):
         return {}
     return {named: {"max_pool_connections": CONNECTIONS}}
-
-
-def cache_folder() -> Path:
-    """Folder of this package in the user's cache: ``$XDG_CACHE_HOME/bd3lm``, or in ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "bd3lm"

@@ -18,6 +18,7 @@ from bd3lm import storage
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.checkpoint.steps import StepFolders
 from bd3lm.cli.evaluate import main as evaluate
+from bd3lm.config import to_dict
 from bd3lm.data import load_tokenizer
 from bd3lm.errors import CorruptError, MissingFileError, StorageError
 from bd3lm.storage import Remote
@@ -26,6 +27,7 @@ from bd3lm.training.mirror import Mirror
 from tests.integration.conftest import Silent, config, corpus, write_splits  # noqa: F401
 from tests.reliability.test_disk import save, saved
 from tests.reliability.test_kills import assert_same_run, state_of
+from tests.reliability.zygote import Zygote
 from tests.unit.test_remote_data import CACHE, PIECE, cut_into_pieces
 
 URL = "s3://bucket/runs/book"
@@ -94,6 +96,48 @@ def test_a_run_reads_a_bucket_through_a_cache_that_is_too_small(s3, streamed, tm
     evaluate([str(tmp_path / "remote"), "--json", "--device", "cpu"])
     scored.append(json.loads(capsys.readouterr().out)["nelbo"])
     assert len(set(scored)) == 1
+
+
+S3_OF_A_RANK = """
+import fsspec
+from bd3lm.data.piece_cache import PieceCache
+
+fsspec.config.conf["s3"] = {options!r}
+os.environ["XDG_CACHE_HOME"] = {cache!r}
+write = PieceCache._write
+def measured(self, slot, content):
+    write(self, slot, content)
+    with open(order["out"] + "/cache-" + os.environ["RANK"], "a") as sizes:
+        print(os.fstat(self._file.fileno()).st_size, file=sizes)
+PieceCache._write = measured
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_that_each_read_a_bucket(server, streamed, tmp_path, strategy):
+    """Two ranks, each with a cache of its own: the run of two ranks on a directory."""
+    parallel = dataclasses.replace(streamed[0].parallel, strategy=strategy)
+    exact = {"precision": "fp32", "parallel": parallel, "batch_size": 7}
+    local, remote = (dataclasses.replace(cfg, **exact) for cfg in streamed)
+    options = {"endpoint_url": server, "key": "test", "secret": "test"}
+    patch = S3_OF_A_RANK.format(options=options, cache=str(tmp_path / "cache"))
+    zygote = Zygote()
+    try:
+        for name, ranks, cfg in (("one", 1, local), ("local", 2, local), ("remote", 2, remote)):
+            log = tmp_path / f"{name}.log"
+            job = zygote.job(ranks, to_dict(cfg), tmp_path / name, log, patch=patch)
+            codes = [zygote.wait(process) for process in job]
+            assert codes == [0] * ranks, log.read_text()
+    finally:
+        zygote.close()
+    assert_same_run(tmp_path / "local", tmp_path / "remote")
+    one, two = ([loss for _, loss in losses(tmp_path / name)] for name in ("one", "remote"))
+    assert two == pytest.approx(one, rel=0, abs=1e-5)
+    for rank in range(2):
+        sizes = [int(n) for n in (tmp_path / "remote" / f"cache-{rank}").read_text().split()]
+        assert max(sizes) <= CACHE
+        assert len(sizes) > CACHE // PIECE  # pieces took the places of others
+    assert not list((tmp_path / "cache" / "bd3lm" / "rows").iterdir())
 
 
 def test_a_run_stops_at_a_damaged_piece_and_continues_when_it_is_mended(s3, streamed, tmp_path):

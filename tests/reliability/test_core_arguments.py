@@ -86,7 +86,8 @@ CALLS = {
     "row_order": lambda: _core.row_order(
         number(), number(), number(), draw.choice([0, 5, number()])),
     "detokenize": lambda: _core.detokenize(draw.choice([*WORDS, "lm1b"]), draw.choice(WORDS)),
-    "vet": lambda: _core.vet_tokenizer(draw.choice([*WORDS, "{}", '{"model": {"vocab": []}}'])),
+    "vet": lambda: _core.vet_tokenizer(
+        draw.choice([*WORDS, "{}", '{"model": {"vocab": []}}']), draw.choice([WORDS, anything()])),
     "rows": lambda: _core.parquet_rows(draw.choice(WORDS)),
     "count": lambda: _core.count_records(
         [draw.choice([folder + "/x.txt", "gone"])], reading=reading()),

@@ -20,7 +20,9 @@ from bd3lm.checkpoint.native import read_meta
 from bd3lm.checkpoint.sharded import ShardFiles
 from bd3lm.checkpoint.steps import find_checkpoint, read_checkpoint
 from bd3lm.config import to_dict
+from bd3lm.errors import InterruptedRunError
 from bd3lm.training import read_metrics
+from bd3lm.training.interrupt import immediate
 from tests.reliability.test_disk import save, saved
 from tests.reliability.zygote import Zygote
 from tests.unit.test_remote_data import PIECE, cut_into_pieces
@@ -216,6 +218,21 @@ def test_signals_finish_the_step_and_save(zygote, long, whole, tmp_path, number)
     assert "the run is saved. Continue it with: bd3lm-train --out" in message
     last = read_metrics(file)[-1]["step"]
     assert find_checkpoint(tmp_path / "run").name == f"step-{last:08d}"
+
+
+def test_a_signal_in_a_library_that_raises_an_error_of_its_own():
+    """As FSDP's dispatch of operators does with any error."""
+
+    def library():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Exception as error:
+            raise RuntimeError("no such operator") from error
+
+    with pytest.raises(InterruptedRunError, match=r"^stopped$") as caught, immediate("stopped"):
+        library()
+    assert caught.value.exit_code == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -270,6 +271,41 @@ def test_two_copies_of_two_shards(zygote, exact, tmp_path):
     one = run(zygote, 1, config, tmp_path / "one")
     shared = parallel(config, strategy="fsdp", replicas=2)
     assert_same_curve(one, run(zygote, 4, shared, tmp_path / "four"))
+
+
+COMPILED = """
+import torch._dynamo
+from bd3lm.model import transformer
+from bd3lm.training.trainer import Trainer
+
+transformer.COMPILER = "aot_eager"
+after = Trainer._after_step
+def counted(self, window):
+    after(self, window)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with open(order["out"] + "/graphs-" + os.environ["RANK"], "a") as file:
+        print(graphs, file=file)
+Trainer._after_step = counted
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"precision": "bf16"}])
+def test_blocks_that_are_compiled_behind_the_hooks_of_fsdp(zygote, exact, tmp_path, options):
+    """Each part of a block is compiled once, by every rank; the losses are those without it."""
+    model = dataclasses.replace(exact.model, depth=3)
+    config = parallel(dataclasses.replace(exact, model=model, batch_size=6), strategy="fsdp")
+    config = dataclasses.replace(config, **options)
+    plain = run(zygote, 2, config, tmp_path / "plain")
+    compiled = dataclasses.replace(config, compile=True)
+    made = run(zygote, 2, compiled, tmp_path / "compiled", patch=COMPILED)
+    rounding = 0.02 if config.precision == "bf16" else 1e-5
+    assert losses(made) == pytest.approx(losses(plain), rel=0, abs=rounding)
+    for rank in range(2):
+        counts = [int(line) for line in (made / f"graphs-{rank}").read_text().split()]
+        assert len(counts) == config.steps
+        assert 0 < counts[0] <= 6  # two parts of a middle block, of the last one, and between
+        assert counts[-1] == counts[0]
 
 
 # --- scores and samples -------------------------------------------------------------------------
@@ -566,3 +602,63 @@ def test_two_ranks_preempted_ten_times_and_always_resumed(zygote, long, whole, t
     run(zygote, 2, long, out)
     assert set(codes) <= {0, 2, 128 + signal.SIGTERM}, log.read_text()
     assert_same_run(reference, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_slurm_job_that_is_requeued_until_it_ends(zygote, long, tmp_path, strategy):
+    """The job keeps its number, hence its port; some signals come to one task alone."""
+    config = parallel(long, strategy=strategy)
+    draw, out, log = random.Random(11), tmp_path / "run", tmp_path / "run.log"
+    reference = run(zygote, 2, config, tmp_path / "whole")
+    codes, job, numbers = [], draw.randrange(10**6), (signal.SIGTERM, signal.SIGUSR1)
+    while not codes or any(codes[-2:]):
+        assert len(codes) < 60, log.read_text()
+        processes = zygote.step(2, to_dict(config), out, log, job=job)
+        number = draw.choice(numbers)
+        chosen = draw.choice([processes, processes[:1], processes[1:]])
+        done = lines_of(out / "metrics.jsonl")
+        if draw.random() < 0.3:  # while it starts
+            time.sleep(draw.uniform(0, 2))
+        else:
+            wait_for_lines(out / "metrics.jsonl", min(done + draw.randint(1, 15), 60))
+        for process in chosen if done < 60 else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        codes += killed_if_left(zygote, processes)
+    stopped = {128 + number for number in numbers}
+    assert sum(code in stopped for code in codes) >= 4, log.read_text()
+    # A task that begins dies of the signal; PyTorch's C++ code aborts where it is interrupted.
+    died = {-signal.SIGKILL, -signal.SIGABRT, *(-number for number in numbers)}
+    assert set(codes) <= {0, 2, *stopped, *died}, log.read_text()
+    assert_same_run(reference, out)
+
+
+def killed_if_left(zygote, processes):
+    """Exit codes of tasks, as srun --kill-on-bad-exit gives them 30 s after the first has ended.
+
+    Where one ended before all were connected, the others wait for it.
+    """
+
+    def kill():
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    timer = threading.Timer(30, kill)
+    timer.start()
+    try:
+        return finish(zygote, processes)
+    finally:
+        timer.cancel()
+
+
+def lines_of(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for_lines(file: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while lines_of(file) < count:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.005)

@@ -116,6 +116,15 @@ class Zygote:
         places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         return [self.start(config, out, log, env=env, patch=patch) for env in places]
 
+    def step(
+        self, ranks: int, config: dict[str, Any], out: Path, log: Path, *, job: int
+    ) -> list[int]:
+        """Begin or resume a run on several ranks, as ``srun`` does in a job of this number."""
+        step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(ranks)}
+        step |= {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "localhost"}
+        places = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(ranks)]
+        return [self.start(config, out, log, env=env) for env in places]
+
     def wait(self, number: int) -> int:
         """Wait for a trainer; returns its exit code, negative after a signal."""
         return self._ask({"wait": number})

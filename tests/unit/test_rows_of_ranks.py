@@ -87,16 +87,10 @@ def test_micro_batches_are_as_few_as_fit() -> None:
 def test_settings_that_the_number_of_ranks_does_not_allow() -> None:
     many = Ranks(Place(0, 6))
     copies = ParallelConfig(strategy="fsdp", replicas=4)
-    for cfg, sentence in (
-        (TrainConfig(parallel=copies), "parallel.replicas = 4: must be a divisor of .* ranks, 6"),
-        (
-            TrainConfig(parallel=ParallelConfig(strategy="fsdp"), compile=True),
-            "compile = True: must be left out with parallel.strategy = fsdp",
-        ),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            check_ranks(cfg, many)
-        check_ranks(cfg, ALONE)
+    cfg = TrainConfig(parallel=copies)
+    with pytest.raises(ConfigError, match=r"parallel.replicas = 4: must be a divisor of .* 6"):
+        check_ranks(cfg, many)
+    check_ranks(cfg, ALONE)
     for settings in ({"replicas": 2}, {"offload": True}, {"timeout_minutes": 0.0}):
         with pytest.raises(ConfigError, match=r"^parallel\."):
             ParallelConfig(**settings)

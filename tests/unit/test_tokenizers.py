@@ -114,6 +114,34 @@ def test_a_data_set_holds_what_the_tokenizer_says(
         assert ids == [*used.encode(text), used.eos_id], f"text {i}: {text[:40]!r}"
 
 
+@pytest.mark.parametrize("kind", ["default", "gpt2", "bert", "more tokens"])
+def test_the_library_is_not_loaded_for_special_ids(
+    kind: str, tokenizer: Tokenizer, gpt2: Tokenizer, bert: Tokenizer, tmp_path: Path
+) -> None:
+    text = {"gpt2": gpt2, "bert": bert}.get(kind, tokenizer).json
+    library = hf.Tokenizer.from_str(text)
+    if kind == "more tokens":
+        library.add_tokens(["the", "<a>", "<b>"])
+        library.add_special_tokens(["<eos>", "<mask>"])
+        text = library.to_str()
+    made = Tokenizer(text, kind, {"eos_token": "<eos>"} if kind == "more tokens" else {})
+    file = tmp_path / "x.txt"
+    file.write_text("the house")
+    assert prepare([file], made, tmp_path / "set")[0].num_tokens > 2
+    assert "_inner" not in vars(made)
+    assert library.id_to_token(made.eos_id) == made.eos_token
+    size = library.get_vocab_size()
+    mask = library.token_to_id("[MASK]" if kind == "bert" else "<|mask|>")
+    assert (made.vocab_size, made.mask_id) == ((size + 1, size) if mask is None else (size, mask))
+
+
+def test_merges_of_tokens_that_are_not_there_are_refused(tokenizer: Tokenizer) -> None:
+    definition = json.loads(tokenizer.json)
+    definition["model"]["merges"].append(["no", "such"])
+    with pytest.raises(TokenizerError, match="tokenizer x: "):
+        Tokenizer(json.dumps(definition), "x")
+
+
 def test_an_added_token_with_a_space_is_never_cut(tokenizer: Tokenizer, tmp_path: Path) -> None:
     definition = json.loads(tokenizer.json)
     entry = definition["added_tokens"][0] | {"id": tokenizer.vocab_size, "content": "x y"}

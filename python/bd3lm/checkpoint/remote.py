@@ -9,8 +9,9 @@ from pathlib import Path
 from bd3lm.checkpoint.record import Record, parse_json
 from bd3lm.checkpoint.steps import BEST, FOLDER, LATEST, TRAINING, is_weights, step_folder
 from bd3lm.errors import CheckpointError, MissingFileError
-from bd3lm.files import digest_file, locked_directory, storage_errors, write_text
-from bd3lm.storage import Remote, cache_folder
+from bd3lm.files import digest_file, storage_errors, write_text
+from bd3lm.storage import Remote
+from bd3lm.user_cache import cached_copy
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -136,7 +137,6 @@ def _cached(remote: Remote, *, training: bool) -> Path:
     """Complete the copy of one checkpoint."""
     content = remote.read(CONFIG) or b""
     key = hashlib.sha256(remote.url.encode() + b"\n" + content).hexdigest()[:24]
-    target = cache_folder() / "checkpoints" / key
-    with locked_directory(target):
+    with cached_copy("checkpoints", key) as target:
         download_checkpoint(remote, target, training=training)
     return target

@@ -91,7 +91,8 @@ class TrainConfig:
     (activation checkpointing): less memory, more time, the same gradients."""
     compile: bool | None = None
     """Fuse the operations between a block's matrix products with torch.compile, which takes a
-    minute at the start. None: on CUDA. If the compiler fails, the run continues without it."""
+    minute at the start. None: on CUDA, but not under FSDP. If the compiler fails, a run of one
+    process continues without it."""
     cuda_graph: bool = False
     """Record the optimizer step on CUDA once and replay it, for models so small that a GPU waits
     for the host. Where a step cannot be recorded, the run says so and continues without it. Not

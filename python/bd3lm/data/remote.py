@@ -25,8 +25,9 @@ from bd3lm.errors import (
     NotADatasetError,
     TruncatedError,
 )
-from bd3lm.files import digest_file, locked_directory, storage_errors, write_text
-from bd3lm.storage import Remote, cache_folder
+from bd3lm.files import digest_file, storage_errors, write_text
+from bd3lm.storage import Remote
+from bd3lm.user_cache import USED, cached_copy
 
 MANIFEST, TOKENS = "manifest.json", "tokens.bin"
 CACHE_SIZE = "10GB"
@@ -61,9 +62,8 @@ def open_remote(
         raise NotADatasetError(
             f"{url} holds no {MANIFEST}; copy a data set there that bd3lm-prepare made"
         )
-    folder = cache_folder() / "data" / hashlib.sha256(content).hexdigest()[:24]
-    for last in (False, True):
-        with locked_directory(folder):
+    with cached_copy("data", hashlib.sha256(content).hexdigest()[:24]) as folder:
+        for last in (False, True):
             try:
                 tokens = _copied(remote, folder, content, cache_size)
                 return folder, _core.TokenStore.open_absent(folder, tokens), tokens
@@ -114,12 +114,12 @@ def _copied(remote: Remote, folder: Path, content: bytes, cache_size: int | str)
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything but the lock."""
+    """Remove everything but the locks."""
     with storage_errors(folder):
         for entry in folder.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != ".lock":
+            elif entry.name not in (".lock", USED):
                 entry.unlink()
 
 

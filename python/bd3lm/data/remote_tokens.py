@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bd3lm.data.piece_cache import Ints, PieceCache
 from bd3lm.errors import ConfigError, CorruptError
-from bd3lm.storage import Remote, cache_folder, parse_bytes
+from bd3lm.storage import Remote, parse_bytes
+from bd3lm.user_cache import cache_folder
 
 DIGESTS = "digests.bin"
 """SHA-256 of each piece of a token file, 32 bytes each."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from bd3lm.data.tokenizer_json import (
     EOS_NAMES,
     MASK_NAMES,
     ROLES,
+    has_field,
     own_roles,
     renamed,
     with_added,
@@ -87,14 +88,18 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         self.name = name
+        names = [*chain(*(usual for _, usual in ROLES.values())), *(special or {}).values()]
         try:
-            largest = _core.vet_tokenizer(text)
+            largest, tokens = _core.vet_tokenizer(text, names)
         except TokenizerError as error:
             raise TokenizerError(str(error).replace("definition", name, 1)) from None
-        self._load(without_dropout(text))
+        self._set(without_dropout(text))
+        if tokens is None:
+            with errors_of_library(name):
+                tokens = self._inner.get_vocab_size(), list(map(self._inner.token_to_id, names))
+        size, found = tokens
+        self._ids = {token: i for token, i in zip(names, found, strict=True) if i is not None}
         ids = self._roles(special or {})
-        with errors_of_library(name):
-            size = self._inner.get_vocab_size(with_added_tokens=True)
         size = max(size, (largest or 0) + 1)
         bos, eos, mask = (ids.get(role) for role in ROLES)
         if bos is None and eos is None:
@@ -109,15 +114,21 @@ class Tokenizer:
         if self.mask_id in (self.bos_id, self.eos_id):
             raise TokenizerError(f"tokenizer {name}: its mask token is also its BOS or EOS token")
         if chat_template is not None and chat_template != self.chat_template:
-            self._load(with_added(self.json, self.eos_id, self.eos_token, {CHAT: chat_template}))
-            self.__dict__.pop("chat_template", None)
+            self._set(with_added(self.json, self.eos_id, self.eos_token, {CHAT: chat_template}))
 
-    def _load(self, text: str) -> None:
+    def _set(self, text: str) -> None:
         self.json = text
+        for read in ("_inner", "chat_template"):
+            self.__dict__.pop(read, None)
+
+    @cached_property
+    def _inner(self) -> hf.Tokenizer:
+        """The library's tokenizer. Large ones take a second to load, which preparing data saves."""
         with errors_of_library(self.name):
-            self._inner = hf.Tokenizer.from_str(text)
-            self._inner.no_padding()
-            self._inner.no_truncation()
+            inner = hf.Tokenizer.from_str(self.json)
+            inner.no_padding()
+            inner.no_truncation()
+        return inner
 
     def _roles(self, special: Mapping[str, str]) -> Mapping[str, int]:
         """The ids of the special tokens, by role: the definition's own, named, or usual."""
@@ -130,15 +141,14 @@ class Tokenizer:
         named = {role: i for role, i in given.items() if i is not None and role not in own}
         if any(usual[role] != i for role, i in named.items()):
             # The definition is then complete by itself, in a data set or a checkpoint.
-            contents = {i: self._inner.id_to_token(i) or "" for i in named.values()}
-            self._load(with_roles(self.json, named, contents))
+            contents = {i: token for token, i in self._ids.items() if i in named.values()}
+            self._set(with_roles(self.json, named, contents))
         found = {role: i for role, i in usual.items() if i is not None}
         return {**found, **named, **own}
 
     def _find(self, names: Sequence[str]) -> int | None:
         """The id of the first of these tokens that there is."""
-        ids = map(self._inner.token_to_id, names)
-        return next((found for found in ids if found is not None), None)
+        return next((self._ids[name] for name in names if name in self._ids), None)
 
     @cached_property
     def sha256(self) -> str:
@@ -148,7 +158,7 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         """The chat template in Jinja; None where there is none."""
-        if f'"{CHAT}"' not in self.json:
+        if not has_field(self.json, CHAT, '"'):
             return None
         added = json.loads(self.json).get("added_tokens") or []
         return next((entry[CHAT] for entry in added if CHAT in entry), None)

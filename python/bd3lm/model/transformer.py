@@ -176,8 +176,13 @@ class Block(nn.Module):
         return one_modulation(self.ada, cond).chunk(6, dim=-1)
 
 
-def _call(block: nn.Module, *args: Any, **options: Any) -> Tensor:
-    return block(*args, **options)
+def _forward(compiled: Callable[..., Tensor], block: Block, *args: Any, **options: Any) -> Tensor:
+    """Run a block, compiled in training steps."""
+    if not (block.training and torch.is_grad_enabled()):
+        return Block.forward(block, *args, **options)
+    if options.get("select") is not None:
+        torch._dynamo.maybe_mark_dynamic(options["select"], 0)
+    return compiled(block, *args, **options)
 
 
 def one_modulation(ada: nn.Module, cond: Tensor) -> Tensor:
@@ -248,7 +253,8 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.recompute = False  # activation checkpointing in denoise and encode
-        self._compiled: Callable[..., Tensor] | None = None
+        self.compiles_blocks = False
+        """Whether training steps run compiled blocks."""
         self.embed = nn.Embedding(vocab_size, cfg.width)
         self.embed_norm = Norm(cfg.width, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
@@ -634,35 +640,25 @@ class Transformer(nn.Module):
 
         All blocks share one compiled function, and each shape is compiled once; the number of
         selected positions is symbolic, since it changes with every batch. Attention is left out:
-        FlexAttention compiles itself, and the other backends are single operators.
+        FlexAttention compiles itself, and the other backends are single operators. So are the hooks
+        by which FSDP gathers a block before its forward.
         """
-        self._compiled = None
+        self.compiles_blocks = on
+        compiled = torch.compile(Block.forward, dynamic=False, backend=COMPILER) if on else None
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.__dict__.pop("attend", None)
-            if on:
+            for name in ("attend", "forward"):
+                block.__dict__.pop(name, None)
+            if compiled is not None:
                 outside: Any = torch.compiler.disable(attend)
                 block.attend = outside
-        if on:
-            self._compiled = torch.compile(_call, dynamic=False, backend=COMPILER)
-
-    @property
-    def compiles_blocks(self) -> bool:
-        """Return whether training steps run compiled blocks."""
-        return self._compiled is not None
+                block.forward = partial(_forward, compiled, block)
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """Run one block; in training compiled and checkpointed, if these are on."""
-        if not (self.training and torch.is_grad_enabled()):
-            return block(*args, **options)
-        call: Callable[..., Tensor] = block
-        if self._compiled is not None:
-            call = partial(self._compiled, block)
-            if options.get("select") is not None:
-                torch._dynamo.maybe_mark_dynamic(options["select"], 0)
-        if self.recompute:
-            return checkpoint(call, *args, use_reentrant=False, **options)
-        return call(*args, **options)
+        """Run one block; checkpointed in training, if that is on."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **options)
+        return block(*args, **options)
 
     def logits(self, features: Tensor, without: int | None = None) -> Tensor:
         """Scores [..., V] of features [..., D].

@@ -36,12 +36,20 @@ def deferred() -> Iterator[list[int]]:
 @contextmanager
 def immediate(message: str) -> Iterator[None]:
     """Raise :class:`InterruptedRunError` with this message at the first signal."""
+    raised: list[InterruptedRunError] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRunError(message, number)
+        raised.append(InterruptedRunError(message, number))
+        raise raised[-1]
 
     with _handlers(handle):
-        yield
+        try:
+            yield
+        except Exception as error:
+            # Some libraries (FSDP's dispatch of operators) raise an error of theirs in its place.
+            if raised and error is not raised[-1]:
+                raise raised[-1] from error
+            raise
 
 
 @contextmanager

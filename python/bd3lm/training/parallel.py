@@ -65,12 +65,6 @@ def check_ranks(cfg: TrainConfig, ranks: Ranks) -> None:
     micro_batches(cfg, ranks.size)
     replicas = cfg.parallel.replicas
     check(
-        ranks.size == 1 or not (is_fsdp(cfg) and cfg.compile),
-        "compile",
-        cfg.compile,
-        "left out with parallel.strategy = fsdp",
-    )
-    check(
         ranks.size == 1 or ranks.size % replicas == 0,
         "parallel.replicas",
         replicas,

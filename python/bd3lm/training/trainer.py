@@ -125,7 +125,7 @@ class Trainer:
         model.recompute = cfg.recompute
         if cfg.lora.rank:
             add_adapters(model, cfg.lora)
-        # FSDP gathers a block before its forward, which a compiled call of the block would skip.
+        # Under FSDP it has run on CPUs alone.
         by_default = self.device.type == "cuda" and not (ranks.size > 1 and is_fsdp(cfg))
         if by_default if cfg.compile is None else cfg.compile:
             model.compile_blocks()

@@ -254,10 +254,14 @@ fn read_manifest(py: Python<'_>, path: PathBuf) -> PyResult<String> {
     Ok(serde_json::to_string(&manifest).expect("a manifest is plain JSON"))
 }
 
-/// Checks the definition of a tokenizer before the library loads it; returns its largest id.
+/// Largest id, number of tokens and ids of some names.
+type VettedTuple = (Option<u64>, Option<(usize, Vec<Option<u32>>)>);
+
+/// Checks the definition of a tokenizer before the library loads it.
 #[pyfunction]
-fn vet_tokenizer(py: Python<'_>, json: &str) -> PyResult<Option<u64>> {
-    py.detach(|| tokenize::vet(json)).map_err(to_py)
+fn vet_tokenizer(py: Python<'_>, json: &str, names: Vec<String>) -> PyResult<VettedTuple> {
+    let vetted = py.detach(|| tokenize::vet(json, &names)).map_err(to_py)?;
+    Ok((vetted.largest_id, vetted.tokens))
 }
 
 /// Number of rows of a parquet file.

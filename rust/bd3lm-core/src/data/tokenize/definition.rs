@@ -80,6 +80,18 @@ impl<'a> Definition<'a> {
         Ok(ids)
     }
 
+    /// Whether both sides of every merge, and the two together, are tokens of the model.
+    pub(super) fn merges_are_tokens(&self) -> bool {
+        let mut both = String::new();
+        self.merges.iter().flatten().all(|Merge(left, right)| {
+            both.clear();
+            both.extend([&**left, &**right]);
+            [&**left, &**right, &both]
+                .iter()
+                .all(|token| self.id(token).is_some())
+        })
+    }
+
     /// Turns BPE-dropout off; returns whether it was on. It is for training a model on several
     /// tokenizations of a text, by another at each epoch. In a data set it would be frozen, and in
     /// a prompt it would be random.

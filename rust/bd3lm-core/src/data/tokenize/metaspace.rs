@@ -4,7 +4,9 @@ use rustc_hash::FxHashSet;
 use serde_json::Value;
 
 use super::bpe::Bpe;
+use super::chars::char_at;
 use super::definition::Definition;
+use super::plain::run_end;
 
 /// The mark in such vocabularies.
 pub(super) const MARK: char = '\u{2581}';
@@ -35,26 +37,34 @@ pub(super) enum Place {
 pub(super) struct Metaspace {
     pub(super) bpe: Bpe,
     prepend: Prepend,
-    /// Whether each mark begins a word.
-    splits: bool,
     joins: Joins,
 }
 
-/// Characters that are neighbours in a merged token. A word ends between any two others, because
-/// no merge crosses them.
-#[derive(Default)]
+/// Characters that are neighbours in a merged token. A word may end between any two others,
+/// because no merge crosses them.
 struct Joins {
-    ascii: Vec<u128>,
+    /// Bits of the ASCII characters that follow each of them.
+    ascii: [[u64; 2]; 128],
     others: FxHashSet<(char, char)>,
+    /// Whether each mark begins a word: nothing joins with it.
+    splits: bool,
 }
 
 impl Joins {
+    fn new(splits: bool) -> Self {
+        Joins {
+            ascii: [[0; 2]; 128],
+            others: FxHashSet::default(),
+            splits,
+        }
+    }
+
     fn add(&mut self, text: &str) {
         let before = text.chars().map(unmarked);
         let pairs = before.clone().zip(before.skip(1));
-        for (a, b) in pairs {
+        for (a, b) in pairs.filter(|(_, b)| !(self.splits && *b == ' ')) {
             if a.is_ascii() && b.is_ascii() {
-                self.ascii[a as usize] |= 1 << b as u32;
+                self.ascii[a as usize][b as usize / 64] |= 1 << (b as u32 % 64);
             } else {
                 self.others.insert((a, b));
             }
@@ -65,9 +75,14 @@ impl Joins {
     fn has(&self, a: char, b: char) -> bool {
         let (a, b) = (unmarked(a), unmarked(b));
         if a.is_ascii() && b.is_ascii() {
-            return self.ascii[a as usize] >> b as u32 & 1 == 1;
+            return self.has_ascii(a as u8, b as u8);
         }
         self.others.contains(&(a, b))
+    }
+
+    #[inline]
+    fn has_ascii(&self, a: u8, b: u8) -> bool {
+        self.ascii[a as usize][b as usize / 64] >> (b % 64) & 1 == 1
     }
 }
 
@@ -118,15 +133,11 @@ impl Metaspace {
         if model["byte_fallback"] != true || model["ignore_merges"] == true {
             return Err("it does not fall back to bytes");
         }
-        let mut joins = Joins {
-            ascii: vec![0; 128],
-            ..Joins::default()
-        };
+        let mut joins = Joins::new(splits);
         let bpe = Bpe::new(definition, false, |text| joins.add(text))?;
         Ok(Metaspace {
             bpe,
             prepend,
-            splits,
             joins,
         })
     }
@@ -147,22 +158,39 @@ impl Metaspace {
         }
     }
 
-    fn ends_between(&self, a: char, b: char) -> bool {
-        !self.joins.has(a, b) || (self.splits && unmarked(b) == ' ')
-    }
-
     /// The end of the word of `text` that begins at `at`, which is not its end.
+    ///
+    /// A run of ASCII letters is not divided, even between letters that nothing joins: most words
+    /// are one, and the ids are the same.
     #[inline]
     pub(super) fn word_end(&self, text: &str, at: usize) -> usize {
-        let mut chars = text[at..].chars();
-        let mut before = chars.next().expect("within the text");
-        let mut end = at + before.len_utf8();
-        for c in chars {
-            if self.ends_between(before, c) {
+        let bytes = text.as_bytes();
+        let end = run_end::<0x20>(bytes, at + usize::from(bytes[at] == b' '));
+        if end > at
+            && let Some(b) = bytes.get(end)
+            && b.is_ascii()
+            && !self.joins.has_ascii(bytes[end - 1], *b)
+        {
+            return end;
+        }
+        self.other_end(text, end, at)
+    }
+
+    /// The same for a word of more than a space and letters, whose first part ends at `end`.
+    fn other_end(&self, text: &str, mut end: usize, at: usize) -> usize {
+        let bytes = text.as_bytes();
+        let mut before = text[at..end].chars().next_back();
+        while end < bytes.len() {
+            let (c, length) = char_at(text, end);
+            if before.is_some_and(|before| !self.joins.has(before, c)) {
                 break;
             }
-            before = c;
-            end += c.len_utf8();
+            end += length;
+            before = Some(c);
+            if c.is_ascii_alphabetic() {
+                end = run_end::<0x20>(bytes, end);
+                before = Some(bytes[end - 1] as char);
+            }
         }
         end
     }
@@ -170,7 +198,7 @@ impl Metaspace {
     /// Appends the ids of a mark and the beginning of `text`; returns where that ends.
     pub(super) fn encode_marked(&self, text: &str, out: &mut Vec<u32>) -> usize {
         let first = text.chars().next();
-        let joined = first.is_some_and(|c| !self.ends_between(MARK, c));
+        let joined = first.is_some_and(|c| self.joins.has(MARK, c));
         let end = if joined { self.word_end(text, 0) } else { 0 };
         self.encode(&format!("{MARK}{}", &text[..end]), out);
         end
@@ -193,7 +221,7 @@ impl Metaspace {
             bytes[i] == b' '
                 && bytes[i - 1].is_ascii_alphanumeric()
                 && bytes[i + 1].is_ascii_alphabetic()
-                && self.ends_between(bytes[i - 1] as char, ' ')
+                && !self.joins.has_ascii(bytes[i - 1], b' ')
         })
     }
 }

@@ -73,15 +73,39 @@ pub struct Seam {
     pub bytes: usize,
 }
 
-/// Checks the definition of a tokenizer from a stranger before the library loads it; returns its
-/// largest id.
+/// Checks the definition of a tokenizer from a stranger before the library loads it.
 ///
 /// # Errors
 /// [`Error::Tokenizer`] for one that would abort the process, or run or grow without bound.
-pub fn vet(json: &str) -> Result<Option<u64>> {
+pub fn vet(json: &str, names: &[String]) -> Result<Vetted> {
     let definition = Definition::parse(json).map_err(|e| bad(&e))?;
     vet::vet(&definition).map_err(|e| bad(&e))?;
-    Ok(definition.largest_id())
+    Ok(Vetted {
+        largest_id: definition.largest_id(),
+        tokens: tokens(&definition, names),
+    })
+}
+
+/// Parts of a definition, read without the library.
+pub struct Vetted {
+    /// Largest id.
+    pub largest_id: Option<u64>,
+    /// Number of tokens, and an id for each of the names that is one; `None` where only the library
+    /// says whether the definition loads.
+    pub tokens: Option<(usize, Vec<Option<u32>>)>,
+}
+
+fn tokens(definition: &Definition<'_>, names: &[String]) -> Option<(usize, Vec<Option<u32>>)> {
+    let added = guarded(|| definition.added_ids()).ok()?.ok()?;
+    let size = definition.vocab.as_ref()?.len();
+    let more = added
+        .keys()
+        .filter(|content| definition.id(content).is_none());
+    if !definition.merges_are_tokens() || Library::part(definition, &[]).get().is_err() {
+        return None;
+    }
+    let id = |name: &String| added.get(&**name).copied().or(definition.id(name));
+    Some((size + more.count(), names.iter().map(id).collect()))
 }
 
 fn bad(reason: &dyn std::fmt::Display) -> Error {
