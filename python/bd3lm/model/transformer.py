@@ -333,7 +333,8 @@ class Transformer(nn.Module):
         Without ``x0``, the logits of a position of a token-shifted model predict the next token.
 
         Returns:
-            Unnormalised log-probabilities [B, L, V], or [M, V] with ``select``.
+            Unnormalised log-probabilities [B, L, V], or [M, V] with ``select``; the mask token has
+            one like any other.
         """
         if x0 is None:
             features = self.encode(ids, block_size, select=select, doc_ids=doc_ids, sigma=sigma)
