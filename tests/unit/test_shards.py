@@ -140,7 +140,9 @@ prepare_shards(sys.argv[2:], load_tokenizer("default"), sys.argv[1])
 @pytest.mark.parametrize("moments", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_a_killed_process_is_completed_bit_for_bit(tmp_path, moments):
     files = write_files(tmp_path, 6, documents=2000)
+    begun = time.perf_counter()
     prepare_shards(files, TOKENIZER, tmp_path / "once")
+    whole = time.perf_counter() - begun
     draw, killed = random.Random(moments), 0
     for moment in range(moments):
         out = tmp_path / f"killed-{moment}"
@@ -148,7 +150,7 @@ def test_a_killed_process_is_completed_bit_for_bit(tmp_path, moments):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(draw.uniform(0, 0.1))
+            time.sleep(draw.uniform(0, 0.7) * whole)
             process.send_signal(signal.SIGKILL)
         if not (out / "manifest.json").exists() or (out / PLAN).exists():
             killed += 1
