@@ -505,11 +505,11 @@ def test_bad_steps_of_one_rank_are_those_of_all(zygote, exact, tmp_path):
     patch = """
 from bd3lm.training.trainer import Trainer
 accumulate, left = Trainer._accumulate, {5: 1, 6: 1}
-def poisoned(self, batches):
+def poisoned(self, batches, noisable):
     step = self.steps_done + 1
     if self.ranks.rank == 1 and left.pop(step, 0):
         batches[0].weight[0] = torch.nan
-    return accumulate(self, batches)
+    return accumulate(self, batches, noisable)
 Trainer._accumulate = poisoned
 """
     out = run(zygote, 2, exact, tmp_path / "run", patch=patch)
