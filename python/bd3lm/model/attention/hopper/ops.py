@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bd3lm.model.attention.triton.ops import empty_rows_like
+from bd3lm.model.attention.triton.ops import (
+    fake_backward,
+    fake_forward,
+    gradients_by,
+    save_for_gradients,
+)
 
 
 @torch.library.custom_op("bd3lm::hopper_attention", mutates_args=())
@@ -44,9 +47,7 @@ def hopper_attention(
     return run_forward(q, k, v, key_ranges, query_work, noised, scale)
 
 
-@hopper_attention.register_fake
-def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
-    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+hopper_attention.register_fake(fake_forward)
 
 
 @torch.library.custom_op("bd3lm::hopper_attention_backward", mutates_args=())
@@ -72,25 +73,7 @@ def hopper_attention_backward(
     )
 
 
-@hopper_attention_backward.register_fake
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *mask, ctx.noised, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, *mask)
-
-
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.bd3lm.hopper_attention_backward(
-        dout, *ctx.saved_tensors, ctx.noised, ctx.scale
-    )
-    return (*gradients, *[None] * 6)
-
-
-hopper_attention.register_autograd(_backward, setup_context=_save)
+hopper_attention_backward.register_fake(fake_backward)
+hopper_attention.register_autograd(
+    gradients_by("hopper_attention_backward"), setup_context=save_for_gradients
+)

@@ -6,6 +6,7 @@ checkpointing go through :func:`torch.library`. Triton is imported when one is f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,37 @@ def empty_rows_like(x: Tensor) -> Tensor:
     """Fake output of ``x``'s shape, with the strides that the launch module gives it."""
     batch, heads, rows, width = x.shape
     return x.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def fake_forward(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
+    """Fake outputs of an attention operator: out and lse."""
+    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def fake_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake gradients of q, k and v."""
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
+
+
+def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep q, k, v, outputs and the tensors of the mask; the last two inputs are no tensors."""
+    q, k, v, *mask, ctx.noised, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, *mask)
+
+
+def gradients_by(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward function of an attention operator, from the name of its gradients' operator."""
+
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = getattr(torch.ops.bd3lm, operator)(dout, *saved, ctx.noised, ctx.scale)
+        return (*gradients, *[None] * (len(saved) - 3))  # outputs are saved, noised and scale not
+
+    return backward
 
 
 @torch.library.custom_op("bd3lm::block_attention", mutates_args=())
@@ -48,9 +80,7 @@ def block_attention(
     return run_forward(q, k, v, key_ranges, noised, scale)
 
 
-@block_attention.register_fake
-def _(q: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
-    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+block_attention.register_fake(fake_forward)
 
 
 @torch.library.custom_op("bd3lm::block_attention_backward", mutates_args=())
@@ -72,28 +102,10 @@ def block_attention_backward(
     return run_backward(dout, q, k, v, out, lse, key_ranges, query_ranges, noised, scale)
 
 
-@block_attention_backward.register_fake
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_ranges, query_ranges, ctx.noised, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, key_ranges, query_ranges)
-
-
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.bd3lm.block_attention_backward(
-        dout, *ctx.saved_tensors, ctx.noised, ctx.scale
-    )
-    return (*gradients, None, None, None, None)
-
-
-block_attention.register_autograd(_backward, setup_context=_save)
+block_attention_backward.register_fake(fake_backward)
+block_attention.register_autograd(
+    gradients_by("block_attention_backward"), setup_context=save_for_gradients
+)
 
 
 @torch.library.custom_op("bd3lm::decode_attention", mutates_args=())
