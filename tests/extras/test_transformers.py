@@ -40,6 +40,7 @@ SHAPES = {
     "demo": ("demo", "bd3lm", {}),
     # The mask token, id 1, is in the first cluster.
     "adaptive": ("demo", "bd3lm", {"embed_norm": True, "softmax_cutoffs": (1, 4000)}),
+    "previous": ("demo", "bd3lm", {"previous_tokens": 3}),
     "qwen": ("qwen", "bd3lm", {}),
     "yarn": ("qwen", "bd3lm", {"rope_scaling": RopeScaling("yarn", 4.0, 16)}),
     "smollm3": (
@@ -304,6 +305,24 @@ def test_a_model_trains_and_generates():
     told = made("tiny", "sedd", DIT)
     with pytest.raises(ValueError, match="parameterization = sedd"):
         hf.to_transformers(told).generate(torch.tensor([[0]]))
+
+
+@torch.no_grad()
+def test_previous_tokens_are_kept_with_the_cache():
+    """Blocks that are run once in vain, as while decoding; and padding on the left."""
+    model, ids = hf.to_transformers(made(*SHAPES["previous"])), tokens()
+    whole, cache = model(ids).logits, model.new_cache()
+    for start in range(0, 24, 4):
+        block = ids[:, start : start + 4]
+        model.block_logits(block.flip(1), cache, 4)
+        cache.crop(-4)
+        found = model.block_logits(block, cache, 4)
+        torch.testing.assert_close(found, whole[:, start : start + 4], atol=1e-4, rtol=0)
+    padded = torch.cat([ids.flip(1)[:, :4], ids], 1)
+    there = torch.ones_like(padded)
+    there[:, :4] = 0
+    found = model(padded, attention_mask=there).logits[:, 4:]
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -48,8 +48,9 @@ def forwards() -> list[tuple[Tensor, Tensor, int]]:
         {},
         {"kv_heads": 1, "qk_norm": True, "norm": "rmsnorm"},
         {"cond_width": 8, "time_conditioning": True},
+        {"previous_tokens": 3},
     ],
-    ids=["plain", "shared keys", "told the level"],
+    ids=["plain", "shared keys", "told the level", "previous tokens"],
 )
 def test_it_equals_encode(changes: dict[str, object]) -> None:
     model = tiny_model(**changes)
@@ -70,7 +71,7 @@ def test_it_equals_encode(changes: dict[str, object]) -> None:
 
 
 def test_a_replay_would_read_and_write_the_same_addresses() -> None:
-    model = tiny_model()
+    model = tiny_model(previous_tokens=2)
     with torch.inference_mode():
         cache = cache_of(model)
         step = DecodeStep(model, cache, BLOCK, model.logits)
@@ -78,7 +79,8 @@ def test_a_replay_would_read_and_write_the_same_addresses() -> None:
         for ids, select, commit in forwards():
             step(ids, select, commit=commit)
             for shape, forward in step._forwards.items():
-                buffers = (forward.ids, forward.select, forward.start, *cache.k, *cache.v)
+                cached = (*cache.k, *cache.v, cache.read_tokens(CAPACITY))
+                buffers = (forward.ids, forward.select, forward.start, *cached)
                 seen.setdefault(shape, set()).add(tuple(x.data_ptr() for x in buffers))
     first, later = (ROWS, BLOCK, ROWS * BLOCK, 0), (ROWS, 2 * BLOCK, ROWS * BLOCK, BLOCK)
     assert set(seen) == {first, later}
@@ -86,7 +88,7 @@ def test_a_replay_would_read_and_write_the_same_addresses() -> None:
 
 
 def test_it_never_waits_for_the_device() -> None:
-    model = tiny_model()
+    model = tiny_model(previous_tokens=2)
     with torch.inference_mode():
         step = DecodeStep(model, cache_of(model), BLOCK, model.logits)
         with NoWaits():
@@ -96,7 +98,7 @@ def test_it_never_waits_for_the_device() -> None:
 
 def test_it_is_one_graph_for_every_position() -> None:
     """A recorded graph must not depend on the position, or a replay would be wrong."""
-    model = tiny_model()
+    model = tiny_model(previous_tokens=2)
     graphs: list[torch.fx.GraphModule] = []
 
     def capture(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:

@@ -24,6 +24,7 @@ SHAPES = [
     {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True, "qk_norm": True},
     {"mlp": "relu2", "qk_norm": True, "kv_heads": 1, "norm": "rmsnorm"},
     {"cond_width": 8, "embed_norm": True, "softmax_cutoffs": (3, 9)},
+    {"previous_tokens": 3},
 ]
 
 

@@ -12,10 +12,11 @@ from bd3lm.config import ModelConfig, NoiseConfig, ObjectiveConfig, SampleConfig
 from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
-from bd3lm.model import Transformer
+from bd3lm.model import KVCache, Transformer
 from bd3lm.model.flops import head_columns, step_flops
 from bd3lm.sample import Sampler
 from bd3lm.sample.draw import composed_draw, distribution, draw
+from bd3lm.sample.speculative import Speculation
 from bd3lm.sample.strategies.ordered import left_to_right
 from bd3lm.systems import Autoregressive, BlockDiffusion
 from tests.conftest import MASK_ID, VOCAB_SIZE, random_ids, tiny_model, token_arrays
@@ -195,10 +196,11 @@ def samplers(model, window=8, size=4, eos_id=99):
     return ar, Sampler(model, BlockDiffusion(size, mask_id), **options)
 
 
+@pytest.mark.parametrize("previous", [0, 2])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_greedy_speculation_gives_the_ar_models_tokens(size):
+def test_greedy_speculation_gives_the_ar_models_tokens(size, previous):
     """Also beyond the window, from prompts of several lengths in one batch, and to the same end."""
-    model = causal_model(M + 1)
+    model = causal_model(M + 1, previous_tokens=previous)
     ar, speculative = samplers(model, size=size, eos_id=3)
     cfg = SampleConfig(length=30, temperature=0.0, top_p=1.0)
     prompts = [[1], [2, 0, 1], [], [0, 1, 2, 1, 0, 2, 2, 1, 1]]
@@ -209,6 +211,41 @@ def test_greedy_speculation_gives_the_ar_models_tokens(size):
     for a, b in zip(expected, found, strict=True):
         assert b.log_prob == pytest.approx(a.log_prob, abs=1e-4)
         assert b.nfe <= a.nfe
+
+
+@pytest.mark.parametrize("previous", [0, 2, 5])
+@torch.inference_mode()
+def test_drafts_are_of_a_masked_block_after_the_known_text(previous):
+    """In every row, whatever was accepted; the block begins with the token just drawn."""
+    model, size, window = causal_model(M + 1, previous_tokens=previous), 4, 8
+    cfg = SampleConfig(top_p=1.0)
+    prompts = [[0], [0, 1, 2, 1], [0, 2]]
+    run = Speculation(
+        model,
+        BlockDiffusion(size, M),
+        cfg,
+        prompts,
+        first=0,
+        limit=30,
+        window=window,
+        bos_id=0,
+        eos_id=99,
+    )
+    accepted = set()
+    for _ in range(9):
+        accepted |= {len(tokens) for tokens in run.step()}
+        for row in run.rows:
+            context = [0, *row.ids[row.window + 1 :]][: len(row.ids) - 1 - row.window]
+            cache = KVCache(model.cfg, 1, len(context) + size, torch.device("cpu"))
+            model.encode(torch.tensor([context]), 1, cache=cache, commit=len(context))
+            masks = torch.full((1, size), M)
+            logits = model.logits(model.encode(masks, len(context) + size, cache=cache)[0, 1:])
+            logits[:, M] = -torch.inf
+            wanted = distribution(logits, cfg)
+            for place in range(size - 1):
+                found = row.drafted_from.row(place)
+                torch.testing.assert_close(found, wanted.row(place), rtol=1e-4, atol=1e-5)
+    assert accepted >= {1, 2, 3}
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])

@@ -13,6 +13,8 @@ SHAPES = [
     {"cond_width": 8, "mlp": "relu2"},
     {"cond_width": 8, "time_conditioning": True, "tied_embeddings": True},
     {"clean_stream": "causal", "qk_norm": True, "embed_norm": True},
+    {"clean_stream": "causal", "previous_tokens": 2},
+    {"previous_tokens": 5},
 ]
 MODELS = pytest.mark.parametrize("changes", SHAPES)
 
@@ -97,8 +99,9 @@ def test_selection_is_indexing(changes):
     torch.testing.assert_close(model.encode(x0, 4, select=select), whole[select])
 
 
-def test_documents_do_not_see_each_other():
-    model = tiny_model()
+@pytest.mark.parametrize("previous", [0, 2])
+def test_documents_do_not_see_each_other(previous):
+    model = tiny_model(previous_tokens=previous)
     first, second = random_ids(1, 8, seed=1), random_ids(1, 8, seed=2)
     both = torch.cat([first, second], dim=1)
     doc_ids = torch.tensor([[0] * 8 + [1] * 8], dtype=torch.int32)
@@ -123,8 +126,9 @@ def test_padding_is_never_a_key():
     assert before.isfinite().all()
 
 
-def test_the_future_is_unseen():
-    model = tiny_model()
+@pytest.mark.parametrize("previous", [0, 2])
+def test_the_future_is_unseen(previous):
+    model = tiny_model(previous_tokens=previous)
     x0 = random_ids(1, 8)
     xt = noised(x0)
     early = model.denoise(xt, x0, 4, torch.arange(4))

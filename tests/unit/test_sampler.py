@@ -150,7 +150,11 @@ def uncached_sample(model, length, block_size, window, *, prompt=(), seed=1, row
     return ids[1:length]
 
 
-@pytest.mark.parametrize("changes", [{}, {"cond_width": 8, "kv_heads": 1, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cond_width": 8, "kv_heads": 1, "qk_norm": True}, {"previous_tokens": 2}],
+    ids=["plain", "shared keys", "previous tokens"],
+)
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_cached_sampling_equals_uncached_sampling(changes, block_size):
     model = tiny_model(**changes)

@@ -91,6 +91,7 @@ def their_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied_embeddings": shape.tied_embeddings,
         "embed_norm": shape.embed_norm,
         "softmax_cutoffs": list(checkpoint.model.cutoffs),
+        "previous_tokens": shape.previous_tokens,
         "mask_token_id": tokenizer.mask_id,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

@@ -34,6 +34,7 @@ def family_kind(config: TrainConfig) -> str | None:
         and not shape.head_bias
         and not shape.softmax_cutoffs
         and not shape.embed_norm
+        and not shape.previous_tokens
     )
     if not fits:
         return None

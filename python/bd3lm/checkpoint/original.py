@@ -33,6 +33,7 @@ TOKENIZER = "gpt2"
 PARTS = {
     "time.up": "sigma_map.mlp.0",
     "time.down": "sigma_map.mlp.2",
+    "previous": "previous",
     "embed_norm": "embed_norm",
     "norm": "output_layer.norm_final",
     "ada": "output_layer.adaLN_modulation",
@@ -192,8 +193,8 @@ def _extension(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the keys that :mod:`bd3lm.checkpoint.bd3lm_hf` adds; defaults without them."""
     theta, scaling = read_rope(meta)
     names = ("head_dim", "mlp", "norm", "norm_eps", "qk_norm", "tied_embeddings", "embed_norm")
-    biases = ("mlp_bias", "head_bias", "qkv_bias", "out_bias")
-    found = {name: meta[name] for name in (*names, *biases) if name in meta}
+    more = ("mlp_bias", "head_bias", "qkv_bias", "out_bias", "previous_tokens")
+    found = {name: meta[name] for name in (*names, *more) if name in meta}
     if found.get("head_dim") == int(meta["hidden_dim"]) / int(meta["n_heads"]):
         del found["head_dim"]  # the default
     for ours, theirs in (("kv_heads", "n_kv_heads"), ("mlp_width", "mlp_dim")):

@@ -113,6 +113,7 @@ def _check_representable(config: TrainConfig) -> None:
         ("model.clean-stream", shape.clean_stream, "block", "bd3lm"),
         ("model.token-shift", shape.token_shift, False, "bd3lm"),
         ("model.embed-norm", shape.embed_norm, False, "bd3lm"),
+        ("model.previous-tokens", shape.previous_tokens, 0, "hf"),
         ("model.softmax-cutoffs", shape.softmax_cutoffs, (), "bd3lm"),
         ("model.qk-norm", shape.qk_norm, True, "hf"),
         ("model.norm", shape.norm, "rmsnorm", "hf"),

@@ -126,6 +126,9 @@ class ModelConfig:
     token_shift: bool = False
     """Predict a token from the position before it, as an autoregressive model does. For the first
     token of a block that is the clean token before the block."""
+    previous_tokens: int = 0
+    """Number of tokens before a position whose embeddings are added to its own, each with a learned
+    weight a feature. Inside a block they are those of the noised stream."""
     dropout: float = 0.0
     """Dropout after attention and MLP, while training."""
 
@@ -179,6 +182,7 @@ class ModelConfig:
         check(increase, field_name, cutoffs, "whole numbers of at least 1 in increasing order")
         check_number("model.dropout", self.dropout, 0, 1, interval="[)")
         check_whole("model.cond-width", self.cond_width, 0, LARGEST_WIDTH)
+        check_whole("model.previous-tokens", self.previous_tokens, 0, 16)
         check(
             self.cond_width > 0 or not self.time_conditioning,
             "model.time-conditioning",

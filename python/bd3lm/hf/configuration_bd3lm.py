@@ -47,6 +47,7 @@ class BD3LMConfig(PretrainedConfig):
         tied_embeddings: head and embedding were one matrix; they are stored, and trained, apart.
         embed_norm: normalise the embeddings before the first block.
         softmax_cutoffs: first ids of the clusters of an adaptive softmax; None: one softmax.
+        previous_tokens: number of tokens before a position whose embeddings are added to its own.
         mask_token_id: the mask; None: the last id.
         others: of every configuration of transformers.
     """
@@ -92,6 +93,7 @@ class BD3LMConfig(PretrainedConfig):
         tied_embeddings: bool = False,
         embed_norm: bool = False,
         softmax_cutoffs: list[int] | None = None,
+        previous_tokens: int = 0,
         mask_token_id: int | None = None,
         **others: Any,
     ) -> None:
@@ -113,6 +115,7 @@ class BD3LMConfig(PretrainedConfig):
         self.tied_embeddings = tied_embeddings
         self.embed_norm = embed_norm
         self.softmax_cutoffs = list(softmax_cutoffs or [])
+        self.previous_tokens = previous_tokens
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         others["tie_word_embeddings"] = False
         super().__init__(**others)

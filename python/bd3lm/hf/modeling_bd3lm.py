@@ -225,6 +225,20 @@ class DDiTFinalLayer(nn.Module):
         return torch.cat([shortlist, *rare], -1)
 
 
+class PreviousTokens(nn.Module):
+    """Adds embeddings of the tokens before a position, weighted by feature."""
+
+    def __init__(self, cfg: BD3LMConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(cfg.previous_tokens, cfg.hidden_dim))
+
+    def forward(self, x: Tensor, embed: nn.Module, before: Tensor) -> Tensor:
+        """Add to embeddings [B, T, D] those of ``before`` [N, B, T]; -1 is no token."""
+        for ids, weight in zip(before, self.weight, strict=True):
+            x = x + embed(ids.clamp(min=0)) * weight * (ids >= 0)[..., None]
+        return x
+
+
 class DITBackbone(nn.Module):
     """The network, with the published names."""
 
@@ -232,6 +246,7 @@ class DITBackbone(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vocab_embed = EmbeddingLayer(cfg.hidden_dim, cfg.vocab_size)
+        self.previous = PreviousTokens(cfg) if cfg.previous_tokens else None
         self.embed_norm = Norm(cfg.hidden_dim, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         if cfg.adaln:
             self.sigma_map = TimestepEmbedder(cfg.cond_dim)
@@ -242,6 +257,7 @@ class DITBackbone(nn.Module):
     def forward(
         self,
         ids: Tensor,
+        before: Tensor | None,
         mask: Tensor,
         position: Tensor,
         sigma: Tensor | None,
@@ -255,6 +271,8 @@ class DITBackbone(nn.Module):
                 sigma = torch.zeros(1, 1, device=ids.device)
             cond = F.silu(self.sigma_map(sigma))
         x = self.vocab_embed(ids)
+        if self.previous is not None:
+            x = self.previous(x, self.vocab_embed, before)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rope = self.rotary_emb(position, x.dtype)
@@ -349,7 +367,8 @@ class BD3LM(PreTrainedModel, BlockDiffusionGeneration):
         mask = mask[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None, :].bool()
-        logits, stream = self.backbone(ids, mask, position, sigma, cache, length)
+        before = self._tokens_before(input_ids, x0, cache, attention_mask, size)
+        logits, stream = self.backbone(ids, before, mask, position, sigma, cache, length)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
@@ -398,6 +417,29 @@ class BD3LM(PreTrainedModel, BlockDiffusionGeneration):
         """Return the head."""
         return self.backbone.output_layer.linear
 
+    def _tokens_before(
+        self, ids: Tensor, x0: Tensor | None, cache: Any, attention_mask: Tensor | None, size: int
+    ) -> Tensor | None:
+        """Ids before each position, the nearest first [N, B, T], or of both streams."""
+        count = self.config.previous_tokens
+        if not count:
+            return None
+        first, known = 0, ids
+        if cache is not None:
+            first = cache.get_seq_length()
+            known = torch.cat([cache.seen_ids[:, :first], ids], 1) if first else ids
+            cache.seen_ids = known
+        if attention_mask is not None:
+            known = known.masked_fill(attention_mask == 0, -1)
+        before = _shifts(known, count)[..., first:]
+        if x0 is None:
+            return before
+        inside = torch.arange(ids.shape[1], device=ids.device) % size
+        distance = torch.arange(1, count + 1, device=ids.device)
+        own = (inside >= distance[:, None])[:, None]
+        clean = _shifts(x0, count)
+        return torch.cat([torch.where(own, before, clean), clean], -1)
+
     def _block(self, block_size: int | None) -> int:
         if self.config.causal:
             return 1
@@ -417,6 +459,12 @@ def _per_position(timesteps: Tensor | None, length: int, size: int) -> Tensor | 
     if timesteps.shape[1] == 1:
         return timesteps.expand(-1, length)
     return timesteps if timesteps.shape[1] == length else timesteps.repeat_interleave(size, 1)
+
+
+def _shifts(ids: Tensor, count: int) -> Tensor:
+    """Ids [B, T] one to N positions before, -1 where there is none, [N, B, T]."""
+    length = ids.shape[1]
+    return torch.stack([F.pad(ids, (n, 0), value=-1)[:, :length] for n in range(1, count + 1)])
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bd3lm.config import ModelConfig
 from bd3lm.model.fused import activated, activated_linear, normalised, on_cpu
+from bd3lm.model.previous import tokens_before
 
 
 class Norm(nn.Module):
@@ -135,6 +136,8 @@ class KVCache:
         capacity: number of positions allocated.
         k: one tensor a layer, [B, Hkv, capacity, Dh].
         v: as ``k``.
+        tokens: ids of the positions, int64 [B, capacity], for models that read the tokens before;
+            None for others.
     """
 
     def __init__(
@@ -153,6 +156,9 @@ class KVCache:
         self.capacity = capacity
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
+        self.tokens = None
+        if cfg.previous_tokens:
+            self.tokens = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.length = 0
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -165,10 +171,24 @@ class KVCache:
         """The first ``length`` positions of one layer, [B, Hkv, length, Dh]."""
         return self.k[layer][:, :, :length], self.v[layer][:, :, :length]
 
+    def read_tokens(self, length: int) -> Tensor:
+        """Ids of the first ``length`` positions, [B, length]."""
+        assert self.tokens is not None
+        return self.tokens[:, :length]
+
+    def tokens_before(self, ids: Tensor, count: int, *, doc_ids: Tensor | None = None) -> Tensor:
+        """Write ``ids`` [B, T] after the filled positions; return the N before each, [B, T, N]."""
+        assert self.tokens is not None
+        end = self.length + ids.shape[1]
+        self.tokens[:, self.length : end] = ids
+        return tokens_before(self.tokens[:, :end], count, doc_ids)[:, self.length :]
+
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order."""
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(0, rows)
 
 
 class CacheAt:
@@ -188,6 +208,12 @@ class CacheAt:
         """Write [B, T, Hkv, Dh] at the positions of one layer."""
         for kept, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
             kept.index_copy_(2, self.position, new.transpose(1, 2).to(kept.dtype))
+
+    def tokens_before(self, ids: Tensor, count: int) -> Tensor:
+        """Write ``ids`` [B, T] at the positions; return the N before each, [B, T, N]."""
+        tokens = self.cache.read_tokens(self.cache.capacity)
+        tokens.index_copy_(1, self.position, ids)
+        return tokens_before(tokens, count).index_select(1, self.position)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """All positions of one layer, [B, Hkv, capacity, Dh], unfilled ones included."""

@@ -30,6 +30,7 @@ from bd3lm.model.layers import (
     TimeEmbedding,
     linear_parts,
 )
+from bd3lm.model.previous import PreviousTokens, tokens_before, tokens_before_both
 from bd3lm.model.rotary import Rotary, unrotated
 
 COMPILER = "inductor"
@@ -256,6 +257,9 @@ class Transformer(nn.Module):
         self.compiles_blocks = False
         """Whether training steps run compiled blocks."""
         self.embed = nn.Embedding(vocab_size, cfg.width)
+        self.previous = None
+        if cfg.previous_tokens:
+            self.previous = PreviousTokens(cfg.previous_tokens, cfg.width)
         self.embed_norm = Norm(cfg.width, cfg.norm, cfg.norm_eps) if cfg.embed_norm else None
         self.time = TimeEmbedding(cfg.cond_width) if cfg.cond_width else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
@@ -426,9 +430,17 @@ class Transformer(nn.Module):
         causal_end = seq_len if self.cfg.causal_clean else 0
         return BlockMask.training(seq_len, block_size, doc_ids, causal_end=causal_end)
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """Residual stream [..., D] before the first block."""
+    def _embedded(self, ids: Tensor, before: Callable[[int], Tensor]) -> Tensor:
+        """Residual stream [..., D] before the first block.
+
+        Args:
+            ids: [...].
+            before: from N to the ids of the N tokens before each [..., N]; called for models that
+                read them.
+        """
         h = self.embed(ids)
+        if self.previous is not None:
+            h = self.previous(h, self.embed, before(self.cfg.previous_tokens))
         return h if self.embed_norm is None else self.embed_norm(h)
 
     def _both_streams(
@@ -441,12 +453,12 @@ class Transformer(nn.Module):
         queries: int | None = None,
     ) -> Tensor:
         """Features [M, D] of selected rows; the last layer computes the first ``queries`` alone."""
-        seq_len = x0.shape[1]
+        seq_len, clean = x0.shape[1], x0
         x0 = x0[:, : mask.clean_len]
         cos, sin = self.rotary.table(seq_len, x0.device)
         rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
         cond = self.condition(sigma, mask.block_size, clean=mask.clean_len)
-        h = self._embedded(torch.cat([xt, x0], dim=1))
+        h = self._embedded(torch.cat([xt, x0], dim=1), partial(tokens_before_both, xt, clean, mask))
         for block in self.blocks[:-1]:
             h = self._run(block, h, mask, rope, cond)
         if queries is not None:
@@ -498,7 +510,10 @@ class Transformer(nn.Module):
         )
         cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
-        h = self._embedded(ids)
+        if cache is None:
+            h = self._embedded(ids, lambda count: tokens_before(ids, count, doc_ids))
+        else:
+            h = self._embedded(ids, partial(cache.tokens_before, ids, doc_ids=doc_ids))
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             h = self._run(
@@ -555,7 +570,7 @@ class Transformer(nn.Module):
         rope = (table[0][position], table[1][position])
         cond = self.condition(sigma, block_size)
         here = CacheAt(cache, position)
-        h = self._embedded(ids)
+        h = self._embedded(ids, partial(here.tokens_before, ids))
         for layer, block in enumerate(self.blocks):
             last_one = layer == len(self.blocks) - 1
             chosen = select if last_one else None
@@ -569,6 +584,7 @@ class Transformer(nn.Module):
         slot: Tensor,
         mask: RangeMask,
         cache: KVCache,
+        before: Callable[[int], Tensor],
     ) -> Tensor:
         """Run rows whose positions, cache slots and visible slots differ from row to row.
 
@@ -578,6 +594,8 @@ class Transformer(nn.Module):
             slot: of the cache, where its keys and values go, int64 [B, T].
             mask: slots that each token sees; the call writes its own first.
             cache: read as a whole; ``cache.length`` is not used.
+            before: from N to the ids of the N tokens before each, the nearest first and -1 where
+                there is none [B, T, N]; called for models that read them.
 
         Returns:
             Normalised features [B, T, D].
@@ -587,7 +605,7 @@ class Transformer(nn.Module):
         rope = (cos[flat], sin[flat])
         cond = self.condition(None, 1)
         slots = CacheSlots(cache, slot)
-        h = self._embedded(ids.flatten()[None])
+        h = self._embedded(ids.flatten()[None], lambda count: before(count).flatten(0, 1)[None])
         for layer, block in enumerate(self.blocks):
             h = block(h, mask, rope, cond, cache=slots, layer=layer)
         return self._finish(h, cond, None, None).view(*ids.shape, -1)
@@ -623,7 +641,12 @@ class Transformer(nn.Module):
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
         cond = self.condition(sigma, block_size)
         rows = (select - 1).clamp(min=0) if self.cfg.token_shift else select
-        h = self._embedded(xt)
+        h = self._embedded(
+            xt,
+            lambda count: tokens_before(
+                xt, count, doc_ids, clean=clean.read_tokens(seq_len), block_size=block_size
+            ),
+        )
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)

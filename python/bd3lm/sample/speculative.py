@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from bd3lm.config import SampleConfig
 from bd3lm.model import KVCache, Transformer
 from bd3lm.model.attention import Intervals, RangeMask
+from bd3lm.model.previous import NOTHING, tokens_before
 from bd3lm.sample.draw import Distribution, distribution, draw, invert
 from bd3lm.sample.state import window_start
 from bd3lm.systems import System
@@ -165,7 +167,7 @@ class Speculation:
     def _fill(self, index: int, row: SpeculativeRow, start: int) -> None:
         """Fill the cache of a row with its known tokens of the window but the last."""
         row.window = start
-        context = [self.bos_id, *row.ids[start + 1 : -1]][: len(row.ids) - 1 - start]
+        context = self._context(row)
         if not context:
             return
         ids = torch.tensor([context], device=self.device)
@@ -176,6 +178,11 @@ class Speculation:
             mine[index, :, here] = new[0]
         row.nfe += 1
         row.fills += 1
+
+    def _context(self, row: SpeculativeRow) -> list[int]:
+        """Known tokens of the row's window but the last."""
+        assert row.window is not None
+        return [self.bos_id, *row.ids[row.window + 1 : -1]][: len(row.ids) - 1 - row.window]
 
     def _forward(self) -> Tensor:
         """Features [B, S + S², D]: the clean tokens, then the noised blocks."""
@@ -188,6 +195,7 @@ class Speculation:
             ids.append(tokens + [mask_id] * (size - len(tokens) + self.scratch))
             known.append(len(row.ids) - row.window)
             row.nfe += 1
+        given = torch.tensor(ids, device=self.device)
         n = torch.tensor(known, dtype=torch.int64, device=self.device)[:, None]
         index = torch.arange(size, device=self.device)
         at_clean = n - 1 + index  # [B, S]
@@ -204,12 +212,33 @@ class Speculation:
         )
         mask = RangeMask(Intervals(*(bound.int() for bound in intervals)), self.scratch)
         return self.model.encode_ranges(
-            torch.tensor(ids, device=self.device),
+            given,
             torch.cat([at_clean, at_noised], 1),
             torch.cat([self.scratch + at_clean, slots], 1),
             mask,
             self.cache,
+            partial(self._tokens_before, given[:, :size]),
         )
+
+    def _tokens_before(self, tokens: Tensor, count: int) -> Tensor:
+        """The N tokens before each of a forward, [B, S + S², N].
+
+        Args:
+            tokens: the last known token and the drafts of every row [B, S].
+            count: N.
+        """
+        earlier = torch.full((len(self.rows), count), NOTHING)
+        for index, row in enumerate(self.rows):
+            context = self._context(row)[-count:]
+            if context:
+                earlier[index, -len(context) :] = torch.tensor(context)
+        line = torch.cat([earlier.to(self.device), tokens], dim=1)
+        masks = line.new_full((len(line), self.size), self.system.mask_id)
+        runs = [line] + [
+            torch.cat([line[:, : count + 1 + accepted], masks], dim=1)
+            for accepted in range(self.size)
+        ]
+        return torch.cat([tokens_before(run, count)[:, -self.size :] for run in runs], dim=1)
 
     def _logits(self, features: Tensor) -> Tensor:
         return self.system.logits(self.model, features.flatten(0, -2))

@@ -336,7 +336,7 @@ def _check_same_function(wanted: ModelConfig, found: ModelConfig, source: str) -
         CheckpointError: names the setting.
     """
     names = ("heads", "mlp", "norm", "norm_eps", "embed_norm", "rope_theta", "tied_embeddings")
-    for name in (*names, "rope_scaling", "nope_layers", "softmax_cutoffs"):
+    for name in (*names, "rope_scaling", "nope_layers", "softmax_cutoffs", "previous_tokens"):
         mine, theirs = getattr(wanted, name), getattr(found, name)
         if mine != theirs:
             raise CheckpointError(
