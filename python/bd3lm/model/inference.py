@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from bd3lm import _core
 from bd3lm.errors import ConfigError
 from bd3lm.model.attention import BlockMask, CachedMask, attend
+from bd3lm.model.block import Block, one_modulation
 from bd3lm.model.fused import flat
 from bd3lm.model.layers import KVCache, Norm
 from bd3lm.model.rotary import unrotated
 from bd3lm.model.threads import kernel_threads
-from bd3lm.model.transformer import Block, Transformer, one_modulation
+from bd3lm.model.transformer import Transformer
 
 
 @torch.inference_mode(False)
