@@ -34,17 +34,11 @@ from bd3lm.errors import (
     InterruptedRunError,
     StorageError,
 )
-from bd3lm.evaluate import (
-    Likelihood,
-    count_statistics,
-    evaluate_likelihood,
-    scoring_rows,
-    search_clip,
-)
+from bd3lm.evaluate import Likelihood
 from bd3lm.model import Transformer
 from bd3lm.model.flops import peak_flops, step_flops
 from bd3lm.ranks.group import ALONE, Ranks
-from bd3lm.systems import BlockDiffusion, System, build_system
+from bd3lm.systems import build_system
 from bd3lm.training.adapters import add_adapters, merged_weights
 from bd3lm.training.callbacks import Callbacks
 from bd3lm.training.clock import StepClock
@@ -62,6 +56,7 @@ from bd3lm.training.profile import AVERAGE, DATA, StepProfiler
 from bd3lm.training.reporter import Reporter
 from bd3lm.training.saver import NOTHING, Saver
 from bd3lm.training.shards import is_sharded, whole
+from bd3lm.training.validation import Validation
 
 
 class Trainer:
@@ -135,6 +130,7 @@ class Trainer:
         self.ema = Ema(self.model, cfg.optim.ema_decay)
         self.guard = StepGuard(next(self.model.parameters()).device)
         self.recorded = recorded_step(self) if cfg.cuda_graph else None
+        self.validation = Validation(cfg, valid, self.system, reporter, ranks)
         self.metrics = MetricsLog(out / "metrics.jsonl")
         self.checkpoints = StepFolders(self.checkpoint, cfg.keep)
         self.mirror: Mirror | None = None
@@ -356,62 +352,11 @@ class Trainer:
         Args:
             quick: only ``eval.rows`` rows; otherwise everything.
         """
-        cfg = self.cfg.eval
-        rows = scoring_rows(self.cfg, self.valid)
         with self.averaged() as model, autocast(self.cfg, self.device):
-            result = evaluate_likelihood(
-                self.system,
-                model,
-                rows,
-                estimator=self.cfg.estimator,
-                repeats=cfg.repeats,
-                batch_size=cfg.batch_size,
-                max_rows=cfg.rows if quick else cfg.final_rows,
-                num_bytes=self.valid.manifest.num_bytes,
-                progress=self._scored if quick else self._scoring,
-                ranks=self.ranks,
-            )
-            found = self._of_every_size(model, rows)
-        line = {"step": self.steps_done, "val_nelbo": result.nelbo, "val_ppl": result.ppl}
-        self._write(line | found | ({} if result.bpb is None else {"val_bpb": result.bpb}))
+            result, line = self.validation.score(model, self.steps_done, quick=quick)
+        self._write({"step": self.steps_done} | line)
         self.reporter.validation(self.steps_done, result)
         return result
-
-    def _of_every_size(self, model: Transformer, rows: Rows) -> dict[str, Any]:
-        """Search the clip, if it is searched, and score the other block sizes of the run.
-
-        Args:
-            model: with the averaged weights.
-            rows: of the run's own block size.
-
-        Returns:
-            The fields to log; those of other block sizes end with ``_S`` and the size.
-        """
-        system, cfg = self.system, self.cfg
-        found = self._search_clip(system, model, rows) if cfg.noise.clip_search else {}
-        if not isinstance(system, BlockDiffusion):
-            return found
-        for size in system.sizes:
-            if size == cfg.block:
-                continue
-            alone = cfg.with_block(size)
-            of_size, rows = system.at(size), scoring_rows(alone, self.valid)
-            score = evaluate_likelihood(
-                of_size,
-                model,
-                rows,
-                estimator=alone.estimator,
-                repeats=cfg.eval.repeats,
-                batch_size=cfg.eval.batch_size,
-                max_rows=cfg.eval.rows,
-                progress=self._scored,
-                ranks=self.ranks,
-            )
-            fields = {"val_nelbo": score.nelbo}
-            if cfg.noise.clip_search:
-                fields |= self._search_clip(of_size, model, rows)
-            found |= {f"{name}_S{size}": value for name, value in fields.items()}
-        return found
 
     @contextmanager
     def averaged(self) -> Iterator[Transformer]:
@@ -431,34 +376,6 @@ class Trainer:
         if self.cfg.lora.rank:
             return merged_weights(self.model, self.ema.weights, self.cfg.lora)
         return self.ema.weights
-
-    def _scored(self, done: int, total: int) -> None:
-        self.ranks.beat(f"after step {self.steps_done}, {done} of {total} rows validated")
-
-    def _scoring(self, done: int, total: int) -> None:
-        self._scored(done, total)
-        self.reporter.scoring(done, total)
-
-    def _search_clip(self, system: System, model: Transformer, rows: Rows) -> dict[str, Any]:
-        """Train on with the clip of least variance; returns the fields to log."""
-        noise = self.cfg.noise
-        statistics = count_statistics(
-            system,
-            model,
-            rows,
-            ranks=self.ranks,
-            max_rows=self.cfg.eval.rows,
-            repeats=self.cfg.eval.repeats,
-            batch_size=self.cfg.eval.batch_size,
-        )
-        clip, variance = search_clip(
-            statistics,
-            system.schedule,
-            resample=noise.resample,
-            count_probs=system.count_probs,
-        )
-        system.set_clip(clip)
-        return {"clip": clip, "clip_variance": variance}
 
     def _is_best(self, nelbo: float | None) -> bool:
         if nelbo is None or not math.isfinite(nelbo):
