@@ -53,6 +53,33 @@ def test_one_block_is_full_attention_without_a_clean_stream(changes):
     torch.testing.assert_close(with_clean, model.encode(xt, 8), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [s for s in SHAPES if not s.get("time_conditioning")])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_views_that_share_a_clean_stream_are_rows_of_their_own(changes, documents, recompute):
+    """Features and gradients, those of clean positions included."""
+    model, length = tiny_model(**changes).train(), 12
+    model.recompute = recompute
+    x0 = random_ids(2, length)
+    xt = torch.cat([noised(x0, seed) for seed in (1, 2, 3)])
+    doc_ids = None
+    if documents:
+        doc_ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 10 + [-1] * 2], dtype=torch.int32)
+    select, predict = torch.tensor([1, 6, 13, 30, 37, 50, 71]), torch.tensor([0, 5, 20])
+    repeated = None if doc_ids is None else doc_ids.repeat(3, 1)
+    found = []
+    for clean, docs in ((x0, doc_ids), (x0.repeat(3, 1), repeated)):
+        model.zero_grad()
+        features = model.denoise(xt, clean, 4, select, doc_ids=docs)
+        both = model.denoise_and_predict(xt, clean, 4, select, predict, doc_ids=docs)
+        weight = torch.linspace(-1, 1, both.numel()).view_as(both)
+        ((both * weight).sum() + features.square().sum()).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((features, both, *grads))
+    for shared, own in zip(*found, strict=True):
+        torch.testing.assert_close(shared, own, rtol=1e-4, atol=1e-4)
+
+
 @MODELS
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 def test_cached_equals_uncached(changes, block_size):

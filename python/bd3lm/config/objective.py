@@ -30,7 +30,8 @@ class ObjectiveConfig:
     largest; the later ones train on block-size. 0: S of each step is drawn."""
     complementary: bool = False
     """Noise each row a second time, by masking the tokens that the first mask left: every token is
-    predicted in each step. A forward has twice the rows."""
+    predicted in each step. The two noised streams share one clean stream, but not with
+    model.token-shift."""
 
     def of_one_size(self) -> ObjectiveConfig:
         """The same losses on blocks of one size."""

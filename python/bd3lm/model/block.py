@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
-from bd3lm.model.layers import CacheAt, KVCache, Mlp, Norm, linear_parts
+from bd3lm.model.layers import CacheAt, KVCache, Mlp, Norm, StreamKeys, linear_parts
 from bd3lm.model.rotary import unrotated
 
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
         *,
         queries: int | None = None,
         select: Tensor | None = None,
-        cache: KVCache | CacheAt | None = None,
+        cache: KVCache | CacheAt | StreamKeys | None = None,
         layer: int = 0,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:

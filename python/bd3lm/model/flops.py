@@ -21,8 +21,8 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     work counts: unmasked pairs of the attention; the clean stream without its last block, and of
     its last layer only keys and values; in the last layer and the output head only predicted
     positions (half of them under loglinear levels). With a next-token loss the clean stream is
-    computed whole. Norms, rotations and adaLN are left out. Frozen matrices below adapters have no
-    gradient of their own, and the adapters are left out.
+    computed whole. Complementary views share it. Norms, rotations and adaLN are left out. Frozen
+    matrices below adapters have no gradient of their own, and the adapters are left out.
 
     Args:
         cfg: the run.
@@ -43,20 +43,22 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     to_queries, to_keys = model.width * q_width, 2 * model.width * kv_width
     up = 2 if model.mlp == "swiglu" else 1
     after = model.width * q_width + (up + 1) * model.width * model.hidden  # projection and MLP
-    predicted = length if cfg.system == "ar" else length / 2
-    clean, queries, clean_depth = 0, length, model.depth - 1
+    views = 2 if cfg.objective.complementary else 1
+    noised = views * length
+    predicted = length if cfg.system == "ar" else noised / 2
+    clean, queries, clean_depth = 0, noised, model.depth - 1
     if cfg.objective.ar_weight > 0:
-        clean, queries, clean_depth = length, 2 * length, model.depth
+        clean, queries, clean_depth = length, noised + length, model.depth
         predicted += length if cfg.objective.ar_tokens == "all" else length / 2
     elif cfg.system == "bd3lm" and block < length:
         clean = length - block
-    positions = length + clean
+    positions = noised + clean
     columns = head_columns(model.softmax_cutoffs, vocab_size)
     layer = positions * (to_queries + to_keys + after)
     last = queries * to_queries + positions * to_keys + predicted * after
     products = (model.depth - 1) * layer + last + predicted * model.width * columns
     # Blocks of either stream see their own and the clean ones before them.
-    pairs = length * (length + block) / 2
+    pairs = noised * (length + block) / 2
     clean_pairs = clean * (clean + (1 if model.causal_clean else block)) / 2
     attention = 2 * q_width * (pairs * model.depth + clean_pairs * clean_depth)
     of_products = 4.0 if cfg.lora.rank else 6.0

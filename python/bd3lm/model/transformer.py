@@ -21,7 +21,7 @@ from bd3lm.model.adaptive import adaptive_logits, new_clusters, ranges
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.attention.mask import before_last
 from bd3lm.model.block import Block, one_modulation, pick
-from bd3lm.model.layers import CacheAt, CacheSlots, KVCache, Norm, TimeEmbedding
+from bd3lm.model.layers import CacheAt, CacheSlots, KVCache, Norm, StreamKeys, TimeEmbedding
 from bd3lm.model.previous import PreviousTokens, tokens_before, tokens_before_both
 from bd3lm.model.rotary import Rotary
 
@@ -189,10 +189,11 @@ class Transformer(nn.Module):
         """Features of noised positions given the clean blocks before them (docs/math.md §7).
 
         Args:
-            xt: noised ids [B, L].
+            xt: noised ids [B, L]; or [V·B, L], V views of the rows one after the other, which share
+                one clean stream.
             x0: clean ids [B, L].
             block_size: S.
-            select: flat indices b*L+i of the positions to predict [M].
+            select: flat indices b*L+i of the positions of ``xt`` to predict [M].
             doc_ids: int32 [B, L]; attention stays inside a document.
             sigma: -log(alpha) of every block [B, K], for time-conditioned models.
 
@@ -202,6 +203,8 @@ class Transformer(nn.Module):
         mask = self._training_mask(x0, block_size, doc_ids)
         if not wants_last_clean(x0.device):
             mask = mask.without_last_clean()
+        if len(xt) > len(x0):
+            return self._views(xt, x0, mask, select)
         if self.cfg.token_shift:
             return self._both_streams(xt, x0, mask, sigma, self._noised_rows(select, mask))
         return self._both_streams(xt, x0, mask, sigma, select, queries=x0.shape[1])
@@ -223,7 +226,7 @@ class Transformer(nn.Module):
         from.
 
         Args:
-            xt: noised ids [B, L].
+            xt: noised ids [B, L], or [V·B, L] as for :meth:`denoise`.
             x0: clean ids [B, L].
             block_size: S.
             select: flat indices b*L+i of noised positions [M].
@@ -236,6 +239,8 @@ class Transformer(nn.Module):
         """
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
+        if len(xt) > len(x0):
+            return self._views(xt, x0, mask, select, predict)
         clean = predict + (predict.div(seq_len, rounding_mode="floor") + 1) * seq_len
         rows = torch.cat([self._noised_rows(select, mask), clean])
         return self._both_streams(xt, x0, mask, sigma, rows)
@@ -292,6 +297,52 @@ class Transformer(nn.Module):
             mask = dataclasses.replace(mask, clean_queries=False)
         h = self._run(self.blocks[-1], h, mask, rope, cond, queries=queries, select=select)
         return self._finish(h, cond, queries, select)
+
+    def _views(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        mask: BlockMask,
+        select: Tensor,
+        predict: Tensor | None = None,
+    ) -> Tensor:
+        """Features of several noised streams [M, D], then of the clean one they share [N, D].
+
+        Each layer runs on the clean stream first, whose keys and values all of them read.
+        """
+        views = len(xt) // len(x0)
+        noised_mask, clean_mask = mask.apart(views)
+        angles = self.rotary.table(mask.seq_len, x0.device)
+        cond = self.condition(None, mask.block_size)
+        docs, size, end = mask.doc_ids, mask.block_size, mask.clean_len
+        h = self._embedded(
+            xt,
+            lambda count: tokens_before(
+                xt, count, noised_mask.doc_ids, clean=x0.repeat(views, 1), block_size=size
+            ),
+        )
+        clean = self._embedded(x0[:, :end], lambda count: tokens_before(x0, count, docs)[:, :end])
+        for block in self.blocks:
+            last = block is self.blocks[-1]
+            shared = StreamKeys()
+            clean = self._run(
+                block,
+                clean,
+                clean_mask,
+                (angles[0][:end], angles[1][:end]),
+                cond,
+                cache=shared,
+                queries=0 if last and predict is None else None,
+                select=predict if last else None,
+            )
+            past = tuple(x.repeat(views, 1, 1, 1) for x in (shared.k, shared.v))
+            h = self._run(
+                block, h, noised_mask, angles, cond, past=past, select=select if last else None
+            )
+        features = self._finish(h, cond, None, select)
+        if predict is None:
+            return features
+        return torch.cat([features, self._finish(clean, cond, None, predict)])
 
     def encode(
         self,

@@ -165,9 +165,8 @@ class BlockDiffusion(System):
                 batch.xt, size, select=_sources(model, select), doc_ids=batch.doc_ids, sigma=sigma
             )
         else:
-            features = model.denoise(
-                batch.xt, batch.x0, size, select, doc_ids=batch.doc_ids, sigma=sigma
-            )
+            x0, doc_ids = self._clean(model, batch)
+            features = model.denoise(batch.xt, x0, size, select, doc_ids=doc_ids, sigma=sigma)
         target = flat_targets(batch.x0, select)
         loss, nats = self.head_loss(model, features, target, weight)
         self._observe(nats, batch)
@@ -188,14 +187,9 @@ class BlockDiffusion(System):
         share = objective.ar_weight * noisable / max(number, 1)
         after, ar_weight = whole_tiles(after, torch.full_like(after, share, dtype=torch.float32))
         select, weight = whole_tiles(masked, batch.weight)
+        x0, doc_ids = self._clean(model, batch)
         features = model.denoise_and_predict(
-            batch.xt,
-            batch.x0,
-            batch.block_size,
-            select,
-            after - 1,
-            doc_ids=batch.doc_ids,
-            sigma=sigma,
+            batch.xt, x0, batch.block_size, select, after - 1, doc_ids=doc_ids, sigma=sigma
         )
         target = flat_targets(batch.x0, torch.cat([select, after]))
         loss, nats = self.head_loss(model, features, target, torch.cat([weight, ar_weight]))
@@ -205,6 +199,14 @@ class BlockDiffusion(System):
         self.parts.add(f"loss_S{batch.block_size}", of_noised, noisable)
         self.parts.add("loss_ar", nats[len(select) :][:number].sum(), number)
         return loss
+
+    def _clean(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Rows of the clean stream, and their documents: complementary views share one."""
+        x0, doc_ids = batch.x0, batch.doc_ids
+        if not self._objective.complementary or model.cfg.token_shift:
+            return x0, doc_ids
+        rows = len(x0) // 2
+        return x0[:rows], None if doc_ids is None else doc_ids[:rows]
 
     def _ar_loss(self, model: Transformer, batch: Batch) -> Tensor:
         """The next-token loss alone, of the clean stream alone."""

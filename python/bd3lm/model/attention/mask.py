@@ -106,6 +106,25 @@ class BlockMask:
         """Copy of a mask with an xt stream whose x0 ends before its last block."""
         return replace(self, last_clean=False)
 
+    def apart(self, views: int) -> tuple[BlockMask, BlockMask]:
+        """Masks of a training step whose rows have several noised streams and one clean stream.
+
+        Returns:
+            Of the noised streams, Tq = L and Tk = L and x0; and of the clean one.
+        """
+        docs = self.doc_ids
+        noised = replace(
+            self, clean_queries=False, doc_ids=None if docs is None else docs.repeat(views, 1)
+        )
+        end = self.clean_len
+        clean = self.clean(
+            end,
+            self.block_size,
+            None if docs is None else docs[:, :end].contiguous(),
+            causal_end=min(self.causal_end, end),
+        )
+        return noised, clean
+
     @classmethod
     def clean(
         cls,
