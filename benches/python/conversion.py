@@ -45,8 +45,8 @@ CAUSAL = {"clean_stream": "causal"}
 RUNS: dict[str, dict[str, Any]] = {
     "base": {},
     "token shift": {"model": {"token_shift": True}},
-    "complementary": {"objective": {"complementary": True}},
-    "complementary, half the rows": {"objective": {"complementary": True}, "batch_size": 4},
+    "complementary": {"objective": {"views": 2}},
+    "complementary, half the rows": {"objective": {"views": 2}, "batch_size": 4},
     "ramp 1, 2, 4": {"objective": {"block_sizes": (1, 2, 4), "ramp_steps": 0.5}},
     "sizes 1, 2, 4, 8": {"objective": {"block_sizes": (1, 2, 4, 8)}},
     "all masked": {"noise": {"estimator": "full"}},

@@ -380,7 +380,7 @@ def test_operations_of_a_joint_step_are_those_of_both_objectives():
     mixed = preset("demo", objective={"block_sizes": (2, 4)})
     two, four = (step_flops(preset("demo", block_size=size), vocab) for size in (2, 4))
     assert step_flops(mixed, vocab) == pytest.approx((two + four) / 2)
-    views = {"complementary": True}
+    views = {"views": 2}
     one, two = (step_flops(preset("demo", "mdlm", objective=o), vocab) for o in ({}, views))
     assert two == 2 * one
     shared = step_flops(preset("demo", objective=views), vocab)

@@ -16,6 +16,7 @@ SHAPES = [
     {"clean_stream": "causal", "previous_tokens": 2},
     {"previous_tokens": 5},
 ]
+UNTOLD = [changes for changes in SHAPES if not changes.get("time_conditioning")]
 MODELS = pytest.mark.parametrize("changes", SHAPES)
 
 
@@ -53,7 +54,7 @@ def test_one_block_is_full_attention_without_a_clean_stream(changes):
     torch.testing.assert_close(with_clean, model.encode(xt, 8), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [s for s in SHAPES if not s.get("time_conditioning")])
+@pytest.mark.parametrize("changes", [*UNTOLD, {"token_shift": True, "clean_stream": "causal"}])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_views_that_share_a_clean_stream_are_rows_of_their_own(changes, documents, recompute):

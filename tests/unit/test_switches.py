@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from bd3lm.config import NoiseConfig, ObjectiveConfig, SampleConfig, preset
-from bd3lm.data import Loader, NoiseSpec, Rows, Schedule, Weighting
+from bd3lm.data import Loader, NoiseSpec, Rows, Schedule
 from bd3lm.errors import ConfigError
 from bd3lm.evaluate import evaluate_likelihood
 from bd3lm.sample import Sampler
 from bd3lm.sample.strategies.ordered import left_to_right
 from bd3lm.systems import Autoregressive, BlockDiffusion
-from bd3lm.systems.complement import with_complement
+from bd3lm.systems.views import with_complements
 from tests.conftest import MASK_ID, VOCAB_SIZE, random_ids, token_arrays
 from tests.unit.test_joint import COUNT, batch_of, causal_model
 
@@ -105,40 +105,70 @@ def test_rows_of_a_shifted_model_do_not_depend_on_the_batch():
 # --- complementary views --------------------------------------------------------------------------
 
 
+def masks_of(number):
+    return NoiseSpec(Schedule("loglinear"), estimator="count", masks=number)
+
+
 @pytest.mark.parametrize("packing", ["wrap", "aligned"])
-def test_each_token_is_masked_in_one_of_two_views(packing):
-    batch = batch_of(packing=packing)
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_each_token_is_masked_once_in_each_pair_of_views(packing, pairs):
+    batch = batch_of(packing=packing, spec=masks_of(pairs))
     weights = torch.from_numpy(COUNT.complementary_weights(4))
-    both = with_complement(batch, weights, MASK_ID)
+    both = with_complements(batch, weights, MASK_ID)
     tokens = batch.x0.numel()
-    assert (
-        sorted((both.masked % tokens).tolist()) == batch.noisable.flatten().nonzero()[:, 0].tolist()
-    )
+    noisable = batch.noisable.flatten().nonzero()[:, 0].tolist()
+    assert sorted((both.masked % tokens).tolist()) == sorted(noisable * pairs)
     hidden = both.xt.flatten() == MASK_ID
     assert hidden.nonzero()[:, 0].tolist() == sorted(both.masked.tolist())
-    assert torch.equal(both.x0.flatten()[~hidden], both.xt.flatten()[~hidden])
+    x0 = both.x0.repeat(2 * pairs, 1).flatten()
+    assert torch.equal(x0[~hidden], both.xt.flatten()[~hidden])
     assert both.num_noisable == batch.num_noisable
+    views = hidden.view(2, pairs, -1)
+    assert torch.equal(views[0] ^ views[1], batch.noisable.flatten().expand(pairs, -1))
+    assert len({tuple(view.tolist()) for view in views[0]}) == pairs
+
+
+def test_further_masks_leave_the_rows_as_they_are_in_every_part_of_a_batch():
+    """A part of a batch has the same masks as the whole."""
+    rows = Rows(token_arrays(60), seq_len=16, block_size=4)
+    loader, spec = Loader(rows, 6, seed=3), masks_of(2)
+    whole = loader.batch(5, spec)
+    parts = [loader.batch(5, spec, part=(i, 2)) for i in range(2)]
+    xt = torch.stack([part.xt.view(2, 3, 16) for part in parts], dim=1)
+    assert torch.equal(xt.view(12, 16), whole.xt)
+    assert torch.equal(whole.x0, loader.batch(5, COUNT).x0)
+    assert torch.equal((whole.xt == MASK_ID).flatten().nonzero()[:, 0], whole.masked)
+    weight = torch.zeros(whole.xt.numel())
+    weight[whole.masked] = whole.weight
+    for i, part in enumerate(parts):
+        own = torch.zeros(part.xt.numel())
+        own[part.masked] = part.weight
+        assert torch.equal(own, weight.view(2, 2, 3, 16)[:, i].flatten())
+        assert torch.equal(part.mask_prob, whole.mask_prob.view(2, 2, 3, 4)[:, i].reshape(6, 4))
 
 
 @pytest.mark.parametrize("weighting", ["nelbo", "simple"])
-def test_complementary_views_have_the_same_expectation(weighting):
-    """And for a loss that depends on the mask they vary less."""
-    spec = NoiseSpec(Schedule("loglinear"), estimator="count", weighting=Weighting(weighting))
+def test_views_have_the_same_expectation_and_vary_less(weighting):
     model = causal_model(scale=0.3)
-    noise = NoiseConfig(weighting=weighting)
-    one = BlockDiffusion(4, MASK_ID, noise)
-    two = BlockDiffusion(4, MASK_ID, noise, objective=ObjectiveConfig(complementary=True))
+    noise = NoiseConfig(weighting=weighting, estimator="count")
+    systems = [
+        BlockDiffusion(4, MASK_ID, noise, objective=ObjectiveConfig(views=views))
+        for views in (1, 2, 4)
+    ]
     rows = Rows(token_arrays(60), seq_len=16, block_size=4)
     losses = []
     with torch.no_grad():
         for seed in range(300):
             # The same row in every draw: order and noise are functions of the step.
-            b = Loader(rows, 1, seed=seed).batch(0, spec)
-            losses.append((float(one.loss(model, b)), float(two.loss(model, b)), b))
-    single, double = np.array([x[:2] for x in losses]).T
-    error = math.hypot(np.std(single), np.std(double)) / math.sqrt(len(losses))
-    assert abs(single.mean() - double.mean()) < 4 * error
-    assert np.std(double) < np.std(single)
+            loader = Loader(rows, 1, seed=seed)
+            losses.append([float(s.loss(model, loader.batch(0, s.noise(0)))) for s in systems])
+    single, *several = np.array(losses).T
+    spread = np.std(single)
+    for views in several:
+        error = math.hypot(np.std(single), np.std(views)) / math.sqrt(len(losses))
+        assert abs(single.mean() - views.mean()) < 4 * error
+        assert np.std(views) < spread
+        spread = np.std(views)
 
 
 def test_weights_of_views_are_unbiased_for_fitted_counts():
@@ -158,10 +188,10 @@ def test_weights_of_views_are_unbiased_for_fitted_counts():
 
 def test_the_next_token_loss_counts_each_token_once():
     model, batch = causal_model(), batch_of(packing="aligned")
-    joint = BlockDiffusion(
-        4, MASK_ID, objective=ObjectiveConfig(complementary=True, ar_weight=0.7)
-    ).loss(model, batch)
-    plain = BlockDiffusion(4, MASK_ID, objective=ObjectiveConfig(complementary=True))
+    joint = BlockDiffusion(4, MASK_ID, objective=ObjectiveConfig(views=2, ar_weight=0.7)).loss(
+        model, batch
+    )
+    plain = BlockDiffusion(4, MASK_ID, objective=ObjectiveConfig(views=2))
     full = batch_of(spec=NoiseSpec(Schedule("loglinear"), estimator="full"), packing="aligned")
     ar = Autoregressive(MASK_ID).loss(model, full)
     torch.testing.assert_close(joint, plain.loss(model, batch) + 0.7 * ar, rtol=1e-5, atol=1e-4)
@@ -186,16 +216,13 @@ def test_switches_that_do_not_fit_say_so():
         return str(error.value)
 
     assert "ramp-steps = 5" in refused(objective={"ramp_steps": 5})
-    assert "complementary = True" in refused("ar", objective={"complementary": True})
-    assert "complementary = True" in refused(
-        objective={"complementary": True}, noise={"estimator": "bernoulli"}
-    )
-    assert "complementary = True" in refused(
-        objective={"complementary": True}, noise={"fit_counts": True}
-    )
+    assert "views = 3: must be 1 or even" in refused(objective={"views": 3})
+    assert "views = 2" in refused("ar", objective={"views": 2})
+    assert "views = 2" in refused(objective={"views": 2}, noise={"estimator": "bernoulli"})
+    assert "views = 2" in refused(objective={"views": 2}, noise={"fit_counts": True})
     assert "ar-tokens = unmasked" in refused(
         model={"clean_stream": "causal"},
-        objective={"complementary": True, "ar_weight": 1.0, "ar_tokens": "unmasked"},
+        objective={"views": 2, "ar_weight": 1.0, "ar_tokens": "unmasked"},
     )
     assert "token-shift = True" in refused("ar", model={"token_shift": True})
     model = causal_model(vocab=VOCAB_SIZE, **SHIFTED)

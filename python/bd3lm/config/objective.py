@@ -7,6 +7,8 @@ from typing import Literal
 
 from bd3lm.config.check import check, check_number, check_whole
 
+MOST_VIEWS = 64
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -28,10 +30,15 @@ class ObjectiveConfig:
     ramp_steps: int = 0
     """First steps of the run, over which S goes through block-sizes from the smallest to the
     largest; the later ones train on block-size. 0: S of each step is drawn."""
-    complementary: bool = False
-    """Noise each row a second time, by masking the tokens that the first mask left: every token is
-    predicted in each step. The two noised streams share one clean stream, but not with
-    model.token-shift."""
+    views: int = 1
+    """Noised streams of each row in a step, which share one clean stream. 2: a mask and its
+    complement, so that every token is predicted in each step; 4: two masks and their complements,
+    and so on. More views make the gradient of a step less noisy and the step longer."""
+
+    @property
+    def masks(self) -> int:
+        """Masks to draw for each row; the other views are their complements."""
+        return max(self.views // 2, 1)
 
     def of_one_size(self) -> ObjectiveConfig:
         """The same losses on blocks of one size."""
@@ -53,10 +60,13 @@ class ObjectiveConfig:
             "0 without several objective.block-sizes",
         )
         check(
-            not (self.complementary and self.ar_tokens == "unmasked"),
+            not (self.views > 1 and self.ar_tokens == "unmasked"),
             "objective.ar-tokens",
             self.ar_tokens,
-            "all with objective.complementary, where no token is left unmasked",
+            "all with several objective.views, where no token is left unmasked",
         )
+        check_whole("objective.views", self.views, 1, MOST_VIEWS)
+        even = self.views == 1 or self.views % 2 == 0
+        check(even, "objective.views", self.views, "1 or even: masks and their complements")
         once = len(set(self.block_sizes)) == len(self.block_sizes)
         check(once, "objective.block-sizes", self.block_sizes, "different numbers")

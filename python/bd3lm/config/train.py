@@ -196,18 +196,18 @@ class TrainConfig:
         check(not sizes or self.system == "bd3lm", field_name, sizes, "empty unless system = bd3lm")
         own = f"empty, or sizes of which block-size = {self.block} is one"
         check(not sizes or self.block in sizes, field_name, sizes, own)
-        both, noise = self.objective.complementary, self.noise
+        views, noise = self.objective.views, self.noise
         check(
-            not both or (self.system in ("bd3lm", "mdlm") and noise.estimator == "count"),
-            "objective.complementary",
-            both,
-            "False unless system = bd3lm or mdlm and noise.estimator = count",
+            views == 1 or (self.system in ("bd3lm", "mdlm") and noise.estimator == "count"),
+            "objective.views",
+            views,
+            "1 unless system = bd3lm or mdlm and noise.estimator = count",
         )
         check(
-            not both or not (noise.fit_counts or self.model.time_conditioning),
-            "objective.complementary",
-            both,
-            "False with noise.fit-counts or model.time-conditioning",
+            views == 1 or not (noise.fit_counts or self.model.time_conditioning),
+            "objective.views",
+            views,
+            "1 with noise.fit-counts or model.time-conditioning",
         )
         cutoffs = self.model.softmax_cutoffs
         check(

@@ -217,6 +217,7 @@ class NoiseSpec:
         time_conditioned: the model reads the levels, so ``count`` takes a weighting at the level
             of each block, not its mean given the count (docs/math.md §3).
         block_size: S of the blocks to noise; None: that of the rows.
+        masks: drawn for each row of a batch, independently.
 
     Raises:
         ConfigError: values or combinations that are not allowed; the message names them.
@@ -236,8 +237,9 @@ class NoiseSpec:
         strata: bool = True,
         time_conditioned: bool = False,
         block_size: int | None = None,
+        masks: int = 1,
     ) -> None:
-        self.block_size = block_size
+        self.block_size, self.masks = block_size, masks
         weighting = weighting or Weighting()
         settings = {
             "schedule": schedule.settings,

@@ -21,7 +21,7 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     work counts: unmasked pairs of the attention; the clean stream without its last block, and of
     its last layer only keys and values; in the last layer and the output head only predicted
     positions (half of them under loglinear levels). With a next-token loss the clean stream is
-    computed whole. Complementary views share it. Norms, rotations and adaLN are left out. Frozen
+    computed whole. All views of a row share it. Norms, rotations and adaLN are left out. Frozen
     matrices below adapters have no gradient of their own, and the adapters are left out.
 
     Args:
@@ -43,8 +43,7 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     to_queries, to_keys = model.width * q_width, 2 * model.width * kv_width
     up = 2 if model.mlp == "swiglu" else 1
     after = model.width * q_width + (up + 1) * model.width * model.hidden  # projection and MLP
-    views = 2 if cfg.objective.complementary else 1
-    noised = views * length
+    noised = cfg.objective.views * length
     predicted = length if cfg.system == "ar" else noised / 2
     clean, queries, clean_depth = 0, noised, model.depth - 1
     if cfg.objective.ar_weight > 0:

@@ -51,7 +51,7 @@ def training_memory(cfg: TrainConfig, model: Transformer, item: int = 4) -> Memo
     shape, length, block = cfg.model, cfg.seq_len, cfg.block
     clean = length - block if cfg.system == "bd3lm" and block < length else 0
     clean = length if cfg.objective.ar_weight > 0 else clean
-    noised = 2 * length if cfg.objective.complementary else length
+    noised = cfg.objective.views * length
     rows = cfg.micro_batch or cfg.batch_size
     full = LAYER_WIDTHS * shape.width + LAYER_HIDDEN * shape.hidden
     layers = full + shape.depth * shape.width if cfg.recompute else shape.depth * full

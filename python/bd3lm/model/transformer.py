@@ -46,6 +46,20 @@ def wants_last_clean(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def _at_starts(features: Tensor, before: Tensor, select: Tensor, block_size: int) -> Tensor:
+    """Features [M, D] of shifted positions: at the start of a block those of the clean one before.
+
+    Args:
+        features: of the position before each selected one, in its own stream.
+        before: of the clean position before each block [B*K, D].
+        select: flat indices b*L+i [M].
+        block_size: S, dividing L.
+    """
+    first = select % block_size == 0
+    of_block = before[select.div(block_size, rounding_mode="floor")].to(features.dtype)
+    return torch.where(first[:, None], of_block, features)
+
+
 def _padded_vocab(cfg: ModelConfig, ids: int) -> int:
     """V, padded where the settings say so."""
     if cfg.vocab_size is None:
@@ -310,7 +324,7 @@ class Transformer(nn.Module):
 
         Each layer runs on the clean stream first, whose keys and values all of them read.
         """
-        views = len(xt) // len(x0)
+        views, shift = len(xt) // len(x0), self.cfg.token_shift
         noised_mask, clean_mask = mask.apart(views)
         angles = self.rotary.table(mask.seq_len, x0.device)
         cond = self.condition(None, mask.block_size)
@@ -322,6 +336,13 @@ class Transformer(nn.Module):
             ),
         )
         clean = self._embedded(x0[:, :end], lambda count: tokens_before(x0, count, docs)[:, :end])
+        rows, read = select, predict
+        if shift:
+            rows = (select - 1).clamp(min=0)
+            row = torch.arange(0, len(x0) * end, end, device=x0.device)[:, None]
+            ends = torch.arange(-1, mask.seq_len - 1, size, device=x0.device).clamp(min=0)
+            read = (row + ends).flatten()  # the clean position before each block
+            read = read if predict is None else torch.cat([read, predict])
         for block in self.blocks:
             last = block is self.blocks[-1]
             shared = StreamKeys()
@@ -332,17 +353,22 @@ class Transformer(nn.Module):
                 (angles[0][:end], angles[1][:end]),
                 cond,
                 cache=shared,
-                queries=0 if last and predict is None else None,
-                select=predict if last else None,
+                queries=0 if last and read is None else None,
+                select=read if last else None,
             )
             past = tuple(x.repeat(views, 1, 1, 1) for x in (shared.k, shared.v))
             h = self._run(
-                block, h, noised_mask, angles, cond, past=past, select=select if last else None
+                block, h, noised_mask, angles, cond, past=past, select=rows if last else None
             )
-        features = self._finish(h, cond, None, select)
-        if predict is None:
+        features = self._finish(h, cond, None, rows)
+        if read is None:
             return features
-        return torch.cat([features, self._finish(clean, cond, None, predict)])
+        of_clean = self._finish(clean, cond, None, read)
+        if shift:
+            blocks = x0.numel() // size
+            before, of_clean = of_clean[:blocks], of_clean[blocks:]
+            features = _at_starts(features, before.repeat(views, 1), select, size)
+        return torch.cat([features, of_clean])
 
     def encode(
         self,
@@ -532,9 +558,7 @@ class Transformer(nn.Module):
         features = self._finish(h, cond, None, rows)
         if before is None:
             return features
-        first = select % seq_len % block_size == 0  # L is a multiple of S
-        of_block = before[select.div(block_size, rounding_mode="floor")].to(features.dtype)
-        return torch.where(first[:, None], of_block, features)
+        return _at_starts(features, before, select, block_size)
 
     def compile_blocks(self, on: bool = True) -> None:
         """Run the blocks of training steps through ``torch.compile``, or stop doing so.

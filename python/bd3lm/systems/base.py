@@ -171,5 +171,5 @@ def sigma_of(mask_prob: Tensor) -> Tensor:
 
 
 def flat_targets(x0: Tensor, select: Tensor) -> Tensor:
-    """Clean ids at flat positions b*L+i, int64 [M]."""
-    return torch.take(x0, select)
+    """Clean ids at flat positions b*L+i, int64 [M]; further views of the rows follow the rows."""
+    return torch.take(x0, select % x0.numel())

@@ -16,9 +16,9 @@ from bd3lm.errors import ConfigError
 from bd3lm.model import KVCache, Transformer
 from bd3lm.model.head import whole_tiles
 from bd3lm.systems.base import Denoiser, System, flat_targets, sigma_of
-from bd3lm.systems.complement import with_complement
 from bd3lm.systems.learned_noise import rarity_exponents
 from bd3lm.systems.sized_noise import SizedNoise, schedule_of
+from bd3lm.systems.views import with_complements
 
 
 class BlockDiffusion(System):
@@ -50,7 +50,9 @@ class BlockDiffusion(System):
             )
         self.sizes = self._objective.block_sizes or (block_size,)
         self._noises = {
-            size: SizedNoise(size, self._cfg, time_conditioned=time_conditioned)
+            size: SizedNoise(
+                size, self._cfg, time_conditioned=time_conditioned, masks=self._objective.masks
+            )
             for size in self.sizes
         }
 
@@ -152,21 +154,25 @@ class BlockDiffusion(System):
         """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
         if batch.step < self._objective.ar_steps:
             return self._ar_loss(model, batch)
-        if self._objective.complementary:
+        if self._objective.views > 1:
             weights = self._noises[batch.block_size].complementary_weights(batch.x0.device)
-            batch = with_complement(batch, weights, self.mask_id)
+            batch = with_complements(batch, weights, self.mask_id)
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
         if self._objective.ar_weight:
             return self._joint_loss(model, batch, sigma)
         size = batch.block_size
         select, weight = whole_tiles(batch.masked, batch.weight)
         if size == batch.x0.shape[1]:
+            doc_ids = batch.doc_ids
+            if doc_ids is not None:
+                doc_ids = doc_ids.repeat(self._objective.views, 1)
             features = model.encode(
-                batch.xt, size, select=_sources(model, select), doc_ids=batch.doc_ids, sigma=sigma
+                batch.xt, size, select=_sources(model, select), doc_ids=doc_ids, sigma=sigma
             )
         else:
-            x0, doc_ids = self._clean(model, batch)
-            features = model.denoise(batch.xt, x0, size, select, doc_ids=doc_ids, sigma=sigma)
+            features = model.denoise(
+                batch.xt, batch.x0, size, select, doc_ids=batch.doc_ids, sigma=sigma
+            )
         target = flat_targets(batch.x0, select)
         loss, nats = self.head_loss(model, features, target, weight)
         self._observe(nats, batch)
@@ -178,8 +184,6 @@ class BlockDiffusion(System):
         """Add the next-token loss of the causal clean stream."""
         objective, masked, noisable = self._objective, batch.masked, batch.num_noisable
         chosen, number = batch.noisable.flatten(), noisable
-        if objective.complementary:  # the same tokens stand in both halves
-            chosen = chosen[: len(chosen) // 2]
         if objective.ar_tokens == "unmasked":
             chosen = chosen.index_fill(0, masked, False)
             number -= len(masked)
@@ -187,9 +191,14 @@ class BlockDiffusion(System):
         share = objective.ar_weight * noisable / max(number, 1)
         after, ar_weight = whole_tiles(after, torch.full_like(after, share, dtype=torch.float32))
         select, weight = whole_tiles(masked, batch.weight)
-        x0, doc_ids = self._clean(model, batch)
         features = model.denoise_and_predict(
-            batch.xt, x0, batch.block_size, select, after - 1, doc_ids=doc_ids, sigma=sigma
+            batch.xt,
+            batch.x0,
+            batch.block_size,
+            select,
+            after - 1,
+            doc_ids=batch.doc_ids,
+            sigma=sigma,
         )
         target = flat_targets(batch.x0, torch.cat([select, after]))
         loss, nats = self.head_loss(model, features, target, torch.cat([weight, ar_weight]))
@@ -199,14 +208,6 @@ class BlockDiffusion(System):
         self.parts.add(f"loss_S{batch.block_size}", of_noised, noisable)
         self.parts.add("loss_ar", nats[len(select) :][:number].sum(), number)
         return loss
-
-    def _clean(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Rows of the clean stream, and their documents: complementary views share one."""
-        x0, doc_ids = batch.x0, batch.doc_ids
-        if not self._objective.complementary or model.cfg.token_shift:
-            return x0, doc_ids
-        rows = len(x0) // 2
-        return x0[:rows], None if doc_ids is None else doc_ids[:rows]
 
     def _ar_loss(self, model: Transformer, batch: Batch) -> Tensor:
         """The next-token loss alone, of the clean stream alone."""

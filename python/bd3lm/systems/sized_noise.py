@@ -46,6 +46,7 @@ def noise_spec(
     gamma: NDArray[np.float32] | None = None,
     time_conditioned: bool = False,
     block_size: int | None = None,
+    masks: int = 1,
 ) -> NoiseSpec:
     """Build the loader's noise from the settings and the noise that training has learned.
 
@@ -56,6 +57,7 @@ def noise_spec(
         gamma: exponents of masking by frequency.
         time_conditioned: whether the model reads the noise level.
         block_size: S; None: that of the rows.
+        masks: drawn for each row.
 
     Raises:
         ConfigError: a schedule parameter, clip or combination outside docs/math.md §2–4.
@@ -70,6 +72,7 @@ def noise_spec(
         gamma=gamma,
         time_conditioned=time_conditioned,
         block_size=block_size,
+        masks=masks,
     )
 
 
@@ -80,14 +83,17 @@ class SizedNoise:
         block_size: S.
         cfg: the settings.
         time_conditioned: whether the model reads the noise level.
+        masks: drawn for each row of a step.
 
     Attributes:
         clip: levels to train on; None: all.
         spec: the noise of the next step.
     """
 
-    def __init__(self, block_size: int, cfg: NoiseConfig, *, time_conditioned: bool) -> None:
-        self.block_size, self.clip = block_size, cfg.clip
+    def __init__(
+        self, block_size: int, cfg: NoiseConfig, *, time_conditioned: bool, masks: int = 1
+    ) -> None:
+        self.block_size, self.clip, self._masks = block_size, cfg.clip, masks
         self._cfg, self._time_conditioned = cfg, time_conditioned
         self._gamma: NDArray[np.float32] | None = None
         self._counts = CountDistribution(block_size) if cfg.fit_counts else None
@@ -102,10 +108,11 @@ class SizedNoise:
             gamma=self._gamma,
             time_conditioned=self._time_conditioned,
             block_size=self.block_size,
+            masks=self._masks,
         )
 
     def complementary_weights(self, device: torch.device) -> Tensor:
-        """Loss weights of complementary views (:func:`with_complement`), float32 [S+1, S+1]."""
+        """Loss weights of complementary views (:func:`with_complements`), float32 [S+1, S+1]."""
         if self._complementary is None or self._complementary.device != device:
             table = self.spec.complementary_weights(self.block_size)
             self._complementary = torch.from_numpy(table).to(device)
