@@ -212,10 +212,13 @@ Trainer.step = counted
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "views"), [("ddp", 1), ("fsdp", 1), ("fsdp", 4)])
+def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy, views):
     ranks = 2
     config = dataclasses.replace(parallel(optimized(exact, "muon"), strategy=strategy), steps=4)
+    model = dataclasses.replace(config.model, depth=3)
+    objective = ObjectiveConfig(views=views)
+    config = dataclasses.replace(config, model=model, objective=objective)
     out = run(zygote, ranks, config, tmp_path / "run", patch=COUNT)
     model = load_checkpoint(out).model
     paper = rank_cost(config, model, ranks, item=4)
@@ -228,6 +231,18 @@ def test_memory_and_traffic_are_those_on_paper(zygote, exact, tmp_path, strategy
         added = count.get("allreduce", 0)
         sent = gathered // 2 + exchanged + added
         assert sent == pytest.approx(paper.sent + paper.sent_far, rel=0.05), count
+
+
+def test_views_share_a_clean_stream_on_two_ranks_as_on_one(zygote, exact, tmp_path):
+    """Under FSDP each layer is gathered for the clean stream, and again for the noised ones."""
+    model = dataclasses.replace(exact.model, previous_tokens=2)
+    config = dataclasses.replace(
+        exact, steps=5, model=model, objective=ObjectiveConfig(views=4), checkpoint_every=5
+    )
+    one = run(zygote, 1, config, tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        shared = parallel(config, strategy=strategy)
+        assert_same_curve(one, run(zygote, 2, shared, tmp_path / strategy))
 
 
 SYSTEMS = ("bd3lm", "mdlm", "sedd", "ar", "joint")

@@ -216,6 +216,12 @@ def test_switches_that_do_not_fit_say_so():
         return str(error.value)
 
     assert "ramp-steps = 5" in refused(objective={"ramp_steps": 5})
+    assert "views = 2: must be 1 with block-size = 1" in refused(
+        block_size=1, objective={"views": 2}
+    )
+    assert "views = 2: must be 1 where noise.clip" in refused(
+        objective={"views": 2}, noise={"clip": (1.0, 1.0)}
+    )
     assert "views = 3: must be 1 or even" in refused(objective={"views": 3})
     assert "views = 2" in refused("ar", objective={"views": 2})
     assert "views = 2" in refused(objective={"views": 2}, noise={"estimator": "bernoulli"})

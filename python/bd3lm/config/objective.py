@@ -33,7 +33,8 @@ class ObjectiveConfig:
     views: int = 1
     """Noised streams of each row in a step, which share one clean stream. 2: a mask and its
     complement, so that every token is predicted in each step; 4: two masks and their complements,
-    and so on. More views make the gradient of a step less noisy and the step longer."""
+    and so on. More views make the gradient of a step less noisy and the step longer. Steps at S = 1
+    have one, since their masks hide every token."""
 
     @property
     def masks(self) -> int:

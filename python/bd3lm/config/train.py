@@ -209,6 +209,15 @@ class TrainConfig:
             views,
             "1 with noise.fit-counts or model.time-conditioning",
         )
+        clips = [noise.clip == (1.0, 1.0), noise.clip_search and 1 in (self.block, *sizes)]
+        allowed = "1 where noise.clip may become 1 1, which masks every token"
+        check(views == 1 or not any(clips), "objective.views", views, allowed)
+        check(
+            views == 1 or self.block > 1 or len(sizes) > 0,
+            "objective.views",
+            views,
+            "1 with block-size = 1, where a complement masks nothing",
+        )
         cutoffs = self.model.softmax_cutoffs
         check(
             not cutoffs or self.system != "sedd",

@@ -217,7 +217,7 @@ class NoiseSpec:
         time_conditioned: the model reads the levels, so ``count`` takes a weighting at the level
             of each block, not its mean given the count (docs/math.md §3).
         block_size: S of the blocks to noise; None: that of the rows.
-        masks: drawn for each row of a batch, independently.
+        masks: drawn for each row of a batch.
 
     Raises:
         ConfigError: values or combinations that are not allowed; the message names them.

@@ -38,10 +38,10 @@ class Batch:
 
     Attributes:
         x0: clean ids, int64 [B, L].
-        xt: noised ids, int64 [V·B, L]: V views of the rows, one after the other.
+        xt: noised ids, int64 [n·B, L]: n views of the rows, one after the other.
         masked: flat positions b*L+i of the masked tokens of ``xt``, int64 [M].
         weight: loss weight of each of them, float32 [M].
-        mask_prob: noise level p of each block, float32 [V·B, K].
+        mask_prob: noise level p of each block, float32 [n·B, K].
         doc_ids: int32 [B, L], -1 for padding; None where every row is full and counts as one.
         noisable: whether a token could have been masked, bool [B, L].
         num_noisable: how many could: the loss is per such token.
@@ -159,8 +159,8 @@ class Loader:
     """Noised batches of a data set, shuffled or in its own order.
 
     Order and noise are functions of (seed, step, row of the global batch): never of how a batch
-    is cut into parts, nor of threads. Strata also read its number of rows. There is no state to
-    save; a step number is all it takes.
+    is cut into parts, nor of threads. Strata, and masks after the first of a row, also read its
+    number of rows. There is no state to save; a step number is all it takes.
 
     Args:
         rows: to draw from.
@@ -195,38 +195,38 @@ class Loader:
             ConfigError: a part that does not exist, or noise these rows do not allow.
         """
         first, order = self._rows_of(step, part)
-        size, views = len(order), spec.masks
+        size, masks = len(order), spec.masks
         shape = (size, self.rows.seq_len)
         block_size = spec.block_size or self.rows.block_size
         num_blocks = size * (self.rows.seq_len // block_size)
         pin = self.pinned
         x0, x0_out = buffer(shape, np.int64, pinned=pin)
         tokens = x0_out.size
-        xt, xt_out = buffer((views * size, self.rows.seq_len), np.int64, pinned=pin)
+        xt, xt_out = buffer((masks * size, self.rows.seq_len), np.int64, pinned=pin)
         noisable, noisable_out = buffer(shape, np.bool_, pinned=pin)
-        masked, masked_out = buffer((views * tokens,), np.int64, pinned=pin)
-        masked_weight, masked_weight_out = buffer((views * tokens,), np.float32, pinned=pin)
+        masked, masked_out = buffer((masks * tokens,), np.int64, pinned=pin)
+        masked_weight, masked_weight_out = buffer((masks * tokens,), np.float32, pinned=pin)
         mask_prob, mask_prob_out = buffer(
-            (views * size, self.rows.seq_len // block_size), np.float32, pinned=pin
+            (masks * size, self.rows.seq_len // block_size), np.float32, pinned=pin
         )
         doc_ids, doc_ids_out = buffer((size, self.rows.doc_ids_len), np.int32, pinned=pin)
         num_noisable, total, padded = 0, 0, False
-        for view in range(views):  # the clean rows are the same each time
+        for number in range(masks):  # the clean rows are the same each time
             of_tokens = slice(total, total + tokens)
             num_noisable, count, padded = self.rows.core.gather_noised(
                 spec._core,
-                (self.seed, step, first + view * self.batch_size, views * self.batch_size),
+                (self.seed, step, first + number * self.batch_size, masks * self.batch_size),
                 order,
                 block_size,
                 x0=x0_out,
                 noisable=noisable_out,
                 doc_ids=doc_ids_out,
-                xt=xt_out[view * tokens : (view + 1) * tokens],
-                mask_prob=mask_prob_out[view * num_blocks : (view + 1) * num_blocks],
+                xt=xt_out[number * tokens : (number + 1) * tokens],
+                mask_prob=mask_prob_out[number * num_blocks : (number + 1) * num_blocks],
                 masked=masked_out[of_tokens],
                 masked_weight=masked_weight_out[of_tokens],
             )
-            masked_out[total : total + count] += view * tokens
+            masked_out[total : total + count] += number * tokens
             total += count
         return Batch(
             x0=x0,

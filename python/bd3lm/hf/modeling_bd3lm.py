@@ -8,6 +8,7 @@ copied files.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -225,6 +226,31 @@ class DDiTFinalLayer(nn.Module):
         return torch.cat([shortlist, *rare], -1)
 
 
+class TokenCache(DynamicCache):
+    """Keys and values, and the ids of their positions [B, T] for models that read earlier ones."""
+
+    seen_ids: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take these rows, as a beam search does."""
+        super().reorder_cache(beam_idx)
+        self._take(lambda ids: ids.index_select(0, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self._take(lambda ids: ids.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        self._take(lambda ids: ids[indices])
+
+    def _take(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.seen_ids is not None:
+            self.seen_ids = rows(self.seen_ids)
+
+
 class PreviousTokens(nn.Module):
     """Adds embeddings of the tokens before a position, weighted by feature."""
 
@@ -311,6 +337,8 @@ class BD3LM(PreTrainedModel, BlockDiffusionGeneration):
             nn.init.normal_(module.embedding, std=0.02)
         elif isinstance(module, Norm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, PreviousTokens):
+            nn.init.zeros_(module.weight)
 
     def forward(
         self,
@@ -396,7 +424,7 @@ class BD3LM(PreTrainedModel, BlockDiffusionGeneration):
 
     def new_cache(self) -> DynamicCache:
         """Return an empty cache."""
-        return DynamicCache()
+        return TokenCache()
 
     def block_logits(self, ids: Tensor, cache: DynamicCache, block_size: int) -> Tensor:
         """Logits [B, T, V] of the positions after the cached ones, which are appended to it."""
@@ -427,6 +455,8 @@ class BD3LM(PreTrainedModel, BlockDiffusionGeneration):
         first, known = 0, ids
         if cache is not None:
             first = cache.get_seq_length()
+            if first and getattr(cache, "seen_ids", None) is None:
+                raise ValueError("cache: must be empty, or come from new_cache()")
             known = torch.cat([cache.seen_ids[:, :first], ids], 1) if first else ids
             cache.seen_ids = known
         if attention_mask is not None:

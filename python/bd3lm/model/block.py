@@ -6,6 +6,7 @@ Shapes: B batch, T rows of the residual stream, D width, H heads, Dh head width,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from bd3lm.config import ModelConfig
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.fused import dropout_add, projected_heads, rotate, split_heads
-from bd3lm.model.layers import CacheAt, KVCache, Mlp, Norm, StreamKeys, linear_parts
+from bd3lm.model.layers import CacheAt, KVCache, Mlp, Norm, linear_parts
 from bd3lm.model.rotary import unrotated
 
 
@@ -99,10 +100,11 @@ class Block(nn.Module):
         *,
         queries: int | None = None,
         select: Tensor | None = None,
-        cache: KVCache | CacheAt | StreamKeys | None = None,
+        cache: KVCache | CacheAt | None = None,
         layer: int = 0,
         past: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        shares: bool = False,
+    ) -> Any:
         """Run one layer.
 
         Args:
@@ -111,14 +113,16 @@ class Block(nn.Module):
             rope: angles of the rows of ``h``.
             cond: conditioning [1, 1, C] or [B, T, C]; None without adaLN.
             queries: only the first Tq rows are queries; the rest give keys and values. None: all
-                rows. 0: the layer only writes its keys and values to the cache.
+                rows. 0: the layer only gives keys and values, to the cache or with ``shares``.
             select: flat indices into the query rows [M]; the output is then [M, D].
             cache: written at its length, and read up to its length plus T.
             layer: index into the cache.
             past: keys and values [B, Hkv, Tp, Dh] that follow those of ``h``.
+            shares: also return the keys and values, for other streams; without a cache.
 
         Returns:
-            [B, Tq, D], or [M, D] with ``select``.
+            [B, Tq, D], or [M, D] with ``select``. With ``shares``: that, or None without queries,
+            and the keys and values [B, Hkv, T, Dh].
         """
         if not self.rotates:
             rope = unrotated(rope)
@@ -133,6 +137,9 @@ class Block(nn.Module):
             q = q.to(keys.dtype)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        own = keys, values
+        if shares and queries == 0:
+            return None, *own
         if past is not None:
             keys, values = torch.cat([keys, past[0]], dim=2), torch.cat([values, past[1]], dim=2)
         if len(keys) != len(q):  # the rows lie one after the other, and each has its own cache
@@ -150,7 +157,8 @@ class Block(nn.Module):
         h = dropout_add(h, branch, bias, dropout)
         h, normed = self.norm2.fork(h, shift2, scale2)
         branch, bias = self.mlp(normed, gate2)
-        return dropout_add(h, branch, bias, dropout)
+        out = dropout_add(h, branch, bias, dropout)
+        return (out, *own) if shares else out
 
     def _modulation(self, cond: Tensor | None) -> tuple[Tensor | None, ...]:
         if cond is None:

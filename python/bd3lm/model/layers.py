@@ -191,26 +191,6 @@ class KVCache:
             self.tokens = self.tokens.index_select(0, rows)
 
 
-class StreamKeys:
-    """Keys and values of one call of a layer, which another stream reads; gradients flow back.
-
-    Attributes:
-        k: [B, Hkv, T, Dh]; v likewise.
-    """
-
-    length = 0
-    k: Tensor
-    v: Tensor
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Take [B, T, Hkv, Dh]."""
-        self.k, self.v = k.transpose(1, 2), v.transpose(1, 2)
-
-    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """All of them."""
-        return self.k, self.v
-
-
 class CacheAt:
     """A cache written at positions held on the device, and always read as a whole.
 

@@ -21,7 +21,7 @@ from bd3lm.model.adaptive import adaptive_logits, new_clusters, ranges
 from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.attention.mask import before_last
 from bd3lm.model.block import Block, one_modulation, pick
-from bd3lm.model.layers import CacheAt, CacheSlots, KVCache, Norm, StreamKeys, TimeEmbedding
+from bd3lm.model.layers import CacheAt, CacheSlots, KVCache, Norm, TimeEmbedding
 from bd3lm.model.previous import PreviousTokens, tokens_before, tokens_before_both
 from bd3lm.model.rotary import Rotary
 
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         """Features of noised positions given the clean blocks before them (docs/math.md §7).
 
         Args:
-            xt: noised ids [B, L]; or [V·B, L], V views of the rows one after the other, which share
+            xt: noised ids [B, L]; or [n·B, L], n views of the rows one after the other, which share
                 one clean stream.
             x0: clean ids [B, L].
             block_size: S.
@@ -217,8 +217,8 @@ class Transformer(nn.Module):
         mask = self._training_mask(x0, block_size, doc_ids)
         if not wants_last_clean(x0.device):
             mask = mask.without_last_clean()
-        if len(xt) > len(x0):
-            return self._views(xt, x0, mask, select)
+        if len(xt) != len(x0):
+            return self._views(xt, x0, mask, sigma, select)
         if self.cfg.token_shift:
             return self._both_streams(xt, x0, mask, sigma, self._noised_rows(select, mask))
         return self._both_streams(xt, x0, mask, sigma, select, queries=x0.shape[1])
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         from.
 
         Args:
-            xt: noised ids [B, L], or [V·B, L] as for :meth:`denoise`.
+            xt: noised ids [B, L], or [n·B, L] as for :meth:`denoise`.
             x0: clean ids [B, L].
             block_size: S.
             select: flat indices b*L+i of noised positions [M].
@@ -253,8 +253,8 @@ class Transformer(nn.Module):
         """
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
-        if len(xt) > len(x0):
-            return self._views(xt, x0, mask, select, predict)
+        if len(xt) != len(x0):
+            return self._views(xt, x0, mask, sigma, select, predict)
         clean = predict + (predict.div(seq_len, rounding_mode="floor") + 1) * seq_len
         rows = torch.cat([self._noised_rows(select, mask), clean])
         return self._both_streams(xt, x0, mask, sigma, rows)
@@ -317,17 +317,21 @@ class Transformer(nn.Module):
         xt: Tensor,
         x0: Tensor,
         mask: BlockMask,
+        sigma: Tensor | None,
         select: Tensor,
         predict: Tensor | None = None,
     ) -> Tensor:
         """Features of several noised streams [M, D], then of the clean one they share [N, D].
 
-        Each layer runs on the clean stream first, whose keys and values all of them read.
+        Each layer runs on the clean stream first. Every noised stream reads its keys and values.
         """
-        views, shift = len(xt) // len(x0), self.cfg.token_shift
+        views, more = divmod(len(xt), len(x0))
+        if more:
+            raise ValueError(f"xt has {len(xt)} rows: must be a multiple of the {len(x0)} of x0")
         noised_mask, clean_mask = mask.apart(views)
         angles = self.rotary.table(mask.seq_len, x0.device)
-        cond = self.condition(None, mask.block_size)
+        cond = self.condition(sigma, mask.block_size)
+        clean_cond = self.condition(None, mask.block_size)
         docs, size, end = mask.doc_ids, mask.block_size, mask.clean_len
         h = self._embedded(
             xt,
@@ -337,33 +341,34 @@ class Transformer(nn.Module):
         )
         clean = self._embedded(x0[:, :end], lambda count: tokens_before(x0, count, docs)[:, :end])
         rows, read = select, predict
-        if shift:
+        shift = self.cfg.token_shift and end > 0
+        if self.cfg.token_shift:
             rows = (select - 1).clamp(min=0)
+        if shift:
             row = torch.arange(0, len(x0) * end, end, device=x0.device)[:, None]
             ends = torch.arange(-1, mask.seq_len - 1, size, device=x0.device).clamp(min=0)
             read = (row + ends).flatten()  # the clean position before each block
             read = read if predict is None else torch.cat([read, predict])
         for block in self.blocks:
             last = block is self.blocks[-1]
-            shared = StreamKeys()
-            clean = self._run(
+            clean, *shared = self._run(
                 block,
                 clean,
                 clean_mask,
                 (angles[0][:end], angles[1][:end]),
-                cond,
-                cache=shared,
+                clean_cond,
+                shares=True,
                 queries=0 if last and read is None else None,
                 select=read if last else None,
             )
-            past = tuple(x.repeat(views, 1, 1, 1) for x in (shared.k, shared.v))
+            past = tuple(x.repeat(views, 1, 1, 1) for x in shared)
             h = self._run(
                 block, h, noised_mask, angles, cond, past=past, select=rows if last else None
             )
         features = self._finish(h, cond, None, rows)
         if read is None:
             return features
-        of_clean = self._finish(clean, cond, None, read)
+        of_clean = self._finish(clean, clean_cond, None, read)
         if shift:
             blocks = x0.numel() // size
             before, of_clean = of_clean[:blocks], of_clean[blocks:]

@@ -51,7 +51,10 @@ class BlockDiffusion(System):
         self.sizes = self._objective.block_sizes or (block_size,)
         self._noises = {
             size: SizedNoise(
-                size, self._cfg, time_conditioned=time_conditioned, masks=self._objective.masks
+                size,
+                self._cfg,
+                time_conditioned=time_conditioned,
+                masks=self._objective.masks if size > 1 else 1,
             )
             for size in self.sizes
         }
@@ -154,7 +157,7 @@ class BlockDiffusion(System):
         """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
         if batch.step < self._objective.ar_steps:
             return self._ar_loss(model, batch)
-        if self._objective.views > 1:
+        if self._objective.views > 1 and batch.block_size > 1:
             weights = self._noises[batch.block_size].complementary_weights(batch.x0.device)
             batch = with_complements(batch, weights, self.mask_id)
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None
@@ -163,9 +166,9 @@ class BlockDiffusion(System):
         size = batch.block_size
         select, weight = whole_tiles(batch.masked, batch.weight)
         if size == batch.x0.shape[1]:
-            doc_ids = batch.doc_ids
-            if doc_ids is not None:
-                doc_ids = doc_ids.repeat(self._objective.views, 1)
+            doc_ids, views = batch.doc_ids, len(batch.xt) // len(batch.x0)
+            if doc_ids is not None and views > 1:
+                doc_ids = doc_ids.repeat(views, 1)
             features = model.encode(
                 batch.xt, size, select=_sources(model, select), doc_ids=doc_ids, sigma=sigma
             )

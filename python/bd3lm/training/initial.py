@@ -30,6 +30,8 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
         allowed = "None unless init-from is a Llama, SmolLM or Qwen checkpoint"
         check(cfg.mask_token is None, "mask-token", cfg.mask_token, allowed)
         return cfg
+    added = cfg.model.previous_tokens
+    check(added == 0, "model.previous-tokens", added, "0 with weights of another architecture")
     found = load_checkpoint(cfg.init_from)
     if cfg.mask_token is not None:
         tokenizer = found.tokenizer.with_mask(cfg.mask_token)
