@@ -16,7 +16,6 @@ SHAPES = [
     {"clean_stream": "causal", "previous_tokens": 2},
     {"previous_tokens": 5},
 ]
-UNTOLD = [changes for changes in SHAPES if not changes.get("time_conditioning")]
 MODELS = pytest.mark.parametrize("changes", SHAPES)
 
 
@@ -54,7 +53,7 @@ def test_one_block_is_full_attention_without_a_clean_stream(changes):
     torch.testing.assert_close(with_clean, model.encode(xt, 8), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [*UNTOLD, {"token_shift": True, "clean_stream": "causal"}])
+@pytest.mark.parametrize("changes", [*SHAPES, {"token_shift": True, "clean_stream": "causal"}])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_views_that_share_a_clean_stream_are_rows_of_their_own(changes, documents, recompute):
@@ -68,17 +67,20 @@ def test_views_that_share_a_clean_stream_are_rows_of_their_own(changes, document
         doc_ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 10 + [-1] * 2], dtype=torch.int32)
     select, predict = torch.tensor([1, 6, 13, 30, 37, 50, 71]), torch.tensor([0, 5, 20])
     repeated = None if doc_ids is None else doc_ids.repeat(3, 1)
+    sigma = torch.rand(6, 3) if model.time else None
     found = []
     for clean, docs in ((x0, doc_ids), (x0.repeat(3, 1), repeated)):
         model.zero_grad()
-        features = model.denoise(xt, clean, 4, select, doc_ids=docs)
-        both = model.denoise_and_predict(xt, clean, 4, select, predict, doc_ids=docs)
+        features = model.denoise(xt, clean, 4, select, doc_ids=docs, sigma=sigma)
+        both = model.denoise_and_predict(xt, clean, 4, select, predict, doc_ids=docs, sigma=sigma)
         weight = torch.linspace(-1, 1, both.numel()).view_as(both)
         ((both * weight).sum() + features.square().sum()).backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((features, both, *grads))
     for shared, own in zip(*found, strict=True):
         torch.testing.assert_close(shared, own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="multiple of the 2 of x0"):
+        model.denoise(xt[:5], x0, 4, select[:4])
 
 
 @MODELS
