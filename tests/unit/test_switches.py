@@ -222,6 +222,8 @@ def test_switches_that_do_not_fit_say_so():
     assert "views = 2: must be 1 where noise.clip" in refused(
         objective={"views": 2}, noise={"clip": (1.0, 1.0)}
     )
+    with pytest.raises(ConfigError, match=r"objective.views = two"):
+        ObjectiveConfig(views="two")
     assert "views = 3: must be 1 or even" in refused(objective={"views": 3})
     assert "views = 2" in refused("ar", objective={"views": 2})
     assert "views = 2" in refused(objective={"views": 2}, noise={"estimator": "bernoulli"})

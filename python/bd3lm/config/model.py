@@ -127,8 +127,8 @@ class ModelConfig:
     """Predict a token from the position before it, as an autoregressive model does. For the first
     token of a block that is the clean token before the block."""
     previous_tokens: int = 0
-    """Number of tokens before a position whose embeddings are added to its own, each with a learned
-    weight a feature. Inside a block they are those of the noised stream."""
+    """Number of tokens before a position whose embeddings are added to its own, each scaled by a
+    learned vector. Inside a block they are those of the noised stream."""
     dropout: float = 0.0
     """Dropout after attention and MLP, while training."""
 

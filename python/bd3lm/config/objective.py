@@ -36,10 +36,13 @@ class ObjectiveConfig:
     and so on. More views make the gradient of a step less noisy and the step longer. Steps at S = 1
     have one, since their masks hide every token."""
 
-    @property
-    def masks(self) -> int:
-        """Masks to draw for each row; the other views are their complements."""
-        return max(self.views // 2, 1)
+    def views_at(self, size: int) -> int:
+        """Views of a row in a step at S = ``size``."""
+        return self.views if size > 1 else 1
+
+    def masks_at(self, size: int) -> int:
+        """Masks to draw for each row in such a step; the other views are their complements."""
+        return max(self.views_at(size) // 2, 1)
 
     def of_one_size(self) -> ObjectiveConfig:
         """The same losses on blocks of one size."""
@@ -52,6 +55,9 @@ class ObjectiveConfig:
         check(warm, "objective.ar-steps", self.ar_steps, "0 where objective.ar-weight = 0")
         for size in self.block_sizes:
             check_whole("objective.block-sizes", size, 1)
+        check_whole("objective.views", self.views, 1, MOST_VIEWS)
+        even = self.views == 1 or self.views % 2 == 0
+        check(even, "objective.views", self.views, "1 or even: masks and their complements")
         check_whole("objective.ramp-steps", self.ramp_steps, 0)
         several = self.ramp_steps == 0 or len(self.block_sizes) > 1
         check(
@@ -66,8 +72,5 @@ class ObjectiveConfig:
             self.ar_tokens,
             "all with several objective.views, where no token is left unmasked",
         )
-        check_whole("objective.views", self.views, 1, MOST_VIEWS)
-        even = self.views == 1 or self.views % 2 == 0
-        check(even, "objective.views", self.views, "1 or even: masks and their complements")
         once = len(set(self.block_sizes)) == len(self.block_sizes)
         check(once, "objective.block-sizes", self.block_sizes, "different numbers")

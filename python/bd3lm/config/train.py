@@ -197,27 +197,23 @@ class TrainConfig:
         own = f"empty, or sizes of which block-size = {self.block} is one"
         check(not sizes or self.block in sizes, field_name, sizes, own)
         views, noise = self.objective.views, self.noise
-        check(
-            views == 1 or (self.system in ("bd3lm", "mdlm") and noise.estimator == "count"),
-            "objective.views",
-            views,
-            "1 unless system = bd3lm or mdlm and noise.estimator = count",
-        )
-        check(
-            views == 1 or not (noise.fit_counts or self.model.time_conditioning),
-            "objective.views",
-            views,
-            "1 with noise.fit-counts or model.time-conditioning",
-        )
-        clips = [noise.clip == (1.0, 1.0), noise.clip_search and 1 in (self.block, *sizes)]
-        allowed = "1 where noise.clip may become 1 1, which masks every token"
-        check(views == 1 or not any(clips), "objective.views", views, allowed)
-        check(
-            views == 1 or self.block > 1 or len(sizes) > 0,
-            "objective.views",
-            views,
-            "1 with block-size = 1, where a complement masks nothing",
-        )
+        all_masked = noise.clip == (1.0, 1.0) or (noise.clip_search and 1 in (self.block, *sizes))
+        for fits, needed in (
+            (
+                self.system in ("bd3lm", "mdlm") and noise.estimator == "count",
+                "1 unless system = bd3lm or mdlm and noise.estimator = count",
+            ),
+            (
+                not (noise.fit_counts or self.model.time_conditioning),
+                "1 with noise.fit-counts or model.time-conditioning",
+            ),
+            (not all_masked, "1 where noise.clip may become 1 1, which masks every token"),
+            (
+                self.block > 1 or len(sizes) > 0,
+                "1 with block-size = 1, where a complement masks nothing",
+            ),
+        ):
+            check(views == 1 or fits, "objective.views", views, needed)
         cutoffs = self.model.softmax_cutoffs
         check(
             not cutoffs or self.system != "sedd",

@@ -43,7 +43,7 @@ def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:
     to_queries, to_keys = model.width * q_width, 2 * model.width * kv_width
     up = 2 if model.mlp == "swiglu" else 1
     after = model.width * q_width + (up + 1) * model.width * model.hidden  # projection and MLP
-    noised = (cfg.objective.views if block > 1 else 1) * length
+    noised = cfg.objective.views_at(block) * length
     predicted = length if cfg.system == "ar" else noised / 2
     clean, queries, clean_depth = 0, noised, model.depth - 1
     if cfg.objective.ar_weight > 0:

@@ -69,7 +69,7 @@ def rank_cost(cfg: TrainConfig, model: Transformer, ranks: int, item: int = 2) -
         # Two blocks are whole at once, and with gradients; embedding, head and norms all the time.
         working = 2 * one_block * (item + 4) + rest * (4 + 4)
         # A block runs on the clean stream and then on the views, and is gathered for each.
-        calls = 2 if cfg.objective.views > 1 and 1 < cfg.block < cfg.seq_len else 1
+        calls = 2 if cfg.objective.views_at(cfg.block) > 1 and cfg.block < cfg.seq_len else 1
         gathered = calls * item * (2 * in_blocks - one_block) + 4 * rest
         sent = forwards * (_ring(gathered, shards) + _ring(4 * total, shards))
         far = _ring(2 * 4 * total // shards, cfg.parallel.replicas)

@@ -54,7 +54,7 @@ class BlockDiffusion(System):
                 size,
                 self._cfg,
                 time_conditioned=time_conditioned,
-                masks=self._objective.masks if size > 1 else 1,
+                masks=self._objective.masks_at(size),
             )
             for size in self.sizes
         }
@@ -157,7 +157,7 @@ class BlockDiffusion(System):
         """Sum of weight·CE over the masked positions, in nats, and of the weighted AR loss."""
         if batch.step < self._objective.ar_steps:
             return self._ar_loss(model, batch)
-        if self._objective.views > 1 and batch.block_size > 1:
+        if self._objective.views_at(batch.block_size) > 1:
             weights = self._noises[batch.block_size].complementary_weights(batch.x0.device)
             batch = with_complements(batch, weights, self.mask_id)
         sigma = sigma_of(batch.mask_prob) if model.cfg.time_conditioning else None

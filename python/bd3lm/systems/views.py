@@ -21,7 +21,7 @@ def with_complements(batch: Batch, weights: Tensor, mask_id: int) -> Batch:
 
     Returns:
         The rows with 2P views, the complements last. Every noisable token is masked P times, and
-        the weights make the mean of the P pairs.
+        the weights average over the P pairs.
     """
     size, tokens = batch.block_size, batch.xt.numel()
     pairs = len(batch.xt) // len(batch.x0)

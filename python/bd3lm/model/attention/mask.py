@@ -110,7 +110,8 @@ class BlockMask:
         """Masks of a training step whose rows have several noised streams and one clean stream.
 
         Returns:
-            Of the noised streams, Tq = L and Tk = L and x0; and of the clean one.
+            ``(noised, clean)``: queries of a noised stream, which see their own stream and the
+            clean one; and the clean stream alone.
         """
         docs = self.doc_ids
         noised = replace(
