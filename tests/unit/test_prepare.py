@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -11,8 +12,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -270,38 +273,59 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     assert not done.stderr
 
 
-def test_the_command_is_interrupted(tmp_path: Path) -> None:
-    text = large(tmp_path, 60_000)
-    running = subprocess.Popen(
-        command(text, "--out", tmp_path / "set"), stderr=subprocess.PIPE, text=True
-    )
-    written = tmp_path / ".set.partial" / "tokens.bin"
+@contextmanager
+def endless(path: Path) -> Iterator[None]:
+    """A pipe with more text than will ever be read: what reads it is still at it when stopped."""
+    os.mkfifo(path)
+
+    def write() -> None:
+        with suppress(BrokenPipeError), path.open("w") as pipe:
+            for number in itertools.count():
+                pipe.write(f"house number {number} by the river\n")
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    yield
+    writer.join(timeout=60)
+    assert not writer.is_alive()
+    path.unlink()
+
+
+def wait_for_text(running: subprocess.Popen[str], written: Path) -> None:
+    """Until some of the output is on the disk."""
     while not (written.exists() and written.stat().st_size):
-        assert running.poll() is None, "it ended before it was interrupted"
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+        assert running.poll() is None, "it ended before it was stopped"
+        time.sleep(0.005)
+
+
+def test_the_command_is_interrupted(tmp_path: Path) -> None:
+    text = tmp_path / "many.txt"
+    with endless(text):
+        running = subprocess.Popen(
+            command(text, "--lines", "--out", tmp_path / "set"), stderr=subprocess.PIPE, text=True
+        )
+        wait_for_text(running, tmp_path / ".set.partial" / "tokens.bin")
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert errors == "stopped; nothing half-written was kept\n"
-    left_behind(tmp_path, text.name)
+    left_behind(tmp_path)
 
 
 @pytest.mark.parametrize("split", [None, 0.5])
 def test_the_command_is_killed_and_started_again(split: float | None, tmp_path: Path) -> None:
     text = tmp_path / "many.txt"
-    text.write_text("".join(f"house number {i} by the river\n" for i in range(600_000)))
     options = ["--lines"] if split is None else ["--lines", "--valid-fraction", split]
     again = command(text, "--out", tmp_path / "set", *options)
-    running = subprocess.Popen(again)
     partial = tmp_path / ".set.partial"
-    written = partial / ("tokens.bin" if split is None else "train/tokens.bin")
-    while not (written.exists() and written.stat().st_size):
-        assert running.poll() is None, "it ended before it was killed"
-        time.sleep(0.005)
-    running.kill()
-    running.wait(timeout=60)
+    with endless(text):
+        running = subprocess.Popen(again, text=True)
+        wait_for_text(running, partial / ("tokens.bin" if split is None else "train/tokens.bin"))
+        running.kill()
+        running.wait(timeout=60)
     assert not (tmp_path / "set").exists(), "nothing half-made has the name of what is whole"
     assert partial.exists()
+    text.write_text("".join(f"house number {i} by the river\n" for i in range(2000)))
     subprocess.run(again, check=True, capture_output=True)
     left_behind(tmp_path, text.name, "set")
     for made in ["set"] if split is None else ["set/train", "set/valid"]:
