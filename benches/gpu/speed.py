@@ -99,6 +99,23 @@ def step() -> None:
     for name, recorded in (("tiny", False), ("tiny, recorded", True)):
         attempt("step", name, lambda g=recorded, w=warm, n=steps: step_time(
             tiny_trainer(data, g), w, n), B=32, L=128)  # fmt: skip
+    warm, steps = (1, 1) if REHEARSE else (3, 8)
+    for views in (1, 2):
+        attempt("step", "joint", lambda v=views, w=warm, n=steps: step_time(
+            joint_trainer(data, v), w, n), views=views)  # fmt: skip
+
+
+def joint_trainer(data: Any, views: int) -> Any:
+    """The step with a next-token loss on a causal clean stream, launched one by one."""
+    from bd3lm.config import ObjectiveConfig
+
+    cfg = step_config("triton", compiled=False)
+    cfg = dataclasses.replace(
+        cfg, batch_size=1 if REHEARSE else 16,
+        objective=ObjectiveConfig(ar_weight=1.0, views=views),
+        model=dataclasses.replace(cfg.model, clean_stream="causal", previous_tokens=2),
+    )  # fmt: skip
+    return trainer_of(data, cfg)
 
 
 def tiny_trainer(data: Any, recorded: bool) -> Any:

@@ -149,7 +149,7 @@ class Called(TorchDispatchMode):
         return seen
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed", "sharded"])
+@pytest.mark.parametrize("how", ["compiled", "checkpointed", "sharded", "views", "views, compiled"])
 def test_training_step_equals_dense(traced: dict[str, Any], how: str) -> None:
     assert traced[how] <= 1e-5
 

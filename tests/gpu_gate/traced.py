@@ -29,12 +29,11 @@ from bd3lm.model.attention.triton.ranges import ranges
 LENGTH, BLOCK = 12, 4
 
 
-def small_model() -> Transformer:
+def small_model(**settings: Any) -> Transformer:
     """Two layers with shared keys; the residual branches are opened, so that attention counts."""
     torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig(width=32, depth=2, heads=2, kv_heads=1, norm="rmsnorm", mlp="relu2"), 50
-    )
+    shape = {"width": 32, "depth": 2, "heads": 2, "kv_heads": 1, "norm": "rmsnorm", "mlp": "relu2"}
+    model = Transformer(ModelConfig(**{**shape, **settings}), 50)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -47,11 +46,29 @@ def step(model: Transformer, xt: Tensor, x0: Tensor, select: Tensor, doc_ids: Te
     return torch.nn.functional.cross_entropy(logits, x0.flatten()[select])
 
 
+def step_of_views(
+    model: Transformer, xt: Tensor, x0: Tensor, select: Tensor, doc_ids: Tensor
+) -> Tensor:
+    """A loss like that of two views and the next tokens of the clean stream that they share."""
+    views = torch.cat([xt, torch.where(xt == 49, x0, 49)])
+    chosen = torch.cat([select, select + xt.numel()])
+    predict = torch.arange(0, xt.numel() - 1, 2)
+    features = model.denoise_and_predict(views, x0, BLOCK, chosen, predict, doc_ids=doc_ids)
+    targets = torch.cat([x0.flatten()[select].repeat(2), x0.flatten()[predict + 1]])
+    return torch.nn.functional.cross_entropy(model.logits(features), targets)
+
+
+JOINT = {"clean_stream": "causal", "previous_tokens": 2}
+"""Model of :func:`step_of_views`."""
+
+
 def gradients(
-    run: Callable[..., Tensor], prepare: Callable[[Transformer], object] = lambda model: None
+    run: Callable[..., Tensor],
+    prepare: Callable[[Transformer], object] = lambda model: None,
+    **settings: Any,
 ) -> list[Tensor]:
     """Loss and gradients of one step of the model that ``prepare`` has changed."""
-    model = small_model()
+    model = small_model(**settings)
     prepare(model)
     x0 = torch.arange(2 * LENGTH).view(2, LENGTH) % 50
     xt = torch.where(x0 % 3 == 0, 49, x0)
@@ -163,6 +180,7 @@ def run() -> dict[str, Any]:
     """Figures that ``test_tracing.py`` asserts."""
     attention.AUTO["cpu"] = ("dense",)
     wanted = gradients(step)
+    wanted_of_views = gradients(step_of_views, **JOINT)
     here = attention.BACKENDS["triton"]._replace(supports=lambda *_: True, available=lambda: True)
     attention.BACKENDS["triton"] = here
     attention.AUTO["cpu"] = ("triton", "dense")
@@ -170,6 +188,11 @@ def run() -> dict[str, Any]:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     return {
         "compiled": difference(gradients(compiled), wanted),
+        "views": difference(gradients(step_of_views, **JOINT), wanted_of_views),
+        "views, compiled": difference(
+            gradients(torch.compile(step_of_views, fullgraph=True, backend="aot_eager"), **JOINT),
+            wanted_of_views,
+        ),
         "checkpointed": difference(
             gradients(lambda *args: checkpoint(step, *args, use_reentrant=False)), wanted
         ),
