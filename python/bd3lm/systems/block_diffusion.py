@@ -48,7 +48,7 @@ class BlockDiffusion(System):
             raise ConfigError(
                 "noise.resample", True, "False without noise.clip or noise.clip-search"
             )
-        self.sizes = self._objective.block_sizes or (block_size,)
+        self.sizes = tuple(dict.fromkeys(self._objective.block_sizes)) or (block_size,)
         self._noises = {
             size: SizedNoise(
                 size,
@@ -90,15 +90,16 @@ class BlockDiffusion(System):
         return alone
 
     def size_of(self, step: int) -> int:
-        """S of a step, a function of (seed, step): one of several by chance, or along the ramp."""
+        """S of a step, a function of (seed, step): from a shuffled round, or along the ramp."""
         if len(self.sizes) == 1:
             return self.sizes[0]
+        sizes = self._objective.block_sizes
         if self._objective.ramp_steps:
-            sizes = sorted(self.sizes)
             index = step * len(sizes) // self._objective.ramp_steps
-            return sizes[index] if index < len(sizes) else self.block_size
-        bits = np.random.Philox(key=[self._seed, step], counter=[0, 0, 3, 0])
-        return self.sizes[int(np.random.Generator(bits).integers(len(self.sizes)))]
+            return sorted(sizes)[index] if index < len(sizes) else self.block_size
+        turn, place = divmod(step, len(sizes))
+        bits = np.random.Philox(key=[self._seed, turn], counter=[0, 0, 3, 0])
+        return int(np.random.Generator(bits).permutation(sizes)[place])
 
     def noise(self, step: int) -> NoiseSpec:
         """Noise of the settings, with the learned clip, counts and rarity."""
