@@ -6,7 +6,6 @@ Dh head width, M selected positions, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,8 +21,9 @@ from bd3lm.model.attention import BlockMask, CachedMask, RangeMask, attend
 from bd3lm.model.attention.mask import before_last
 from bd3lm.model.block import Block, one_modulation, pick
 from bd3lm.model.layers import CacheAt, CacheSlots, KVCache, Norm, TimeEmbedding
-from bd3lm.model.previous import PreviousTokens, tokens_before, tokens_before_both
+from bd3lm.model.previous import PreviousTokens, tokens_before
 from bd3lm.model.rotary import Rotary
+from bd3lm.model.streams import at_starts, noised_rows, several_views, two_streams
 
 COMPILER = "inductor"
 """Backend of ``torch.compile`` for the blocks of a training step."""
@@ -44,20 +44,6 @@ def wants_last_clean(device: torch.device) -> bool:
     GPU kernels need streams of equal length.
     """
     return device.type != "cpu"
-
-
-def _at_starts(features: Tensor, before: Tensor, select: Tensor, block_size: int) -> Tensor:
-    """Features [M, D] of shifted positions: at the start of a block those of the clean one before.
-
-    Args:
-        features: of the position before each selected one, in its own stream.
-        before: of the clean position before each block [B*K, D].
-        select: flat indices b*L+i [M].
-        block_size: S, dividing L.
-    """
-    first = select % block_size == 0
-    of_block = before[select.div(block_size, rounding_mode="floor")].to(features.dtype)
-    return torch.where(first[:, None], of_block, features)
 
 
 def _padded_vocab(cfg: ModelConfig, ids: int) -> int:
@@ -218,10 +204,10 @@ class Transformer(nn.Module):
         if not wants_last_clean(x0.device):
             mask = mask.without_last_clean()
         if len(xt) != len(x0):
-            return self._views(xt, x0, mask, sigma, select)
+            return several_views(self, xt, x0, mask, sigma, select)
         if self.cfg.token_shift:
-            return self._both_streams(xt, x0, mask, sigma, self._noised_rows(select, mask))
-        return self._both_streams(xt, x0, mask, sigma, select, queries=x0.shape[1])
+            return two_streams(self, xt, x0, mask, sigma, noised_rows(select, mask, shifted=True))
+        return two_streams(self, xt, x0, mask, sigma, select, queries=x0.shape[1])
 
     def denoise_and_predict(
         self,
@@ -254,29 +240,17 @@ class Transformer(nn.Module):
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
         if len(xt) != len(x0):
-            return self._views(xt, x0, mask, sigma, select, predict)
+            return several_views(self, xt, x0, mask, sigma, select, predict)
         clean = predict + (predict.div(seq_len, rounding_mode="floor") + 1) * seq_len
-        rows = torch.cat([self._noised_rows(select, mask), clean])
-        return self._both_streams(xt, x0, mask, sigma, rows)
-
-    def _noised_rows(self, select: Tensor, mask: BlockMask) -> Tensor:
-        """Rows of both streams whose features predict noised positions.
-
-        The rows of a sequence are those of its noised stream, then those of its clean one.
-        """
-        seq_len = mask.seq_len
-        rows = select + select.div(seq_len, rounding_mode="floor") * mask.clean_len
-        if not self.cfg.token_shift:
-            return rows
-        first = select % seq_len % mask.block_size == 0
-        return rows - 1 + first * seq_len
+        rows = torch.cat([noised_rows(select, mask, shifted=self.cfg.token_shift), clean])
+        return two_streams(self, xt, x0, mask, sigma, rows)
 
     def _training_mask(self, x0: Tensor, block_size: int, doc_ids: Tensor | None) -> BlockMask:
         seq_len = x0.shape[1]
         causal_end = seq_len if self.cfg.causal_clean else 0
         return BlockMask.training(seq_len, block_size, doc_ids, causal_end=causal_end)
 
-    def _embedded(self, ids: Tensor, before: Callable[[int], Tensor]) -> Tensor:
+    def embedded(self, ids: Tensor, before: Callable[[int], Tensor]) -> Tensor:
         """Residual stream [..., D] before the first block.
 
         Args:
@@ -288,92 +262,6 @@ class Transformer(nn.Module):
         if self.previous is not None:
             h = self.previous(h, self.embed, before(self.cfg.previous_tokens))
         return h if self.embed_norm is None else self.embed_norm(h)
-
-    def _both_streams(
-        self,
-        xt: Tensor,
-        x0: Tensor,
-        mask: BlockMask,
-        sigma: Tensor | None,
-        select: Tensor,
-        queries: int | None = None,
-    ) -> Tensor:
-        """Features [M, D] of selected rows; the last layer computes the first ``queries`` alone."""
-        seq_len, clean = x0.shape[1], x0
-        x0 = x0[:, : mask.clean_len]
-        cos, sin = self.rotary.table(seq_len, x0.device)
-        rope = (torch.cat([cos, cos[: mask.clean_len]]), torch.cat([sin, sin[: mask.clean_len]]))
-        cond = self.condition(sigma, mask.block_size, clean=mask.clean_len)
-        h = self._embedded(torch.cat([xt, x0], dim=1), partial(tokens_before_both, xt, clean, mask))
-        for block in self.blocks[:-1]:
-            h = self._run(block, h, mask, rope, cond)
-        if queries is not None:
-            mask = dataclasses.replace(mask, clean_queries=False)
-        h = self._run(self.blocks[-1], h, mask, rope, cond, queries=queries, select=select)
-        return self._finish(h, cond, queries, select)
-
-    def _views(
-        self,
-        xt: Tensor,
-        x0: Tensor,
-        mask: BlockMask,
-        sigma: Tensor | None,
-        select: Tensor,
-        predict: Tensor | None = None,
-    ) -> Tensor:
-        """Features of several noised streams [M, D], then of the clean one they share [N, D].
-
-        Each layer runs on the clean stream first. Every noised stream reads its keys and values.
-        """
-        views, more = divmod(len(xt), len(x0))
-        if more:
-            raise ValueError(f"xt has {len(xt)} rows: must be a multiple of the {len(x0)} of x0")
-        noised_mask, clean_mask = mask.apart(views)
-        angles = self.rotary.table(mask.seq_len, x0.device)
-        cond = self.condition(sigma, mask.block_size)
-        clean_cond = self.condition(None, mask.block_size)
-        docs, size, end = mask.doc_ids, mask.block_size, mask.clean_len
-        h = self._embedded(
-            xt,
-            lambda count: tokens_before(
-                xt, count, noised_mask.doc_ids, clean=x0.repeat(views, 1), block_size=size
-            ),
-        )
-        clean = self._embedded(x0[:, :end], lambda count: tokens_before(x0, count, docs)[:, :end])
-        rows, read = select, predict
-        shift = self.cfg.token_shift and end > 0
-        if self.cfg.token_shift:
-            rows = (select - 1).clamp(min=0)
-        if shift:
-            row = torch.arange(0, len(x0) * end, end, device=x0.device)[:, None]
-            ends = torch.arange(-1, mask.seq_len - 1, size, device=x0.device).clamp(min=0)
-            read = (row + ends).flatten()  # the clean position before each block
-            read = read if predict is None else torch.cat([read, predict])
-        for block in self.blocks:
-            last = block is self.blocks[-1]
-            clean, *shared = self._run(
-                block,
-                clean,
-                clean_mask,
-                (angles[0][:end], angles[1][:end]),
-                clean_cond,
-                shares=True,
-                queries=0 if last and read is None else None,
-                select=read if last else None,
-            )
-            past = tuple(x.repeat(views, 1, 1, 1) for x in shared)
-            h = self._run(
-                block, h, noised_mask, angles, cond, past=past, select=rows if last else None
-            )
-        features = self._finish(h, cond, None, rows)
-        if read is None:
-            return features
-        of_clean = self._finish(clean, clean_cond, None, read)
-        if shift:
-            blocks = x0.numel() // size
-            before, of_clean = of_clean[:blocks], of_clean[blocks:]
-            features = _at_starts(features, before.repeat(views, 1), select, size)
-        return torch.cat([features, of_clean])
 
     def encode(
         self,
@@ -420,12 +308,12 @@ class Transformer(nn.Module):
         cond = self.condition(sigma, block_size)
         fill = cache is not None and select is not None and select.numel() == 0
         if cache is None:
-            h = self._embedded(ids, lambda count: tokens_before(ids, count, doc_ids))
+            h = self.embedded(ids, lambda count: tokens_before(ids, count, doc_ids))
         else:
-            h = self._embedded(ids, partial(cache.tokens_before, ids, doc_ids=doc_ids))
+            h = self.embedded(ids, partial(cache.tokens_before, ids, doc_ids=doc_ids))
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            h = self._run(
+            h = self.run(
                 block,
                 h,
                 mask,
@@ -438,7 +326,7 @@ class Transformer(nn.Module):
             )
         if cache is not None:
             cache.length += commit
-        return h if fill else self._finish(h, cond, None, select)
+        return h if fill else self.finish(h, cond, None, select)
 
     def encode_at(
         self,
@@ -479,12 +367,12 @@ class Transformer(nn.Module):
         rope = (table[0][position], table[1][position])
         cond = self.condition(sigma, block_size)
         here = CacheAt(cache, position)
-        h = self._embedded(ids, partial(here.tokens_before, ids))
+        h = self.embedded(ids, partial(here.tokens_before, ids))
         for layer, block in enumerate(self.blocks):
             last_one = layer == len(self.blocks) - 1
             chosen = select if last_one else None
             h = block(h, mask, rope, cond, select=chosen, cache=here, layer=layer)
-        return self._finish(h, cond, None, select)
+        return self.finish(h, cond, None, select)
 
     def encode_ranges(
         self,
@@ -514,10 +402,10 @@ class Transformer(nn.Module):
         rope = (cos[flat], sin[flat])
         cond = self.condition(None, 1)
         slots = CacheSlots(cache, slot)
-        h = self._embedded(ids.flatten()[None], lambda count: before(count).flatten(0, 1)[None])
+        h = self.embedded(ids.flatten()[None], lambda count: before(count).flatten(0, 1)[None])
         for layer, block in enumerate(self.blocks):
             h = block(h, mask, rope, cond, cache=slots, layer=layer)
-        return self._finish(h, cond, None, None).view(*ids.shape, -1)
+        return self.finish(h, cond, None, None).view(*ids.shape, -1)
 
     def denoise_cached(
         self,
@@ -550,7 +438,7 @@ class Transformer(nn.Module):
         mask = BlockMask.denoise(seq_len, block_size, doc_ids)
         cond = self.condition(sigma, block_size)
         rows = (select - 1).clamp(min=0) if self.cfg.token_shift else select
-        h = self._embedded(
+        h = self.embedded(
             xt,
             lambda count: tokens_before(
                 xt, count, doc_ids, clean=clean.read_tokens(seq_len), block_size=block_size
@@ -560,10 +448,10 @@ class Transformer(nn.Module):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)
             h = block(h, mask, rope, cond, select=rows if last else None, past=past)
-        features = self._finish(h, cond, None, rows)
+        features = self.finish(h, cond, None, rows)
         if before is None:
             return features
-        return _at_starts(features, before, select, block_size)
+        return at_starts(features, before, select, block_size)
 
     def compile_blocks(self, on: bool = True) -> None:
         """Run the blocks of training steps through ``torch.compile``, or stop doing so.
@@ -584,7 +472,7 @@ class Transformer(nn.Module):
                 block.attend = outside
                 block.forward = partial(_forward, compiled, block)
 
-    def _run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
+    def run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
         """Run one block; checkpointed in training, if that is on."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **options)
@@ -604,9 +492,17 @@ class Transformer(nn.Module):
             return scores
         return adaptive_logits(scores, self.clusters(features), self.cutoffs)
 
-    def _finish(
+    def finish(
         self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None
     ) -> Tensor:
+        """Normalise the output of the last block, of which only some rows may be left.
+
+        Args:
+            h: residual stream [B, T, D], or [M, D] with ``select``.
+            cond: as given to the blocks.
+            queries: as given to the last block.
+            select: as given to the last block.
+        """
         if cond is None:
             return self.norm(h)
         modulation = one_modulation(self.ada, cond).chunk(2, dim=-1)
