@@ -74,3 +74,28 @@ def test_one_checkpoint_scores_and_samples_in_every_way(joint, tmp_path, capsys)
         with pytest.raises(SystemExit):
             export.main([run, str(tmp_path / layout / "x"), "--layout", layout])
         assert "model.clean-stream = causal: must be block" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(ar_weight=1.0, views=2, block_sizes=(1, 2, 4)),
+        ObjectiveConfig(ar_weight=1.0, block_sizes=(1, 2, 4), ramp_steps=2),
+    ],
+    ids=["views", "ramp"],
+)
+def test_a_run_of_several_sizes_is_scored_at_each(config, objective, tmp_path, capsys):
+    """At S = 1 a step has one view, and a size by itself has no ramp."""
+    cfg = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, clean_stream="causal"),
+        objective=objective,
+        eval=dataclasses.replace(config.eval, every=2, rows=4),
+    )
+    run_training(cfg, tmp_path, Silent())
+    logged = {name for line in metrics(tmp_path) for name in line}
+    assert {"val_nelbo", "val_nelbo_S1", "val_nelbo_S2"} <= logged
+    for options in ([], ["--block-size", "1"], ["--block-size", "2"]):
+        capsys.readouterr()
+        evaluate.main([str(tmp_path), "--rows", "4", "--json", *options])
+        assert json.loads(capsys.readouterr().out)["nelbo"] > 0

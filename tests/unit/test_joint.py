@@ -168,6 +168,11 @@ def test_settings_that_do_not_fit_say_so():
     assert "block-size = 4 is one" in refused(objective={"block_sizes": (2, 8)})
     assert "a divisor of seq-len = 128" in refused(objective={"block_sizes": (3, 4)})
     assert "unless system = bd3lm" in refused(system="mdlm", objective={"block_sizes": (128,)})
+    sizes = {"objective": {"block_sizes": (2, 4, 8)}}
+    assert "above block-size = 4 (here 8)" in refused(**sizes, eval={"estimator": "exact"})
+    assert "eval.stride = 4: must be a multiple of block-size = 8" in refused(
+        **sizes, eval={"stride": 4}
+    )
     with pytest.raises(ConfigError, match=r"model.clean-stream = block: must be causal"):
         preset("demo").autoregressive()
     assert preset("demo", model=causal).autoregressive().block == 1
@@ -395,3 +400,12 @@ def test_operations_of_a_joint_step_are_those_of_both_objectives():
     assert two == 2 * one
     shared = step_flops(preset("demo", objective=views), vocab)
     assert 1.5 < shared / step_flops(preset("demo"), vocab) < 1.8  # one clean stream for both
+
+
+def test_a_warm_start_of_a_time_conditioned_model_is_counted():
+    """The steps on the next-token loss alone are of a model that is told no time."""
+    told = {"clean_stream": "causal", "cond_width": 64, "time_conditioning": True}
+    objective = {"ar_weight": 1.0, "ar_steps": 5}
+    cfg = preset("demo", steps=10, model=told, objective=objective)
+    later = preset("demo", steps=10, model=told, objective={"ar_weight": 1.0})
+    assert 0 < step_flops(cfg, 1000) < step_flops(later, 1000)

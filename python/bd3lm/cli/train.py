@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
-from bd3lm.config import PRESETS, TrainConfig, check, preset
+from bd3lm.config import PRESETS, ModelConfig, TrainConfig, check, preset
 from bd3lm.config.names import LoggerName
 from bd3lm.errors import ExistsError
 from bd3lm.ranks.place import find_place
@@ -116,7 +116,7 @@ def _plot(cfg: TrainConfig, out: Path, console: PlainConsole) -> None:
 def _check_inputs(cfg: TrainConfig, out: Path) -> None:
     """Refuse data that is not there and a directory that is taken, before PyTorch is imported."""
     for path in (cfg.data, cfg.valid):
-        if path is not None and not path.startswith("hub:"):
+        if path is not None and path != "-" and not path.startswith("hub:"):
             check_exists(path)
     if out.exists() and not out.is_dir():
         raise ExistsError(f"{out} is a file; choose another --out")
@@ -126,28 +126,35 @@ def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfi
     """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
     if "--resume" in argv and name is None and out is not None:
-        from bd3lm.training import holds_run
-
-        if holds_run(Path(out)):
-            from bd3lm.training import saved_config
-
-            return saved_config(Path(out))
-        mirror = _value(argv, "--mirror")
-        if mirror is not None:
-            from bd3lm.training.mirror import mirrored_config
-
-            return mirrored_config(mirror) or cfg
+        saved = _saved(Path(out), _value(argv, "--mirror"))
+        if saved is not None:
+            return saved
+    if source is None:
         return cfg
-    if source is not None and "--resume" not in argv:
-        return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
-    return cfg
+    if "--resume" in argv and out is not None:
+        saved = _saved(Path(out), None)
+        if saved is not None:  # the one it began with may have newer steps
+            return dataclasses.replace(_in_shape_of(cfg, saved.model), tokenizer=saved.tokenizer)
+    return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
+
+
+def _saved(out: Path, mirror: str | None) -> TrainConfig | None:
+    """Settings of the run in a directory or, where there is none, of its mirror."""
+    from bd3lm.training import holds_run
+
+    if holds_run(out):
+        from bd3lm.training import saved_config
+
+        return saved_config(out)
+    if mirror is None:
+        return None
+    from bd3lm.training.mirror import mirrored_config
+
+    return mirrored_config(mirror)
 
 
 def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> TrainConfig:
-    """Take the shape and the tokenizer from a checkpoint.
-
-    Dropout and time conditioning stay those of the preset: they are no part of the shape.
-    """
+    """Take the shape and the tokenizer from a checkpoint."""
     check_checkpoint(source)
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.checkpoint.loading import is_foreign
@@ -155,13 +162,28 @@ def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> Tr
     if is_foreign(source):  # the run itself takes all of it
         return cfg
     found = load_checkpoint(source, tokenizer=tokenizer)
-    kept = {name: getattr(cfg.model, name) for name in ("dropout", "time_conditioning")}
-    if found.config.model.cond_width == 0:
-        kept["time_conditioning"] = False
     file = found.path / "tokenizer.json"
     if file.is_file():
         cfg = dataclasses.replace(cfg, tokenizer=str(file))
-    return dataclasses.replace(cfg, model=dataclasses.replace(found.config.model, **kept))
+    return _in_shape_of(cfg, found.config.model)
+
+
+def _in_shape_of(cfg: TrainConfig, shape: ModelConfig) -> TrainConfig:
+    """Settings for weights of this shape.
+
+    Dropout and time conditioning stay those of the preset: they are no part of the shape. A clean
+    stream is causal if the preset's or the weights' is. An autoregressive run has no token shift,
+    and weights that exist need no start from frequencies.
+    """
+    causal = cfg.model.causal_clean or shape.causal_clean
+    model = dataclasses.replace(
+        shape,
+        dropout=cfg.model.dropout,
+        time_conditioning=cfg.model.time_conditioning and shape.cond_width > 0,
+        clean_stream="causal" if causal else "block",
+        token_shift=shape.token_shift and cfg.system in ("bd3lm", "mdlm"),
+    )
+    return dataclasses.replace(cfg, model=model, init_unigram=False)
 
 
 def _preset_of(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -12,7 +12,10 @@ MOST_VIEWS = 64
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Losses of a bd3lm run besides that of its noised stream."""
+    """Objective of a run: next-token loss, block sizes and views.
+
+    All but views need system = bd3lm.
+    """
 
     ar_weight: float = 0.0
     """Weight of the next-token loss on the clean stream, per token. More than 0 needs
@@ -30,7 +33,7 @@ class ObjectiveConfig:
     scores and samples at each. Empty: block-size."""
     ramp_steps: int = 0
     """First steps of the run, over which S goes through block-sizes from the smallest to the
-    largest; the later ones train on block-size. 0: S of each step is drawn."""
+    largest; the later ones train on block-size. 0: S goes through the shuffled rounds."""
     views: int = 1
     """Noised streams of each row in a step, which share one clean stream. 2: a mask and its
     complement, so that every token is predicted in each step; 4: two masks and their complements,
@@ -45,9 +48,9 @@ class ObjectiveConfig:
         """Masks to draw for each row in such a step; the other views are their complements."""
         return max(self.views_at(size) // 2, 1)
 
-    def of_one_size(self) -> ObjectiveConfig:
-        """The same losses on blocks of one size."""
-        return replace(self, block_sizes=(), ramp_steps=0)
+    def of_one_size(self, size: int) -> ObjectiveConfig:
+        """The same losses on blocks of S = ``size`` alone."""
+        return replace(self, block_sizes=(), ramp_steps=0, views=self.views_at(size))
 
     def __post_init__(self) -> None:
         check_number("objective.ar-weight", self.ar_weight, 0)

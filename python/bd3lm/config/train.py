@@ -173,6 +173,8 @@ class TrainConfig:
             self.row_eos,
             f"False with packing = {self.packing}; it goes with wrap",
         )
+        for size in sorted({*self.objective.block_sizes} - {self.block}):
+            self.with_block(size)  # validation scores at each: what it needs is refused here
 
     def _check_lora(self) -> None:
         if not self.lora.rank:
@@ -283,8 +285,7 @@ class TrainConfig:
         Raises:
             ConfigError: it does not divide the row, or the system has another.
         """
-        objective = self.objective.of_one_size()
-        return replace(self, block_size=size, objective=objective)
+        return replace(self, block_size=size, objective=self.objective.of_one_size(size))
 
     @property
     def largest_block(self) -> int:

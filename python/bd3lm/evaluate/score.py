@@ -238,9 +238,10 @@ class Scoring:
             ConfigError: a setting that the checkpoint or its system does not allow.
         """
         same = loaded.config
+        size = same.block if block_size is None else block_size
         changes: dict[str, object] = {
             "block_size": same.block_size if block_size is None else block_size,
-            "objective": dataclasses.replace(same.objective, block_sizes=()),
+            "objective": same.objective.of_one_size(size),
             "precision": precision,
             "attention": attention,
             "row_eos": same.row_eos or row_eos,

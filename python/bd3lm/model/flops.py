@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     if not cfg.objective.ar_steps:
         return joint
     warm = min(cfg.objective.ar_steps / cfg.steps, 1.0)
-    return warm * _of_block(cfg.autoregressive(), vocab_size, 1) + (1.0 - warm) * joint
+    untold = dataclasses.replace(cfg.model, time_conditioning=False)
+    alone = dataclasses.replace(cfg, model=untold).autoregressive()
+    return warm * _of_block(alone, vocab_size, 1) + (1.0 - warm) * joint
 
 
 def _of_block(cfg: TrainConfig, vocab_size: int, block: int) -> float:

@@ -81,7 +81,7 @@ class BlockDiffusion(System):
         """This system at one of its block sizes; they share the noise learned for that size."""
         if self.sizes == (size,):
             return self
-        objective = self._objective.of_one_size()
+        objective = self._objective.of_one_size(size)
         told = self._time_conditioned
         alone = BlockDiffusion(
             size, self.mask_id, self._cfg, time_conditioned=told, objective=objective

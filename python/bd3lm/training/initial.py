@@ -42,6 +42,7 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
         cfg,
         tokenizer=str(file) if cfg.tokenizer == "default" else cfg.tokenizer,
         model=_in_shape_of(found.config.model, cfg.model),
+        init_unigram=False,
     )
 
 
@@ -64,4 +65,5 @@ def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
         cfg,
         tokenizer=saved.tokenizer if cfg.tokenizer == "default" else cfg.tokenizer,
         model=_in_shape_of(saved.model, cfg.model),
+        init_unigram=False,
     )

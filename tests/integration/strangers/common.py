@@ -6,10 +6,12 @@ import json
 
 from bd3lm.cli import evaluate, judge, prepare, sample, train
 
-TINY = (
-    "--seq-len 32 --batch-size 4 --model.width 32 --model.depth 1 --model.heads 2 --log-every 1 "
-    "--eval.every 0 --sample.length 16 --steps 2 --device cpu"
+SHORT = (
+    "--seq-len 32 --batch-size 4 --log-every 1 --eval.every 0 --sample.length 16 --steps 2 "
+    "--device cpu"
 ).split()
+"""Options of a run of seconds, for a model that is given."""
+TINY = [*SHORT, *"--model.width 32 --model.depth 1 --model.heads 2".split()]
 ODD = "the old [b]house[/b] :key: 1:100:5 [red] [/INST] x[i] 'quoted' [/"
 """Text that rich would read as markup, emoji codes and links."""
 SAMPLE = {"text": "a", "ids": [1], "stop": "eos", "nfe": 1, "nfe_paper": 1, "seconds": 0.1}

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from bd3lm.cli import compare, evaluate, judge, main, prepare, sample, train
-from tests.integration.strangers.common import TINY, drawn, refused
+from tests.integration.strangers.common import SHORT, TINY, drawn, refused
+
+
+def settings_of(out):
+    return json.loads((out / "config.json").read_text())
+
 
 # --- one command, early help ----------------------------------------------------------------------
 
@@ -162,13 +167,50 @@ def test_text_goes_with_the_tokenizer_of_the_data(folder, corpus, capsys, tmp_pa
 
 
 def test_shape_and_tokenizer_come_from_init_from(folder, checkpoint, corpus, capsys, tmp_path):
-    others = [w for i, w in enumerate(TINY) if not TINY[max(i - 1, 0)].startswith("--model")]
-    others = [word for word in others if not word.startswith("--model")]
     out = tmp_path / "run"
-    train.main(["--init-from", checkpoint, "--data", str(corpus), "--out", str(out), *others])
-    config = json.loads((out / "config.json").read_text())
-    assert config["model"]["width"] == 32
-    assert config["model"]["heads"] == 2
+    train.main(["--init-from", checkpoint, "--data", str(corpus), "--out", str(out), *SHORT])
+    model = settings_of(out)["model"]
+    assert (model["width"], model["heads"]) == (32, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "causal"),
+    [
+        (["demo"], ["joint"], "causal"),
+        (["joint"], ["demo"], "causal"),
+        (["demo", "--model.token-shift"], ["demo", "--system", "ar"], "block"),
+        (["demo", "--model.no-head-bias", "--no-init-unigram"], ["demo"], "block"),
+    ],
+    ids=["joint", "joint before", "shifted", "no bias"],
+)
+def test_a_run_of_another_kind_begins_with_a_checkpoint(corpus, tmp_path, first, then, causal):
+    """Where the preset asks for another model, the weights decide; a restart is the same line."""
+    data = ["--data", str(corpus)]
+    train.main([*first, *data, *TINY, "--out", str(tmp_path / "first")])
+    words = [*then, *data, *SHORT, "--init-from", str(tmp_path / "first"), "--resume"]
+    train.main([*words, "--out", str(tmp_path / "then")])
+    found = settings_of(tmp_path / "then")
+    assert found["model"]["clean_stream"] == causal
+    assert found["model"]["width"] == settings_of(tmp_path / "first")["model"]["width"]
+    assert not found["init_unigram"]
+    train.main([*first, *data, *TINY, "--out", str(tmp_path / "first"), "--resume", "--steps", "3"])
+    train.main([*words, "--out", str(tmp_path / "then"), "--steps", "3"])
+    assert settings_of(tmp_path / "then") == found | {"steps": 3}
+
+
+def test_training_reads_standard_input(capsys, tmp_path):
+    lines = "".join(f"house number {i} by the river\n" for i in range(3000))
+    code = "import sys; from bd3lm.cli.train import main; main(sys.argv[1:])"
+    words = ["--data", "-", *TINY, "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert settings_of(tmp_path / "run")["data"] == "-"
 
 
 def test_samples_are_judged_from_a_pipe(checkpoint, capsys, monkeypatch, tmp_path):
