@@ -60,8 +60,8 @@ class EvalArgs:
     was trained on such rows is always scored on them."""
     likelihood: LikelihoodName = "nelbo"
     """nelbo: an upper bound. marginal: exact for the first-hitting sampler, up to block size 8
-    (2^S - 1 forwards a row). left-to-right, confidence: exact for a sampler that reveals in that
-    order (S forwards). orders: an upper bound on the marginal from --repeats random orders."""
+    (2^S forwards a row). left-to-right, confidence: exact for a sampler that reveals in that order
+    (S + 1 forwards). orders: an upper bound on the marginal from --repeats random orders."""
     estimator: Literal["auto"] | EstimatorName = "auto"
     """Estimator of the NELBO. auto: exact up to block size 4, stratified above. bernoulli: as in
     the BD3-LM paper."""

@@ -20,7 +20,8 @@ class NoiseConfig:
     """count: draw the number of masked tokens of each block, for least variance; bernoulli: draw a
     noise level and independent masks, as the BD3-LM paper does; full: mask every token."""
     schedule: ScheduleName = "loglinear"
-    """Mask probability p(t). `count` without a clip is the same for every schedule."""
+    """Mask probability p(t). `count` without a clip is the same for every schedule, unless the
+    weighting is simple."""
     clip: tuple[float, float] | None = None
     """Restrict t to U[a, b]: a training objective, never a likelihood."""
     resample: bool = False

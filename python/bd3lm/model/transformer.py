@@ -195,10 +195,14 @@ class Transformer(nn.Module):
             block_size: S.
             select: flat indices b*L+i of the positions of ``xt`` to predict [M].
             doc_ids: int32 [B, L]; attention stays inside a document.
-            sigma: -log(alpha) of every block [B, K], for time-conditioned models.
+            sigma: -log(alpha) of every block of ``xt`` [B, K], or [n·B, K]; for time-conditioned
+                models.
 
         Returns:
             Normalised features [M, D].
+
+        Raises:
+            ValueError: the rows of ``xt`` are no multiple of those of ``x0``.
         """
         mask = self._training_mask(x0, block_size, doc_ids)
         if not wants_last_clean(x0.device):
@@ -236,6 +240,9 @@ class Transformer(nn.Module):
 
         Returns:
             Normalised features [M + N, D], those of noised positions first.
+
+        Raises:
+            ValueError: as for :meth:`denoise`.
         """
         seq_len = x0.shape[1]
         mask = self._training_mask(x0, block_size, doc_ids)
@@ -472,8 +479,8 @@ class Transformer(nn.Module):
                 block.attend = outside
                 block.forward = partial(_forward, compiled, block)
 
-    def run(self, block: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """Run one block; checkpointed in training, if that is on."""
+    def run(self, block: nn.Module, *args: Any, **options: Any) -> Any:
+        """Run one block, as :meth:`Block.forward`; checkpointed in training, if that is on."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **options)
         return block(*args, **options)

@@ -76,13 +76,14 @@ def obstacle(trainer: Trainer) -> str | None:
     """Why the steps of a run cannot be recorded; None if they can be."""
     cfg = trainer.cfg
     clusters = bool(cfg.model.softmax_cutoffs)
+    joint = cfg.objective != ObjectiveConfig()
     reasons = {
         "it needs a CUDA device": trainer.device.type != "cuda",
         "several ranks exchange gradients": trainer.ranks.size > 1,
         "micro-batch splits the step": trainer.parts > 1,
         "recompute reads the state of the generator": cfg.recompute,
         "model.softmax-cutoffs makes the host count the tokens of each cluster": clusters,
-        "objective adds losses whose tokens the host counts": cfg.objective != ObjectiveConfig(),
+        "objective adds losses, sizes or views that the host counts": joint,
         "noise.fit-counts makes the host read losses": cfg.noise.fit_counts,
         "documents or padding give every batch a mask of its own": trainer.rows.doc_ids_len > 0,
     }

@@ -24,8 +24,9 @@ RESUMABLE = (
     "parallel.",
 )
 """Settings that may change, besides more ``steps``: no number of the run depends on them, but for
-the order of sums. The data may have moved, but must be the same; another number of ranks may need
-another micro-batch."""
+the order of sums and, with another micro-batch, the masks of dropout and the weight under
+``objective.ar_tokens = unmasked``. The data may have moved, but must be the same; another number of
+ranks may need another micro-batch."""
 
 
 PATHS = ("data", "valid", "tokenizer", "init_from")
