@@ -106,12 +106,12 @@ def step() -> None:
 
 
 def joint_trainer(data: Any, views: int) -> Any:
-    """The step with a next-token loss on a causal clean stream, launched one by one."""
-    from bd3lm.config import ObjectiveConfig
+    """A trainer of small with the objective of joint, not compiled."""
+    from bd3lm.config import NoiseConfig, ObjectiveConfig
 
     cfg = step_config("triton", compiled=False)
     cfg = dataclasses.replace(
-        cfg, batch_size=1 if REHEARSE else 16,
+        cfg, batch_size=1 if REHEARSE else 16, noise=NoiseConfig(),
         objective=ObjectiveConfig(ar_weight=1.0, views=views),
         model=dataclasses.replace(cfg.model, clean_stream="causal", previous_tokens=2),
     )  # fmt: skip

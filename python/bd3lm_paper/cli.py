@@ -37,8 +37,8 @@ class PaperArgs:
     out: Path
     """Directory of runs, measurements, tables and pictures."""
     scale: Literal["smoke", "cpu", "full"] = "cpu"
-    """smoke: seconds a table, to see that it runs; cpu: small models, about an hour a table on two
-    cores; full: the sizes of the reproduction."""
+    """smoke: seconds a table, to see that it runs; cpu: small models, about an hour for all
+    tables on two cores; full: the sizes of the reproduction."""
     seeds: int | None = None
     """Seeds of every table. None: as many as the scale has, more where rows are close."""
     corpus: tyro.conf.UseAppendAction[dict[str, str]] = field(default_factory=dict)

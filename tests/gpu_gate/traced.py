@@ -51,10 +51,11 @@ def step_of_views(
 ) -> Tensor:
     """A loss like that of two views and the next tokens of the clean stream that they share."""
     views = torch.cat([xt, torch.where(xt == 49, x0, 49)])
-    chosen = torch.cat([select, select + xt.numel()])
+    other = torch.nonzero_static((xt != 49).flatten(), size=xt.numel() - len(select)).flatten()
+    chosen = torch.cat([select, other + xt.numel()])
     predict = torch.arange(0, xt.numel() - 1, 2)
     features = model.denoise_and_predict(views, x0, BLOCK, chosen, predict, doc_ids=doc_ids)
-    targets = torch.cat([x0.flatten()[select].repeat(2), x0.flatten()[predict + 1]])
+    targets = x0.flatten()[torch.cat([select, other, predict + 1])]
     return torch.nn.functional.cross_entropy(model.logits(features), targets)
 
 

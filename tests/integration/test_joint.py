@@ -8,6 +8,7 @@ import pytest
 from bd3lm.checkpoint import load_checkpoint
 from bd3lm.cli import evaluate, export, sample
 from bd3lm.config import ObjectiveConfig
+from bd3lm.errors import ConfigError
 from bd3lm.training import run_training
 from tests.integration.conftest import Silent
 from tests.integration.test_train import _stopped, assert_same_run, metrics
@@ -95,7 +96,17 @@ def test_a_run_of_several_sizes_is_scored_at_each(config, objective, tmp_path, c
     run_training(cfg, tmp_path, Silent())
     logged = {name for line in metrics(tmp_path) for name in line}
     assert {"val_nelbo", "val_nelbo_S1", "val_nelbo_S2"} <= logged
-    for options in ([], ["--block-size", "1"], ["--block-size", "2"]):
+    for options in ([], ["--block-size", "1"], ["--block-size", "2"], ["--block-size", "8"]):
         capsys.readouterr()
         evaluate.main([str(tmp_path), "--rows", "4", "--json", *options])
         assert json.loads(capsys.readouterr().out)["nelbo"] > 0
+
+
+def test_a_clip_that_one_of_the_sizes_cannot_have_is_refused_first(config, tmp_path):
+    noise = dataclasses.replace(config.noise, estimator="bernoulli", clip=(0.3, 0.4), resample=True)
+    cfg = dataclasses.replace(
+        config, block_size=16, noise=noise, objective=ObjectiveConfig(block_sizes=(2, 16))
+    )
+    with pytest.raises(ConfigError, match="must be around a k/2"):
+        run_training(cfg, tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()

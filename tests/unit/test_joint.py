@@ -402,6 +402,12 @@ def test_operations_of_a_joint_step_are_those_of_both_objectives():
     assert 1.5 < shared / step_flops(preset("demo"), vocab) < 1.8  # one clean stream for both
 
 
+def test_a_ramp_counts_its_sizes_for_its_steps_alone():
+    sizes = {"block_sizes": (1, 4), "ramp_steps": 2}
+    ramp, plain = (preset("demo", steps=1000, objective=o) for o in (sizes, {}))
+    assert step_flops(ramp, 1000) == pytest.approx(step_flops(plain, 1000), rel=1e-3)
+
+
 def test_a_warm_start_of_a_time_conditioned_model_is_counted():
     """The steps on the next-token loss alone are of a model that is told no time."""
     told = {"clean_stream": "causal", "cond_width": 64, "time_conditioning": True}

@@ -285,16 +285,21 @@ def endless(path: Path) -> Iterator[None]:
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    yield
-    writer.join(timeout=60)
+    try:
+        yield
+    finally:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # lets a writer go that nobody read
+        writer.join(timeout=60)
+        path.unlink()
     assert not writer.is_alive()
-    path.unlink()
 
 
 def wait_for_text(running: subprocess.Popen[str], written: Path) -> None:
     """Until some of the output is on the disk."""
+    until = time.monotonic() + 60
     while not (written.exists() and written.stat().st_size):
         assert running.poll() is None, "it ended before it was stopped"
+        assert time.monotonic() < until
         time.sleep(0.005)
 
 

@@ -30,7 +30,7 @@ from bd3lm.checkpoint.record import Record, check_regular, parse_json, read_byte
 from bd3lm.checkpoint.sharded import ShardFiles
 from bd3lm.checkpoint.steps import TRAINING, run_of
 from bd3lm.checkpoint.tensors import TensorFile, check_tensors, fill, skeleton, write_tensors
-from bd3lm.config import TrainConfig, from_dict, to_dict
+from bd3lm.config import EvalConfig, TrainConfig, from_dict, to_dict
 from bd3lm.data import Tokenizer, load_tokenizer
 from bd3lm.errors import Bd3lmError, CheckpointError, ConfigError
 from bd3lm.files import digest_file, replaced_directory, write_text
@@ -77,7 +77,9 @@ class Checkpoint:
         """
         size = self.config.block if block_size is None else block_size
         trained = size in (self.config.block, *self.config.objective.block_sizes)
-        cfg = self.config if trained else self.config.with_block(size)
+        cfg = self.config
+        if not trained:  # the run's validation is of its own sizes
+            cfg = replace(cfg, eval=EvalConfig()).with_block(size)
         system = build_system(cfg, self.tokenizer.mask_id)
         if trained and self.learned:  # learned noise is of the trained block sizes
             restore_system(system, self.learned, self.path / "config.json")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from bd3lm.cli.common import PlainConsole, check_checkpoint, check_exists, parse, run
-from bd3lm.config import PRESETS, ModelConfig, TrainConfig, check, preset
+from bd3lm.config import PRESETS, TrainConfig, check, preset
 from bd3lm.config.names import LoggerName
 from bd3lm.errors import ExistsError
 from bd3lm.ranks.place import find_place
@@ -125,17 +125,19 @@ def _check_inputs(cfg: TrainConfig, out: Path) -> None:
 def _defaults(cfg: TrainConfig, argv: list[str], name: str | None) -> TrainConfig:
     """Settings that options override: the preset, a run to resume or a checkpoint to begin with."""
     out, source = _value(argv, "--out"), _value(argv, "--init-from")
-    if "--resume" in argv and name is None and out is not None:
+    saved = None
+    if "--resume" in argv and out is not None and (name is None or source is not None):
         saved = _saved(Path(out), _value(argv, "--mirror"))
-        if saved is not None:
-            return saved
+    if saved is not None and name is None:
+        return saved
     if source is None:
         return cfg
-    if "--resume" in argv and out is not None:
-        saved = _saved(Path(out), None)
-        if saved is not None:  # the one it began with may have newer steps
-            return dataclasses.replace(_in_shape_of(cfg, saved.model), tokenizer=saved.tokenizer)
-    return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
+    if saved is None:
+        return _like_checkpoint(cfg, source, _value(argv, "--tokenizer"))
+    from bd3lm.training.initial import for_native_weights
+
+    kept = {"tokenizer": saved.tokenizer, "init_unigram": saved.init_unigram}
+    return dataclasses.replace(for_native_weights(cfg, saved.model), **kept)
 
 
 def _saved(out: Path, mirror: str | None) -> TrainConfig | None:
@@ -158,6 +160,7 @@ def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> Tr
     check_checkpoint(source)
     from bd3lm.checkpoint import load_checkpoint
     from bd3lm.checkpoint.loading import is_foreign
+    from bd3lm.training.initial import for_native_weights
 
     if is_foreign(source):  # the run itself takes all of it
         return cfg
@@ -165,25 +168,7 @@ def _like_checkpoint(cfg: TrainConfig, source: str, tokenizer: str | None) -> Tr
     file = found.path / "tokenizer.json"
     if file.is_file():
         cfg = dataclasses.replace(cfg, tokenizer=str(file))
-    return _in_shape_of(cfg, found.config.model)
-
-
-def _in_shape_of(cfg: TrainConfig, shape: ModelConfig) -> TrainConfig:
-    """Settings for weights of this shape.
-
-    Dropout and time conditioning stay those of the preset: they are no part of the shape. A clean
-    stream is causal if the preset's or the weights' is. An autoregressive run has no token shift,
-    and weights that exist need no start from frequencies.
-    """
-    causal = cfg.model.causal_clean or shape.causal_clean
-    model = dataclasses.replace(
-        shape,
-        dropout=cfg.model.dropout,
-        time_conditioning=cfg.model.time_conditioning and shape.cond_width > 0,
-        clean_stream="causal" if causal else "block",
-        token_shift=shape.token_shift and cfg.system in ("bd3lm", "mdlm"),
-    )
-    return dataclasses.replace(cfg, model=model, init_unigram=False)
+    return for_native_weights(cfg, found.config.model)
 
 
 def _preset_of(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -11,7 +11,7 @@ from bd3lm.config.names import EstimatorName, LikelihoodName
 MAX_EXACT_BLOCK = 4
 """Largest S whose 2^S - 1 masks are all run by the exact estimator of the NELBO."""
 MAX_MARGINAL_BLOCK = 8
-"""Largest S whose marginal likelihood is computed: 255 forwards a row."""
+"""Largest S whose marginal likelihood is computed: 256 forwards a row, one of the clean stream."""
 
 
 @dataclass(frozen=True)

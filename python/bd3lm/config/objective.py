@@ -14,7 +14,7 @@ MOST_VIEWS = 64
 class ObjectiveConfig:
     """Objective of a run: next-token loss, block sizes and views.
 
-    All but views need system = bd3lm.
+    All need system = bd3lm; views go with mdlm too.
     """
 
     ar_weight: float = 0.0

@@ -57,10 +57,10 @@ class TrainConfig:
     """S, tokens of a block; divides seq_len. 1 is token by token, seq_len is plain diffusion.
     None: 4 for bd3lm; mdlm and sedd have seq_len, ar has 1."""
     init_from: str | None = None
-    """Start from the averaged weights of this checkpoint, of any system and block size: one
-    of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a directory, at a
-    URL, in a .gguf file or by its name on the hub. The last kinds bring their own shape and
-    tokenizer."""
+    """Start from the averaged weights of this checkpoint, of any block size and, but for sedd, any
+    system: one of ours, the original implementation's, or a Llama, SmolLM, Qwen or SDAR, in a
+    directory, at a URL, in a .gguf file or by its name on the hub. The last kinds bring their own
+    shape and tokenizer."""
     mask_token: str | None = None
     """Added token that becomes the mask, with init_from of an autoregressive model. None: the
     tokenizer's own mask, else a new id after its last."""

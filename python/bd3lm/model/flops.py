@@ -31,6 +31,9 @@ def step_flops(cfg: TrainConfig, vocab_size: int) -> float:
     """
     sizes = cfg.objective.block_sizes or (cfg.block,)
     joint = sum(_of_block(cfg, vocab_size, size) for size in sizes) / len(sizes)
+    if cfg.objective.ramp_steps:
+        share = min(cfg.objective.ramp_steps / cfg.steps, 1.0)
+        joint = share * joint + (1.0 - share) * _of_block(cfg, vocab_size, cfg.block)
     if not cfg.objective.ar_steps:
         return joint
     warm = min(cfg.objective.ar_steps / cfg.steps, 1.0)

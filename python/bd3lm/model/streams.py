@@ -76,11 +76,11 @@ def two_streams(
     cond = model.condition(sigma, mask.block_size, clean=mask.clean_len)
     h = model.embedded(torch.cat([xt, x0], dim=1), partial(tokens_before_both, xt, clean, mask))
     for block in model.blocks[:-1]:
-        h = model.run(block, h, mask, rope, cond)
+        h = model.run_block(block, h, mask, rope, cond)
     if queries is not None:
         mask = dataclasses.replace(mask, clean_queries=False)
-    h = model.run(model.blocks[-1], h, mask, rope, cond, queries=queries, select=select)
-    return model.finish(h, cond, queries, select)
+    h = model.run_block(model.blocks[-1], h, mask, rope, cond, queries=queries, select=select)
+    return model.normalised(h, cond, queries, select)
 
 
 def several_views(
@@ -133,7 +133,7 @@ def several_views(
         read = read if predict is None else torch.cat([read, predict])
     for block in model.blocks:
         last = block is model.blocks[-1]
-        clean, *shared = model.run(
+        clean, *shared = model.run_block(
             block,
             clean,
             clean_mask,
@@ -144,11 +144,13 @@ def several_views(
             select=read if last else None,
         )
         past = tuple(x.repeat(views, 1, 1, 1) for x in shared)
-        h = model.run(block, h, noised_mask, angles, cond, past=past, select=rows if last else None)
-    features = model.finish(h, cond, None, rows)
+        h = model.run_block(
+            block, h, noised_mask, angles, cond, past=past, select=rows if last else None
+        )
+    features = model.normalised(h, cond, None, rows)
     if read is None:
         return features
-    of_clean = model.finish(clean, clean_cond, None, read)
+    of_clean = model.normalised(clean, clean_cond, None, read)
     if starts:
         blocks = x0.numel() // size
         before, of_clean = of_clean[:blocks], of_clean[blocks:]

@@ -320,7 +320,7 @@ class Transformer(nn.Module):
             h = self.embedded(ids, partial(cache.tokens_before, ids, doc_ids=doc_ids))
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            h = self.run(
+            h = self.run_block(
                 block,
                 h,
                 mask,
@@ -333,7 +333,7 @@ class Transformer(nn.Module):
             )
         if cache is not None:
             cache.length += commit
-        return h if fill else self.finish(h, cond, None, select)
+        return h if fill else self.normalised(h, cond, None, select)
 
     def encode_at(
         self,
@@ -379,7 +379,7 @@ class Transformer(nn.Module):
             last_one = layer == len(self.blocks) - 1
             chosen = select if last_one else None
             h = block(h, mask, rope, cond, select=chosen, cache=here, layer=layer)
-        return self.finish(h, cond, None, select)
+        return self.normalised(h, cond, None, select)
 
     def encode_ranges(
         self,
@@ -412,7 +412,7 @@ class Transformer(nn.Module):
         h = self.embedded(ids.flatten()[None], lambda count: before(count).flatten(0, 1)[None])
         for layer, block in enumerate(self.blocks):
             h = block(h, mask, rope, cond, cache=slots, layer=layer)
-        return self.finish(h, cond, None, None).view(*ids.shape, -1)
+        return self.normalised(h, cond, None, None).view(*ids.shape, -1)
 
     def denoise_cached(
         self,
@@ -455,7 +455,7 @@ class Transformer(nn.Module):
             last = layer == len(self.blocks) - 1
             past = clean.read(layer, seq_len)
             h = block(h, mask, rope, cond, select=rows if last else None, past=past)
-        features = self.finish(h, cond, None, rows)
+        features = self.normalised(h, cond, None, rows)
         if before is None:
             return features
         return at_starts(features, before, select, block_size)
@@ -479,7 +479,7 @@ class Transformer(nn.Module):
                 block.attend = outside
                 block.forward = partial(_forward, compiled, block)
 
-    def run(self, block: nn.Module, *args: Any, **options: Any) -> Any:
+    def run_block(self, block: nn.Module, *args: Any, **options: Any) -> Any:
         """Run one block, as :meth:`Block.forward`; checkpointed in training, if that is on."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **options)
@@ -499,7 +499,7 @@ class Transformer(nn.Module):
             return scores
         return adaptive_logits(scores, self.clusters(features), self.cutoffs)
 
-    def finish(
+    def normalised(
         self, h: Tensor, cond: Tensor | None, queries: int | None, select: Tensor | None
     ) -> Tensor:
         """Normalise the output of the last block, of which only some rows may be left.

@@ -17,15 +17,15 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
 
     The checkpoint's tokenizer, with ``mask_token`` as its mask, is written to
     ``out/tokenizer.json`` and tokenizes text unless ``tokenizer`` names another. Of ``cfg.model``
-    only the choices of :func:`_in_shape_of` are kept. A run that is resumed takes them from its own
-    settings.
+    only the choices of :func:`_for_foreign_weights` are kept. A run that is resumed takes them from
+    its own settings.
 
     Raises:
         ConfigError: ``mask_token`` without such a checkpoint, or one that cannot be the mask.
         CheckpointError: the checkpoint does not load.
     """
-    if (out / "config.json").is_file() and (out / "tokenizer.json").is_file():
-        return _as_saved(cfg, out)
+    if (out / "config.json").is_file():  # what it began with may be gone
+        return _as_saved(cfg, out) if (out / "tokenizer.json").is_file() else cfg
     if cfg.init_from is None or not is_foreign(cfg.init_from):
         allowed = "None unless init-from is a Llama, SmolLM or Qwen checkpoint"
         check(cfg.mask_token is None, "mask-token", cfg.mask_token, allowed)
@@ -41,19 +41,37 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
     return dataclasses.replace(
         cfg,
         tokenizer=str(file) if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=_in_shape_of(found.config.model, cfg.model),
+        model=_for_foreign_weights(cfg.model, found.config.model),
         init_unigram=False,
     )
 
 
-def _in_shape_of(found: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+def _for_foreign_weights(wanted: ModelConfig, shape: ModelConfig) -> ModelConfig:
     """A shape with the choices that weights leave open: streams, token shift and dropout."""
     return dataclasses.replace(
-        found,
+        shape,
         clean_stream=wanted.clean_stream,
         token_shift=wanted.token_shift,
         dropout=wanted.dropout,
     )
+
+
+def for_native_weights(cfg: TrainConfig, shape: ModelConfig) -> TrainConfig:
+    """Change settings so that weights of ours, of this shape, can begin the run.
+
+    Dropout and time conditioning stay those of ``cfg``: they are no part of the shape. A clean
+    stream is causal if that of ``cfg`` or of the weights is. Runs of ar and sedd have no token
+    shift, and weights that exist need no start from frequencies.
+    """
+    causal = cfg.model.causal_clean or shape.causal_clean
+    model = dataclasses.replace(
+        shape,
+        dropout=cfg.model.dropout,
+        time_conditioning=cfg.model.time_conditioning and shape.cond_width > 0,
+        clean_stream="causal" if causal else "block",
+        token_shift=shape.token_shift and cfg.system in ("bd3lm", "mdlm"),
+    )
+    return dataclasses.replace(cfg, model=model, init_unigram=False)
 
 
 def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
@@ -64,6 +82,6 @@ def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
     return dataclasses.replace(
         cfg,
         tokenizer=saved.tokenizer if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=_in_shape_of(saved.model, cfg.model),
+        model=_for_foreign_weights(cfg.model, saved.model),
         init_unigram=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -216,11 +217,15 @@ def _finish(
 def _splits(
     cfg: TrainConfig, out: Path, reporter: Reporter, *, started: bool, verify: Verify
 ) -> Splits:
+    tokenizer = cfg.tokenizer
+    if started and os.path.isabs(tokenizer) and not os.path.exists(tokenizer):
+        latest = StepFolders(out / FOLDER, cfg.keep).latest()  # every checkpoint has a copy of it
+        tokenizer = tokenizer if latest is None else str(latest / "tokenizer.json")
     try:
         return open_splits(
             cfg.data,
             cfg.valid,
-            cfg.tokenizer,
+            tokenizer,
             out / "data",
             reporter.note,
             text_field=cfg.text_field,
@@ -298,7 +303,8 @@ def _check_early(cfg: TrainConfig) -> None:
     check_attention(cfg, resolve_device(cfg.device))
     if cfg.lora.rank:
         require("peft", "lora", "lora.rank")
-    build_system(cfg, mask_id=0).noise(0).check(cfg.seq_len, cfg.block)
+    for size in {cfg.block, *cfg.objective.block_sizes}:
+        build_system(cfg.with_block(size), mask_id=0).noise(0).check(cfg.seq_len, size)
 
 
 def _check_data(cfg: TrainConfig, splits: Splits) -> None:
