@@ -28,12 +28,12 @@ class ObjectiveConfig:
     """First steps of the run that train on the next-token loss alone (AR warm start). They run one
     stream instead of two."""
     block_sizes: tuple[int, ...] = ()
-    """Train on blocks of several sizes, block-size among them: each round of as many steps goes
-    through them in a shuffled order. A size given twice has twice the steps. One checkpoint then
+    """Train on blocks of several sizes, block-size among them, in turn: the list is shuffled, used
+    up step by step, and shuffled again. A size given twice has twice the steps. One checkpoint then
     scores and samples at each. Empty: block-size."""
     ramp_steps: int = 0
     """First steps of the run, over which S goes through block-sizes from the smallest to the
-    largest; the later ones train on block-size. 0: S goes through the shuffled rounds."""
+    largest; the later ones train on block-size. 0: no ramp."""
     views: int = 1
     """Noised streams of each row in a step, which share one clean stream. 2: a mask and its
     complement, so that every token is predicted in each step; 4: two masks and their complements,

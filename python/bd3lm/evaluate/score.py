@@ -240,7 +240,7 @@ class Scoring:
         same = loaded.config
         size = same.block if block_size is None else block_size
         changes: dict[str, object] = {
-            "block_size": same.block_size if block_size is None else block_size,
+            "block_size": size,
             "objective": same.objective.of_one_size(size),
             "precision": precision,
             "attention": attention,

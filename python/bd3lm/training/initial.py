@@ -38,22 +38,24 @@ def adopt_shape(cfg: TrainConfig, out: Path) -> TrainConfig:
         found = load_checkpoint(cfg.init_from, tokenizer=tokenizer)
     file = out / "tokenizer.json"
     write_text(file, found.tokenizer.json)
-    return dataclasses.replace(
-        cfg,
-        tokenizer=str(file) if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=_for_foreign_weights(cfg.model, found.config.model),
-        init_unigram=False,
-    )
+    return _for_foreign_weights(cfg, found.config.model, str(file))
 
 
-def _for_foreign_weights(wanted: ModelConfig, shape: ModelConfig) -> ModelConfig:
-    """A shape with the choices that weights leave open: streams, token shift and dropout."""
-    return dataclasses.replace(
+def _for_foreign_weights(cfg: TrainConfig, shape: ModelConfig, tokenizer: str) -> TrainConfig:
+    """Change settings so that weights of another program, of this shape, can begin the run.
+
+    ``cfg`` decides what weights leave open: streams, token shift, dropout, and a tokenizer other
+    than the default. Weights that exist need no start from frequencies.
+    """
+    wanted = cfg.model
+    model = dataclasses.replace(
         shape,
         clean_stream=wanted.clean_stream,
         token_shift=wanted.token_shift,
         dropout=wanted.dropout,
     )
+    chosen = tokenizer if cfg.tokenizer == "default" else cfg.tokenizer
+    return dataclasses.replace(cfg, tokenizer=chosen, model=model, init_unigram=False)
 
 
 def for_native_weights(cfg: TrainConfig, shape: ModelConfig) -> TrainConfig:
@@ -79,9 +81,4 @@ def _as_saved(cfg: TrainConfig, out: Path) -> TrainConfig:
     saved = from_dict(TrainConfig, read_json(out / "config.json"))
     if saved.init_from != cfg.init_from or saved.mask_token != cfg.mask_token:
         return cfg  # refused with the other settings that must stay
-    return dataclasses.replace(
-        cfg,
-        tokenizer=saved.tokenizer if cfg.tokenizer == "default" else cfg.tokenizer,
-        model=_for_foreign_weights(cfg.model, saved.model),
-        init_unigram=False,
-    )
+    return _for_foreign_weights(cfg, saved.model, saved.tokenizer)

@@ -198,7 +198,7 @@ def test_a_run_of_another_kind_begins_with_a_checkpoint(corpus, tmp_path, first,
     assert settings_of(tmp_path / "then") == found | {"steps": 3}
 
 
-def test_training_reads_standard_input(capsys, tmp_path):
+def test_training_reads_standard_input(tmp_path):
     lines = "".join(f"house number {i} by the river\n" for i in range(3000))
     code = "import sys; from bd3lm.cli.train import main; main(sys.argv[1:])"
     words = ["--data", "-", *TINY, "--out", str(tmp_path / "run")]
